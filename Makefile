@@ -1,0 +1,35 @@
+# Needs nothing but make and Python >= 3.11: every target makes the environment it uses.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Two processes by default: torch start-up dominates the quick suite on small machines.
+JOBS ?= 2
+
+.PHONY: demo test slow lint bench clean
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else "redistill needs Python >= 3.11, found %d.%d; try make PYTHON=python3.12" % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/redistill demo --out demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -n $(JOBS)
+
+slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -n $(JOBS) -m slow --timeout 3600
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed
+	$(BIN)/python bench/run.py
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info

@@ -1,0 +1,67 @@
+"""What every script of bench/ shares: its two options, its table, its JSON."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """A parser with `--quick` and `--json PATH`; scripts add their own and call parse_args()."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="a smaller measurement, for a first look")
+    parser.add_argument("--json", type=Path, default=None, metavar="PATH", help="also write the rows as JSON")
+    return parser
+
+
+def machine() -> dict[str, Any]:
+    packages = ("torch", "torchvision", "zarr", "numcodecs", "numpy", "pillow")
+    return {
+        "cores": os.cpu_count(),
+        "processor": platform.machine(),
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "packages": {name: version(name) for name in packages},
+    }
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as an aligned text table; columns in order of first appearance."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
+    widths = [max(len(line[i]) for line in [columns, *cells]) for i in range(len(columns))]
+    lines = [columns, ["-" * width for width in widths], *cells]
+    return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def _cell(value: Any) -> str:  # noqa: ANN401  a table takes anything JSON takes
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
+
+
+def report(name: str, rows: Sequence[Row], args: argparse.Namespace) -> None:
+    """Print the table, and write the JSON when asked."""
+    print(table(rows))
+    if args.json is None:
+        return
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    body = {
+        "name": name,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "quick": args.quick,
+        "machine": machine(),
+        "rows": list(rows),
+    }
+    args.json.write_text(json.dumps(body, indent=1) + "\n")

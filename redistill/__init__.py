@@ -1,0 +1,1 @@
+"""redistill: knowledge distillation without paying for the teacher twice."""

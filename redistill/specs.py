@@ -1,0 +1,84 @@
+"""Spec strings, the one small language of the command line: `scheme:name?key=value&key=value`.
+
+folder:/data/train                 data       scheme "folder", name "/data/train"
+synthetic?classes=20&size=32       data       scheme "synthetic", name ""
+cifar:resnet8x4?weights=w.pt       model      scheme "cifar", name "resnet8x4"
+power?lam=0.6667&temperature=4     loss       scheme "power", name ""
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TypeVar
+from urllib.parse import unquote
+
+from redistill_cache.errors import UsageError
+
+__all__ = ["Spec", "did_you_mean", "parse_spec"]
+
+T = TypeVar("T", str, int, float, bool)
+
+TRUE, FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The tail of an "unknown name" message: the nearest known names, or all of them when none is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A parsed spec string. `options` are still text; `take` reads them with a type."""
+
+    scheme: str
+    name: str = ""
+    options: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    text: str = ""
+
+    def __str__(self) -> str:
+        return self.text
+
+    def refuse_unknown(self, known: Iterable[str]) -> None:
+        """Every option must be one of `known`; a typo is an error, never ignored."""
+        known = sorted(known)
+        for key in self.options:
+            if key not in known:
+                hint = did_you_mean(key, known) if known else "it takes no options"
+                raise UsageError(f"{self.text!r}: unknown option {key!r}; {hint}")
+
+    def take(self, key: str, default: T) -> T:
+        """The option `key` as the type of `default`, or `default` when it was not given."""
+        text = self.options.get(key)
+        if text is None:
+            return default
+        kind = type(default)
+        try:
+            if kind is bool:
+                if text.lower() not in TRUE | FALSE:
+                    raise ValueError(text)
+                return kind(text.lower() in TRUE)
+            return kind(text)
+        except ValueError:
+            raise UsageError(f"{self.text!r}: option {key}={text!r} is not a {kind.__name__}") from None
+
+
+def parse_spec(text: str) -> Spec:
+    """Split a spec string: the scheme ends at the first ':' before any '?', options start at the first '?'."""
+    head, question, tail = text.partition("?")
+    scheme, _, name = head.partition(":")
+    if not scheme:
+        raise UsageError(f"{text!r} has no scheme; expected something like 'folder:PATH' or 'power?lam=0.6667'")
+    options: dict[str, str] = {}
+    for pair in tail.split("&") if question else []:
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise UsageError(f"{text!r}: expected key=value after '?', found {pair!r}")
+        if key in options:
+            raise UsageError(f"{text!r}: option {key!r} is given twice")
+        options[key] = unquote(value)
+    return Spec(scheme=scheme, name=name, options=MappingProxyType(options), text=text)
