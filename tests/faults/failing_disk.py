@@ -1,0 +1,81 @@
+"""A disk that fails its Nth operation, once or from then on: SQLite's way to visit every error path in turn."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from redistill_cache.files import Files
+
+__all__ = ["FAILURES", "FailingDisk", "Failure"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How the Nth operation fails."""
+
+    code: int
+    persistent: bool = False  # every later operation fails as well: a disk that went read-only or away
+    late: bool = False  # the operation happened, only its success was not reported: a lost reply
+
+    def __str__(self) -> str:
+        extent = "from-then-on" if self.persistent else "once"
+        return f"{errno.errorcode[self.code]}-{'late-' if self.late else ''}{extent}"
+
+
+FAILURES = (
+    Failure(errno.ENOSPC),
+    Failure(errno.ENOSPC, persistent=True),
+    Failure(errno.EIO),
+    Failure(errno.EIO, persistent=True),
+    Failure(errno.EIO, late=True),
+)
+
+
+class FailingDisk(Files):
+    """Fails operation number `nth` (from 1). `operations` counts what was asked of it, `failed` what it refused."""
+
+    def __init__(self, nth: int, failure: Failure) -> None:
+        self.nth = nth
+        self.failure = failure
+        self.operations = 0
+        self.failed = 0
+
+    def _do(self, path: Path, operation: Callable[[], None], half: Callable[[], None] | None = None) -> None:
+        """Run `operation` unless its turn to fail has come; `half` is what a failing one leaves behind."""
+        self.operations += 1
+        due = self.operations >= self.nth if self.failure.persistent else self.operations == self.nth
+        if not due:
+            return operation()
+        self.failed += 1
+        if self.failure.late:
+            operation()
+        elif half is not None:
+            half()
+        raise OSError(self.failure.code, os.strerror(self.failure.code), str(path))
+
+    def make_directory(self, path: Path) -> None:
+        self._do(path, lambda: super(FailingDisk, self).make_directory(path))
+
+    def write(self, path: Path, data: bytes | memoryview) -> None:
+        whole = super().write
+        prefix = memoryview(data)[: len(data) // 2]
+        self._do(path, lambda: whole(path, data), half=lambda: whole(path, prefix))
+
+    def sync_file(self, path: Path) -> None:
+        self._do(path, lambda: super(FailingDisk, self).sync_file(path))
+
+    def sync_directory(self, path: Path) -> None:
+        self._do(path, lambda: super(FailingDisk, self).sync_directory(path))
+
+    def rename(self, old: Path, new: Path) -> None:
+        self._do(old, lambda: super(FailingDisk, self).rename(old, new))
+
+    def link(self, old: Path, new: Path) -> None:
+        self._do(old, lambda: super(FailingDisk, self).link(old, new))
+
+    def remove(self, path: Path) -> None:
+        self._do(path, lambda: super(FailingDisk, self).remove(path))

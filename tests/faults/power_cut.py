@@ -1,0 +1,188 @@
+"""A model of what a disk keeps when the power goes.
+
+Between two fsyncs a disk promises nothing. Here
+* the data of a file that was never synced is whole, short, empty, or full of zeroed 512-byte sectors;
+* a change of a directory (a new name, a rename, a removed name) since its last sync is kept or lost, each by the
+  toss of a coin, in any order: harsher than journalling file systems, which lose only the newest ones.
+
+`PowerCutDisk` performs every operation on a real directory, so that the code under test can read what it wrote,
+and mirrors it in a `DiskModel`; the model then lays out one possible aftermath.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from redistill_cache.files import Files
+
+__all__ = ["DiskModel", "Operation", "PowerCut", "PowerCutDisk"]
+
+SECTOR = 512
+
+Operation = tuple[str, tuple[str, ...], bytes]  # name of the primitive, paths relative to the mount, data
+
+
+class PowerCut(BaseException):
+    """The machine stopped. Not an Exception: no handler of the code under test may outlive it."""
+
+
+@dataclass(eq=False)
+class FileNode:
+    data: bytes
+    synced: bool = False
+
+
+@dataclass(eq=False)
+class FolderNode:
+    durable: dict[str, Node] = field(default_factory=dict)
+    pending: list[tuple[tuple[str, Node | None], ...]] = field(default_factory=list)
+    now: dict[str, Node] = field(default_factory=dict)
+
+    def change(self, *entries: tuple[str, Node | None]) -> None:
+        apply(self.now, entries)
+        self.pending.append(entries)
+
+    def sync(self) -> None:
+        self.durable = dict(self.now)
+        self.pending = []
+
+
+Node = FileNode | FolderNode
+
+
+def apply(names: dict[str, Node], entries: tuple[tuple[str, Node | None], ...]) -> None:
+    for name, node in entries:
+        if node is None:
+            names.pop(name, None)
+        else:
+            names[name] = node
+
+
+class DiskModel:
+    """Directory entries and file contents, each as they are now and as they are certain to survive."""
+
+    def __init__(self) -> None:
+        self.root = FolderNode()
+
+    @classmethod
+    def of_tree(cls, mount: Path) -> DiskModel:
+        """A model whose certain content is the tree as it lies on a real disk."""
+        model = cls()
+        model.root = durable_folder(mount)
+        return model
+
+    def _folder(self, path: str) -> tuple[FolderNode, str]:
+        *parents, name = path.split("/")
+        node: Node = self.root
+        for parent in parents:
+            assert isinstance(node, FolderNode)
+            node = node.now[parent]
+        assert isinstance(node, FolderNode)
+        return node, name
+
+    def apply(self, operation: Operation) -> None:
+        name, paths, data = operation
+        folder, entry = self._folder(paths[0])
+        if name == "make_directory":
+            folder.change((entry, FolderNode()))
+        elif name == "write":
+            folder.change((entry, FileNode(data)))
+        elif name == "sync_file":
+            node = folder.now[entry]
+            assert isinstance(node, FileNode)
+            node.synced = True
+        elif name == "sync_directory":
+            node = folder.now[entry] if entry else self.root
+            assert isinstance(node, FolderNode)
+            node.sync()
+        elif name == "remove":
+            folder.change((entry, None))
+        else:
+            target, new = self._folder(paths[1])
+            assert target is folder, "the product only renames and links inside one directory"
+            node = folder.now[entry]
+            folder.change((new, node)) if name == "link" else folder.change((entry, None), (new, node))
+
+    def aftermath(self, destination: Path, rng: random.Random) -> None:
+        """Lay out one state the disk may be in after the power came back."""
+        keep_names = rng.choice((0.0, 0.5, 0.9, 1.0))
+        keep_data = rng.choice((0.0, 0.5, 1.0))
+        placed: dict[FileNode, Path] = {}
+
+        def lay(folder: FolderNode, path: Path) -> None:
+            path.mkdir()
+            names = dict(folder.durable)
+            for entries in folder.pending:
+                if rng.random() < keep_names:
+                    apply(names, entries)
+            for name, node in names.items():
+                place = path / name
+                if isinstance(node, FolderNode):
+                    lay(node, place)
+                elif node in placed:
+                    os.link(placed[node], place)
+                else:
+                    place.write_bytes(node.data if node.synced else torn(node.data, keep_data, rng))
+                    placed[node] = place
+
+        lay(self.root, destination)
+
+
+def durable_folder(path: Path) -> FolderNode:
+    names: dict[str, Node] = {}
+    for entry in os.scandir(path):
+        inner = Path(entry.path)
+        names[entry.name] = durable_folder(inner) if entry.is_dir() else FileNode(inner.read_bytes(), synced=True)
+    return FolderNode(durable=names, now=dict(names))
+
+
+def torn(data: bytes, keep: float, rng: random.Random) -> bytes:
+    """What may be left of data that was written and never synced."""
+    sectors = [data[start : start + SECTOR] for start in range(0, len(data), SECTOR)]
+    sectors = [sector if rng.random() < keep else bytes(len(sector)) for sector in sectors]
+    if rng.random() < 0.5:
+        sectors = sectors[: rng.randint(0, len(sectors))]
+    return b"".join(sectors)
+
+
+class PowerCutDisk(Files):
+    """Works on a real directory under `mount`, logs what it did, and stops for good before operation `cut_at`."""
+
+    def __init__(self, mount: Path, cut_at: int | None = None) -> None:
+        self.mount = mount
+        self.cut_at = cut_at
+        self.log: list[Operation] = []
+
+    def _do(self, name: str, paths: tuple[Path, ...], perform: Callable[[], None], data: bytes = b"") -> None:
+        if self.cut_at is not None and len(self.log) >= self.cut_at:
+            raise PowerCut
+        perform()
+        relative = tuple(str(path.relative_to(self.mount)).removeprefix(".") for path in paths)
+        self.log.append((name, relative, data))
+
+    def make_directory(self, path: Path) -> None:
+        self._do("make_directory", (path,), lambda: super(PowerCutDisk, self).make_directory(path))
+
+    def write(self, path: Path, data: bytes | memoryview) -> None:
+        whole = super().write
+        self._do("write", (path,), lambda: whole(path, data), bytes(data))
+
+    def sync_file(self, path: Path) -> None:
+        # The log is the disk here: a real fsync would only make ten thousand runs slow.
+        self._do("sync_file", (path,), lambda: None)
+
+    def sync_directory(self, path: Path) -> None:
+        self._do("sync_directory", (path,), lambda: None)
+
+    def rename(self, old: Path, new: Path) -> None:
+        self._do("rename", (old, new), lambda: super(PowerCutDisk, self).rename(old, new))
+
+    def link(self, old: Path, new: Path) -> None:
+        self._do("link", (old, new), lambda: super(PowerCutDisk, self).link(old, new))
+
+    def remove(self, path: Path) -> None:
+        self._do("remove", (path,), lambda: super(PowerCutDisk, self).remove(path))

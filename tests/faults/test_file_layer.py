@@ -1,0 +1,119 @@
+"""The file layer alone, under a failing disk and under power cuts. And: the kit itself can tell good from bad."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from redistill_cache.files import LOCAL, Files, is_leftover
+
+from tests.faults.failing_disk import FAILURES, FailingDisk, Failure
+from tests.faults.power_cut import DiskModel, PowerCut, PowerCutDisk
+
+OLD, NEW = b"old" * 300, b"new" * 500
+
+
+def visible(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not is_leftover(path)}
+
+
+def try_publish(disk: Files, path: Path, exclusive: bool) -> OSError | None:
+    try:
+        disk.publish(path, NEW, exclusive=exclusive)
+    except OSError as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("exclusive", [False, True], ids=["replace", "exclusive"])
+@pytest.mark.parametrize("failure", FAILURES, ids=str)
+def test_publish_is_all_or_nothing_on_a_failing_disk(tmp_path: Path, failure: Failure, exclusive: bool):
+    for nth in range(1, 20):
+        folder = tmp_path / str(nth)
+        folder.mkdir()
+        if not exclusive:
+            (folder / "file").write_bytes(OLD)
+        disk = FailingDisk(nth, failure)
+        error = try_publish(disk, folder / "file", exclusive)
+        if error is None:
+            assert not disk.failed, "a failure was swallowed"
+            assert visible(folder) == {"file": NEW}
+            assert nth > 3
+            return
+        assert error.errno == failure.code
+        assert visible(folder).get("file") in (NEW, None if exclusive else OLD)
+    pytest.fail("publish never ran clean")
+
+
+def test_only_one_of_two_exclusive_writers_wins(tmp_path: Path):
+    LOCAL.publish(tmp_path / "file", OLD, exclusive=True)
+    with pytest.raises(FileExistsError):
+        LOCAL.publish(tmp_path / "file", NEW, exclusive=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"file"}
+    assert (tmp_path / "file").read_bytes() == OLD
+
+
+def cut_publish(folder: Path, disk_type: type[PowerCutDisk], seed: int) -> tuple[bool, bytes | None]:
+    """Publish NEW over OLD with the power cut at a random moment: (did publish return?, what is there after)."""
+    rng = random.Random(seed)
+    mount = folder / f"mount{seed}"
+    mount.mkdir()
+    (mount / "file").write_bytes(OLD)
+    model = DiskModel.of_tree(mount)
+    disk = disk_type(mount, cut_at=rng.randint(0, 7))
+    returned = True
+    try:
+        disk.publish(mount / "file", NEW)
+    except PowerCut:
+        returned = False
+    for operation in disk.log:
+        model.apply(operation)
+    model.aftermath(folder / f"after{seed}", rng)
+    return returned, visible(folder / f"after{seed}").get("file")
+
+
+def test_publish_survives_power_cuts(tmp_path: Path):
+    outcomes = set()
+    for seed in range(300):
+        returned, content = cut_publish(tmp_path, PowerCutDisk, seed)
+        assert content == NEW if returned else content in (OLD, NEW), f"seed {seed}: torn or lost"
+        outcomes.add((returned, content == NEW))
+    assert outcomes == {(True, True), (False, True), (False, False)}, "the model must produce every outcome"
+
+
+class NoFileSync(PowerCutDisk):
+    def sync_file(self, path: Path) -> None: ...
+
+
+class NoDirectorySync(PowerCutDisk):
+    def sync_directory(self, path: Path) -> None: ...
+
+
+@pytest.mark.parametrize("careless", [NoFileSync, NoDirectorySync])
+def test_the_model_catches_a_missing_sync(tmp_path: Path, careless: type[PowerCutDisk]):
+    outcomes = [cut_publish(tmp_path, careless, seed) for seed in range(100)]
+    torn = [content not in (OLD, NEW) for _, content in outcomes]
+    lost = [returned and content == OLD for returned, content in outcomes]
+    assert any(torn) if careless is NoFileSync else any(lost)
+
+
+def test_new_directories_are_durable_when_made(tmp_path: Path):
+    disk = PowerCutDisk(tmp_path)
+    disk.make_directories(tmp_path / "a" / "b" / "c")
+    disk.publish(tmp_path / "a" / "b" / "c" / "file", NEW)
+    for seed in range(50):
+        model = DiskModel()
+        for operation in disk.log:
+            model.apply(operation)
+        after = tmp_path / f"after{seed}"
+        model.aftermath(after, random.Random(seed))
+        assert (after / "a" / "b" / "c" / "file").read_bytes() == NEW, f"seed {seed}"
+
+
+def test_the_kit_covers_every_primitive():
+    """A new primitive of the file layer must not slip past the failing disk and the power cut."""
+    compositions = {"make_directories", "publish"}
+    primitives = {name for name in vars(Files) if not name.startswith("_")} - compositions
+    assert primitives <= vars(FailingDisk).keys()
+    assert primitives <= vars(PowerCutDisk).keys()
