@@ -1,0 +1,1 @@
+"""Distillation losses on logits: the power divergence first, and the family around it."""
