@@ -1,0 +1,171 @@
+"""Sample keys by the million: one buffer of UTF-8 and one of offsets, as they lie in an archive.
+
+A list of 1.28 million Python strings takes 100 MB and a set of them twice that; packed, they take their own bytes
+plus eight. Everything that looks at all keys at once (joining, finding duplicates) works on numpy arrays: keys are
+hashed together, compared by hash, and every hit is then confirmed byte by byte, so that a collision, chance or
+crafted, can lose a match but never invent one.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from typing import overload
+
+import numpy as np
+
+from redistill_cache.errors import Damaged
+
+__all__ = ["PackedKeys", "hash_words", "pack_keys"]
+
+# Rows are looked at in slices whose zero-padded matrix stays about this big, however long a single key is.
+SLICE_BYTES = 8 << 20
+# Drawn once a process: nobody can prepare keys that collide here.
+_MULTIPLIERS = np.array([secrets.randbits(64) | 1 for _ in range(2)], dtype=np.uint64)
+_SHIFT = np.uint64(29)
+
+
+class PackedKeys(Sequence[str]):
+    """An immutable sequence of strings: key i is the UTF-8 text `data[offsets[i]:offsets[i + 1]]`."""
+
+    __slots__ = ("data", "offsets")
+
+    def __init__(self, data: np.ndarray, offsets: np.ndarray) -> None:
+        """Take arrays from anywhere, an archive included: offsets that do not fit the data are `Damaged`."""
+        data, offsets = np.asarray(data, np.uint8), np.asarray(offsets)
+        fits = (
+            offsets.ndim == 1 and offsets.size > 0 and data.ndim == 1 and offsets[0] == 0 and offsets[-1] == len(data)
+        )
+        if not fits or np.any(offsets[1:] < offsets[:-1]):
+            raise Damaged("key offsets must rise from 0 to the number of key bytes; these do not, the keys are damaged")
+        self.data = data
+        self.offsets = offsets.astype(np.uint64, copy=False)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> PackedKeys: ...
+    def __getitem__(self, index: int | slice) -> str | PackedKeys:
+        if isinstance(index, slice):
+            return self.take(np.arange(*index.indices(len(self))))
+        i = int(index)
+        if i < 0:
+            i += len(self)
+        if not 0 <= i < len(self):
+            raise IndexError(f"key {index} of {len(self)}")
+        return self._bytes(i).decode("utf-8", errors="replace")
+
+    def __iter__(self) -> Iterator[str]:
+        return (self._bytes(i).decode("utf-8", errors="replace") for i in range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, PackedKeys):
+            return NotImplemented
+        return bool(np.array_equal(self.offsets, other.offsets) and np.array_equal(self.data, other.data))
+
+    def __hash__(self) -> int:
+        return hash((len(self), self.data.tobytes()))
+
+    def __repr__(self) -> str:
+        return f"PackedKeys({len(self)} keys, {self.data.nbytes + self.offsets.nbytes} bytes)"
+
+    def __reduce__(self) -> tuple[type[PackedKeys], tuple[np.ndarray, np.ndarray]]:
+        return PackedKeys, (self.data, self.offsets)
+
+    def _bytes(self, i: int) -> bytes:
+        return self.data[int(self.offsets[i]) : int(self.offsets[i + 1])].tobytes()
+
+    def lengths(self) -> np.ndarray:
+        """Bytes of each key, int64."""
+        return np.diff(self.offsets).astype(np.int64)
+
+    def take(self, rows: np.ndarray) -> PackedKeys:
+        """The keys at `rows`, in that order."""
+        lengths = self.lengths()[rows]
+        offsets = np.zeros(len(rows) + 1, np.uint64)
+        np.cumsum(lengths, out=offsets[1:])
+        data = np.empty(int(offsets[-1]), np.uint8)
+        for part in _slices(lengths):
+            source = np.repeat(self.offsets[:-1][rows[part]] - offsets[:-1][part], lengths[part])
+            first, last = int(offsets[part.start]), int(offsets[part.stop])
+            data[first:last] = self.data[np.arange(first, last, dtype=np.uint64) + source]
+        return PackedKeys(data, offsets)
+
+    def hashes(self) -> np.ndarray:
+        """A 64-bit hash of every key, the same for equal keys within this process only."""
+        lengths = self.lengths()
+        out = np.empty(len(self), np.uint64)
+        for part in _slices(lengths):
+            rows = np.arange(part.start, part.stop)
+            out[part] = hash_words(self._padded(rows, lengths[part]), lengths[part])
+        return out
+
+    def equal_at(self, rows: np.ndarray, other: PackedKeys, other_rows: np.ndarray) -> np.ndarray:
+        """For each pair of rows, whether the two keys are the same bytes."""
+        mine, theirs = self.lengths()[rows], other.lengths()[other_rows]
+        same: np.ndarray = np.equal(mine, theirs)
+        candidates = np.flatnonzero(same)
+        mine = mine[candidates]
+        for part in _slices(mine):
+            at = candidates[part]
+            left = self._padded(rows[at], mine[part])
+            same[at] = (left == other._padded(other_rows[at], mine[part])).all(axis=1)
+        return same
+
+    def _padded(self, rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Keys as the rows of a matrix of 64-bit words, padded with zeros."""
+        words = -(-int(lengths.max(initial=0)) // 8)
+        matrix = np.zeros((len(rows), words * 8), np.uint8)
+        columns = np.arange(words * 8)
+        starts = self.offsets[:-1][rows].astype(np.int64)
+        if len(lengths) and (lengths == lengths[0]).all():  # keys of one length, as most data sets have: no mask
+            matrix[:, : lengths[0]] = self.data[starts[:, None] + columns[: lengths[0]]]
+        else:
+            inside = columns < lengths[:, None]
+            matrix[inside] = self.data[(starts[:, None] + columns)[inside]]
+        words_NW: np.ndarray = matrix.view(np.uint64)
+        return words_NW
+
+
+def pack_keys(keys: Iterable[str]) -> PackedKeys:
+    """Pack strings; keys that are packed already pass through."""
+    if isinstance(keys, PackedKeys):
+        return keys
+    encoded = [key.encode() for key in keys]
+    offsets = np.zeros(len(encoded) + 1, np.uint64)
+    np.cumsum(np.fromiter(map(len, encoded), np.uint64, len(encoded)), out=offsets[1:])
+    return PackedKeys(np.frombuffer(b"".join(encoded), np.uint8), offsets)
+
+
+def hash_words(words: np.ndarray, lengths: np.ndarray | None = None) -> np.ndarray:
+    """A 64-bit hash of each row of a matrix of 64-bit words, keyed by this process.
+
+    With `lengths` (in bytes), a row ends there and the padding after it does not count.
+    """
+    state = np.full(len(words), _MULTIPLIERS[1], np.uint64)
+    if lengths is not None:
+        state += lengths.astype(np.uint64)
+    for i, column in enumerate(words.T):
+        mixed = (state ^ column) * _MULTIPLIERS[0]
+        mixed ^= mixed >> _SHIFT
+        mixed *= _MULTIPLIERS[1]
+        mixed ^= mixed >> _SHIFT
+        state = mixed if lengths is None else np.where(lengths > 8 * i, mixed, state)
+    return state
+
+
+def _slices(lengths: np.ndarray) -> Iterator[slice]:
+    """Consecutive rows whose padded matrix stays within SLICE_BYTES (or a single row that alone exceeds it)."""
+    start = 0
+    while start < len(lengths):
+        rows = 65536
+        while True:
+            longest = int(lengths[start : start + rows].max())
+            if rows == 1 or rows * (longest + 8) <= SLICE_BYTES:
+                break
+            rows = max(1, min(rows // 2, SLICE_BYTES // (longest + 8)))
+        yield slice(start, min(start + rows, len(lengths)))
+        start += rows
