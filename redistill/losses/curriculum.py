@@ -1,0 +1,137 @@
+"""Losses whose difficulty moves during training: TAID (an interpolated target) and CTKD (a learned temperature)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from redistill.losses.checks import prepare, reduce_rows
+from redistill.losses.hinton import kl_rows, log_probs
+from redistill.losses.options import fraction, positive
+from redistill.losses.schedule import Progress
+
+__all__ = ["CurriculumTemperature", "Taid", "taid"]
+
+
+def taid(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    mix: float | Tensor = 0.4,
+    temperature: float = 1.0,
+    reduction: str = "batchmean",
+) -> Tensor:
+    """TAID's term at one moment: T² KL(p || s), p = softmax(((1 - mix) sg[z] + mix v) / T), s = softmax(z / T).
+
+    sg = no gradient. mix = 0 asks nothing, mix = 1 is KD. `Taid` moves mix through training.
+    Shing et al., ICLR 2025 (arXiv 2501.16937). Published: T = 1.
+    Needs: logits only, full rows.
+    """
+    student, teacher = prepare(student_logits, teacher_logits)
+    temperature = positive("temperature", temperature)
+    target = torch.lerp(student.detach(), teacher, torch.as_tensor(mix, dtype=student.dtype, device=student.device))
+    rows = kl_rows(log_probs(target, temperature), log_probs(student, temperature))
+    return reduce_rows(temperature**2 * rows, reduction)
+
+
+class Taid(nn.Module):
+    """TAID with its schedule: `taid`, whose mix goes from `start` to `end` with the run, faster while the loss falls.
+
+    After each training step, with the relative fall of the loss r = (L_prev - L) / L_prev:
+        m <- momentum · m + (1 - momentum) · r
+        mix <- min(end, max(start + (end - start) · progress, mix + rate · sigmoid(m) · (1 - mix)))
+    Shing et al., ICLR 2025 (arXiv 2501.16937).
+    Published: start 0.4, end 1, momentum 0.99, rate 5e-4, T = 1.
+    Needs: state (mix, m, L_prev: buffers, saved with the module; they move in training mode only), full rows.
+    """
+
+    mix: Tensor
+    trend: Tensor
+    previous: Tensor
+
+    def __init__(
+        self,
+        *,
+        start: float = 0.4,
+        end: float = 1.0,
+        momentum: float = 0.99,
+        rate: float = 5e-4,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.start, self.end = fraction("start", start), fraction("end", end)
+        self.momentum, self.rate = fraction("momentum", momentum), fraction("rate", rate)
+        self.temperature = positive("temperature", temperature)
+        self.register_buffer("mix", torch.tensor(start))
+        self.register_buffer("trend", torch.tensor(0.0))
+        self.register_buffer("previous", torch.tensor(math.nan))
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        *,
+        progress: Progress,
+        reduction: str = "batchmean",
+    ) -> Tensor:
+        rows = taid(
+            student_logits, teacher_logits, mix=self.mix.clone(), temperature=self.temperature, reduction="none"
+        )
+        if self.training:
+            self.advance(rows.detach().mean(), progress)
+        return reduce_rows(rows, reduction)
+
+    @torch.no_grad()
+    def advance(self, loss: Tensor, progress: Progress) -> None:
+        """One step of the schedule; no value leaves the device. The first step, and a loss of 0, have no trend."""
+        known = self.previous > 0
+        fall = torch.where(known, (self.previous - loss) / torch.where(known, self.previous, 1.0), 0.0)
+        trend = torch.where(known, self.momentum * self.trend + (1 - self.momentum) * fall, self.trend)
+        step = torch.where(known, self.rate * trend.sigmoid() * (1 - self.mix), 0.0)
+        linear = self.start + (self.end - self.start) * progress.fraction
+        self.mix.copy_((self.mix + step).clamp(min=linear).clamp(max=self.end))
+        self.trend.copy_(trend)
+        self.previous.copy_(loss)
+
+
+class CurriculumTemperature(nn.Module):
+    """CTKD: KD with one learned temperature T = low + span · sigmoid(θ), trained AGAINST the student.
+
+    The gradient of θ is multiplied by λ = -(1 - cos(π min(epoch, ramp) / ramp)) / 2, from 0 to -1 over `ramp` epochs:
+    θ climbs the loss that the student descends. θ must be among the parameters that the optimiser gets.
+    Li et al., AAAI 2023 (arXiv 2211.16231), the global variant.
+    Published: weights 0.1 CE + 0.9 KD, ramp 10 epochs. A reading: low 1, span 20, θ = 1 at the start are recalled from
+    the authors' code; T² is part of what θ climbs, as there.
+    Needs: one trainable parameter.
+    """
+
+    def __init__(self, *, low: float = 1.0, span: float = 20.0, ramp: float = 10.0) -> None:
+        super().__init__()
+        self.low, self.span, self.ramp = positive("low", low), positive("span", span), positive("ramp", ramp)
+        self.theta = nn.Parameter(torch.tensor(1.0))
+
+    @property
+    def temperature(self) -> Tensor:
+        """The temperature as it stands (a number to log; no gradient)."""
+        return self.at(self.theta.detach())
+
+    def at(self, theta: Tensor) -> Tensor:
+        return self.low + self.span * theta.sigmoid()
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        *,
+        progress: Progress,
+        reduction: str = "batchmean",
+    ) -> Tensor:
+        student, teacher = prepare(student_logits, teacher_logits)
+        factor = -0.5 * (1 - math.cos(math.pi * min(progress.epoch, self.ramp) / self.ramp))
+        # The value is θ, its derivative is `factor`: a gradient reversal without a Function of its own.
+        theta = factor * self.theta + ((1 - factor) * self.theta).detach()
+        temperature = self.at(theta)
+        rows = kl_rows(log_probs(teacher, temperature), log_probs(student, temperature))
+        return reduce_rows(temperature**2 * rows, reduction)
