@@ -1,0 +1,204 @@
+"""The power divergence of REDistill: one family, every limit, own gradient.
+
+All members are one function of one number. With p = softmax(v/T) of the teacher, q = softmax(z/T) of the student,
+    D_k = 1/(k(k+1)) · (M - 1),   M = Σ p (p/q)^k = Σ w,   w = p^(1+k) q^(-k)          (Cressie-Read, teacher first)
+    dD_k/dz = (q·M - w) / (T(1+k))
+and form, order and lam only say which k:
+    cressie-read, teacher first    k = lam            bounded, teacher first    k = -lam
+    cressie-read, student first    k = -1 - lam       bounded, student first    k = lam - 1
+k = 0 is KL(teacher || student), k = -1 is KL(student || teacher), k = -1/2 is 4(1 - Σ√(pq)), k = 1 is Pearson's χ²/2.
+-1 < k < 0 is bounded by 1/|k(1+k)|; all others are unbounded.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from redistill_cache.errors import Refused, UsageError
+from torch import Tensor
+
+from redistill.losses.checks import check_reduction, prepare, reduce_rows
+from redistill.specs import did_you_mean
+
+__all__ = ["CAP", "FORMS", "ORDERS", "capped_fraction", "is_bounded", "power_divergence"]
+
+Form = Literal["bounded", "cressie-read"]
+Order = Literal["teacher-first", "student-first"]
+FORMS = ("bounded", "cressie-read")
+ORDERS = ("teacher-first", "student-first")
+
+# The default cap on the exponent of unbounded members: a class may weigh at most 10,000 times more than under KL.
+CAP = math.log(1e4)
+# What float32 holds with room for the factors beside it. In a bounded member an exponent this large belongs to a
+# probability below e^-120, which is 0, so that stopping here changes nothing.
+LARGEST_EXPONENT = 60.0
+# Closer to k = 0 and k = -1 than this, (M - 1)/(k(k+1)) would lose digits in float32, and expm1 takes over.
+NEAR_A_LIMIT = 0.2
+
+
+def power_divergence(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    lam: float = 2 / 3,
+    temperature: float = 4.0,
+    form: Form = "bounded",
+    order: Order = "teacher-first",
+    reduction: str = "batchmean",
+    *,
+    cap: float = CAP,
+    scale_by_t2: bool = True,
+) -> Tensor:
+    """The power divergence between teacher and student, the loss of REDistill.
+
+    With p = softmax(teacher/T) and q = softmax(student/T):
+    bounded (default):  T²/(lam(1-lam)) · Σ p [1 - (q/p)^lam]
+    cressie-read:       T²/(lam(lam+1)) · Σ p [(p/q)^lam - 1];  each is the other with the sign of lam turned
+    student-first:      p and q change places
+
+    Paper: REDistill (arXiv 2602.04677); its displayed formula was not available, docs/LOSSES.md says how the reading
+    was chosen. Defaults: lam = 2/3, temperature 4, times T² so that the gradient keeps its scale as T grows.
+    Needs logits only. The teacher is a constant. There is no second derivative: create_graph=True is refused.
+
+    cap acts on unbounded members alone (KL and reverse KL are not touched): where the exponent lam·log(p/q) exceeds it,
+    the exponential goes on as its tangent, so that value and gradient stay finite and the gradient never vanishes.
+    math.inf turns it off as far as float32 allows; `capped_fraction` counts how often it acts.
+    """
+    k = cressie_read_power(lam, form, order)
+    check_options(temperature, cap)
+    check_reduction(reduction)
+    student, teacher = prepare(student_logits, teacher_logits)
+    scale = temperature * temperature if scale_by_t2 else 1.0
+    wants_gradient = torch.is_grad_enabled() and student.requires_grad
+    rows: Tensor = _PowerDivergence.apply(student, teacher, k, temperature, cap, scale, wants_gradient)
+    return reduce_rows(rows, reduction)
+
+
+def cressie_read_power(lam: float, form: str, order: str) -> float:
+    """The k of the module's docstring; refuses unknown forms and orders."""
+    if form not in FORMS:
+        raise UsageError(f"unknown form {form!r} of the power divergence; {did_you_mean(form, FORMS)}")
+    if order not in ORDERS:
+        raise UsageError(f"unknown order {order!r} of the power divergence; {did_you_mean(order, ORDERS)}")
+    if not -math.inf < lam < math.inf:
+        raise UsageError(f"lam must be a finite number, found {lam}")
+    k = lam if form == "cressie-read" else -lam
+    return k if order == "teacher-first" else -1.0 - k
+
+
+def is_bounded(lam: float, form: Form = "bounded", order: Order = "teacher-first") -> bool:
+    """Whether the member cannot exceed a constant, whatever teacher and student say."""
+    return -1.0 < cressie_read_power(lam, form, order) < 0.0
+
+
+def check_options(temperature: float, cap: float) -> None:
+    if not 0.0 < temperature < math.inf:
+        raise UsageError(f"temperature must be a positive number, found {temperature}")
+    if not cap > 0.0:
+        raise UsageError(f"cap must be positive (math.inf turns it off), found {cap}")
+
+
+def capped_fraction(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    lam: float = 2 / 3,
+    temperature: float = 4.0,
+    form: Form = "bounded",
+    order: Order = "teacher-first",
+    *,
+    cap: float = CAP,
+) -> Tensor:
+    """The fraction of rows in which the cap of `power_divergence` acts on at least one class; 0 where it never can."""
+    k = cressie_read_power(lam, form, order)
+    check_options(temperature, cap)
+    student, teacher = prepare(student_logits.detach(), teacher_logits)
+    if -1.0 <= k <= 0.0:
+        return student.new_zeros(())
+    log_p, log_q = torch.log_softmax(teacher / temperature, 1), torch.log_softmax(student / temperature, 1)
+    exponent = (log_p - log_q) * (k if k > 0 else 1.0 + k)
+    return (exponent.amax(dim=1) > min(cap, LARGEST_EXPONENT)).to(student.dtype).mean()
+
+
+class _PowerDivergence(torch.autograd.Function):
+    """Per-row values; the gradient is finished in the forward pass, one [batch, classes] buffer is kept for it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401  torch's own context object
+        student: Tensor,
+        teacher: Tensor,
+        k: float,
+        temperature: float,
+        cap: float,
+        scale: float,
+        wants_gradient: bool,
+    ) -> Tensor:
+        log_q = torch.log_softmax(student / temperature, dim=1)
+        log_p = torch.log_softmax(teacher / temperature, dim=1)
+        if -1.0 + NEAR_A_LIMIT <= k <= -NEAR_A_LIMIT:
+            rows, gradient, divisor = _inside(log_p, log_q, k, wants_gradient)
+        else:
+            rows, gradient, divisor = _anywhere(log_p, log_q, k, cap, wants_gradient)
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+            ctx.scale = scale / (divisor * temperature)
+        return rows.mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        # Gradients are recorded inside a backward pass only under create_graph=True. once_differentiable would let that
+        # pass, and silently leave this loss out of the second derivative.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise Refused("the power divergence has no second derivative; call backward() without create_graph=True")
+        (gradient,) = ctx.saved_tensors
+        return gradient * (grad_outputs[0] * ctx.scale).unsqueeze(1), None, None, None, None, None, None
+
+
+# What the two ways of computing give: per-row values, and if wanted the gradient times the divisor that comes with it.
+Parts = tuple[Tensor, Tensor | None, float]
+
+
+def _inside(log_p: Tensor, log_q: Tensor, k: float, wants_gradient: bool) -> Parts:
+    """-1 < k < 0, not near either end: w = exp of a mean of two log-probabilities, at most 1. Overwrites its inputs."""
+    w = log_p.lerp_(log_q, -k).exp_()
+    mass = w.sum(dim=1)
+    rows = (mass - 1.0).div_(k * (1.0 + k))
+    if not wants_gradient:
+        return rows, None, 1.0
+    gradient = w.neg_().addcmul_(log_q.exp_(), mass.unsqueeze(1))  # q·M - w
+    return rows, gradient, 1.0 + k
+
+
+def _anywhere(log_p: Tensor, log_q: Tensor, k: float, cap: float, wants_gradient: bool) -> Parts:
+    """Any k, smooth through 0 and -1; overwrites its inputs.
+
+    Near KL (k >= -1/2) the value is Σ p f(log p/q) / (1+k) with f(x) = expm1(kx)/k, near reverse KL it is
+    Σ q f(log p/q) / k with f(x) = expm1((1+k)x)/(1+k): f is exact where its own coefficient goes to 0, and the other
+    coefficient stays away from 0. A cap replaces f by its tangent.
+    """
+    near_kl = k >= -0.5
+    own, other = (k, 1.0 + k) if near_kl else (1.0 + k, k)
+    base = log_p.exp() if near_kl else log_q.exp()
+    value, slope = _relaxed_log(log_p.sub_(log_q), own, cap if k > 0.0 or k < -1.0 else None)
+    rows = (base * value).sum(dim=1).div_(other)
+    if not wants_gradient:
+        return rows, None, 1.0
+    # The derivative by log q, up to a multiple of q, which the softmax takes out again.
+    by_log_q = slope.add_(1.0).mul_(base).neg_() if near_kl else value.sub_(slope).mul_(base)
+    q = log_q.exp_() if near_kl else base
+    gradient = by_log_q.addcmul_(q, by_log_q.sum(dim=1, keepdim=True), value=-1.0)
+    return rows, gradient, other
+
+
+def _relaxed_log(log_ratio: Tensor, c: float, cap: float | None) -> tuple[Tensor, Tensor]:
+    """f(x) = expm1(cx)/c, x at c = 0, and its slope less one, expm1(cx); its tangent where cx exceeds the cap."""
+    if abs(c) < 1e-12:
+        return log_ratio, torch.zeros_like(log_ratio)
+    exponent = log_ratio.mul_(c)
+    limit = LARGEST_EXPONENT if cap is None else min(cap, LARGEST_EXPONENT)
+    slope = exponent.clamp(max=limit).expm1_()
+    value = slope / c
+    if cap is not None:
+        value.add_(exponent.sub_(limit).clamp_(min=0.0), alpha=math.exp(limit) / c)
+    return value, slope
