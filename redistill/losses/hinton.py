@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -9,7 +11,7 @@ from torch.nn import functional as F
 from redistill.losses.checks import prepare, reduce_rows
 from redistill.losses.options import positive
 
-__all__ = ["kd", "kl_rows", "log_probs", "standardize"]
+__all__ = ["kd", "kl_rows", "log_probs", "spread", "standardize"]
 
 
 def log_probs(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
@@ -52,7 +54,18 @@ def standardize(logits: Tensor, *, eps: float = 1e-7) -> Tensor:
     is 0/0 or 1/eps, either of which ends a training run. Such a row counts as having deviation 1.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    centered = logits - logits.mean(-1, keepdim=True)
-    variance = centered.square().sum(-1, keepdim=True) / (logits.shape[-1] - 1)
-    deviation = torch.where(variance > 0, variance, 1.0).sqrt()
-    return centered / (deviation + eps)
+    centered, length = spread(logits, -1)
+    return centered / (length / math.sqrt(logits.shape[-1] - 1) + eps)
+
+
+def spread(values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The slices along `dim` minus their means, and the lengths of that (dim kept).
+
+    A slice of equal values has length 0 but for the rounding of its mean; what divides by the length would turn that
+    rounding into the direction of a huge gradient. Such a slice gets length sqrt(n - 1), a deviation of 1.
+    """
+    count = values.shape[dim]
+    centered = values - values.mean(dim, keepdim=True)
+    squared = centered.square().sum(dim, keepdim=True)
+    rounding = 4 * torch.finfo(values.dtype).eps * values.detach().abs().amax(dim, keepdim=True)
+    return centered, torch.where(squared > count * rounding.square(), squared, max(count - 1.0, 1.0)).sqrt()

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from redistill.losses.checks import check_labels, check_reduction, full_precision, prepare, reduce_rows
 from redistill.losses.hinton import log_probs
 from redistill.losses.options import at_least_one, positive
-from redistill.losses.relational import norm, reduce_batch
+from redistill.losses.relational import reduce_batch
 
 __all__ = ["pld", "top_scaled", "topkd"]
 
@@ -67,10 +67,16 @@ def top_scaled(
     return scaled.scatter(1, true, of_true + torch.where(wrong, (lift_when_wrong - lift) * gap, 0.0))
 
 
+def length(x: Tensor) -> Tensor:
+    """The length of each row, 1 where it is exactly 0 (an untrained head): a finite gradient in place of 1/0."""
+    squared = x.square().sum(1)
+    return torch.where(squared > 0, squared, 1.0).sqrt()
+
+
 def cosine(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
     """Cosine of each row over the classes of `mask`; 0 where there are none."""
     x, y = x * mask, y * mask
-    return (x * y).sum(1) / (norm(x, 1) * norm(y, 1))
+    return (x * y).sum(1) / (length(x) * length(y))
 
 
 def topkd(
@@ -109,7 +115,7 @@ def topkd(
     agreement = top_weight * cosine(student, scaled, top) + bottom_weight * cosine(student, scaled, bottom)
     decoupled = 1 - (agreement + cosine(student, scaled, rest)).mean()
     with full_precision(student):
-        alike = (student / norm(student, 1)[:, None]) @ (scaled / norm(scaled, 1)[:, None]).T / tau
+        alike = (student / length(student)[:, None]) @ (scaled / length(scaled)[:, None]).T / tau
     own = torch.arange(student.shape[0], device=student.device)
     contrast = 0.5 * (F.cross_entropy(alike, own) + F.cross_entropy(alike.T, own))
     return reduce_batch(decoupled + contrast, student, reduction)

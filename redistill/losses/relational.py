@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from redistill_cache.errors import UsageError
 from torch import Tensor
 
 from redistill.losses.checks import check_reduction, full_precision, prepare, reduce_rows
-from redistill.losses.hinton import log_probs, standardize
+from redistill.losses.hinton import log_probs, spread, standardize
 from redistill.losses.options import positive
 
 __all__ = ["dist", "mlkd_batch", "mlkd_class", "pearson", "spearman"]
@@ -19,18 +18,12 @@ PAIRS_AT_MOST = 2**28
 def correlation(x: Tensor, y: Tensor, dim: int, eps: float = 1e-8) -> Tensor:
     """Pearson's correlation along `dim`, eps added to the product of the norms as in DIST's code.
 
-    A constant slice correlates with nothing: 0, with a gradient of the size that a norm of 1 would give. The formula
-    has 1/eps there, which is how a zero-initialised student would meet it.
+    A constant slice correlates with nothing: 0, with the gradient of a slice of deviation 1. The formula has 1/eps
+    there, which is how a zero-initialised student would meet it.
     """
-    x = x - x.mean(dim, keepdim=True)
-    y = y - y.mean(dim, keepdim=True)
-    return (x * y).sum(dim) / (norm(x, dim) * norm(y, dim) + eps)
-
-
-def norm(x: Tensor, dim: int) -> Tensor:
-    """The Euclidean norm along `dim`, 1 where it is exactly 0."""
-    squared = x.square().sum(dim)
-    return torch.where(squared > 0, squared, 1.0).sqrt()
+    x, length_x = spread(x, dim)
+    y, length_y = spread(y, dim)
+    return (x * y).sum(dim) / ((length_x * length_y).squeeze(dim) + eps)
 
 
 def pearson(
