@@ -1,0 +1,20 @@
+"""Codecs: rows of a signal to small integer arrays and back, with a stated bound on what every row loses."""
+
+from __future__ import annotations
+
+from redistill_cache.codecs.catalogue import CODECS, fit_codec, open_codec
+from redistill_cache.codecs.certify import NotFinite, kl_rows
+from redistill_cache.codecs.protocol import Codec, Encoded, join_encoded
+from redistill_cache.codecs.stats import BlockStats
+
+__all__ = [
+    "CODECS",
+    "BlockStats",
+    "Codec",
+    "Encoded",
+    "NotFinite",
+    "fit_codec",
+    "join_encoded",
+    "kl_rows",
+    "open_codec",
+]

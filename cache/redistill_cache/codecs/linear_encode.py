@@ -1,0 +1,175 @@
+"""The encoder of the linear codec: project, round, decode, measure, and go finer until every row is within the bound.
+
+Encoded bytes depend on a row alone, not on the rows beside it nor on how many threads multiply: rows go through tiles
+of one shape, projections are made in float64 and snapped to a grid much coarser than the differences between orders
+of summation, and every decision about a row looks at that row only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import numpy as np
+
+from redistill_cache.codecs.certify import check_finite
+from redistill_cache.codecs.checks import Config
+from redistill_cache.codecs.measure import Measure
+from redistill_cache.codecs.protocol import Encoded, Json, absent, join_parts
+from redistill_cache.codecs.space import Array, space_of, to_numpy
+from redistill_cache.codecs.synthesis import ESCAPED, EXACT, LEVEL_MASK, LEVELS_PER_OCTAVE, Synthesis
+
+__all__ = ["Policy", "encode_linear"]
+
+METRICS = ("kl", "relative")
+ROUNDINGS = ("plain", "shaped")
+# Rows of a slab are searched together: tiles of rows that still need another step stay full.
+TILES_OF_SLAB = 16
+# Another machine's matrix product may differ in the last digits: pass only what passes there too.
+MARGIN = 1.0 - 1e-3
+# Without a certificate, a row this many times over the bound is still refined.
+WILD = 10.0
+# Attempts at a coarser step for rows that have passed.
+COARSER_TRIES = 2
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the encoder promises and how it decides; recorded in the archive, not needed to decode."""
+
+    metric: Literal["kl", "relative"]
+    fidelity: float
+    certified: bool
+    level: int  # where a row starts
+    keep_shift: bool
+    rounding: Literal["plain", "shaped"]
+
+    @property
+    def limit(self) -> float:
+        """The error above which a row gets a finer step."""
+        return self.fidelity * (MARGIN if self.certified else WILD)
+
+    def config(self) -> dict[str, Json]:
+        return {
+            "metric": self.metric,
+            "fidelity": self.fidelity,
+            "certified": self.certified,
+            "level": self.level,
+            "keep_shift": self.keep_shift,
+            "rounding": self.rounding,
+        }
+
+    @classmethod
+    def read(cls, reader: Config) -> Policy:
+        return cls(
+            metric=cast("Literal['kl', 'relative']", reader.choice("metric", METRICS)),
+            fidelity=reader.number("fidelity", 1e-12, 1e3),
+            certified=reader.flag("certified"),
+            level=reader.integer("level", 0, LEVEL_MASK),
+            keep_shift=reader.flag("keep_shift"),
+            rounding=cast("Literal['plain', 'shaped']", reader.choice("rounding", ROUNDINGS)),
+        )
+
+
+def encode_linear(synthesis: Synthesis, policy: Policy, rows: Array) -> Encoded:
+    """See the module."""
+    check_finite(rows)
+    measure = Measure(synthesis, policy.metric, policy.keep_shift, policy.rounding, space_of(rows))
+    size = measure.tile_rows * TILES_OF_SLAB
+    starts = range(0, max(len(rows), 1), size)
+    return join_parts([Search(measure, policy, rows[start : start + size]).encoded() for start in starts])
+
+
+class Search:
+    """The search for the step of every row of a slab: the coarsest that keeps the row within the limit."""
+
+    def __init__(self, measure: Measure, policy: Policy, rows: Array) -> None:
+        self.measure = measure
+        self.policy = policy
+        self.rows = measure.space.cast(rows, "float32")
+        self.x = measure.project(self.rows)
+        count = len(rows)
+        self.level = np.full(count, policy.level, np.int64)
+        self.failed = np.full(count, -1)  # the finest level known to miss
+        self.exact = np.zeros(count, bool)
+        self.best = measure.attempt(self.rows, self.x, self.level, np.arange(count))
+
+    def encoded(self) -> Encoded:
+        if len(self.level):
+            self._refine()
+            if self.policy.certified:
+                self._coarsen()
+        return self._assembled()
+
+    def _misses(self) -> np.ndarray:
+        return np.flatnonzero(~(self.best.worst(self.policy.limit) <= 1.0) & ~self.exact)
+
+    def _refine(self) -> None:
+        """Finer and finer, until rows pass or are given up as exact."""
+        active = self._misses()
+        if not len(active):
+            return
+        floor = self.measure.floor_error(self.rows, self.x, active)
+        self.exact[active[~(floor.worst(self.policy.limit) <= 1.0)]] = True
+        while len(active := self._misses()):
+            ratio = self.best.worst(self.policy.limit)[active]
+            self.failed[active] = self.level[active]
+            spent = (self.level[active] >= LEVEL_MASK) | ~np.isfinite(ratio)
+            self.exact[active[spent]] = True
+            active, ratio = active[~spent], ratio[~spent]
+            finer = self.level[active] + levels_of(ratio, up=True)
+            self.level[active] = np.minimum(finer, LEVEL_MASK)
+            if len(active):
+                trial = self.measure.attempt(self.rows, self.x, self.level, active)
+                self.best.put(active, trial, np.arange(len(active)))
+
+    def _coarsen(self) -> None:
+        """Rows that lose much less than they may get a coarser step, if they pass with it."""
+        for _ in range(COARSER_TRIES):
+            down = levels_of(1.0 / np.maximum(self.best.worst(self.policy.limit), 1e-12), up=False)
+            target = np.maximum(self.level - down, self.failed + 1)
+            active = np.flatnonzero(~self.exact & (target < self.level))
+            if not len(active):
+                return
+            trial = self.measure.attempt(self.rows, self.x, target, active)
+            passed = trial.worst(self.policy.limit) <= 1.0
+            better, worse = active[passed], active[~passed]
+            self.best.put(better, trial, np.flatnonzero(passed))
+            self.level[better] = target[better]
+            self.failed[worse] = target[worse]
+
+    def _assembled(self) -> Encoded:
+        space, packing, exact = self.measure.space, self.measure.synthesis.packing, self.exact
+        # An exact row holds nothing else.
+        kept = space.constant(~exact)
+        k = space.where(kept[:, None], self.best.k, self.best.k * 0.0)
+        within, escape = packing.split(space, k)
+        escaped = to_numpy((escape != 0).any(1))
+        level = np.where(exact, EXACT, self.level | np.where(escaped, ESCAPED, 0)).astype(np.uint8)
+        arrays = {
+            "q": packing.pack(space, within),
+            "level": space.constant(level),
+            "escape": to_numpy(escape).astype(np.int16) if escaped.any() else absent(tuple(k.shape), "int16"),
+            "exact": _exact_rows(self.rows, exact),
+        }
+        if self.policy.keep_shift:
+            arrays["shift"] = space.where(kept, self.best.shift, self.best.shift * 0.0)
+        errors = {name: np.where(exact, 0.0, values) for name, values in self.best.errors.items()}
+        return Encoded(arrays=arrays, errors=errors, exact=exact, top1_kept=self.best.top1_kept | exact)
+
+
+def levels_of(ratio: np.ndarray, *, up: bool) -> np.ndarray:
+    """How many levels change the error by this factor, which goes with the square of the step; at least one."""
+    levels = np.log2(np.clip(ratio, 1e-30, 1e30)) * (LEVELS_PER_OCTAVE / 2)
+    whole: np.ndarray = np.maximum(np.ceil(levels) if up else np.floor(levels), 1).astype(np.int64)
+    return whole
+
+
+def _exact_rows(rows: Array, exact: np.ndarray) -> np.ndarray:
+    shape = (len(exact), int(rows.shape[1]))
+    if not exact.any():
+        return absent(shape, "float32")
+    array = np.zeros(shape, np.float32)  # pages that stay zero are never touched
+    index = np.flatnonzero(exact)
+    array[index] = to_numpy(rows[space_of(rows).constant(index)])
+    return array

@@ -1,0 +1,170 @@
+"""One attempt at encoding rows at given levels: round, pack, decode through the real decoder, measure the loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from redistill_cache.codecs.certify import TEMPERATURES, kl_rows, relative_error
+from redistill_cache.codecs.packing import ESCAPE_LIMIT
+from redistill_cache.codecs.space import Array, Space, to_numpy
+from redistill_cache.codecs.synthesis import ESCAPED, Synthesis, multipliers
+
+__all__ = ["Attempt", "Measure"]
+
+# Projections, in steps of level 0, are multiples of this.
+GRID = 2.0**-20
+# Values of one float64 working array: rows of a tile shrink as they widen.
+TILE_VALUES = 1 << 22
+
+
+@dataclass
+class Attempt:
+    """What came of some rows: integers, what was added to every value, and what was lost."""
+
+    k: Array  # float64 [n, r]
+    shift: Array  # float32 [n]
+    errors: dict[str, np.ndarray]  # infinite where k is not representable
+    top1_kept: np.ndarray
+
+    def worst(self, limit: float) -> np.ndarray:
+        """The largest error of every row, in units of the limit."""
+        worst: np.ndarray = np.max(list(self.errors.values()), axis=0)
+        return worst / limit
+
+    def put(self, index: np.ndarray, other: Attempt, chosen: np.ndarray) -> None:
+        """Replace rows `index` by rows `chosen` of another attempt."""
+        self.k[index] = other.k[chosen]
+        self.shift[index] = other.shift[chosen]
+        self.top1_kept[index] = other.top1_kept[chosen]
+        for name, values in other.errors.items():
+            self.errors[name][index] = values[chosen]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """The codec's arithmetic on the device of some rows."""
+
+    synthesis: Synthesis
+    metric: str
+    keep_shift: bool
+    rounding: str
+    space: Space
+
+    @property
+    def tile_rows(self) -> int:
+        """A power of two that depends on the codec and the kind of device only."""
+        rows = self.space.tile_rows
+        while rows > 16 and rows * self.synthesis.width > TILE_VALUES:
+            rows //= 2
+        return rows
+
+    def project(self, rows: Array) -> Array:
+        """Coefficients in steps of level 0, float64 [n, r], on a grid."""
+        offset, projection = self._projection
+        parts = []
+        for tile in self._tiles(len(rows)):
+            centred = self._centred(self._padded(rows[tile])) - offset
+            x = self.space.rint((centred @ projection) / GRID) * GRID
+            parts.append(x[: tile.stop - tile.start])
+        return self.space.concatenate(parts)
+
+    def attempt(self, rows: Array, x: Array, level: np.ndarray, index: np.ndarray) -> Attempt:
+        """Rows `index` of (rows, x), at level[index]."""
+        parts = []
+        for tile in self._tiles(len(index)):
+            chosen = self.space.constant(index[tile], "int64")
+            multiplier = self.space.constant(multipliers()[level[index[tile]]], "float64")
+            tile_level = self.space.constant(level[index[tile]], "uint8")
+            k = self.space.rint(x[chosen] / multiplier[:, None])
+            parts.append(self._measured(rows[chosen], k, tile_level))
+        return self._joined(parts)
+
+    def floor_error(self, rows: Array, x: Array, index: np.ndarray) -> Attempt:
+        """What rows would lose without any rounding: what lies outside the basis."""
+        parts = []
+        for tile in self._tiles(len(index)):
+            chosen = self.space.constant(index[tile], "int64")
+            constants = self.synthesis.constants(self.space)
+            k = self._padded(self.space.cast(x[chosen], "float32"))
+            parts.append(self._compared(rows[chosen], x[chosen], k @ constants["matrix"] + constants["offset"]))
+        return self._joined(parts)
+
+    def _measured(self, rows: Array, k: Array, level: Array) -> Attempt:
+        packing = self.synthesis.packing
+        within, escape = packing.split(self.space, k)
+        # Half of the limit: what a step finer by some levels multiplies with still fits.
+        fits = (self.space.abs(escape) <= ESCAPE_LIMIT).all(1)
+        k = self.space.where(fits[:, None], k, k * 0.0)
+        within, escape = packing.split(self.space, k)
+        arrays = {
+            "q": self._padded(packing.pack(self.space, within)),
+            "level": self._padded(level | self.space.cast((escape != 0).any(1), "uint8") * ESCAPED),
+            "escape": self._padded(self.space.cast(escape, "int16")),
+        }
+        attempt = self._compared(rows, k, self.synthesis.decode(arrays))
+        for values in attempt.errors.values():
+            values[~to_numpy(fits)] = np.inf
+        return attempt
+
+    def _compared(self, rows: Array, k: Array, decoded: Array) -> Attempt:
+        count = len(rows)
+        rows = self._padded(rows)
+        shift = self.space.zeros((len(rows),), "float32")
+        if self.keep_shift:
+            lost = self.space.cast(rows, "float64") - self.space.cast(decoded, "float64")
+            shift = self.space.cast(lost.mean(1), "float32")
+            decoded = decoded + shift[:, None]
+        if self.metric == "kl":
+            errors = {f"kl_t{t:g}": kl_rows(rows, decoded, t) for t in TEMPERATURES}
+        else:
+            errors = {"relative": relative_error(rows, decoded)}
+        chosen = self.space.argmax_of_row(decoded)[:, None]
+        kept = self.space.take(rows, chosen) == self.space.max_of_row(rows)
+        return Attempt(
+            k,
+            shift[:count],
+            {name: np.array(to_numpy(values[:count])) for name, values in errors.items()},
+            np.array(to_numpy(kept[:count, 0])),
+        )
+
+    def _joined(self, parts: list[Attempt]) -> Attempt:
+        if len(parts) == 1:
+            return parts[0]
+        return Attempt(
+            self.space.concatenate([part.k for part in parts]),
+            self.space.concatenate([part.shift for part in parts]),
+            {name: np.concatenate([part.errors[name] for part in parts]) for name in parts[0].errors},
+            np.concatenate([part.top1_kept for part in parts]),
+        )
+
+    def _tiles(self, count: int) -> list[slice]:
+        step = self.tile_rows
+        return [slice(start, min(start + step, count)) for start in range(0, max(count, 1), step)]
+
+    def _padded(self, x: Array) -> Array:
+        return self.space.pad_rows(x, self.tile_rows)
+
+    def _centred(self, rows: Array) -> Array:
+        rows = self.space.cast(rows, "float64")
+        return rows - rows.mean(1)[:, None] if self.metric == "kl" else rows
+
+    @cached_property
+    def _projection(self) -> tuple[Array, Array]:
+        """The offset, and the matrix [width, r] that finds the nearest point of the span (least squares)."""
+        matrix = self.synthesis.matrix.astype(np.float64)
+        offset = self.synthesis.offset.astype(np.float64)
+        if self.metric == "kl":
+            matrix, offset = matrix - matrix.mean(1, keepdims=True), offset - offset.mean()
+        return self.space.constant(offset, "float64"), self.space.constant(least_squares(matrix), "float64")
+
+
+def least_squares(matrix: np.ndarray) -> np.ndarray:
+    """The pseudo-inverse [width, r] of nearly orthogonal rows [r, width]."""
+    size = np.abs(matrix).max(initial=0.0)
+    if size == 0.0:
+        return np.zeros(matrix.T.shape)
+    scaled = matrix / size
+    return np.ascontiguousarray((np.linalg.pinv(scaled @ scaled.T, rcond=1e-11, hermitian=True) @ scaled).T / size)

@@ -1,0 +1,120 @@
+"""What a codec is, and what encoding returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from redistill_cache.arrays import ArraySpec
+from redistill_cache.codecs.space import Array, space_of, to_numpy
+
+__all__ = ["Codec", "Encoded", "Json", "absent", "is_absent", "join_encoded", "join_parts"]
+
+Json = Any
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Encoded rows, and what was measured on every one of them after decoding it again.
+
+    `arrays` has one entry per ArraySpec of the codec. Rare arrays (those in `Codec.rare`) are on the host whatever the
+    rows were, and take no memory where no row needed them.
+    """
+
+    arrays: Mapping[str, Array]
+    errors: Mapping[str, np.ndarray]  # per row, float64: "kl_t1" and "kl_t4", or "relative" for features
+    exact: np.ndarray  # bool: rows stored bit for bit
+    top1_kept: np.ndarray  # bool: the largest value is where it was
+
+    def __len__(self) -> int:
+        return len(self.exact)
+
+    @property
+    def kl_t1(self) -> np.ndarray:
+        return self.errors["kl_t1"]
+
+    @property
+    def kl_t4(self) -> np.ndarray:
+        return self.errors["kl_t4"]
+
+
+class Codec(Protocol):
+    """Rows of a signal to integer arrays and back. Frozen: what it does is decided by width, config and side data."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def rare(self) -> frozenset[str]:
+        """Arrays that hardly any row needs. `decode` takes them whole, or only the rows of `rows_needing`, or not."""
+
+    def config(self) -> dict[str, Json]:
+        """Plain JSON; with `side`, all that `open_codec` needs."""
+
+    def side(self) -> dict[str, np.ndarray]:
+        """Arrays written once per signal."""
+
+    def arrays(self) -> tuple[ArraySpec, ...]:
+        """The arrays of a row."""
+
+    def rows_needing(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """For every rare array, which of these rows need it (bool). Looks only at arrays that are not rare."""
+
+    def encode(self, rows: Array) -> Encoded:
+        """float32 [n, width], numpy or torch on any device. Raises NotFinite."""
+
+    def decode(self, arrays: Mapping[str, Array]) -> Array:
+        """float32 [n, width], of the kind and on the device of what was given."""
+
+
+def join_encoded(parts: Sequence[Encoded]) -> Encoded:
+    """Batches as one, on the host."""
+    host = [
+        Encoded({name: to_numpy(array) for name, array in part.arrays.items()}, part.errors, part.exact, part.top1_kept)
+        for part in parts
+    ]
+    return join_parts(host)
+
+
+def join_parts(parts: Sequence[Encoded]) -> Encoded:
+    """Batches as one, every array where it is."""
+    if len(parts) == 1:
+        return parts[0]
+    return Encoded(
+        arrays={name: _join([part.arrays[name] for part in parts]) for name in parts[0].arrays},
+        errors={key: np.concatenate([part.errors[key] for part in parts]) for key in parts[0].errors},
+        exact=np.concatenate([part.exact for part in parts]),
+        top1_kept=np.concatenate([part.top1_kept for part in parts]),
+    )
+
+
+def _join(pieces: list[Array]) -> Array:
+    first = pieces[0]
+    if not any(isinstance(piece, np.ndarray) and is_absent(piece) for piece in pieces):
+        return space_of(first).concatenate(pieces)
+    shape = (sum(len(piece) for piece in pieces), *first.shape[1:])
+    if all(is_absent(piece) for piece in pieces):
+        return absent(shape, first.dtype)
+    joined = np.zeros(shape, first.dtype)  # pages that stay zero are never touched
+    start = 0
+    for piece in pieces:
+        if not is_absent(piece):
+            joined[start : start + len(piece)] = piece
+        start += len(piece)
+    return joined
+
+
+def absent(shape: tuple[int, ...], dtype: np.dtype[Any] | str) -> np.ndarray:
+    """An array of zeros that takes no memory."""
+    return np.broadcast_to(np.zeros((), dtype), shape)
+
+
+def is_absent(array: np.ndarray) -> bool:
+    """Whether this is what `absent` returns."""
+    return array.size == 0 or not any(array.strides)

@@ -1,0 +1,163 @@
+"""One spelling for the few array operations of the codecs, in numpy and in torch.
+
+torch is never imported here: a torch tensor can only exist in a process that has imported it already, so the module
+is taken from sys.modules. Everything runs on the device of the rows it is given.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Array", "Space", "space_of", "to_numpy"]
+
+Array = Any  # a numpy array or a torch tensor; typing both would import torch
+
+# Rows are always processed in tiles of this many, the last one padded: the shape of every matrix product is then the
+# same however the rows were batched, and with it the order of every sum.
+TILE_ROWS_HOST = 256
+TILE_ROWS_DEVICE = 4096
+
+
+@dataclass(frozen=True)
+class Space:
+    """numpy, or torch on one device."""
+
+    torch: Any = None
+    device: Any = None
+
+    @property
+    def key(self) -> str:
+        return "numpy" if self.torch is None else f"torch:{self.device}"
+
+    @property
+    def tile_rows(self) -> int:
+        on_host = self.torch is None or self.device.type == "cpu"
+        return TILE_ROWS_HOST if on_host else TILE_ROWS_DEVICE
+
+    def constant(self, values: np.ndarray, dtype: str | None = None) -> Array:
+        """A numpy array, on the device."""
+        values = np.ascontiguousarray(values, dtype=dtype)
+        if self.torch is None:
+            return values
+        if not values.flags.writeable:
+            values = values.copy()
+        return self.torch.from_numpy(values).to(self.device)
+
+    def cast(self, x: Array, dtype: str) -> Array:
+        if self.torch is None:
+            return x.astype(dtype, copy=False)
+        return x.to(getattr(self.torch, dtype))
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
+        if self.torch is None:
+            return np.empty(shape, dtype)
+        return self.torch.empty(shape, dtype=getattr(self.torch, dtype), device=self.device)
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
+        if self.torch is None:
+            return np.zeros(shape, dtype)
+        return self.torch.zeros(shape, dtype=getattr(self.torch, dtype), device=self.device)
+
+    def rint(self, x: Array) -> Array:
+        """To the nearest integer, halves to even, in both libraries."""
+        return np.rint(x) if self.torch is None else self.torch.round(x)
+
+    def floor_divide(self, x: Array, divisor: int) -> Array:
+        return x // divisor if self.torch is None else self.torch.div(x, divisor, rounding_mode="floor")
+
+    def floor(self, x: Array) -> Array:
+        return np.floor(x) if self.torch is None else self.torch.floor(x)
+
+    def exp(self, x: Array) -> Array:
+        return np.exp(x) if self.torch is None else self.torch.exp(x)
+
+    def exp2(self, x: Array) -> Array:
+        return np.exp2(x) if self.torch is None else self.torch.exp2(x)
+
+    def log(self, x: Array) -> Array:
+        return np.log(x) if self.torch is None else self.torch.log(x)
+
+    def log2(self, x: Array) -> Array:
+        return np.log2(x) if self.torch is None else self.torch.log2(x)
+
+    def abs(self, x: Array) -> Array:
+        return np.abs(x) if self.torch is None else self.torch.abs(x)
+
+    def sqrt(self, x: Array) -> Array:
+        return np.sqrt(x) if self.torch is None else self.torch.sqrt(x)
+
+    def isfinite(self, x: Array) -> Array:
+        return np.isfinite(x) if self.torch is None else self.torch.isfinite(x)
+
+    def where(self, mask: Array, yes: Array, no: Array) -> Array:
+        return np.where(mask, yes, no) if self.torch is None else self.torch.where(mask, yes, no)
+
+    def clip(self, x: Array, low: float | None, high: float | None) -> Array:
+        return np.clip(x, low, high) if self.torch is None else self.torch.clamp(x, low, high)
+
+    def maximum(self, x: Array, y: Array) -> Array:
+        return np.maximum(x, y) if self.torch is None else self.torch.maximum(x, y)
+
+    def max_of_row(self, x: Array) -> Array:
+        """[n, k] -> [n, 1]."""
+        return x.max(axis=1, keepdims=True) if self.torch is None else x.amax(1, keepdim=True)
+
+    def argmax_of_row(self, x: Array) -> Array:
+        return x.argmax(axis=1) if self.torch is None else x.argmax(1)
+
+    def top(self, x: Array, k: int) -> Array:
+        """Columns of the k largest of every row, largest first, ties by column: [n, k]."""
+        if self.torch is None:
+            return np.argsort(-x, axis=1, kind="stable")[:, :k]
+        return self.torch.sort(x, dim=1, descending=True, stable=True)[1][:, :k]
+
+    def take(self, x: Array, index: Array) -> Array:
+        """x[row, index[row, j]]."""
+        if self.torch is None:
+            return np.take_along_axis(x, index, axis=1)
+        return self.torch.gather(x, 1, index.long())
+
+    def lookup(self, table: Array, index: Array) -> Array:
+        """table[index], the index of a small unsigned integer type."""
+        if self.torch is None:
+            return table.take(index, axis=0)
+        return table[index.to(self.torch.int32)]
+
+    def concatenate(self, parts: list[Array], axis: int = 0) -> Array:
+        return np.concatenate(parts, axis) if self.torch is None else self.torch.cat(parts, axis)
+
+    def pad_rows(self, x: Array, rows: int) -> Array:
+        """x with zero rows below, to `rows` of them, contiguous."""
+        if len(x) == rows:
+            return np.ascontiguousarray(x) if self.torch is None else x.contiguous()
+        padded = self.zeros((rows, *x.shape[1:]), str(x.dtype).removeprefix("torch."))
+        padded[: len(x)] = x
+        return padded
+
+    def tiles(self, count: int) -> Iterator[slice]:
+        for start in range(0, count, self.tile_rows):
+            yield slice(start, min(start + self.tile_rows, count))
+
+    def rows_where(self, mask: Array) -> Array:
+        """Indices of the true rows."""
+        return np.flatnonzero(mask) if self.torch is None else self.torch.nonzero(mask).flatten()
+
+
+def space_of(x: Array) -> Space:
+    """The space an array lives in."""
+    if isinstance(x, np.ndarray):
+        return Space()
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
+        return Space(torch, x.device)
+    raise TypeError(f"expected a numpy array or a torch tensor, found {type(x).__name__}")
+
+
+def to_numpy(x: Array) -> np.ndarray:
+    """The values on the host."""
+    return x if isinstance(x, np.ndarray) else np.asarray(x.detach().cpu().numpy())
