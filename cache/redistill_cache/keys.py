@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import overload
 
 import numpy as np
@@ -134,10 +135,14 @@ def pack_keys(keys: Iterable[str]) -> PackedKeys:
     """Pack strings; keys that are packed already pass through."""
     if isinstance(keys, PackedKeys):
         return keys
-    encoded = [key.encode() for key in keys]
-    offsets = np.zeros(len(encoded) + 1, np.uint64)
-    np.cumsum(np.fromiter(map(len, encoded), np.uint64, len(encoded)), out=offsets[1:])
-    return PackedKeys(np.frombuffer(b"".join(encoded), np.uint8), offsets)
+    texts, parts, lengths = iter(keys), [], [np.zeros(1, np.uint64)]
+    while encoded := [
+        key.encode() for key in islice(texts, 65536)
+    ]:  # a million bytes objects at once would weigh 80 MB
+        parts.append(b"".join(encoded))
+        lengths.append(np.fromiter(map(len, encoded), np.uint64, len(encoded)))
+    offsets = np.cumsum(np.concatenate(lengths), dtype=np.uint64)
+    return PackedKeys(np.frombuffer(b"".join(parts), np.uint8), offsets)
 
 
 def hash_words(words: np.ndarray, lengths: np.ndarray | None = None) -> np.ndarray:

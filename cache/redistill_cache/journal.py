@@ -1,0 +1,195 @@
+"""The journal: one commit record per block, and the manifest that seals them.
+
+What is not in the journal did not happen. Records and manifest name every file with its size and SHA-256, carry a hash
+of themselves, and are bound to the specification, so that no byte of one can change, or come from another archive,
+unnoticed. Nothing in them depends on time, host or process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from redistill_cache import limits
+from redistill_cache.errors import Damaged, Refused
+from redistill_cache.layout import Block
+from redistill_cache.spec import VERSION, parse_version
+from redistill_cache.strict_json import Fields, Json, canonical, parse
+
+__all__ = ["FileEntry", "Manifest", "Record", "parse_manifest", "parse_record"]
+
+PATH = re.compile(r"[a-z0-9_](?:[a-z0-9_./-]{0,400})")
+HEX = re.compile(r"[0-9a-f]{64}")
+MANIFEST_FORMAT = "redistill-manifest"
+
+
+class FileEntry(NamedTuple):
+    """A file that was committed. A plain tuple at heart: an archive has ten thousands of them."""
+
+    size: int
+    sha256: str
+
+
+def sha256(data: bytes | memoryview) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _is_path(path: object) -> bool:
+    return isinstance(path, str) and bool(PATH.fullmatch(path)) and ".." not in path and "//" not in path
+
+
+# -- commit records ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Record:
+    """The commit of one block: its files, and what its writer measured (`stats`)."""
+
+    block: Block
+    identity: str  # of the archive's specification, for a teacher's block of the teacher's
+    files: Mapping[str, FileEntry]
+    stats: Mapping[str, Json] | None = None
+
+    def to_bytes(self) -> bytes:
+        value = {
+            "part": self.block.part,
+            "view": self.block.view,
+            "index": self.block.index,
+            "rows": [self.block.start, self.block.stop],
+            "identity": self.identity,
+            "files": [[path, *self.files[path]] for path in sorted(self.files)],
+            "stats": self.stats,
+        }
+        return canonical(value | {"sha256": sha256(canonical(value))})
+
+
+def parse_record(data: bytes, block: Block, identity: str, where: str) -> Record:
+    """The record of `block`. `Damaged` unless it is, byte for byte, what a writer of this archive wrote for it."""
+    try:
+        value = parse(data, cap=limits.MAX_RECORD_BYTES, where=where)
+        record = _record(Fields(value, where), block, identity)
+    except Refused as error:
+        raise Damaged(f"{error}; the commit record of {block} is damaged") from None
+    if record.to_bytes() != data:
+        raise Damaged(f"{where}: the commit record of {block} does not match its own hash; it is damaged")
+    return record
+
+
+def _record(fields: Fields, block: Block, identity: str) -> Record:
+    found = Block(
+        fields.text("part", 256),
+        fields.integer("view", 0, limits.MAX_VIEWS),
+        fields.integer("index", 0, limits.MAX_SAMPLES),
+        *_pair(fields),
+    )
+    if found != block:
+        fields.refuse("part", f"of {block}, rows {block.start} to {block.stop}; this is the record of {found}")
+    if fields.text("identity", 64) != identity:
+        fields.refuse("identity", f"{identity[:12]}...: the record belongs to another archive")
+    files = {}
+    for item in fields.items("files", 4 * limits.MAX_ARRAYS * limits.MAX_SIGNALS):
+        path, entry = _file(fields, item)
+        files[path] = entry
+    stats = None if fields.is_null("stats") else fields.mapping("stats")
+    fields.text("sha256", 64)
+    fields.done()
+    return Record(block, identity, files, stats)
+
+
+def _pair(fields: Fields) -> tuple[int, int]:
+    rows = fields.integers("rows", 2)
+    if len(rows) != 2:
+        fields.refuse("rows", "[start, stop]")
+    return rows[0], rows[1]
+
+
+def _file(fields: Fields, item: Json) -> tuple[str, FileEntry]:
+    fits = isinstance(item, list) and len(item) == 3 and _is_path(item[0]) and type(item[1]) is int and item[1] >= 0
+    if not fits or not isinstance(item[2], str) or not HEX.fullmatch(item[2]):
+        fields.refuse("files", "a list of [path, size, sha256]")
+    return item[0], FileEntry(item[1], item[2])
+
+
+# -- the manifest -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Every file of a sealed archive. `teachers` maps a teacher to the merged statistics of its signals, or {}."""
+
+    identity: str
+    views: int
+    teachers: Mapping[str, Mapping[str, Json]]
+    files: Mapping[str, FileEntry] = field(repr=False)
+
+    def to_bytes(self) -> bytes:
+        """One JSON document with one file per line, so that it can be read without trusting a JSON parser's memory."""
+        header = {
+            "format": MANIFEST_FORMAT,
+            "version": f"{VERSION[0]}.{VERSION[1]}",
+            "identity": self.identity,
+            "views": self.views,
+            "teachers": self.teachers,
+        }
+        lines = [canonical([path, *self.files[path]]) for path in sorted(self.files)]
+        body = OPEN + canonical(header) + FILES + b",\n".join(lines) + b"\n"
+        return body + CLOSE + sha256(body).encode() + END
+
+
+OPEN, FILES, CLOSE, END = b'{"manifest":', b',"files":[\n', b'],"sha256":"', b'"}\n'
+TAIL = len(CLOSE) + 64 + len(END)
+LINE = re.compile(rb'\["([a-z0-9_][a-z0-9_./-]{0,400})",(0|[1-9][0-9]{0,17}),"([0-9a-f]{64})"\](,?)\n')
+
+
+def parse_manifest(data: bytes, where: str) -> Manifest:
+    """A manifest whose bytes are exactly those that a writer makes; anything else is `Damaged` or refused."""
+    if len(data) > limits.MAX_MANIFEST_BYTES:
+        raise Refused(f"{where}: {len(data)} bytes, more than the limit of {limits.MAX_MANIFEST_BYTES}")
+    body = memoryview(data)[:-TAIL]
+    if data[-TAIL:] != CLOSE + sha256(body).encode() + END:
+        raise Damaged(f"{where}: the manifest does not match its own hash; it is damaged")
+    start = data.find(FILES, 0, limits.MAX_METADATA_BYTES + len(FILES))
+    if not data.startswith(OPEN) or start < 0:
+        raise Refused(f"{where}: not a manifest of a redistill archive")
+    fields = Fields(parse(data[len(OPEN) : start], cap=limits.MAX_METADATA_BYTES, where=where), where)
+    if fields.text("format", 64) != MANIFEST_FORMAT:
+        fields.refuse("format", repr(MANIFEST_FORMAT))
+    _, minor = parse_version(fields, where)
+    teachers = fields.mapping("teachers")
+    if len(teachers) > limits.MAX_TEACHERS or not all(isinstance(item, dict) for item in teachers.values()):
+        fields.refuse("teachers", "a short mapping of names to statistics")
+    manifest = Manifest(
+        identity=fields.text("identity", 64),
+        views=fields.integer("views", 1, limits.MAX_VIEWS),
+        teachers=teachers,
+        files=_parse_files(data, start + len(FILES), len(data) - TAIL, where),
+    )
+    fields.done(ignore_unknown=minor > VERSION[1])
+    return manifest
+
+
+def _parse_files(data: bytes, at: int, end: int, where: str) -> dict[str, FileEntry]:
+    files: dict[str, FileEntry] = {}
+    more = True
+    for match in LINE.finditer(data, at, end):
+        if match.start() != at or not more:
+            break
+        at = match.end()
+        files[match[1].decode()] = FileEntry(int(match[2]), match[3].decode())
+        more = bool(match[4])
+        if len(files) > limits.MAX_FILES:
+            raise Refused(f"{where}: more than {limits.MAX_FILES} files, the limit of this format")
+    if at != end or more:
+        raise Refused(f"{where}: expected one [path, size, sha256] a line, found {data[at : at + 60]!a}")
+    names = list(files)
+    if not all(map(_is_plain, names)) or any(a >= b for a, b in itertools.pairwise(names)):
+        raise Refused(f"{where}: its files are not sorted, or a path leads out of the archive")
+    return files
+
+
+def _is_plain(path: str) -> bool:
+    return ".." not in path and "//" not in path

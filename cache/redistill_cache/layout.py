@@ -1,0 +1,338 @@
+"""Where everything of an archive lies and how each array is cut: pure functions of the specification.
+
+A zarr.json is written from here and, when an archive is read, compared byte by byte with what is made here. Metadata
+that came with an archive is never interpreted, so it cannot lie.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from redistill_cache import limits
+from redistill_cache.arrays import ArraySpec
+from redistill_cache.errors import UsageError
+from redistill_cache.spec import CHUNK_BYTES, ArchiveSpec, SideArray, SignalSpec, TeacherSpec
+from redistill_cache.strict_json import Json, canonical
+
+__all__ = [
+    "BLOCKS",
+    "CANARY_SHAPE",
+    "MANIFEST",
+    "ArrayLayout",
+    "Block",
+    "canary_arrays",
+    "count_files",
+    "expected_blocks",
+    "expected_metadata",
+    "part_arrays",
+    "sample_arrays",
+    "side_arrays",
+    "teacher_arrays",
+    "view_arrays",
+]
+
+JOURNAL = "_redistill"
+BLOCKS = f"{JOURNAL}/blocks"
+MANIFEST = f"{JOURNAL}/manifest.json"
+NOTES = f"{JOURNAL}/notes"
+QUARANTINE = f"{JOURNAL}/quarantine"
+
+CANARY_SHAPE = (8, 8, 3)
+INDEX_ENTRY = 16  # offset and length, little-endian uint64
+INDEX_CHECKSUM = 4
+
+
+@dataclass(frozen=True)
+class Block:
+    """The unit of commit: rows [start, stop) of one view, across all arrays of one part."""
+
+    part: str  # "samples", "views", "canaries", "teachers/<name>", "teachers/<name>/side"
+    view: int
+    index: int
+    start: int
+    stop: int
+
+    @property
+    def record_path(self) -> str:
+        return f"{BLOCKS}/{self.part.replace('/', '.')}.{self.view}.{self.index}.json"
+
+    @property
+    def rows(self) -> range:
+        return range(self.start, self.stop)
+
+    def __str__(self) -> str:
+        return f"{self.part} view {self.view} block {self.index}"
+
+
+@dataclass(frozen=True)
+class ArrayLayout:
+    """One zarr array: its folder, shape, and cut into shards (files) and inner chunks.
+
+    `row_axis` is 1 for arrays [view, sample, ...] and 0 for arrays without views. Axes after it are never cut, and the
+    axis before it is cut one by one, so a shard is `shard_rows` consecutive rows and a chunk is `chunk_rows` of them.
+    """
+
+    path: str
+    dtype: str
+    shape: tuple[int, ...]
+    row_axis: int
+    shard_rows: int
+    chunk_rows: int
+    transpose: bool = False
+    level: int | None = 3  # zstd's; None stores chunks as they are, with a CRC-32C
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        return self.shape[self.row_axis + 1 :]
+
+    @property
+    def chunk_bytes(self) -> int:
+        return self.chunk_rows * math.prod(self.row_shape) * np.dtype(self.dtype).itemsize
+
+    @property
+    def chunks_per_shard(self) -> int:
+        return self.shard_rows // self.chunk_rows
+
+    @property
+    def index_bytes(self) -> int:
+        return self.chunks_per_shard * INDEX_ENTRY + INDEX_CHECKSUM
+
+    def used_chunks(self, rows: int) -> int:
+        """Chunks of a shard that hold at least one of its first `rows` rows."""
+        return -(-rows // self.chunk_rows)
+
+    @property
+    def metadata_path(self) -> str:
+        return f"{self.path}/zarr.json"
+
+    def shard_path(self, view: int, index: int) -> str:
+        coordinates = [view] * self.row_axis + [index] + [0] * len(self.row_shape)
+        return f"{self.path}/c.{'.'.join(map(str, coordinates))}"
+
+    def metadata(self, shape: tuple[int, ...] | None = None) -> dict[str, Json]:
+        """The zarr.json of this array as a value; `shape` stands in for the array's own when one shard is encoded."""
+        lead = [1] * self.row_axis
+        names = [*["view"] * self.row_axis, "sample", *[None] * len(self.row_shape)]
+        if self.row_axis == 0:
+            names[0] = None  # offsets and side data have rows that are not samples
+        return {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": list(shape or self.shape),
+            "data_type": self.dtype,
+            "chunk_grid": _regular([*lead, self.shard_rows, *self.row_shape]),
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+            "fill_value": 0.0 if np.dtype(self.dtype).kind == "f" else 0,
+            "codecs": [
+                {
+                    "name": "sharding_indexed",
+                    "configuration": {
+                        "chunk_shape": [*lead, self.chunk_rows, *self.row_shape],
+                        "codecs": self._inner_codecs(),
+                        "index_codecs": [_bytes_codec(8), {"name": "crc32c"}],
+                        "index_location": "end",
+                    },
+                }
+            ],
+            "dimension_names": names,
+            "attributes": {},
+        }
+
+    def _inner_codecs(self) -> list[dict[str, Json]]:
+        codecs: list[dict[str, Json]] = []
+        if self.transpose:
+            axes = list(range(self.row_axis + 1 + len(self.row_shape)))
+            order = [*axes[: self.row_axis], *axes[self.row_axis + 1 :], self.row_axis]
+            codecs.append({"name": "transpose", "configuration": {"order": order}})
+        codecs.append(_bytes_codec(np.dtype(self.dtype).itemsize))
+        if self.level is None:
+            return [*codecs, {"name": "crc32c"}]
+        return [*codecs, {"name": "zstd", "configuration": {"level": self.level, "checksum": True}}]
+
+    def metadata_bytes(self) -> bytes:
+        return canonical(self.metadata())
+
+
+def _regular(shape: list[int]) -> dict[str, Json]:
+    return {"name": "regular", "configuration": {"chunk_shape": shape}}
+
+
+def _bytes_codec(itemsize: int) -> dict[str, Json]:
+    return {"name": "bytes", "configuration": {"endian": "little"}} if itemsize > 1 else {"name": "bytes"}
+
+
+# -- the arrays of each part ------------------------------------------------------------------------------------------
+
+
+def _whole(path: str, dtype: str, shape: tuple[int, ...], level: int | None = 3) -> ArrayLayout:
+    """An array without views, in one shard of chunks of about a mebibyte."""
+    row_bytes = math.prod(shape[1:]) * np.dtype(dtype).itemsize
+    chunk_rows = max(1, min(shape[0], CHUNK_BYTES // row_bytes))
+    shard_rows = -(-shape[0] // chunk_rows) * chunk_rows
+    return ArrayLayout(path, dtype, shape, 0, shard_rows, chunk_rows, level=level)
+
+
+def sample_arrays(spec: ArchiveSpec, key_bytes: int) -> dict[str, ArrayLayout]:
+    """Keys, digests, labels and sizes; `key_bytes` is the length of all keys together, which the spec does not know.
+
+    Digests do not compress and are stored as they are: the number of samples is then bounded by bytes really there.
+    """
+    n = spec.num_samples
+    return {
+        "key_bytes": _whole("samples/key_bytes", "uint8", (key_bytes,)),
+        "key_offsets": _whole("samples/key_offsets", "uint64", (n + 1,)),
+        "digest": _whole("samples/digest", "uint8", (n, 32), level=None),
+        "label": _whole("samples/label", "int64", (n,)),
+        "size": _whole("samples/size", "uint32", (n, 2)),
+    }
+
+
+def _per_view(folder: str, array: ArraySpec, spec: ArchiveSpec) -> ArrayLayout:
+    assert array.chunk_rows is not None, "specs are resolved before anything is laid out"
+    return ArrayLayout(
+        path=f"{folder}/{array.name}",
+        dtype=array.dtype,
+        shape=(spec.num_views, spec.num_samples, *array.row_shape),
+        row_axis=1,
+        shard_rows=spec.block_rows,
+        chunk_rows=array.chunk_rows,
+        transpose=array.transpose,
+        level=array.level,
+    )
+
+
+def view_arrays(spec: ArchiveSpec) -> dict[str, ArrayLayout]:
+    return {array.name: _per_view("views", array, spec) for array in spec.view_arrays}
+
+
+def canary_arrays(spec: ArchiveSpec) -> dict[str, ArrayLayout]:
+    count = spec.canaries_per_view
+    if not count:
+        return {}
+    lead = (spec.num_views, count)
+    return {
+        "row": ArrayLayout("canaries/row", "uint32", lead, 1, count, count),
+        "pixels": ArrayLayout("canaries/pixels", "uint8", (*lead, *CANARY_SHAPE), 1, count, count),
+    }
+
+
+def teacher_arrays(spec: ArchiveSpec, teacher: TeacherSpec) -> dict[str, ArrayLayout]:
+    """Per-row arrays of all signals of a teacher, by "<signal>/<array>"."""
+    return {
+        f"{signal.name}/{array.name}": _per_view(f"teachers/{teacher.name}/{signal.name}", array, spec)
+        for signal in teacher.signals
+        for array in signal.arrays
+    }
+
+
+def _side_folder(teacher: TeacherSpec, signal: SignalSpec) -> str:
+    return f"teachers/{teacher.name}/{signal.name}/side"
+
+
+def _side_array(folder: str, side: SideArray) -> ArrayLayout:
+    return _whole(f"{folder}/{side.name}", side.dtype, side.shape)
+
+
+def side_arrays(teacher: TeacherSpec) -> dict[str, ArrayLayout]:
+    """Side data of all signals of a teacher, by "<signal>/<array>"."""
+    return {
+        f"{signal.name}/{side.name}": _side_array(_side_folder(teacher, signal), side)
+        for signal in teacher.signals
+        for side in signal.side
+    }
+
+
+def part_arrays(spec: ArchiveSpec, teachers: dict[str, TeacherSpec], part: str) -> dict[str, ArrayLayout]:
+    """The arrays of a part that is written in blocks of rows or of canaries."""
+    if part == "views":
+        return view_arrays(spec)
+    if part == "canaries":
+        return canary_arrays(spec)
+    name = part.removeprefix("teachers/")
+    if not part.startswith("teachers/") or name not in teachers:
+        known = ["views", "canaries", *(f"teachers/{name}" for name in sorted(teachers))]
+        raise UsageError(f"no part {part!r} in this archive; parts written in blocks: {', '.join(known)}")
+    return teacher_arrays(spec, teachers[name])
+
+
+# -- blocks and metadata files ----------------------------------------------------------------------------------------
+
+
+def samples_block(spec: ArchiveSpec) -> Block:
+    return Block("samples", 0, 0, 0, spec.num_samples)
+
+
+def side_block(teacher: TeacherSpec) -> Block:
+    return Block(f"teachers/{teacher.name}/side", 0, 0, 0, 0)
+
+
+def expected_blocks(spec: ArchiveSpec, part: str, views: int) -> Iterator[Block]:
+    """All blocks of a part for views [0, views), view-major: any prefix of views is a prefix of the blocks."""
+    for view in range(views):
+        if part == "canaries":
+            yield Block(part, view, 0, 0, spec.canaries_per_view)
+            continue
+        for index in range(spec.blocks_per_view):
+            start = index * spec.block_rows
+            yield Block(part, view, index, start, min(start + spec.block_rows, spec.num_samples))
+
+
+def _group(attributes: dict[str, Json]) -> bytes:
+    return canonical({"zarr_format": 3, "node_type": "group", "attributes": attributes})
+
+
+def root_metadata(spec: ArchiveSpec) -> bytes:
+    return _group({"redistill": spec.to_json()})
+
+
+def teacher_path(name: str) -> str:
+    return f"teachers/{name}/zarr.json"
+
+
+def teacher_metadata(teacher: TeacherSpec) -> bytes:
+    return _group({"redistill_teacher": teacher.to_json()})
+
+
+def expected_metadata(spec: ArchiveSpec, teachers: dict[str, TeacherSpec]) -> dict[str, bytes]:
+    """Every zarr.json below the root but those of teachers' groups and of samples/key_bytes: path -> bytes."""
+    arrays = [
+        *(array for name, array in sample_arrays(spec, 1).items() if name != "key_bytes"),
+        *view_arrays(spec).values(),
+        *canary_arrays(spec).values(),
+    ]
+    groups = ["samples", "teachers"]
+    groups += ["views"] if spec.view_arrays else []
+    groups += ["canaries"] if spec.canaries_per_view else []
+    for teacher in teachers.values():
+        arrays += [*teacher_arrays(spec, teacher).values(), *side_arrays(teacher).values()]
+        for signal in teacher.signals:
+            groups.append(f"teachers/{teacher.name}/{signal.name}")
+            groups += [_side_folder(teacher, signal)] if signal.side else []
+    files = {f"{group}/zarr.json": _group({}) for group in groups}
+    files |= {array.metadata_path: array.metadata_bytes() for array in arrays}
+    return files
+
+
+def count_files(spec: ArchiveSpec, teachers: dict[str, TeacherSpec], views: int) -> int:
+    """An upper bound of the files of an archive, from checked numbers alone: before anything is made of them."""
+    per_row_block = len(spec.view_arrays) + bool(spec.view_arrays)
+    per_row_block += sum(1 + sum(len(s.arrays) for s in teacher.signals) for teacher in teachers.values())
+    constant = 32 + sum(4 + 132 * len(teacher.signals) for teacher in teachers.values())
+    return constant + views * (spec.blocks_per_view * per_row_block + 3)
+
+
+def check_file_count(spec: ArchiveSpec, teachers: dict[str, TeacherSpec]) -> None:
+    files = count_files(spec, teachers, spec.num_views)
+    if files > limits.MAX_FILES:
+        raise UsageError(
+            f"{spec.num_views} views in blocks of {spec.block_rows} rows would make {files} files, more than the "
+            f"limit of {limits.MAX_FILES}; choose more rows per block"
+        )

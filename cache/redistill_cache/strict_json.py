@@ -1,0 +1,175 @@
+"""JSON that can be trusted: canonical when written, strict and capped when read.
+
+Canonical: keys sorted, no white space, UTF-8 without escapes that are not needed, numbers finite. The same value is
+always the same bytes, so that bytes can be compared and hashed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
+
+from redistill_cache.errors import Refused, UsageError
+
+__all__ = ["Fields", "Json", "canonical", "json_copy", "parse"]
+
+Json = Any  # None, bool, int, float, str, list[Json], dict[str, Json]; recursive aliases defeat mypy's narrowing
+
+INT_LIMIT = 2**63
+
+
+def canonical(value: Json) -> bytes:
+    """The one byte string of a JSON value."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode()
+
+
+def json_copy(value: object, where: str) -> Json:
+    """The value as it will be read back (tuples become lists), or UsageError when it is not JSON."""
+    try:
+        data = canonical(_plain(value))
+    except (TypeError, ValueError, RecursionError) as error:  # UnicodeEncodeError is a ValueError
+        raise UsageError(f"{where} must be plain JSON with finite numbers: {error}") from None
+    return json.loads(data)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError("a key is not a string")
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def parse(data: bytes, *, cap: int, where: str) -> Json:
+    """Parse untrusted JSON. `Refused` for anything that is not one well-formed value without surprises."""
+    if len(data) > cap:
+        raise Refused(f"{where}: {len(data)} bytes of JSON, more than the limit of {cap}; not read")
+    try:
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            parse_int=_bounded,
+        )
+        if b"\\u" in data:
+            canonical(value)  # an escape may have made half of a surrogate pair, which is no text
+        return value
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError and ours are ValueErrors
+        raise Refused(f"{where}: not acceptable JSON ({str(error)[:120]})") from None
+
+
+def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key is given twice")
+    return result
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError("a number is not finite")
+    return number
+
+
+def _bounded(text: str) -> int:
+    if len(text) > 20 or not -INT_LIMIT <= (number := int(text)) < 2 * INT_LIMIT:
+        raise ValueError("an integer does not fit 64 bits")
+    return number
+
+
+class Fields:
+    """Typed access to an untrusted JSON object; a refusal names the field, what was expected and what was found."""
+
+    def __init__(self, value: Json, where: str) -> None:
+        if not isinstance(value, dict):
+            raise Refused(f"{where}: expected an object, found {_show(value)}")
+        self._value = value
+        self._where = where
+        self._taken: set[str] = set()
+
+    def _take(self, key: str, kind: type | tuple[type, ...], expected: str) -> Json:
+        if key not in self._value:
+            raise Refused(f"{self._where}: {key!r} is missing")
+        self._taken.add(key)
+        value = self._value[key]
+        # bool is an int to Python, not to JSON.
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            self.refuse(key, expected)
+        return value
+
+    def refuse(self, key: str, expected: str) -> NoReturn:
+        raise Refused(f"{self._where}: {key!r} must be {expected}, found {_show(self._value[key])}")
+
+    def integer(self, key: str, low: int, high: int) -> int:
+        expected = f"an integer from {low} to {high}"
+        value: int = self._take(key, int, expected)
+        if not low <= value <= high:
+            self.refuse(key, expected)
+        return value
+
+    def flag(self, key: str) -> bool:
+        value: bool = self._take(key, bool, "true or false")
+        return value
+
+    def text(self, key: str, cap: int) -> str:
+        value: str = self._take(key, str, "a string")
+        if len(value) > cap:
+            self.refuse(key, f"a string of at most {cap} characters")
+        return value
+
+    def mapping(self, key: str) -> dict[str, Json]:
+        value: dict[str, Json] = self._take(key, dict, "an object")
+        return value
+
+    def items(self, key: str, cap: int) -> list[Json]:
+        value: list[Json] = self._take(key, list, "a list")
+        if len(value) > cap:
+            self.refuse(key, f"a list of at most {cap} items")
+        return value
+
+    def texts(self, key: str, cap: int) -> tuple[str, ...]:
+        values = self.items(key, cap)
+        if not all(isinstance(item, str) for item in values):
+            self.refuse(key, "a list of strings")
+        return tuple(values)
+
+    def integers(self, key: str, cap: int) -> tuple[int, ...]:
+        values = self.items(key, cap)
+        if not all(type(item) is int for item in values):
+            self.refuse(key, "a list of integers")
+        return tuple(values)
+
+    def is_null(self, key: str) -> bool:
+        """Whether the field is there and null; it then counts as taken."""
+        if key in self._value and self._value[key] is None:
+            self._taken.add(key)
+            return True
+        return False
+
+    def done(self, *, ignore_unknown: bool = False) -> None:
+        """Refuse what was not asked for, unless a newer minor version may have added it."""
+        unknown = _unknown(self._value, self._taken)
+        if unknown and not ignore_unknown:
+            raise Refused(f"{self._where}: unknown field {unknown[0][:80]!r}")
+
+
+def _unknown(value: Iterable[str], taken: set[str]) -> list[str]:
+    return sorted(set(value) - taken)
+
+
+def _show(value: Json) -> str:
+    """A short, printable form of anything."""
+    if isinstance(value, dict | list):
+        return f"{type(value).__name__} of {len(value)}"
+    return ascii(value)[:60]

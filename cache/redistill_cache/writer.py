@@ -1,0 +1,369 @@
+"""Writing an archive: any number of processes, any number of crashes, the same bytes.
+
+    writer = ArchiveWriter.create(path, spec)            # or .resume(path, spec) after a crash, or to add to it
+    writer.write_samples(keys, labels, digests, sizes)
+    writer.add_teacher(teacher, side={"logits": codec.side()})
+    for block in writer.missing("teachers/resnet50"):
+        writer.write(block, arrays, stats)               # arrays: {"logits/q": int8 [n, 64], ...}
+    archive_id = writer.seal()
+
+Every call is durable when it returns. How a block is committed, and why two writers cannot mix, is in commits.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from redistill_cache import layout, limits
+from redistill_cache.archive_files import list_teachers, read_root, read_teacher
+from redistill_cache.commits import Commits
+from redistill_cache.errors import Incomplete, OutOfRange, Refused, SpecMismatch, UsageError
+from redistill_cache.fidelity import merge_stats
+from redistill_cache.files import LOCAL, Files, is_leftover
+from redistill_cache.journal import FileEntry, Manifest, Record, sha256
+from redistill_cache.keys import PackedKeys, pack_keys
+from redistill_cache.layout import ArrayLayout, Block
+from redistill_cache.preconditions import check_array, check_keys, check_names, check_record, refuse_difference
+from redistill_cache.shards import encode_shard
+from redistill_cache.spec import ArchiveSpec, TeacherSpec, archive_identity, teacher_identity
+from redistill_cache.storage import disk_trouble, read_small, walk_regular
+from redistill_cache.strict_json import Json, canonical
+
+__all__ = ["ArchiveWriter"]
+
+RERUN = "; then run the same command again: committed blocks are kept"
+# Recorded or growing, so free to differ when an archive is resumed.
+NOT_COMPARED = ("environment",)
+NOTE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,100}")
+
+
+class ArchiveWriter:
+    """Writes one archive. Threads may share a writer; processes each make their own."""
+
+    def __init__(self, path: Path, spec: ArchiveSpec, files: Files) -> None:
+        """Use `create`, `resume` or `extend_views`."""
+        self.path = path
+        self.spec = spec
+        self.teachers: dict[str, TeacherSpec] = {}
+        self._files = files
+        self._commits = Commits(path, files)
+        self._identity = archive_identity(spec.to_json())
+
+    # -- opening ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(cls, path: str | Path, spec: ArchiveSpec, *, files: Files = LOCAL) -> ArchiveWriter:
+        """Start a new archive. Refused when anything but an empty folder is at `path`."""
+        path = Path(path)
+        spec = spec.resolved()
+        layout.check_file_count(spec, {})
+        with disk_trouble("create", path):
+            if path.is_symlink() or (path.exists() and (not path.is_dir() or _holds_files(path))):
+                raise Refused(f"{path} exists already; resume it, remove it, or choose another path")
+            files.make_directories(path)
+            try:
+                # First, and exclusively: of two creators one wins, and all other metadata follows from this file.
+                files.publish(path / "zarr.json", layout.root_metadata(spec), exclusive=True)
+            except FileExistsError:
+                raise Refused(f"{path}: another process has just created this archive; resume it") from None
+            writer = cls(path, spec, files)
+            writer._write_metadata()
+        return writer
+
+    @classmethod
+    def resume(cls, path: str | Path, spec: ArchiveSpec | None = None, *, files: Files = LOCAL) -> ArchiveWriter:
+        """Continue an archive, sealed or not. `SpecMismatch` names the field in which `spec` differs from it."""
+        path = Path(path)
+        with disk_trouble("resume", path):
+            stored, identity = read_root(path)
+            if spec is not None:
+                refuse_difference(stored.to_json(), spec.resolved().to_json(), str(path), NOT_COMPARED)
+            writer = cls(path, stored, files)
+            for name in list_teachers(path):
+                writer.teachers[name], _ = read_teacher(path, name, stored, identity)
+            writer._write_metadata()
+            writer._recover()
+        return writer
+
+    @classmethod
+    def extend_views(cls, path: str | Path, num_views: int, *, files: Files = LOCAL) -> ArchiveWriter:
+        """Raise the number of views of an archive. It is unsealed first and stays so until `seal`; nothing is redone.
+
+        Safe to repeat after a crash at any point. The id changes with the next seal.
+        """
+        path = Path(path)
+        with disk_trouble("extend", path):
+            stored, _ = read_root(path)
+            if num_views < stored.num_views:
+                raise Refused(f"{path} has {stored.num_views} views; it cannot shrink to {num_views}")
+            if num_views > stored.num_views:
+                spec = replace(stored, num_views=num_views)
+                layout.check_file_count(spec, {})
+                manifest = path / layout.MANIFEST
+                if manifest.exists():
+                    files.remove(manifest)
+                    files.sync_directory(manifest.parent)
+                files.publish(path / "zarr.json", layout.root_metadata(spec))
+        return cls.resume(path, files=files)
+
+    def _write_metadata(self) -> None:
+        """Make every folder and zarr.json what the specification says; files that are right are left alone."""
+        for folder in (layout.BLOCKS, layout.NOTES):
+            self._files.make_directories(self.path / folder)
+        self._files.make_directories(self.path / "samples/key_bytes")
+        for name, data in layout.expected_metadata(self.spec, self.teachers).items():
+            path = self.path / name
+            self._files.make_directories(path.parent)
+            if not path.exists() or read_small(path, limits.MAX_METADATA_BYTES) != data:
+                self._files.publish(path, data)
+
+    def _recover(self) -> None:
+        """Finish what dead writers left: settle their commits, and forget blocks whose files are gone or cut short."""
+        present = self._commits.names()
+        for block in self._all_blocks(self.spec.num_views):
+            if block.record_path in present and not self._commits.settle(self._load(block)):
+                self._commits.forget(block)
+
+    # -- what is there ------------------------------------------------------------------------------------------------
+
+    def parts(self) -> list[str]:
+        """The parts that are written in blocks."""
+        parts = ["views"] if self.spec.view_arrays else []
+        parts += ["canaries"] if self.spec.canaries_per_view else []
+        return parts + [f"teachers/{name}" for name in sorted(self.teachers)]
+
+    def missing(self, part: str) -> list[Block]:
+        """The blocks of a part that nobody has committed yet, view by view."""
+        if not self._arrays_of(part):
+            return []
+        with disk_trouble("read", self.path):
+            present = self._commits.names()
+        blocks = layout.expected_blocks(self.spec, part, self.spec.num_views)
+        return [block for block in blocks if block.record_path not in present]
+
+    @property
+    def sealed(self) -> bool:
+        return (self.path / layout.MANIFEST).exists()
+
+    def _arrays_of(self, part: str) -> dict[str, ArrayLayout]:
+        return layout.part_arrays(self.spec, self.teachers, part)
+
+    def _identity_of(self, block: Block) -> str:
+        if not block.part.startswith("teachers/"):
+            return self._identity
+        teacher = self.teachers[block.part.split("/")[1]]
+        return teacher_identity(self._identity, teacher.to_json())
+
+    def _load(self, block: Block) -> Record:
+        return self._commits.load(block, self._identity_of(block))
+
+    def _all_blocks(self, views: int) -> Iterable[Block]:
+        yield layout.samples_block(self.spec)
+        for teacher in self.teachers.values():
+            yield layout.side_block(teacher)
+        for part in self.parts():
+            yield from layout.expected_blocks(self.spec, part, views)
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    def write_samples(
+        self, keys: Sequence[str] | PackedKeys, labels: np.ndarray, digests: np.ndarray, sizes: np.ndarray
+    ) -> None:
+        """The sample index, once. Writing the same again does nothing; writing another is a `SpecMismatch`.
+
+        digests [N, 32] are SHA-256 of the encoded samples, sizes [N, 2] (height, width) of the decoded images.
+        """
+        packed = pack_keys(keys)
+        arrays = {
+            "key_bytes": packed.data,
+            "key_offsets": packed.offsets,
+            "digest": np.asarray(digests),
+            "label": np.asarray(labels),
+            "size": np.asarray(sizes),
+        }
+        check_keys(packed)
+        layouts = layout.sample_arrays(self.spec, len(packed.data))
+        for name, array in layouts.items():
+            check_array(name, arrays[name], array, array.shape[0])
+        low, high = int(arrays["label"].min()), int(arrays["label"].max())
+        if low < -1 or high >= self.spec.num_classes:
+            raise UsageError(f"labels must be from 0 to {self.spec.num_classes - 1} (or -1), found {low} to {high}")
+        extra = {layouts["key_bytes"].metadata_path: layouts["key_bytes"].metadata_bytes()}
+        self._write_once(layout.samples_block(self.spec), layouts, arrays, extra, "the sample index")
+
+    def add_teacher(
+        self, teacher: TeacherSpec, side: Mapping[str, Mapping[str, np.ndarray]] | None = None
+    ) -> TeacherSpec:
+        """Declare a teacher and write its side data: {signal: {name: array}}. No existing file is touched.
+
+        Repeating it with the same specification and side data does nothing; other ones are a `SpecMismatch`.
+        """
+        teacher = teacher.resolved(self.spec.block_rows)
+        layout.check_file_count(self.spec, self.teachers | {teacher.name: teacher})
+        layouts = layout.side_arrays(teacher)
+        arrays = {
+            f"{signal}/{name}": np.asarray(a) for signal, named in (side or {}).items() for name, a in named.items()
+        }
+        check_names(arrays, layouts, f"side data of teacher {teacher.name!r}")
+        for name, array in layouts.items():
+            check_array(name, arrays[name], array, array.shape[0])
+        path = self.path / layout.teacher_path(teacher.name)
+        with disk_trouble("write", path, RERUN):
+            self._files.make_directories(path.parent)
+            if not path.exists():
+                self._publish_first(path, layout.teacher_metadata(teacher))
+            stored, _ = read_teacher(self.path, teacher.name, self.spec, self._identity)
+            refuse_difference(stored.to_json(), teacher.to_json(), f"{self.path}: teacher {teacher.name!r}", ())
+            self.teachers[teacher.name] = stored
+            self._write_metadata()
+        self._write_once(layout.side_block(teacher), layouts, arrays, {}, f"side data of teacher {teacher.name!r}")
+        return teacher
+
+    def _publish_first(self, path: Path, data: bytes) -> None:
+        try:
+            self._files.publish(path, data, exclusive=True)
+        except FileExistsError:
+            return  # another process was first; the caller compares
+
+    def _write_once(
+        self,
+        block: Block,
+        layouts: Mapping[str, ArrayLayout],
+        arrays: Mapping[str, np.ndarray],
+        extra: Mapping[str, bytes],
+        what: str,
+    ) -> None:
+        """Commit a block that there is one of; if it is there already it must be the same."""
+        with disk_trouble("write", self.path, RERUN):
+            data = {array.shard_path(0, 0): encode_shard(array, arrays[name]) for name, array in layouts.items()}
+            data |= extra
+            mine = {path: FileEntry(len(content), sha256(content)) for path, content in data.items()}
+            if block.record_path not in self._commits.names():
+                for path, content in data.items():
+                    self._commits.stage(path, content)
+                if self._commits.commit(Record(block, self._identity_of(block), mine)):
+                    return
+            differing = sorted(path for path, entry in self._load(block).files.items() if mine.get(path) != entry)
+        if differing:
+            raise SpecMismatch(
+                f"{self.path}: {what} was written before and differs now (in {differing[0]}); "
+                "the data or the library that made it changed: use what it was made with, or start a new archive"
+            )
+
+    def write(self, block: Block, arrays: Mapping[str, np.ndarray], stats: Mapping[str, Json] | None = None) -> bool:
+        """Commit one block. False when another writer committed it first; what is stored is then theirs.
+
+        `arrays` has every array of the part: "crop" for views, "row" and "pixels" for canaries, "<signal>/<array>" for
+        a teacher, each [rows of the block, ...]. `stats`, per signal, goes into the commit record.
+        """
+        layouts = self._arrays_of(block.part)
+        self._check_block(block)
+        arrays = {name: np.asarray(array) for name, array in arrays.items()}
+        check_names(arrays, layouts, str(block))
+        for name, array in layouts.items():
+            check_array(name, arrays[name], array, block.stop - block.start)
+        with disk_trouble("write", self.path, RERUN):
+            if (self.path / block.record_path).exists():
+                return False
+            try:
+                files = {}
+                for name, array in layouts.items():  # one at a time: a block of one array is all the memory it takes
+                    path = array.shard_path(block.view, block.index)
+                    files[path] = self._commits.stage(path, encode_shard(array, arrays[name]))
+                record = Record(block, self._identity_of(block), files, stats)
+                check_record(record)
+                return self._commits.commit(record)
+            except FileNotFoundError:
+                # `seal` sweeps what was staged for blocks that are committed: then somebody else was faster.
+                if (self.path / block.record_path).exists():
+                    return False
+                raise
+
+    def _check_block(self, block: Block) -> None:
+        per_view = 1 if block.part == "canaries" else self.spec.blocks_per_view
+        if not (0 <= block.view < self.spec.num_views and 0 <= block.index < per_view):
+            raise OutOfRange(f"{block}: the archive has {self.spec.num_views} views of {per_view} blocks")
+        expected = next(
+            b for b in layout.expected_blocks(replace(self.spec, num_views=1), block.part, 1) if b.index == block.index
+        )
+        if (block.start, block.stop) != (expected.start, expected.stop):
+            raise UsageError(f"{block} has rows {expected.start} to {expected.stop}; take blocks from missing()")
+
+    def note(self, name: str, value: Mapping[str, Json]) -> None:
+        """Leave an advisory note (seconds, machine): not part of the archive's identity, never relied upon."""
+        data = canonical(dict(value))
+        if not NOTE_NAME.fullmatch(name) or len(data) > limits.MAX_METADATA_BYTES:
+            raise UsageError(f"a note has a short name of a-z, 0-9, '_' and '-' and at most 1 MiB, found {name[:80]!a}")
+        path = self.path / layout.NOTES / f"{name}.json"
+        with disk_trouble("write", path):
+            self._files.publish(path, data)
+
+    # -- sealing ------------------------------------------------------------------------------------------------------
+
+    def seal(self, views: int | None = None) -> str:
+        """Write the manifest and return the archive's id. With `views`, a prefix: the archive then offers no more."""
+        views = self.spec.num_views if views is None else views
+        if not 1 <= views <= self.spec.num_views:
+            raise OutOfRange(f"cannot seal {views} views of an archive of {self.spec.num_views}")
+        with disk_trouble("seal", self.path, RERUN):
+            self._refuse_incomplete(views)
+            records = [self._load(block) for block in self._all_blocks(views)]
+            for record in records:
+                if not self._commits.settle(record):
+                    raise Incomplete(f"{self.path}: files of {record.block} are missing or cut short; resume it first")
+            self._write_metadata()
+            manifest = self._manifest(records, views).to_bytes()
+            self._sweep()
+            path = self.path / layout.MANIFEST
+            if not path.exists() or read_small(path, limits.MAX_MANIFEST_BYTES) != manifest:
+                self._files.publish(path, manifest)
+        return sha256(manifest)
+
+    def _refuse_incomplete(self, views: int) -> None:
+        present = self._commits.names()
+        blocks = list(self._all_blocks(views))
+        missing = [block for block in blocks if block.record_path not in present]
+        if missing:
+            raise Incomplete(
+                f"{self.path}: {len(missing)} of {len(blocks)} blocks are missing, the first is {missing[0]}; "
+                "finish them, or seal a prefix of the views"
+            )
+
+    def _manifest(self, records: Sequence[Record], views: int) -> Manifest:
+        contents = layout.expected_metadata(self.spec, self.teachers)
+        contents["zarr.json"] = layout.root_metadata(self.spec)
+        for name, teacher in self.teachers.items():
+            contents[layout.teacher_path(name)] = layout.teacher_metadata(teacher)
+        contents |= {record.block.record_path: record.to_bytes() for record in records}
+        files = {path: FileEntry(len(data), sha256(data)) for path, data in contents.items()}
+        for record in records:
+            files |= record.files
+        stats = {
+            name: merge_stats(teacher, [r.stats for r in records if r.block.part == f"teachers/{name}"])
+            for name, teacher in self.teachers.items()
+        }
+        return Manifest(self._identity, views, stats, files)
+
+    def _sweep(self) -> None:
+        """Remove what dead writers left half-written: every block is committed, so nobody needs it."""
+        folders = set()
+        for name in walk_regular(self.path, most=4 * limits.MAX_FILES):
+            path = self.path / name
+            if is_leftover(path):
+                with contextlib.suppress(FileNotFoundError):  # another process sweeps as well
+                    self._files.remove(path)
+                folders.add(path.parent)
+        for folder in sorted(folders):
+            self._files.sync_directory(folder)
+
+
+def _holds_files(path: Path) -> bool:
+    """Is anything here that is not the leftover of a create that died?"""
+    return any(not is_leftover(Path(entry.name)) for entry in os.scandir(path))
