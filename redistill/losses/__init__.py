@@ -2,6 +2,79 @@
 
 from __future__ import annotations
 
+from redistill.losses.balanced import bd_kd
+from redistill.losses.born_again import cwtm, dkpp
+from redistill.losses.catalogue import CATALOGUE, make_loss
+from redistill.losses.controls import label_smoothing, virtual_teacher
+from redistill.losses.corrections import label_revision, rc, swap_kd
+from redistill.losses.curriculum import CurriculumTemperature, Taid, taid
+from redistill.losses.decoupled import dkd, nkd, rld
+from redistill.losses.divergences import (
+    alpha_beta,
+    hellinger,
+    jensen_shannon,
+    kl,
+    reverse_kl,
+    skew_kl,
+    skew_reverse_kl,
+    total_variation,
+)
+from redistill.losses.hinton import kd, standardize
+from redistill.losses.objective import Mix, Needs, Objective
+from redistill.losses.plain import logit_mse, mld
 from redistill.losses.power import capped_fraction, is_bounded, power_divergence
+from redistill.losses.ranking import pld, topkd
+from redistill.losses.relational import dist, mlkd_batch, mlkd_class, pearson, spearman
+from redistill.losses.schedule import Progress, Schedule
+from redistill.losses.transformed import luminet, ttm, wttm
+from redistill.losses.transport import sinkhorn
 
-__all__ = ["capped_fraction", "is_bounded", "power_divergence"]
+__all__ = [
+    "CATALOGUE",
+    "CurriculumTemperature",
+    "Mix",
+    "Needs",
+    "Objective",
+    "Progress",
+    "Schedule",
+    "Taid",
+    "alpha_beta",
+    "bd_kd",
+    "capped_fraction",
+    "cwtm",
+    "dist",
+    "dkd",
+    "dkpp",
+    "hellinger",
+    "is_bounded",
+    "jensen_shannon",
+    "kd",
+    "kl",
+    "label_revision",
+    "label_smoothing",
+    "logit_mse",
+    "luminet",
+    "make_loss",
+    "mld",
+    "mlkd_batch",
+    "mlkd_class",
+    "nkd",
+    "pearson",
+    "pld",
+    "power_divergence",
+    "rc",
+    "reverse_kl",
+    "rld",
+    "sinkhorn",
+    "skew_kl",
+    "skew_reverse_kl",
+    "spearman",
+    "standardize",
+    "swap_kd",
+    "taid",
+    "topkd",
+    "total_variation",
+    "ttm",
+    "virtual_teacher",
+    "wttm",
+]

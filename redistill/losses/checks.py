@@ -25,7 +25,7 @@ from torch import Tensor
 
 from redistill.specs import did_you_mean
 
-__all__ = ["REDUCTIONS", "check_labels", "check_reduction", "full_precision", "prepare", "reduce_rows"]
+__all__ = ["REDUCTIONS", "check_labels", "check_matrix", "check_reduction", "full_precision", "prepare", "reduce_rows"]
 
 # "mean" is the mean over rows, the same as "batchmean": a divergence has one value per row, and dividing it by the
 # number of classes as well (what torch's kl_div does for "mean") is a well known trap.
@@ -42,12 +42,8 @@ def prepare(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Ten
 
 def check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
     """Refuse shapes, dtypes, devices and class counts that do not fit, and teacher rows that are not finite."""
-    for who, logits in (("student", student_logits), ("teacher", teacher_logits)):
-        if not isinstance(logits, Tensor) or not logits.is_floating_point():
-            kind = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-            raise UsageError(f"{who} logits must be a floating point tensor, found {kind}")
-        if logits.dim() != 2:
-            raise UsageError(f"{who} logits must be [batch, classes], found shape {list(logits.shape)}")
+    check_matrix("student", student_logits)
+    check_matrix("teacher", teacher_logits)
     if student_logits.shape[1] != teacher_logits.shape[1]:
         raise Refused(
             f"the student has {student_logits.shape[1]} classes and the teacher {teacher_logits.shape[1]}; "
@@ -60,9 +56,18 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
         )
     if student_logits.device != teacher_logits.device:
         raise UsageError(f"student logits are on {student_logits.device}, teacher logits on {teacher_logits.device}")
-    if student_logits.shape[0] < 1 or student_logits.shape[1] < 2:
-        raise UsageError(f"expected at least 1 row and 2 classes, found shape {list(student_logits.shape)}")
     refuse_non_finite(teacher_logits)
+
+
+def check_matrix(who: str, logits: Tensor) -> None:
+    """Refuse logits that are not a floating point [batch, classes] with at least 1 row and 2 classes."""
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        kind = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+        raise UsageError(f"{who} logits must be a floating point tensor, found {kind}")
+    if logits.dim() != 2:
+        raise UsageError(f"{who} logits must be [batch, classes], found shape {list(logits.shape)}")
+    if logits.shape[0] < 1 or logits.shape[1] < 2:
+        raise UsageError(f"{who} logits must have at least 1 row and 2 classes, found shape {list(logits.shape)}")
 
 
 def refuse_non_finite(teacher_logits: Tensor) -> None:

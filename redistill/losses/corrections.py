@@ -79,14 +79,14 @@ def rc(
     teacher_logits: Tensor,
     *,
     labels: Tensor,
-    weight: float = 0.1,
+    own_weight: float = 0.1,
     temperature: float = 4.0,
     reduction: str = "batchmean",
 ) -> Tensor:
     """RC: KD + w T² KL(r || s), r = softmax(z' / T), z' = the student's own logits with max_k z added to z_y.
 
     Corrects the student towards the label with its own relations between the other classes; z' carries no gradient.
-    Published (as in RLD's code): w = 0.1, T = 4, CE 1.
+    Published (as in RLD's code): w = `own_weight` = 0.1, T = 4, CE 1.
     A reading: that z' is detached, and that both parts carry T². Where max z < 0 the formula lowers z_y; it is kept.
     Needs: labels; the student's own shift matters.
     """
@@ -96,5 +96,5 @@ def rc(
     log_s = log_probs(student, temperature)
     own = student.detach()
     raised = own.scatter_add(1, labels[:, None], own.amax(1, keepdim=True))
-    rows = kl_rows(log_probs(teacher, temperature), log_s) + weight * kl_rows(log_probs(raised, temperature), log_s)
+    rows = kl_rows(log_probs(teacher, temperature), log_s) + own_weight * kl_rows(log_probs(raised, temperature), log_s)
     return reduce_rows(temperature**2 * rows, reduction)

@@ -22,7 +22,7 @@ from torch import Tensor
 from redistill.losses.checks import check_reduction, prepare, reduce_rows
 from redistill.specs import did_you_mean
 
-__all__ = ["CAP", "FORMS", "ORDERS", "capped_fraction", "is_bounded", "power_divergence"]
+__all__ = ["CAP", "FORMS", "ORDERS", "capped_fraction", "is_bounded", "may_be_capped", "power_divergence"]
 
 Form = Literal["bounded", "cressie-read"]
 Order = Literal["teacher-first", "student-first"]
@@ -90,6 +90,11 @@ def cressie_read_power(lam: float, form: str, order: str) -> float:
 def is_bounded(lam: float, form: Form = "bounded", order: Order = "teacher-first") -> bool:
     """Whether the member cannot exceed a constant, whatever teacher and student say."""
     return -1.0 < cressie_read_power(lam, form, order) < 0.0
+
+
+def may_be_capped(lam: float, form: Form = "bounded", order: Order = "teacher-first") -> bool:
+    """Whether the cap can act at all: beyond KL and beyond reverse KL."""
+    return not -1.0 <= cressie_read_power(lam, form, order) <= 0.0
 
 
 def check_options(temperature: float, cap: float) -> None:

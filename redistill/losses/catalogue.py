@@ -1,0 +1,199 @@
+"""The one mapping from the names of spec strings to losses, with what each of them needs.
+
+`dkd?beta=2&temperature=4` -> entry "dkd", its function with beta and temperature bound. Options are the keyword
+arguments of the function that have a plain default, so that a new loss is one line here and nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from redistill_cache.errors import UsageError
+from torch import Tensor, nn
+
+from redistill.losses import (
+    balanced,
+    born_again,
+    controls,
+    corrections,
+    curriculum,
+    decoupled,
+    divergences,
+    hinton,
+    plain,
+    power,
+    ranking,
+    relational,
+    transformed,
+    transport,
+)
+from redistill.losses.schedule import Progress
+from redistill.specs import Spec, did_you_mean, parse_spec
+
+__all__ = ["CATALOGUE", "Entry", "find", "make_loss"]
+
+Option = str | int | float | bool
+Loss = Callable[..., Tensor]
+PLAIN = (bool, int, float, str)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A loss under its name: a function, or the class of a module with parameters or state."""
+
+    name: str
+    make: Callable[..., Tensor] | type[nn.Module]
+    weight: float = 1.0
+    """Published weight of the term (CIFAR-100 where there are several)."""
+    ce_weight: float = 1.0
+    """Published weight of the hard-label cross-entropy beside it."""
+    warmup: float = 0.0
+    """Published linear warm-up of the weight, in epochs."""
+    full_rows: bool = True
+    """Needs the teacher's whole row; False where a known top k with a spread tail is a usable approximation."""
+    batch_statistics: bool = False
+    """Compares rows of a batch with each other: another batch size is another loss."""
+    per_row: bool = True
+    """Has one value per row (reduction="none")."""
+    multi_label: bool = False
+    """Treats every class as its own yes or no."""
+    shift: bool = False
+    """Reads the teacher's raw logits, so that a constant added to a row changes it: the archive must keep the shift."""
+    gauges: Callable[[Mapping[str, Option]], Mapping[str, Loss]] = lambda _: {}
+    """Numbers worth logging beside the value, given the options; each is called with student and teacher logits."""
+
+    @property
+    def is_module(self) -> bool:
+        return isinstance(self.make, type)
+
+    @property
+    def labels(self) -> bool:
+        """Needs the labels of the batch."""
+        call = getattr(self.make, "forward") if self.is_module else self.make  # noqa: B009  a class of modules
+        return "labels" in inspect.signature(call).parameters
+
+    @property
+    def options(self) -> Mapping[str, Option]:
+        """What a spec string may set, with the defaults."""
+        parameters = inspect.signature(self.make).parameters.values()
+        return {p.name: p.default for p in parameters if isinstance(p.default, PLAIN) and p.name != "reduction"}
+
+    @property
+    def summary(self) -> str:
+        """The first line of the docstring: what it is and its formula."""
+        return (inspect.getdoc(self.make) or "").partition("\n")[0]
+
+
+def _power_gauges(options: Mapping[str, Option]) -> Mapping[str, Loss]:
+    """How often the cap acts, where the member has one."""
+    member = _only(options, "lam", "form", "order")
+    if not power.may_be_capped(**member):
+        return {}
+    return {"capped": functools.partial(power.capped_fraction, **member, **_only(options, "temperature", "cap"))}
+
+
+def _only(options: Mapping[str, Option], *keys: str) -> dict[str, Any]:
+    return {key: options[key] for key in keys}
+
+
+# KD's weights, 0.1 CE + 0.9 KD, also stand where a divergence has no published recipe for classification.
+CATALOGUE: Mapping[str, Entry] = {
+    entry.name: entry
+    for entry in (
+        Entry("power", power.power_divergence, weight=0.9, ce_weight=0.1, gauges=_power_gauges),
+        Entry("kl", divergences.kl, weight=0.9, ce_weight=0.1, full_rows=False),
+        Entry("reverse_kl", divergences.reverse_kl, weight=0.9, ce_weight=0.1),
+        Entry("hellinger", divergences.hellinger, weight=0.9, ce_weight=0.1),
+        Entry("jensen_shannon", divergences.jensen_shannon, weight=0.9, ce_weight=0.1),
+        Entry("skew_kl", divergences.skew_kl, weight=0.9, ce_weight=0.1),
+        Entry("skew_reverse_kl", divergences.skew_reverse_kl, weight=0.9, ce_weight=0.1),
+        Entry("total_variation", divergences.total_variation, weight=0.9, ce_weight=0.1),
+        Entry("ab", divergences.alpha_beta, weight=32.0),
+        Entry("kd", hinton.kd, weight=0.9, ce_weight=0.1, full_rows=False),
+        Entry("bd_kd", balanced.bd_kd),
+        Entry("dkd", decoupled.dkd, warmup=20.0),
+        Entry("nkd", decoupled.nkd),
+        Entry("rld", decoupled.rld, warmup=20.0),
+        Entry("ttm", transformed.ttm, weight=45.0),
+        Entry("wttm", transformed.wttm),
+        Entry("luminet", transformed.luminet, warmup=20.0, batch_statistics=True),
+        Entry("dist", relational.dist, weight=2.0, batch_statistics=True, per_row=False),
+        Entry("mlkd_class", relational.mlkd_class, weight=0.9, ce_weight=0.1, batch_statistics=True, per_row=False),
+        Entry("mlkd_batch", relational.mlkd_batch, weight=0.9, ce_weight=0.1, batch_statistics=True, per_row=False),
+        Entry("pearson", relational.pearson),
+        Entry("spearman", relational.spearman),
+        Entry("sinkhorn", transport.sinkhorn, weight=0.0008, batch_statistics=True, per_row=False),
+        Entry("pld", ranking.pld, ce_weight=0.0),
+        Entry("topkd", ranking.topkd, batch_statistics=True, per_row=False, shift=True),
+        Entry("swap_kd", corrections.swap_kd, ce_weight=0.0),
+        Entry("label_revision", corrections.label_revision, ce_weight=0.0, shift=True),
+        Entry("rc", corrections.rc),
+        Entry("taid", curriculum.Taid),
+        Entry("ctkd", curriculum.CurriculumTemperature, weight=0.9, ce_weight=0.1),
+        Entry("cwtm", born_again.cwtm, ce_weight=0.0, batch_statistics=True),
+        Entry("dkpp", born_again.dkpp, ce_weight=0.0),
+        Entry("logit_mse", plain.logit_mse, shift=True),
+        Entry("mld", plain.mld, weight=10.0, ce_weight=0.0, multi_label=True, shift=True),
+        Entry("label_smoothing", controls.label_smoothing, ce_weight=0.0, full_rows=False),
+        Entry("virtual_teacher", controls.virtual_teacher, full_rows=False),
+    )
+}
+
+
+def find(spec: Spec) -> Entry:
+    """The entry that a spec string names; unknown names are refused with the nearest ones."""
+    entry = CATALOGUE.get(spec.scheme.replace("-", "_"))
+    if entry is None:
+        raise UsageError(
+            f"{spec.text!r}: unknown loss {spec.scheme!r}; {did_you_mean(spec.scheme, [*CATALOGUE, 'ce'])}"
+        )
+    if spec.name:
+        raise UsageError(f"{spec.text!r}: a loss has options, no name; expected {spec.scheme}?key=value&key=value")
+    return entry
+
+
+def read_options(spec: Spec, entry: Entry) -> dict[str, Option]:
+    """All options of the loss with their values: those of the spec string, else the defaults."""
+    # T is one of these types for each option, which a checker cannot see of a mapping of mixed ones.
+    return {key: spec.take(key, default) for key, default in entry.options.items()}  # type: ignore[type-var]
+
+
+def make_loss(spec: Spec | str, *, also: tuple[str, ...] = ()) -> tuple[Entry, Loss]:
+    """The loss of a spec string with its options bound, tried once on a tiny batch so that bad values are refused here.
+
+    `also` names options that belong to the caller (a term's weight, say).
+    """
+    spec = parse_spec(spec) if isinstance(spec, str) else spec
+    entry = find(spec)
+    spec.refuse_unknown([*entry.options, *also])
+    options = read_options(spec, entry)
+    try:
+        loss: Loss = _bind(entry, options)
+        _rehearse(entry, loss)
+    except UsageError as error:
+        raise UsageError(f"{spec.text!r}: {error}") from None
+    return entry, loss
+
+
+def _bind(entry: Entry, options: Mapping[str, Option]) -> Loss:
+    # Either way something that is called with logits and gives a loss: a bound function, or a module.
+    loss: Any = entry.make(**options) if entry.is_module else functools.partial(entry.make, **options)
+    return cast(Loss, loss)
+
+
+def _rehearse(entry: Entry, loss: Loss) -> None:
+    """Every option that a loss refuses, it refuses at its first call; make that call before the data is opened."""
+    logits = torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 1.0]])
+    needed: dict[str, Any] = {"labels": torch.tensor([0, 1])} if entry.labels else {}
+    if isinstance(loss, nn.Module):
+        loss.eval()
+        needed["progress"] = Progress()
+    with torch.no_grad():
+        loss(logits, logits, **needed)
+    if isinstance(loss, nn.Module):
+        loss.train()

@@ -1,0 +1,275 @@
+"""What a student minimises: hard-label cross-entropy and any number of weighted, scheduled distillation terms.
+
+    Objective(["power?lam=0.6667&temperature=4"])                     0.1 CE + 0.9 power, the published weights
+    Objective(["ce?weight=1&smoothing=0.1", "dkd?beta=2&warmup=5", "dist?weight=2&decay=cosine"])
+
+Options of every term: weight, warmup, decay, decay_from, floor (epochs; see `Schedule`), standardize (each logit row
+of both sides to mean 0 and deviation 1 first) and label (its name in the log). `ce` takes weight and smoothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from redistill_cache.errors import Refused, SpecMismatch, UsageError
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from redistill.losses.catalogue import Entry, make_loss, read_options
+from redistill.losses.checks import check_labels, check_matrix
+from redistill.losses.hinton import standardize
+from redistill.losses.schedule import Progress, Schedule
+from redistill.specs import Spec, parse_spec
+
+__all__ = ["TERM_OPTIONS", "Mix", "Needs", "Objective", "Term"]
+
+TERM_OPTIONS = ("weight", "warmup", "decay", "decay_from", "floor", "standardize", "label")
+CE_OPTIONS = ("weight", "smoothing")
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The labels of mixed views: image = weight · own + (1 - weight) · partner, row by row."""
+
+    partner_labels: Tensor
+    """int64 [batch]"""
+    weights: Tensor
+    """float [batch], the share of the row's own image"""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an objective asks of the loop around it."""
+
+    teacher: bool
+    """teacher logits at all"""
+    labels: bool
+    full_rows: bool
+    """complete teacher rows: a top-k archive will not do"""
+    shift: bool
+    """teacher rows with the constant that softmax does not see: an archive that dropped it will not do"""
+    batch_statistics: bool
+    """the value depends on which rows share a batch, and on its size"""
+    parameters: bool
+    """has parameters of its own: give `objective.parameters()` to the optimiser"""
+    state: bool
+    """has state that moves while training: save `objective.state_dict()`"""
+
+
+class Term(nn.Module):
+    """One weighted, scheduled loss of an objective."""
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__()
+        entry, self.loss = make_loss(spec, also=TERM_OPTIONS)
+        self.entry: Entry = entry
+        self.spec = spec
+        self.label = spec.take("label", entry.name)
+        self.weight = _weight(spec, entry.weight)
+        self.schedule = Schedule(
+            warmup=spec.take("warmup", entry.warmup),
+            decay=spec.take("decay", "none"),
+            decay_from=spec.take("decay_from", 0.0),
+            floor=spec.take("floor", 0.0),
+        )
+        self.standardize = spec.take("standardize", False)
+        self.gauges = dict(entry.gauges(read_options(spec, entry)))
+
+    @property
+    def needs_shift(self) -> bool:
+        """Whether a constant added to a teacher row changes the value; standardised or centred rows have none."""
+        centered = "centered" in self.entry.options and self.spec.take("centered", False)
+        return self.entry.shift and not self.standardize and not centered
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None, progress: Progress, mix: Mix | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The unweighted value of the batch, and what is worth logging of it."""
+        if self.standardize:
+            student, teacher = standardize(student), standardize(teacher)
+        if mix is not None and self.entry.labels:
+            value = self._mixed(student, teacher, labels, progress, mix)
+        else:
+            value = self._call(student, teacher, labels, progress, "batchmean")
+        log = {self.label: value.detach()}
+        with torch.no_grad():
+            log |= {f"{self.label}/{name}": gauge(student, teacher) for name, gauge in self.gauges.items()}
+        return value, log
+
+    def _mixed(self, student: Tensor, teacher: Tensor, labels: Tensor | None, progress: Progress, mix: Mix) -> Tensor:
+        """A loss with labels, on mixed views: its value for either label, weighted row by row like the pixels."""
+        if not self.entry.per_row:
+            raise Refused(
+                f"loss {self.label!r} needs one label per row and has no value per row, so that it cannot be used with "
+                "mixed views; use a recipe without mixing"
+            )
+        own = self._call(student, teacher, labels, progress, "none")
+        partner = self._call(student, teacher, mix.partner_labels, progress, "none")
+        return torch.lerp(partner, own, mix.weights.to(own.dtype)).mean()
+
+    def _call(
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None, progress: Progress, reduction: str
+    ) -> Tensor:
+        options: dict[str, Any] = {"reduction": reduction}
+        if self.entry.labels:
+            options["labels"] = labels
+        if self.entry.is_module:
+            options["progress"] = progress
+        return self.loss(student, teacher, **options)
+
+
+class Objective(nn.Module):
+    """Cross-entropy and distillation terms, from spec strings.
+
+    Without a `ce` spec, the weight of the cross-entropy is the one published with the term (1 when there is none).
+    Terms with parameters (CTKD) or state (TAID) are sub-modules: `parameters()`, `state_dict()`, `train()` and `to()`
+    see them, and a resumed run goes on exactly; a state of other specs is refused.
+    """
+
+    def __init__(self, specs: Sequence[str]) -> None:
+        super().__init__()
+        parsed = [parse_spec(text) for text in specs]
+        hard = [spec for spec in parsed if spec.scheme == "ce"]
+        terms = [Term(spec) for spec in parsed if spec.scheme != "ce"]
+        if len(hard) > 1:
+            raise UsageError(f"'ce' is given {len(hard)} times; give it once")
+        self.specs = tuple(specs)
+        self.terms = nn.ModuleList(terms)
+        self.ce_weight, self.smoothing = _read_ce(hard[0]) if hard else (_published_ce_weight(terms), 0.0)
+        _name_apart(terms)
+        if not terms and not self.ce_weight:
+            raise UsageError("an objective without a term and with ce weight 0 has nothing to minimise")
+
+    @property
+    def needs(self) -> Needs:
+        """What the loop has to provide."""
+        entries = [term.entry for term in self._terms()]
+        return Needs(
+            teacher=bool(entries),
+            labels=self.ce_weight > 0 or any(entry.labels for entry in entries),
+            full_rows=any(entry.full_rows for entry in entries),
+            shift=any(term.needs_shift for term in self._terms()),
+            batch_statistics=any(entry.batch_statistics for entry in entries),
+            parameters=any(True for _ in self.parameters()),
+            state=any(True for _ in self.buffers()),
+        )
+
+    def refuse_codec(self, codec: str, *, keeps_shift: bool = True) -> None:
+        """Refuse an archive whose codec keeps less of a row than a term needs."""
+        short = [term.label for term in self._terms() if term.entry.full_rows] if codec == "topk" else []
+        if short:
+            raise Refused(
+                f"loss {short[0]!r} needs whole teacher rows, and codec 'topk' holds only the highest classes; "
+                "use kd or kl, or cache the teacher with --codec linear"
+            )
+        raw = [term.label for term in self._terms() if term.needs_shift and not keeps_shift]
+        if raw:
+            raise Refused(
+                f"loss {raw[0]!r} compares raw logits, and this archive dropped the constant of each row that softmax "
+                "does not see; cache the teacher with the shift kept, or set standardize=true for this loss"
+            )
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        labels: Tensor | None,
+        *,
+        progress: Progress | None = None,
+        mix: Mix | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar to minimise, and the unweighted value of each part for the log (detached, on the device)."""
+        progress = progress or Progress()
+        total, log = self._hard(student_logits, labels, mix)
+        if self.terms and teacher_logits is None:
+            raise UsageError(f"loss {self._terms()[0].label!r} needs teacher logits, found none")
+        for term in self._terms():
+            assert teacher_logits is not None
+            value, values = term(student_logits, teacher_logits, labels, progress, mix)
+            total = total + term.weight * term.schedule.factor(progress) * value
+            log |= values
+        return total, log
+
+    def synchronise(self) -> None:
+        """Between backward and step of a run on several ranks: average what the terms own, so that ranks stay equal."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        owned = [p.grad for p in self.parameters() if p.grad is not None] + list(self.buffers())
+        for tensor in owned:
+            torch.distributed.all_reduce(tensor)
+            tensor.div_(torch.distributed.get_world_size())
+
+    def get_extra_state(self) -> dict[str, list[str]]:
+        """Saved beside the tensors, so that a state finds its way to the same objective only."""
+        return {"specs": list(self.specs)}
+
+    def set_extra_state(self, state: dict[str, list[str]]) -> None:
+        if list(state["specs"]) != list(self.specs):
+            raise SpecMismatch(
+                f"the saved state belongs to the losses {' '.join(state['specs'])}, "
+                f"this run has {' '.join(self.specs)}; resume with the same --loss"
+            )
+
+    def extra_repr(self) -> str:
+        return " + ".join([f"{self.ce_weight:g} ce", *(f"{term.weight:g} {term.spec}" for term in self._terms())])
+
+    def _terms(self) -> list[Term]:
+        return [term for term in self.terms if isinstance(term, Term)]
+
+    def _hard(self, student_logits: Tensor, labels: Tensor | None, mix: Mix | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted cross-entropy, and its unweighted value; 0 and nothing where its weight is 0."""
+        if not self.ce_weight:
+            return student_logits.new_zeros((), dtype=torch.float32), {}
+        check_matrix("student", student_logits)
+        student = student_logits if student_logits.dtype == torch.float64 else student_logits.float()
+        rows = self._cross_entropy(student, labels)
+        if mix is not None:
+            rows = torch.lerp(self._cross_entropy(student, mix.partner_labels), rows, mix.weights.to(rows.dtype))
+        mean = rows.mean()
+        return self.ce_weight * mean, {"ce": mean.detach()}
+
+    def _cross_entropy(self, student: Tensor, labels: Tensor | None) -> Tensor:
+        labels = check_labels(labels, student)
+        return F.cross_entropy(student, labels, label_smoothing=self.smoothing, reduction="none")
+
+
+def _weight(spec: Spec, default: float) -> float:
+    weight = spec.take("weight", default)
+    if not 0 <= weight < math.inf:
+        raise UsageError(f"{spec.text!r}: weight must be a finite number, 0 or above, found {weight:g}")
+    return weight
+
+
+def _read_ce(spec: Spec) -> tuple[float, float]:
+    spec.refuse_unknown(CE_OPTIONS)
+    if spec.name:
+        raise UsageError(f"{spec.text!r}: a loss has options, no name; expected ce?weight=1&smoothing=0.1")
+    smoothing = spec.take("smoothing", 0.0)
+    if not 0 <= smoothing < 1:
+        raise UsageError(f"{spec.text!r}: smoothing must be at least 0 and below 1, found {smoothing:g}")
+    return _weight(spec, 1.0), smoothing
+
+
+def _published_ce_weight(terms: Sequence[Term]) -> float:
+    """The cross-entropy weight that was published with the terms; refused where they disagree."""
+    weights = {term.entry.ce_weight for term in terms}
+    if len(weights) > 1:
+        apart = ", ".join(f"{term.label}: {term.entry.ce_weight:g}" for term in terms)
+        raise UsageError(
+            f"these losses were published with different weights of cross-entropy ({apart}); add ce?weight=.."
+        )
+    return weights.pop() if weights else 1.0
+
+
+def _name_apart(terms: Sequence[Term]) -> None:
+    """Two terms of one name become `power` and `power-2`, so that no value of the log hides another."""
+    seen = {"ce"}
+    for term in terms:
+        base, number = term.label, 2
+        while term.label in seen:
+            term.label, number = f"{base}-{number}", number + 1
+        seen.add(term.label)
