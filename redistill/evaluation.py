@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from redistill.calibration import BINS, Bin, adaptive_ece, ece, reliability
-from redistill.losses.checks import check_labels, check_logits
+from redistill.losses.checks import check_labels, check_logits, check_matrix
 from redistill.losses.options import positive
 
 __all__ = ["Metrics", "Tally", "TeacherMetrics", "evaluate", "tally", "tally_all"]
@@ -179,7 +179,9 @@ def tally(
 
     Ties go to the lower class, on every device. A row of the student that is not finite is refused.
     """
-    check_logits(logits, logits.new_zeros(()).expand(logits.shape) if teacher_logits is None else teacher_logits)
+    check_matrix("student", logits)
+    if teacher_logits is not None:
+        check_logits(logits, teacher_logits)
     labels = check_labels(labels, logits)
     if not bool(logits.isfinite().all()):
         bad = int((~logits.isfinite().all(1)).sum())

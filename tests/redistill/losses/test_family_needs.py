@@ -1,0 +1,74 @@
+"""What the catalogue says that a loss needs is what the loss is seen to need."""
+
+import pytest
+import torch
+from redistill_cache.errors import Refused
+
+from redistill.losses.catalogue import CATALOGUE, make_loss
+from redistill.losses.objective import Objective
+from redistill.losses.schedule import Progress
+
+
+def rows(count=6, classes=8):
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(count, classes, generator=generator, dtype=torch.float64)
+    teacher = 3 * torch.randn(count, classes, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, classes, (count,), generator=generator)
+    labels[: count // 2] = teacher.argmax(1)[: count // 2]
+    return student, teacher, labels
+
+
+def value(name, student, teacher, labels, reduction="batchmean"):
+    entry, loss = make_loss(name)
+    given = {"labels": labels} if entry.labels else {}
+    if entry.is_module:
+        loss.eval()
+        given["progress"] = Progress()
+    return loss(student, teacher, **given, reduction=reduction)
+
+
+# The shuffle of DKPP is drawn from the bits of the row, which a shift changes; its distribution is the same.
+@pytest.mark.parametrize("name", sorted(set(CATALOGUE) - {"dkpp"}))
+def test_shift_of_the_teacher_matters_exactly_where_the_catalogue_says(name):
+    student, teacher, labels = rows()
+    shifted = value(name, student, teacher - 5.0, labels)
+    assert torch.isclose(shifted, value(name, student, teacher, labels)).item() != CATALOGUE[name].shift
+
+
+@pytest.mark.parametrize("name", sorted(CATALOGUE))
+def test_a_loss_without_batch_statistics_is_the_mean_of_its_rows_alone(name):
+    student, teacher, labels = rows()
+    whole = value(name, student, teacher, labels)
+    alone = torch.stack([value(name, student[i : i + 1], teacher[i : i + 1], labels[i : i + 1]) for i in range(6)])
+    assert torch.isclose(whole, alone.mean()).item() != CATALOGUE[name].batch_statistics
+
+
+@pytest.mark.parametrize("name", sorted(CATALOGUE))
+def test_row_values_exist_exactly_where_the_catalogue_says(name):
+    student, teacher, labels = rows()
+    if CATALOGUE[name].per_row:
+        assert value(name, student, teacher, labels, "none").shape == (6,)
+    else:
+        with pytest.raises(ValueError, match="statistic of the batch"):
+            value(name, student, teacher, labels, "none")
+
+
+@pytest.mark.parametrize("name", sorted(CATALOGUE))
+def test_names_and_summaries_tell_what_a_loss_is(name):
+    assert len(CATALOGUE[name].summary) > 20
+
+
+@pytest.mark.parametrize("spec", ["logit_mse", "mld", "label_revision", "topkd"])
+def test_losses_on_raw_logits_refuse_an_archive_without_the_shift(spec):
+    objective = Objective([spec])
+    assert objective.needs.shift
+    objective.refuse_codec("linear", keeps_shift=True)
+    with pytest.raises(Refused, match=f"'{spec}' compares raw logits"):
+        objective.refuse_codec("linear", keeps_shift=False)
+
+
+@pytest.mark.parametrize("spec", ["power", "dkd", "logit_mse?centered=true", "mld?standardize=true"])
+def test_losses_that_do_not_see_the_shift_take_any_archive(spec):
+    objective = Objective([spec])
+    assert not objective.needs.shift
+    objective.refuse_codec("linear", keeps_shift=False)
