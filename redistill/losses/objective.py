@@ -70,12 +70,7 @@ class Term(nn.Module):
         self.spec = spec
         self.label = spec.take("label", entry.name)
         self.weight = _weight(spec, entry.weight)
-        self.schedule = Schedule(
-            warmup=spec.take("warmup", entry.warmup),
-            decay=spec.take("decay", "none"),
-            decay_from=spec.take("decay_from", 0.0),
-            floor=spec.take("floor", 0.0),
-        )
+        self.schedule = _read_schedule(spec, entry.warmup)
         self.standardize = spec.take("standardize", False)
         self.gauges = dict(entry.gauges(read_options(spec, entry)))
 
@@ -242,6 +237,20 @@ def _weight(spec: Spec, default: float) -> float:
     if not 0 <= weight < math.inf:
         raise UsageError(f"{spec.text!r}: weight must be a finite number, 0 or above, found {weight:g}")
     return weight
+
+
+def _read_schedule(spec: Spec, warmup: float) -> Schedule:
+    try:
+        return Schedule(
+            warmup=spec.take("warmup", warmup),
+            decay=spec.take("decay", "none"),
+            decay_from=spec.take("decay_from", 0.0),
+            floor=spec.take("floor", 0.0),
+        )
+    except UsageError as error:
+        if spec.text in str(error):
+            raise
+        raise UsageError(f"{spec.text!r}: {error}") from None
 
 
 def _read_ce(spec: Spec) -> tuple[float, float]:
