@@ -70,8 +70,11 @@ def power_divergence(
     check_reduction(reduction)
     student, teacher = prepare(student_logits, teacher_logits)
     scale = temperature * temperature if scale_by_t2 else 1.0
-    wants_gradient = torch.is_grad_enabled() and student.requires_grad
-    rows: Tensor = _PowerDivergence.apply(student, teacher, k, temperature, cap, scale, wants_gradient)
+    if torch.compiler.is_compiling():
+        rows: Tensor = _Compiled.apply(student, teacher, k, temperature, cap, scale)
+    else:
+        wants_gradient = torch.is_grad_enabled() and student.requires_grad
+        rows = _Eager.apply(student, teacher, k, temperature, cap, scale, wants_gradient)
     return reduce_rows(rows, reduction)
 
 
@@ -125,7 +128,7 @@ def capped_fraction(
     return (exponent.amax(dim=1) > min(cap, LARGEST_EXPONENT)).to(student.dtype).mean()
 
 
-class _PowerDivergence(torch.autograd.Function):
+class _Eager(torch.autograd.Function):
     """Per-row values; the gradient is finished in the forward pass, one [batch, classes] buffer is kept for it."""
 
     @staticmethod
@@ -141,42 +144,73 @@ class _PowerDivergence(torch.autograd.Function):
     ) -> Tensor:
         log_q = torch.log_softmax(student / temperature, dim=1)
         log_p = torch.log_softmax(teacher / temperature, dim=1)
-        if -1.0 + NEAR_A_LIMIT <= k <= -NEAR_A_LIMIT:
-            rows, gradient, divisor = _inside(log_p, log_q, k, wants_gradient)
-        else:
-            rows, gradient, divisor = _anywhere(log_p, log_q, k, cap, wants_gradient)
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
-            ctx.scale = scale / (divisor * temperature)
+        rows, pull, total, q, divisor = _parts(log_p, log_q, k, cap)
+        if wants_gradient:
+            ctx.save_for_backward(pull.addcmul_(q, total, value=-1.0))
+            ctx.factor = scale / (divisor * temperature)
         return rows.mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         # Gradients are recorded inside a backward pass only under create_graph=True. once_differentiable would let that
         # pass, and silently leave this loss out of the second derivative.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled():
             raise Refused("the power divergence has no second derivative; call backward() without create_graph=True")
         (gradient,) = ctx.saved_tensors
-        return gradient * (grad_outputs[0] * ctx.scale).unsqueeze(1), None, None, None, None, None, None
+        return gradient * (grad_outputs[0] * ctx.factor).unsqueeze(1), None, None, None, None, None, None
 
 
-# What the two ways of computing give: per-row values, and if wanted the gradient times the divisor that comes with it.
-Parts = tuple[Tensor, Tensor | None, float]
+class _Compiled(torch.autograd.Function):
+    """The same for torch.compile, which fuses what is elementwise: keeps three numbers a row, does the rest again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        student: Tensor,
+        teacher: Tensor,
+        k: float,
+        temperature: float,
+        cap: float,
+        scale: float,
+    ) -> Tensor:
+        z, v = student / temperature, teacher / temperature
+        log_z, log_v = torch.logsumexp(z, 1, keepdim=True), torch.logsumexp(v, 1, keepdim=True)
+        rows, _, total, _, _ = _parts(v - log_v, z - log_z, k, cap)
+        ctx.save_for_backward(student, teacher, log_z, log_v, total)
+        ctx.options = k, temperature, cap, scale
+        return rows * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        student, teacher, log_z, log_v, total = ctx.saved_tensors
+        k, temperature, cap, scale = ctx.options
+        _, pull, _, q, divisor = _parts(teacher / temperature - log_v, student / temperature - log_z, k, cap)
+        factor = grad_outputs[0].unsqueeze(1) * (scale / (divisor * temperature))
+        return (pull - q * total) * factor, None, None, None, None, None
 
 
-def _inside(log_p: Tensor, log_q: Tensor, k: float, wants_gradient: bool) -> Parts:
-    """-1 < k < 0, not near either end: w = exp of a mean of two log-probabilities, at most 1. Overwrites its inputs."""
+# Per-row values, pull, total, q, divisor: the gradient by the student's log-probabilities is pull / divisor up to a
+# multiple of q; with total = Σ pull, the softmax makes it (pull - q·total) / divisor by the logits over T.
+Parts = tuple[Tensor, Tensor, Tensor, Tensor, float]
+
+
+def _parts(log_p: Tensor, log_q: Tensor, k: float, cap: float) -> Parts:
+    """Value and gradient of member k; overwrites its inputs."""
+    if -1.0 + NEAR_A_LIMIT <= k <= -NEAR_A_LIMIT:
+        return _inside(log_p, log_q, k)
+    return _anywhere(log_p, log_q, k, cap)
+
+
+def _inside(log_p: Tensor, log_q: Tensor, k: float) -> Parts:
+    """-1 < k < 0, not near either end: w = exp of a mean of two log-probabilities, at most 1."""
     w = log_p.lerp_(log_q, -k).exp_()
-    mass = w.sum(dim=1)
-    rows = (mass - 1.0).div_(k * (1.0 + k))
-    if not wants_gradient:
-        return rows, None, 1.0
-    gradient = w.neg_().addcmul_(log_q.exp_(), mass.unsqueeze(1))  # q·M - w
-    return rows, gradient, 1.0 + k
+    mass = w.sum(dim=1, keepdim=True)
+    rows = (mass.squeeze(1) - 1.0).div_(k * (1.0 + k))
+    return rows, w.neg_(), mass.neg_(), log_q.exp_(), 1.0 + k
 
 
-def _anywhere(log_p: Tensor, log_q: Tensor, k: float, cap: float, wants_gradient: bool) -> Parts:
-    """Any k, smooth through 0 and -1; overwrites its inputs.
+def _anywhere(log_p: Tensor, log_q: Tensor, k: float, cap: float) -> Parts:
+    """Any k, smooth through 0 and -1.
 
     Near KL (k >= -1/2) the value is Σ p f(log p/q) / (1+k) with f(x) = expm1(kx)/k, near reverse KL it is
     Σ q f(log p/q) / k with f(x) = expm1((1+k)x)/(1+k): f is exact where its own coefficient goes to 0, and the other
@@ -187,13 +221,8 @@ def _anywhere(log_p: Tensor, log_q: Tensor, k: float, cap: float, wants_gradient
     base = log_p.exp() if near_kl else log_q.exp()
     value, slope = _relaxed_log(log_p.sub_(log_q), own, cap if k > 0.0 or k < -1.0 else None)
     rows = (base * value).sum(dim=1).div_(other)
-    if not wants_gradient:
-        return rows, None, 1.0
-    # The derivative by log q, up to a multiple of q, which the softmax takes out again.
-    by_log_q = slope.add_(1.0).mul_(base).neg_() if near_kl else value.sub_(slope).mul_(base)
-    q = log_q.exp_() if near_kl else base
-    gradient = by_log_q.addcmul_(q, by_log_q.sum(dim=1, keepdim=True), value=-1.0)
-    return rows, gradient, other
+    pull = slope.add_(1.0).mul_(base).neg_() if near_kl else value.sub_(slope).mul_(base)
+    return rows, pull, pull.sum(dim=1, keepdim=True), log_q.exp_() if near_kl else base, other
 
 
 def _relaxed_log(log_ratio: Tensor, c: float, cap: float | None) -> tuple[Tensor, Tensor]:
@@ -203,7 +232,7 @@ def _relaxed_log(log_ratio: Tensor, c: float, cap: float | None) -> tuple[Tensor
     exponent = log_ratio.mul_(c)
     limit = LARGEST_EXPONENT if cap is None else min(cap, LARGEST_EXPONENT)
     slope = exponent.clamp(max=limit).expm1_()
-    value = slope / c
-    if cap is not None:
-        value.add_(exponent.sub_(limit).clamp_(min=0.0), alpha=math.exp(limit) / c)
-    return value, slope
+    if cap is None:
+        return slope / c, slope
+    beyond = exponent.sub_(limit).clamp_(min=0.0)
+    return beyond.mul_(math.exp(limit) / c).add_(slope, alpha=1.0 / c), slope
