@@ -11,6 +11,7 @@ from redistill_cache.codecs.certify import check_finite
 from redistill_cache.codecs.checks import check_width
 from redistill_cache.codecs.floats import Float16Codec, Float32Codec
 from redistill_cache.codecs.linear import LinearCodec
+from redistill_cache.codecs.linear_encode import Policy
 from redistill_cache.codecs.linear_fit import fit_linear
 from redistill_cache.codecs.protocol import Codec, Json
 from redistill_cache.codecs.space import Array, to_numpy
@@ -43,7 +44,7 @@ def fit_codec(
     certified: bool = True,
     metric: str = "kl",
     keep_shift: bool = False,
-    rounding: str = "plain",
+    rounding: str = "shaped",
     head: tuple[Array, Array] | None = None,
 ) -> Codec:
     """A codec for rows like the pilot's (float32 [n, width]; a few times as many rows as values, or all there are).
@@ -68,13 +69,13 @@ def fit_codec(
     if name == "float16":
         return Float16Codec(width, metric, fidelity, keep_shift and metric == "kl")
     if name == "linear":
-        return fit_linear(
-            rows,
+        policy = Policy(
+            metric="kl" if metric == "kl" else "relative",
             fidelity=fidelity,
-            metric=metric,
             certified=certified,
+            level=0,
             keep_shift=keep_shift and metric == "kl",
-            rounding=rounding,
-            head=None if head is None else (to_numpy(head[0]), to_numpy(head[1])),
+            rounding="shaped" if rounding == "shaped" and metric == "kl" else "plain",
         )
+        return fit_linear(rows, policy, None if head is None else (to_numpy(head[0]), to_numpy(head[1])))
     raise UsageError(f"expected a codec out of {', '.join(CODECS)}, found {name!r}")

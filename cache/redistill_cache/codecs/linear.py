@@ -10,7 +10,7 @@ import numpy as np
 from redistill_cache.arrays import ArraySpec
 from redistill_cache.codecs.checks import MAX_RANK, Config, check_width, side_array
 from redistill_cache.codecs.linear_encode import Policy, encode_linear
-from redistill_cache.codecs.packing import Packing, packing_from_side
+from redistill_cache.codecs.packing import Packing, packing_flaw
 from redistill_cache.codecs.protocol import Encoded, Json
 from redistill_cache.codecs.space import Array
 from redistill_cache.codecs.synthesis import ESCAPED, EXACT, Synthesis
@@ -41,18 +41,25 @@ class LinearCodec:
         return frozenset({"escape", "exact"})
 
     def config(self) -> dict[str, Json]:
-        return {"rank": self.synthesis.rank, "basis": self.source, **self.policy.config()}
+        packing = self.synthesis.packing
+        sizes = {"rank": packing.rank, "slots": len(packing.coefficient), "bytes": packing.width}
+        return {**sizes, "basis": self.source, **self.policy.config()}
 
     def side(self) -> dict[str, np.ndarray]:
         synthesis = self.synthesis
+        packing = synthesis.packing
         return {
             "basis_low": (synthesis.integers & 0xFF).astype(np.uint8),
             "basis_high": (synthesis.integers >> 8).astype(np.int8),
             "scale": synthesis.scale,
             "step": synthesis.step,
             "offset": synthesis.offset,
-            "radix_low": np.asarray(synthesis.packing.low, np.uint16),
-            "radix_high": np.asarray(synthesis.packing.high, np.uint16),
+            "spread": synthesis.spread,
+            "slot_coefficient": packing.coefficient,
+            "slot_radix": packing.radix,
+            "slot_low": packing.low,
+            "slot_byte": packing.byte,
+            "symbols": packing.symbols,
         }
 
     def arrays(self) -> tuple[ArraySpec, ...]:
@@ -82,27 +89,42 @@ class LinearCodec:
         check_width(width)
         reader = Config("linear", config)
         rank = reader.integer("rank", 1, MAX_RANK)
+        slots = reader.integer("slots", 0, 2 * rank)
+        width_of_packed = reader.integer("bytes", 1, max(slots, 1))
         source = reader.choice("basis", ("svd", "head"))
         policy = Policy.read(reader)
         reader.done()
-        scale, step = (side_array("linear", side, name, "float32", (rank,)) for name in ("scale", "step"))
-        if (scale < 0).any() or (step < 0).any():
-            raise Damaged("expected steps and scales of codec linear to be at least zero, found negative ones")
+        vectors = {name: side_array("linear", side, name, "float32", (rank,)) for name in ("scale", "step", "spread")}
+        if any((values < 0).any() for values in vectors.values()):
+            raise Damaged("expected steps, scales and spreads of codec linear of at least zero, found negative ones")
         low = side_array("linear", side, "basis_low", "uint8", (rank, width)).astype(np.int16)
         high = side_array("linear", side, "basis_high", "int8", (rank, width)).astype(np.int16)
-        offset = side_array("linear", side, "offset", "float32", (width,))
-        synthesis = Synthesis(high * 256 + low, scale, step, offset, _open_packing(rank, side))
+        synthesis = Synthesis(
+            integers=high * 256 + low,
+            scale=vectors["scale"],
+            step=vectors["step"],
+            offset=side_array("linear", side, "offset", "float32", (width,)),
+            spread=vectors["spread"],
+            packing=_open_packing(rank, slots, width_of_packed, side),
+        )
         if not np.isfinite(synthesis.matrix).all():
             raise Damaged("expected a finite basis of codec linear, found steps and scales whose product overflows")
         return cls(synthesis, policy, source)
 
 
-def _open_packing(rank: int, side: Mapping[str, np.ndarray]) -> Packing:
-    radices = {name: side_array("linear", side, name, "uint16", (rank,)) for name in ("radix_low", "radix_high")}
-    low, high = radices["radix_low"], radices["radix_high"]
-    if ((low < 1) | (low > 256) | (high < 1) | (high > 255) | ((high > 1) & (low != 256))).any():
-        raise Damaged("expected radices of codec linear from 1 to 256, the second only above 256, found others")
-    return packing_from_side(radices)
+def _open_packing(rank: int, slots: int, width: int, side: Mapping[str, np.ndarray]) -> Packing:
+    packing = Packing(
+        rank,
+        coefficient=side_array("linear", side, "slot_coefficient", "uint16", (slots,)),
+        radix=side_array("linear", side, "slot_radix", "uint16", (slots,)),
+        low=side_array("linear", side, "slot_low", "int16", (slots,)),
+        byte=side_array("linear", side, "slot_byte", "uint16", (slots,)),
+        symbols=side_array("linear", side, "symbols", "uint8", (width, 256)),
+    )
+    flaw = packing_flaw(packing)
+    if flaw:
+        raise Damaged(f"expected digits of codec linear that fit their bytes, found {flaw}")
+    return packing
 
 
 def _rare_chunk_rows(width: int) -> int:

@@ -19,7 +19,7 @@ from redistill_cache.codecs.protocol import Encoded, Json, absent, join_parts
 from redistill_cache.codecs.space import Array, space_of, to_numpy
 from redistill_cache.codecs.synthesis import ESCAPED, EXACT, LEVEL_MASK, LEVELS_PER_OCTAVE, Synthesis
 
-__all__ = ["Policy", "encode_linear"]
+__all__ = ["Policy", "encode_linear", "search_coefficients"]
 
 METRICS = ("kl", "relative")
 ROUNDINGS = ("plain", "shaped")
@@ -80,6 +80,15 @@ def encode_linear(synthesis: Synthesis, policy: Policy, rows: Array) -> Encoded:
     return join_parts([Search(measure, policy, rows[start : start + size]).encoded() for start in starts])
 
 
+def search_coefficients(synthesis: Synthesis, policy: Policy, rows: np.ndarray) -> np.ndarray:
+    """The integers the encoder would choose for these rows, int64 [n, r]; rows it would store exactly are left out."""
+    measure = Measure(synthesis, policy.metric, policy.keep_shift, policy.rounding, space_of(rows))
+    search = Search(measure, policy, rows)
+    search.run()
+    k: np.ndarray = search.best.k[~search.exact].astype(np.int64)
+    return k if len(k) else np.zeros((1, synthesis.rank), np.int64)
+
+
 class Search:
     """The search for the step of every row of a slab: the coarsest that keeps the row within the limit."""
 
@@ -94,11 +103,14 @@ class Search:
         self.exact = np.zeros(count, bool)
         self.best = measure.attempt(self.rows, self.x, self.level, np.arange(count))
 
-    def encoded(self) -> Encoded:
+    def run(self) -> None:
         if len(self.level):
             self._refine()
             if self.policy.certified:
                 self._coarsen()
+
+    def encoded(self) -> Encoded:
+        self.run()
         return self._assembled()
 
     def _misses(self) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy as np
 
 from redistill_cache.codecs.certify import TEMPERATURES, kl_rows, relative_error
 from redistill_cache.codecs.packing import ESCAPE_LIMIT
+from redistill_cache.codecs.rounding import Shaping, round_shaped
 from redistill_cache.codecs.space import Array, Space, to_numpy
 from redistill_cache.codecs.synthesis import ESCAPED, Synthesis, multipliers
 
@@ -16,6 +17,8 @@ __all__ = ["Attempt", "Measure"]
 
 # Projections, in steps of level 0, are multiples of this.
 GRID = 2.0**-20
+# Coefficients of this size are not representable, whatever their digits.
+LARGEST = 2.0**40
 # Values of one float64 working array: rows of a tile shrink as they widen.
 TILE_VALUES = 1 << 22
 
@@ -78,7 +81,7 @@ class Measure:
             chosen = self.space.constant(index[tile], "int64")
             multiplier = self.space.constant(multipliers()[level[index[tile]]], "float64")
             tile_level = self.space.constant(level[index[tile]], "uint8")
-            k = self.space.rint(x[chosen] / multiplier[:, None])
+            k = self._rounded(rows[chosen], x[chosen] / multiplier[:, None], tile_level)
             parts.append(self._measured(rows[chosen], k, tile_level))
         return self._joined(parts)
 
@@ -92,10 +95,18 @@ class Measure:
             parts.append(self._compared(rows[chosen], x[chosen], k @ constants["matrix"] + constants["offset"]))
         return self._joined(parts)
 
+    def _rounded(self, rows: Array, x: Array, level: Array) -> Array:
+        if self.rounding == "plain":
+            return self.space.rint(x)
+        # What is out of all proportion is rounded plainly; its row will be stored exactly.
+        sane = self.space.where(self.space.abs(x) < LARGEST, x, x * 0.0)
+        tile = self._padded(rows), self._padded(sane), self._padded(level)
+        k = round_shaped(self.space, self._shaping, *tile)[: len(x)]
+        return self.space.where(self.space.abs(x) < LARGEST, k, self.space.rint(x))
+
     def _measured(self, rows: Array, k: Array, level: Array) -> Attempt:
         packing = self.synthesis.packing
         within, escape = packing.split(self.space, k)
-        # Half of the limit: what a step finer by some levels multiplies with still fits.
         fits = (self.space.abs(escape) <= ESCAPE_LIMIT).all(1)
         k = self.space.where(fits[:, None], k, k * 0.0)
         within, escape = packing.split(self.space, k)
@@ -150,6 +161,10 @@ class Measure:
     def _centred(self, rows: Array) -> Array:
         rows = self.space.cast(rows, "float64")
         return rows - rows.mean(1)[:, None] if self.metric == "kl" else rows
+
+    @cached_property
+    def _shaping(self) -> Shaping:
+        return Shaping.of(self.synthesis, self.space, bounded=self.synthesis.packing.reach.max(initial=1) > 1)
 
     @cached_property
     def _projection(self) -> tuple[Array, Array]:

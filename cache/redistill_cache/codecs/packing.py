@@ -1,21 +1,21 @@
-"""Small integers in bytes by mixed radix, so that a coefficient with three likely values does not cost a whole byte.
+"""Small integers in bytes, several to a byte, so that zstd's order-0 coder comes close to their entropy.
 
-A coefficient is an integer k = sum over its slots of weight * (digit - bias), plus `reach` times its escape. A slot is
-a digit of some radix; consecutive slots share a byte as long as the product of their radices is at most 256:
+zstd codes whole bytes with Huffman tables, one table for about 128 KiB of them. Left alone, a coefficient that is
+nearly always zero costs a bit, and columns of different spread share a table that fits none. So:
 
-    byte = digit_0 + radix_0 * (digit_1 + radix_1 * (digit_2 + ...)),    bias = radix // 2
+* A coefficient is a sum of *slots*, digits of small radix: k = sum(weight * (low + digit)). Nearly always it is one
+  slot; a wide coefficient has two, of weights 1 and 256.
+* A *byte* holds the digits of some slots in mixed radix, number = digit_0 + radix_0 * (digit_1 + radix_1 * ...), the
+  product of the radices being at most 256. Bytes are filled so that all carry about the same information.
+* What is stored is the rank of the number among all numbers of that byte, the likeliest first: `symbols[byte, rank]`
+  is the number. Then columns of bytes have nearly the same distribution, and one Huffman table fits many.
 
-zstd codes whole bytes, and never less than about a bit for a byte it does not match: packing five coefficients that are
-nearly always zero into one byte is what brings the cost of each under a fifth of a bit.
-
-A coefficient has one slot (radix 1 to 256), or two where the pilot needed more than a byte: radix 256 at weight 1, then
-a smaller one at weight 256. `reach` is the product of its radices. What does not fit goes to the escape, an int16 of
-an array that is all zeros but for the rows that say so: nothing is ever clipped.
+What lies outside the digits goes to the escape of the row, `reach` (the product of a coefficient's radices) times an
+int16 of an array that hardly any row uses: nothing is clipped by the packing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -23,129 +23,158 @@ import numpy as np
 
 from redistill_cache.codecs.space import Array, Space
 
-__all__ = ["ESCAPE_LIMIT", "Packing"]
+__all__ = ["ESCAPE_LIMIT", "Packing", "packing_flaw"]
 
 ESCAPE_LIMIT = 32767
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Packing:
-    """How `len(low)` coefficients lie in `width` bytes. Radices of the first slots, and of the second (1: none)."""
+    """How `rank` coefficients lie in `width` bytes; slots are in the order of their bytes."""
 
-    low: tuple[int, ...]
-    high: tuple[int, ...]
-    _tables: dict[str, list[tuple[int, int, Array]]] = field(default_factory=dict, compare=False, repr=False)
+    rank: int
+    coefficient: np.ndarray  # uint16 [slots]
+    radix: np.ndarray  # uint16 [slots], 2 to 256
+    low: np.ndarray  # int16 [slots]
+    byte: np.ndarray  # uint16 [slots], from 0 up, never down
+    symbols: np.ndarray  # uint8 [width, 256]
+    _constants: dict[str, dict[str, Array]] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def covering(cls, largest: np.ndarray) -> Packing:
-        """Room for every coefficient from -largest to largest."""
-        need = 2 * np.asarray(largest, np.int64) + 1
-        low = np.where(need > 256, 256, need)
-        high = np.where(need > 256, np.minimum(2 * ((largest + 128) // 256) + 1, 255), 1)
-        return cls(tuple(map(int, low)), tuple(map(int, high)))
-
-    @cached_property
-    def slots(self) -> tuple[tuple[int, int, int], ...]:
-        """(coefficient, radix, weight) as stored: the second slots, then the first ones. Radix 1 takes no room."""
-        first = [(k, radix, 1) for k, radix in enumerate(self.low) if radix > 1]
-        second = [(k, radix, self.low[k]) for k, radix in enumerate(self.high) if radix > 1]
-        return tuple(second + first)
-
-    @cached_property
-    def bytes_of_row(self) -> tuple[tuple[tuple[int, int, int], ...], ...]:
-        """The slots of every byte."""
-        packed: list[tuple[tuple[int, int, int], ...]] = []
-        current: list[tuple[int, int, int]] = []
-        product = 1
-        for slot in self.slots:
-            if current and product * slot[1] > 256:
-                packed.append(tuple(current))
-                current, product = [], 1
-            current.append(slot)
-            product *= slot[1]
-        if current or not packed:
-            packed.append(tuple(current))
-        return tuple(packed)
+    def empty(cls, rank: int) -> Packing:
+        """No digits at all: everything escapes. What fitting starts from."""
+        none = np.zeros(0, np.uint16)
+        symbols = np.arange(256, dtype=np.uint8)[None]
+        return cls(rank, none, none, none.astype(np.int16), none, symbols)
 
     @property
     def width(self) -> int:
-        return len(self.bytes_of_row)
+        return len(self.symbols)
+
+    @cached_property
+    def weight(self) -> np.ndarray:
+        """What a slot's digit counts: the product of the radices of earlier slots of the same coefficient."""
+        return _running_product(self.coefficient, self.radix)
+
+    @cached_property
+    def place(self) -> np.ndarray:
+        """What a slot's digit counts in the number of its byte."""
+        return _running_product(self.byte, self.radix)
 
     @cached_property
     def reach(self) -> np.ndarray:
-        return np.asarray(self.low, np.int64) * np.asarray(self.high, np.int64)
+        reach = np.ones(self.rank, np.int64)
+        np.multiply.at(reach, self.coefficient, self.radix.astype(np.int64))
+        return reach
 
     @cached_property
     def lowest(self) -> np.ndarray:
-        """The smallest coefficient without an escape."""
-        low, high = np.asarray(self.low, np.int64), np.asarray(self.high, np.int64)
-        return -(low // 2) - low * (high // 2)
+        """The smallest value of every coefficient without an escape."""
+        lowest = np.zeros(self.rank, np.int64)
+        np.add.at(lowest, self.coefficient, self.weight * self.low)
+        return lowest
+
+    @cached_property
+    def decoded_slots(self) -> np.ndarray:
+        """Slots in the order in which `digits` returns them: bytes of one slot first, then of two, ..."""
+        counts = np.bincount(self.byte, minlength=self.width)
+        return np.argsort(counts[self.byte], kind="stable")
 
     def split(self, space: Space, k: Array) -> tuple[Array, Array]:
-        """Coefficients (float64 integers [n, r]) as what the bytes hold and the escape, both float64."""
-        lowest, reach = space.constant(self.lowest, "float64"), space.constant(self.reach, "float64")
-        escape = space.floor((k - lowest) / reach)
-        return k - escape * reach, escape
+        """Coefficients (float64 integers [n, rank]) as what the digits hold and the escape, both float64."""
+        constants = self._on(space)
+        escape = space.floor((k - constants["lowest"]) / constants["reach"])
+        return k - escape * constants["reach"], escape
 
     def pack(self, space: Space, k: Array) -> Array:
-        """Coefficients within reach (integers [n, r]) as bytes [n, width]."""
-        k = space.cast(k, "int32")
-        low = space.constant(np.asarray(self.low), "int32")
-        shifted = k - space.constant(self.lowest, "int32")
-        digits = (shifted % low, space.floor_divide(shifted, low))
-        packed = space.zeros((len(k), self.width), "int32")
-        for index, slots in enumerate(self.bytes_of_row):
-            product = 1
-            for coefficient, radix, weight in slots:
-                packed[:, index] += product * digits[int(weight > 1)][:, coefficient]
-                product *= radix
-        return space.cast(packed, "uint8")
+        """Coefficients within reach (float64 integers [n, rank]) as bytes [n, width]."""
+        constants = self._on(space)
+        shifted = space.cast(k - constants["lowest"], "int32")[:, constants["coefficient"]]
+        digits = space.floor_divide(shifted, constants["weight"]) % constants["radix"] * constants["place"]
+        sums = space.concatenate([space.zeros((len(k), 1), "int32"), space.running_sum(digits)], 1)
+        numbers = sums[:, constants["ends"]] - sums[:, constants["starts"]]
+        return space.lookup(constants["ranks"], numbers + constants["rows"])
+
+    def digits(self, space: Space, packed: Array) -> Array:
+        """Bytes [n, width] as slot values `low + digit`, float32, in the order of `decoded_slots`."""
+        pieces = []
+        for columns, rows, table in self._tables(space):
+            index = space.cast(packed[:, columns], "int32") + rows
+            pieces.append(space.lookup(table, index).reshape(len(packed), -1))
+        return space.concatenate(pieces, 1) if pieces else space.zeros((len(packed), 0), "float32")
 
     def unpack(self, space: Space, packed: Array) -> Array:
-        """Bytes [n, width] as coefficients, float32 [n, r], escapes not included."""
-        pieces = []
-        for start, stop, table in self._lookup(space):
-            values = space.lookup(table, packed[:, start:stop])
-            pieces.append(values.reshape(len(packed), (stop - start) * table.shape[1]))
-        flat = space.concatenate(pieces, 1) if pieces else space.zeros((len(packed), 0), "float32")
-        second = sum(1 for radix in self.high if radix > 1)
-        first = flat[:, second:]
-        if second == 0 and flat.shape[1] == len(self.low):
-            return flat
-        result = space.zeros((len(packed), len(self.low)), "float32")
-        result[:, self._columns(space, self.low)] = first
-        if second:
-            columns = self._columns(space, self.high)
-            result[:, columns] += 256.0 * flat[:, :second]
-        return result
+        """Bytes [n, width] as coefficients, float32 [n, rank], without escapes."""
+        slots = np.zeros((len(self.coefficient), self.rank), np.float32)
+        slots[np.arange(len(self.coefficient)), self.coefficient] = self.weight
+        return self.digits(space, packed) @ space.constant(slots[self.decoded_slots])
 
-    def _columns(self, space: Space, radices: tuple[int, ...]) -> Array:
-        return space.constant(np.flatnonzero(np.asarray(radices) > 1), "int64")
+    def _on(self, space: Space) -> dict[str, Array]:
+        if space.key not in self._constants:
+            ranks = np.empty_like(self.symbols)
+            np.put_along_axis(ranks, self.symbols.astype(np.int64), np.arange(256, dtype=np.uint8)[None], axis=1)
+            ends = np.cumsum(np.bincount(self.byte, minlength=self.width))
+            self._constants[space.key] = {
+                "lowest": space.constant(self.lowest, "float64"),
+                "reach": space.constant(self.reach, "float64"),
+                "coefficient": space.constant(self.coefficient, "int64"),
+                "weight": space.constant(self.weight, "int32"),
+                "radix": space.constant(self.radix, "int32"),
+                "place": space.constant(self.place, "int32"),
+                "ends": space.constant(ends, "int64"),
+                "starts": space.constant(np.concatenate([[0], ends[:-1]]), "int64"),
+                "rows": space.constant(256 * np.arange(self.width), "int32"),
+                "ranks": space.constant(ranks.reshape(-1)),
+            }
+        return self._constants[space.key]
 
-    def _lookup(self, space: Space) -> list[tuple[int, int, Array]]:
-        """(first byte, end, table [256, slots]) for every run of bytes of one make."""
-        if space.key not in self._tables:
-            runs: list[tuple[int, int, Array]] = []
-            makes = [tuple(radix for _, radix, _ in slots) for slots in self.bytes_of_row if slots]
-            start = 0
-            for index in range(1, len(makes) + 1):
-                if index == len(makes) or makes[index] != makes[start]:
-                    runs.append((start, index, space.constant(digit_table(makes[start]), "float32")))
-                    start = index
-            self._tables[space.key] = runs
-        return self._tables[space.key]
+    def _tables(self, space: Space) -> list[tuple[Array, Array, Array]]:
+        """For bytes of one slot, of two, ...: their columns, their first rows in the table, and the table of values."""
+        key = "tables of " + space.key
+        if key not in self._constants:
+            counts = np.bincount(self.byte, minlength=self.width)
+            self._constants[key] = {
+                str(count): self._table(space, np.flatnonzero(counts == count))
+                for count in np.unique(counts[counts > 0])
+            }
+        return list(self._constants[key].values())
+
+    def _table(self, space: Space, columns: np.ndarray) -> tuple[Array, Array, Array]:
+        slots = np.flatnonzero(np.isin(self.byte, columns)).reshape(len(columns), -1)
+        numbers = self.symbols[columns].astype(np.int64)[:, :, None]  # [bytes, 256, 1]
+        digits = numbers // self.place[slots][:, None] % self.radix[slots].astype(np.int64)[:, None]
+        values = (digits + self.low[slots][:, None]).astype(np.float32)
+        rows = space.constant(256 * np.arange(len(columns)), "int32")
+        return space.constant(columns, "int64"), rows, space.constant(values.reshape(-1, slots.shape[1]))
 
 
-def digit_table(radices: tuple[int, ...]) -> np.ndarray:
-    """[256, slots]: the digits of every byte, less their bias; bytes past the product of the radices never occur."""
-    columns = []
-    rest = np.arange(256)
-    for radix in radices:
-        columns.append(rest % radix - radix // 2)
-        rest = rest // radix
-    return np.stack(columns, 1).astype(np.float32)
+def _running_product(group: np.ndarray, radix: np.ndarray) -> np.ndarray:
+    """Of every slot, the product of the radices of earlier slots of its group."""
+    product = np.ones(int(group.max(initial=0)) + 1, np.int64)
+    running = np.empty(len(group), np.int64)
+    for index, (key, factor) in enumerate(zip(group.tolist(), radix.tolist(), strict=True)):
+        running[index] = product[key]
+        product[key] *= factor
+    return running
 
 
-def packing_from_side(radices: Mapping[str, np.ndarray]) -> Packing:
-    """From the side arrays radix_low and radix_high, already checked for shape and dtype."""
-    return Packing(tuple(map(int, radices["radix_low"])), tuple(map(int, radices["radix_high"])))
+def packing_flaw(packing: Packing) -> str | None:
+    """What is wrong with a packing that was read from somewhere, if anything."""
+    slots = len(packing.coefficient)
+    if slots and int(packing.coefficient.max()) >= packing.rank:
+        return "a digit of a coefficient that does not exist"
+    if slots and (int(packing.radix.min()) < 2 or int(packing.radix.max()) > 256):
+        return "a radix that is not 2 to 256"
+    if np.bincount(packing.coefficient, minlength=1).max() > 2:
+        return "a coefficient of more than two digits"
+    steps = np.diff(packing.byte.astype(np.int64), prepend=0)
+    if slots and (int(packing.byte[0]) != 0 or (steps < 0).any() or (steps > 1).any()):
+        return "digits that are not in the order of their bytes"
+    if slots and int(packing.byte[-1]) != packing.width - 1:
+        return "bytes without digits"
+    # Of eight slots at most, or the product could wrap around before it is looked at.
+    if np.bincount(packing.byte, minlength=1).max() > 8 or (packing.place * packing.radix > 256).any():
+        return "a byte whose radices multiply to more than 256"
+    if not (np.sort(packing.symbols, axis=1) == np.arange(256)).all():
+        return "symbols that are not a permutation"
+    return None

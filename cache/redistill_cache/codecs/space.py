@@ -67,7 +67,8 @@ class Space:
         """To the nearest integer, halves to even, in both libraries."""
         return np.rint(x) if self.torch is None else self.torch.round(x)
 
-    def floor_divide(self, x: Array, divisor: int) -> Array:
+    def floor_divide(self, x: Array, divisor: Array) -> Array:
+        """Of integers."""
         return x // divisor if self.torch is None else self.torch.div(x, divisor, rounding_mode="floor")
 
     def floor(self, x: Array) -> Array:
@@ -110,11 +111,11 @@ class Space:
     def argmax_of_row(self, x: Array) -> Array:
         return x.argmax(axis=1) if self.torch is None else x.argmax(1)
 
-    def top(self, x: Array, k: int) -> Array:
-        """Columns of the k largest of every row, largest first, ties by column: [n, k]."""
+    def largest(self, x: Array, k: int) -> Array:
+        """Columns of the k largest of every row, in no particular order: [n, k]."""
         if self.torch is None:
-            return np.argsort(-x, axis=1, kind="stable")[:, :k]
-        return self.torch.sort(x, dim=1, descending=True, stable=True)[1][:, :k]
+            return np.argpartition(x, x.shape[1] - k, axis=1)[:, x.shape[1] - k :]
+        return self.torch.topk(x, k, dim=1, sorted=False)[1]
 
     def take(self, x: Array, index: Array) -> Array:
         """x[row, index[row, j]]."""
@@ -126,7 +127,20 @@ class Space:
         """table[index], the index of a small unsigned integer type."""
         if self.torch is None:
             return table.take(index, axis=0)
-        return table[index.to(self.torch.int32)]
+        return table[index if index.dtype == self.torch.int64 else index.to(self.torch.int32)]
+
+    def running_sum(self, x: Array) -> Array:
+        """Along the rows of an int32 array, as int32."""
+        if self.torch is None:
+            return np.cumsum(x, axis=1, dtype=np.int32)
+        return self.torch.cumsum(x, 1, dtype=self.torch.int32)
+
+    def inverse(self, x: Array) -> Array:
+        """Of every matrix [n, m, m]."""
+        return np.linalg.inv(x) if self.torch is None else self.torch.linalg.inv(x)
+
+    def identity(self, size: int) -> Array:
+        return self.constant(np.eye(size))
 
     def concatenate(self, parts: list[Array], axis: int = 0) -> Array:
         return np.concatenate(parts, axis) if self.torch is None else self.torch.cat(parts, axis)

@@ -17,22 +17,23 @@ from redistill_cache.codecs.packing import Packing
 from redistill_cache.codecs.rare import rare_rows
 from redistill_cache.codecs.space import Array, Space, space_of
 
-__all__ = ["ESCAPED", "EXACT", "LEVELS_PER_OCTAVE", "LEVEL_MASK", "Synthesis"]
+__all__ = ["ESCAPED", "EXACT", "LEVELS_PER_OCTAVE", "LEVEL_MASK", "Synthesis", "multipliers"]
 
 LEVEL_MASK, ESCAPED, EXACT = 0x3F, 0x40, 0x80
 LEVELS_PER_OCTAVE = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Synthesis:
-    """Everything that decoding needs, as it is stored."""
+    """Everything that decoding needs, as it is stored; and `spread`, which only the encoder looks at."""
 
     integers: np.ndarray  # int16 [r, width]
     scale: np.ndarray  # float32 [r]: basis = integers * scale
     step: np.ndarray  # float32 [r], of level 0
     offset: np.ndarray  # float32 [width]
+    spread: np.ndarray  # float32 [r]: mean size of coefficients, in steps of level 0
     packing: Packing
-    _constants: dict[str, dict[str, Array]] = field(default_factory=dict, compare=False, repr=False)
+    _constants: dict[str, dict[str, Array]] = field(default_factory=dict, repr=False)
 
     @property
     def rank(self) -> int:
@@ -54,12 +55,15 @@ class Synthesis:
         packed, level = arrays["q"], arrays["level"]
         space = space_of(packed)
         constants = self.constants(space)
-        k = self.packing.unpack(space, packed)
+        multiplier = space.lookup(constants["multiplier"], level & LEVEL_MASK)[:, None]
+        digits = self.packing.digits(space, packed)
+        digits *= multiplier
+        # Slots instead of coefficients: their rows of the matrix are in the order in which they come out of the bytes.
+        rows = digits @ constants["slots"]
         escaped, escapes = rare_rows(space, arrays, "escape", level, ESCAPED)
         if escaped is not None:
-            k[escaped] += space.cast(escapes, "float32") * constants["reach"]
-        k *= space.lookup(constants["multiplier"], level & LEVEL_MASK)[:, None]
-        rows = k @ constants["matrix"]
+            beyond = space.cast(escapes, "float32") * constants["reach"] * multiplier[escaped]
+            rows[escaped] += beyond @ constants["matrix"]
         rows += constants["offset"]
         if "shift" in arrays:
             rows += arrays["shift"][:, None]
@@ -71,11 +75,14 @@ class Synthesis:
     def constants(self, space: Space) -> dict[str, Array]:
         """What decoding multiplies with, on the device of the space; copied there once."""
         if space.key not in self._constants:
+            packing = self.packing
+            slots = packing.weight[:, None].astype(np.float32) * self.matrix[packing.coefficient]
             self._constants[space.key] = {
                 "matrix": space.constant(self.matrix, "float32"),
+                "slots": space.constant(slots[packing.decoded_slots], "float32"),
                 "offset": space.constant(self.offset, "float32"),
                 "multiplier": space.constant(multipliers(), "float32"),
-                "reach": space.constant(self.packing.reach, "float32"),
+                "reach": space.constant(packing.reach, "float32"),
             }
         return self._constants[space.key]
 

@@ -1,0 +1,183 @@
+"""Rounding that keeps distributions: errors go where softmax does not look.
+
+To second order, KL(softmax(z / T) || softmax((z + e) / T)) = e' H e / 2 with H = (diag p - p p') / T**2. Plain rounding
+makes e white; nearest-plane rounding takes the coefficients one by one, the least varying first, and moves every
+target by what the errors made so far should be answered with. Exactly, that is a Cholesky factor of every row's H in
+the basis, r**3 / 3 operations and r**2 * width more to form it.
+
+Nearly all of the shape of H is in the few classes a row gives weight to, so here H = base * (I + U'U): the m classes
+of largest weight as rows of U, everything else as one number. With an orthonormal basis (and any basis is one after
+a QR decomposition, whose triangle R joins the recursion) what is left to answer lives in m dimensions:
+
+    s = sum over rounded j of u_j y_j          y = R (k - x): errors in orthonormal coordinates
+    best y_j = - u_j' S**-1 s,                 S = I + sum over j not yet rounded of u_j u_j'
+
+S**-1 loses one rank a coefficient; taken eight at a time, a row costs about 4 r m**2 + r**2 operations. At m = 32 this
+is fifteen times cheaper than the exact form at r = 512, and as good where m classes hold all but a few percent.
+
+The curvature left for a coefficient once the later ones are free to answer (its pivot) also weighs its bits: toward
+zero is taken where it costs less than the bits it saves, at the exchange rate of a uniform quantizer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from redistill_cache.codecs.certify import log_softmax
+from redistill_cache.codecs.space import Array, Space
+from redistill_cache.codecs.synthesis import Synthesis, multipliers
+
+__all__ = ["Shaping", "round_shaped"]
+
+# Classes a row's curvature is made of.
+CLASSES = 32
+# Coefficients between two updates of S**-1.
+GROUP = 8
+# What a bit is worth in units of base * step**2; a uniform quantizer's slope is 2 ln 2 / 12 = 0.116.
+BIT_PRICE = 0.12
+# A coefficient beyond its digits costs this many bits.
+ESCAPE_BITS = 24.0
+
+
+@dataclass(frozen=True, eq=False)
+class Shaping:
+    """Constants of a synthesis on one device."""
+
+    orthonormal: Array  # float64 [width, r]: steps of level 0 times the basis, transposed = orthonormal @ triangle
+    triangle: np.ndarray  # float64 [r, r], upper, positive diagonal
+    triangle_rows: Array  # the same on the device
+    first_bit: Array  # float64 [levels, r]: bits from 0 to 1
+    next_bit: Array  # float64 [levels, r]: bits from n to n + 1
+    lowest: np.ndarray  # within the digits
+    highest: np.ndarray
+    bit_price: float
+
+    @classmethod
+    def of(cls, synthesis: Synthesis, space: Space, *, bounded: bool) -> Shaping:
+        """`bounded`: the packing's digits are what coefficients should stay within."""
+        matrix = synthesis.matrix.astype(np.float64)
+        orthonormal, triangle = np.linalg.qr((matrix - matrix.mean(1, keepdims=True)).T)
+        sign = np.where(np.diag(triangle) < 0, -1.0, 1.0)
+        triangle = triangle * sign[:, None]
+        # Directions that are nothing but noise of the others are rounded plainly.
+        weak = np.diag(triangle) < 1e-9 * np.abs(triangle).max(initial=1e-300)
+        triangle[weak] = np.eye(len(triangle))[weak]
+        orthonormal = orthonormal * sign * ~weak
+        first, following = bit_costs(synthesis.spread)
+        lowest = synthesis.packing.lowest.astype(np.float64)
+        highest = lowest + synthesis.packing.reach - 1
+        if not bounded:
+            lowest, highest = np.full_like(lowest, -np.inf), np.full_like(highest, np.inf)
+        return cls(
+            space.constant(orthonormal),
+            triangle,
+            space.constant(triangle),
+            space.constant(first),
+            space.constant(following),
+            lowest,
+            highest,
+            BIT_PRICE * float(np.median(np.diag(triangle) ** 2)),
+        )
+
+
+def bit_costs(spread: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bits from 0 to 1 and from n to n + 1, [levels, r], for Laplacian coefficients of this mean size at level 0."""
+    size = np.maximum(spread.astype(np.float64), 1e-6)[None] / multipliers()[:, None]
+    decay = 1.0 / size
+    zero = -np.expm1(-decay / 2)
+    one = -0.5 * np.exp(-decay / 2) * np.expm1(-decay)
+    first = np.log2(np.maximum(zero, 1e-300)) - np.log2(np.maximum(one, 1e-300))
+    return np.clip(first, 0.0, ESCAPE_BITS), np.minimum(decay / np.log(2.0), ESCAPE_BITS)
+
+
+def round_shaped(space: Space, shaping: Shaping, rows: Array, x: Array, level: Array) -> Array:
+    """Integers near x (float64 [n, r], in steps of each row's level) for rows [n, width]."""
+    directions = curvature(space, shaping, rows)
+    groups = Groups(space, shaping, x, space.lookup(shaping.first_bit, level), space.lookup(shaping.next_bit, level))
+    remaining = space.inverse(space.identity(directions.shape[2]) + directions.swapaxes(1, 2) @ directions)
+    answered = directions[:, 0] * 0.0  # s
+    for stop in range(x.shape[1], 0, -GROUP):
+        start = max(0, stop - GROUP)
+        here = directions[:, start:stop]
+        seen = here @ remaining
+        coupling = seen @ here.swapaxes(1, 2)
+        y = groups.round(start, stop, (seen @ answered[:, :, None])[:, :, 0], coupling)
+        answered = answered + (y[:, None, :] @ here)[:, 0]
+        if start:
+            left = space.inverse(space.identity(stop - start) - coupling)
+            remaining = remaining + seen.swapaxes(1, 2) @ (left @ seen)
+    return groups.k
+
+
+def curvature(space: Space, shaping: Shaping, rows: Array) -> Array:
+    """U of every row, [n, r, m], of curvature base * (I + U'U) at T = 1 and T = 4 together."""
+    width = rows.shape[1]
+    classes = min(CLASSES, width)
+    sharp, soft = (space.exp(log_softmax(space, rows, t)) for t in (1.0, 4.0))
+    chosen = space.largest(sharp + soft / 16.0, classes)
+    sharp, soft = space.take(sharp, chosen), space.take(soft, chosen)
+    rest = (1.0 - sharp.sum(1)) + (1.0 - soft.sum(1)) / 16.0
+    base = (space.clip(rest, 0.0, None) / max(width - classes, 1) + 1e-9)[:, None]
+    extra = space.clip(sharp + soft / 16.0 - base, 0.0, None)
+    vectors = shaping.orthonormal[chosen]  # [n, m, r]
+    centre = (sharp[:, None, :] @ vectors)[:, 0]
+    return ((vectors - centre[:, None]) * space.sqrt(extra / base)[:, :, None]).swapaxes(1, 2)
+
+
+@dataclass
+class Groups:
+    """Rounding a few coefficients at a time, the last ones first."""
+
+    space: Space
+    shaping: Shaping
+    x: Array
+    first_bit: Array
+    next_bit: Array
+
+    def __post_init__(self) -> None:
+        self.k = self.x * 0.0
+        self.errors = self.x * 0.0
+
+    def round(self, start: int, stop: int, wanted: Array, coupling: Array) -> Array:
+        """Round coefficients start to stop; returns their errors y in orthonormal coordinates.
+
+        `wanted` is u_j' S**-1 s of each, `coupling` u_i' S**-1 u_j; both follow the rounding of every coefficient.
+        """
+        triangle = self.shaping.triangle
+        # The triangle's share of y that comes from coefficients rounded before.
+        carried = self.errors[:, stop:] @ self.shaping.triangle_rows[start:stop, stop:].T
+        coupling = coupling * 1.0
+        y = wanted * 0.0
+        for j in range(stop - start - 1, -1, -1):
+            at = start + j
+            free = 1.0 / (1.0 - coupling[:, j, j])
+            scale = float(triangle[at, at])
+            target = self.x[:, at] - (wanted[:, j] + carried[:, j]) / scale
+            k = self._nearest(at, target, free * scale**2)
+            error = k - self.x[:, at]
+            self.k[:, at], self.errors[:, at] = k, error
+            y[:, j] = scale * error + carried[:, j]
+            if j:
+                carried[:, :j] += error[:, None] * self.shaping.triangle_rows[start:at, at]
+                column = coupling[:, :j, j]
+                answer = y[:, j] + free * (wanted[:, j] + coupling[:, j, j] * y[:, j])
+                wanted[:, :j] += column * answer[:, None]
+                coupling[:, :j, :j] += column[:, :, None] * (column * free[:, None])[:, None, :]
+        return y
+
+    def _nearest(self, at: int, target: Array, pivot: Array) -> Array:
+        """The integer of least cost: squared distance times the pivot, and bits."""
+        space, shaping = self.space, self.shaping
+        price = shaping.bit_price / (2.0 * pivot)
+        size = space.abs(target)
+        k = space.floor(size + 0.5 - space.clip(price * self.next_bit[:, at], 0.0, 0.5))
+        k = space.where((k == 1.0) & (size < 0.5 + price * self.first_bit[:, at]), k * 0.0, k)
+        k = space.where(target < 0, -k, k)
+        low, high = float(shaping.lowest[at]), float(shaping.highest[at])
+        if low == -np.inf:
+            return k
+        inside = space.clip(k, low, high)
+        dearer = (inside - target) ** 2 - (k - target) ** 2
+        return space.where(dearer < price * (2.0 * ESCAPE_BITS), inside, k)
