@@ -1,1 +1,29 @@
 """redistill: knowledge distillation without paying for the teacher twice."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from redistill.sources.opening import open_source
+
+if TYPE_CHECKING:
+    from redistill import losses
+    from redistill.views.dataset import ViewDataset
+    from redistill.views.replay import render
+
+__all__ = ["ViewDataset", "losses", "open_source", "render"]
+
+# Loaded at first use: these need torch, and the processes that only read and hash images should not wait for it.
+LATE = {
+    "ViewDataset": "redistill.views.dataset",
+    "losses": "redistill.losses",
+    "render": "redistill.views.replay",
+}
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401  whatever the name stands for
+    if name not in LATE:
+        raise AttributeError(f"module 'redistill' has no attribute {name!r}")
+    module = import_module(LATE[name])
+    return module if LATE[name] == f"redistill.{name}" else getattr(module, name)

@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
+from redistill.views.dataset import MixedView, RenderedView, ViewDataset
 from redistill.views.draw import draw_params
 from redistill.views.named import parse_recipe
+from redistill.views.provider import ArchiveViews, DrawnViews, Views, archive_recipe, join_archive, usable_rows
 from redistill.views.recipe import Recipe
 from redistill.views.render import render_view, render_views
+from redistill.views.replay import render
 
-__all__ = ["Recipe", "draw_params", "parse_recipe", "render_view", "render_views"]
+__all__ = [
+    "ArchiveViews",
+    "DrawnViews",
+    "MixedView",
+    "Recipe",
+    "RenderedView",
+    "ViewDataset",
+    "Views",
+    "archive_recipe",
+    "draw_params",
+    "join_archive",
+    "parse_recipe",
+    "render",
+    "render_view",
+    "render_views",
+    "usable_rows",
+]

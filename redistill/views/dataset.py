@@ -1,0 +1,165 @@
+"""A map-style dataset of views: which view of which row is in the index, so workers hold no state that can go stale."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from redistill_cache.errors import OutOfRange, Refused
+
+from redistill.sources.base import Source
+from redistill.sources.images import decode_image
+from redistill.sources.join import Join
+from redistill.sources.opening import open_source
+from redistill.views.provider import ArchiveViews, Rows, ViewArchive, Views, join_archive, usable_rows
+from redistill.views.render import render_view, row_params
+from redistill.views.units import WEIGHT_UNIT
+
+__all__ = ["MixedView", "RenderedView", "ViewDataset"]
+
+
+class RenderedView(NamedTuple):
+    """One view: pixels uint8 [3, size, size], and whose and which it is."""
+
+    pixels: torch.Tensor
+    label: int
+    row: int
+    view: int
+
+
+class MixedView(NamedTuple):
+    """One view of a recipe that mixes; an unmixed row has itself for a partner, and the weight 1."""
+
+    pixels: torch.Tensor
+    label: int
+    row: int
+    view: int
+    partner: int
+    partner_label: int
+    weight: np.float32
+    """The share of the row's own view, in pixels and so in label."""
+
+
+class ViewDataset(torch.utils.data.Dataset[RenderedView | MixedView]):
+    """All views of all rows: item `view * num_rows + row` (`index`) is `RenderedView(pixels, label, row, view)`.
+
+    A loader takes its order from `indices(view)`, shuffled as it likes; persistent workers follow from view to view
+    because the index says all. Pixels are uint8: normalise on the device.
+
+        dataset = ViewDataset("folder:imagenet/train", archive, size=224)
+        loader = DataLoader(dataset, batch_size=256, sampler=dataset.indices(view), num_workers=8)
+    """
+
+    def __init__(
+        self,
+        source: Source | str | Any,  # noqa: ANN401  or any object that can be made a source
+        views: ViewArchive | Views,
+        *,
+        size: int | None = None,
+        joined: Join | None = None,
+    ) -> None:
+        """`views` is an archive, or where else parameters come from; without `joined`, the archive is joined here.
+
+        `size` is the side of the rendered views, the recipe's own where it is not given.
+        """
+        self.source: Source = open_source(source)
+        if not isinstance(views, Views):
+            views = ArchiveViews(views, join_archive(self.source, views) if joined is None else joined)
+        self.views = views
+        self.size = views.recipe.size if size is None else size
+        self.num_rows = len(views.source_rows)
+
+    def __len__(self) -> int:
+        return self.views.num_views * self.num_rows
+
+    def index(self, view: int, row: int) -> int:
+        """The index of one view of one row."""
+        return view * self.num_rows + row
+
+    def indices(self, view: int) -> Rows:
+        """The indices of one view of every row that can be rendered, in order."""
+        return view * self.num_rows + usable_rows(self.views, view)
+
+    def __getitem__(self, index: int) -> RenderedView | MixedView:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[RenderedView | MixedView]:
+        """A batch: parameters are looked up together, and an image that serves several items is decoded once."""
+        wanted = np.asarray(indices, np.int64)
+        if len(wanted) and not 0 <= wanted.min() <= wanted.max() < len(self):
+            raise OutOfRange(f"expected indices in [0, {len(self)}), found {wanted.min()} to {wanted.max()}")
+        items: list[RenderedView | MixedView | None] = [None] * len(wanted)
+        images = _Images(self.source, self.views.source_rows)
+        plans = [self._plan(view, at, wanted[at] % self.num_rows) for view, at in _by_view(wanted // self.num_rows)]
+        for plan in plans:
+            images.expect(plan.rows, plan.partners[plan.mixed])
+        for plan in plans:
+            for position, at in enumerate(plan.at.tolist()):
+                items[at] = self._render(plan, position, images)
+        return [item for item in items if item is not None]
+
+    def _plan(self, view: int, at: Rows, rows: Rows) -> _Plan:
+        params = self.views.params(view, rows)
+        if not self.views.recipe.mixes:
+            return _Plan(view, at, rows, params, rows, np.zeros(len(rows), bool), {})
+        partners = params["mix_partner"].astype(np.int64)
+        return _Plan(view, at, rows, params, partners, partners != rows, self.views.params(view, partners))
+
+    def _render(self, plan: _Plan, position: int, images: _Images) -> RenderedView | MixedView:
+        row, other = int(plan.rows[position]), int(plan.partners[position])
+        recipe, labels = self.views.recipe, self.views.labels
+        params = row_params(plan.params, position)
+        partner = None
+        if plan.mixed[position]:
+            partner = images.take(other), row_params(plan.partner_params, position)
+        pixels = render_view(images.take(row), params, recipe, self.size, partner)
+        if not recipe.mixes:
+            return RenderedView(pixels, int(labels[row]), row, plan.view)
+        weight = np.float32(int(params["mix_weight"]) / WEIGHT_UNIT)
+        return MixedView(pixels, int(labels[row]), row, plan.view, other, int(labels[other]), weight)
+
+
+class _Plan(NamedTuple):
+    """What is to be rendered of one view: places in the batch, rows, their parameters and their partners'."""
+
+    view: int
+    at: Rows
+    rows: Rows
+    params: dict[str, npt.NDArray[Any]]
+    partners: Rows
+    mixed: npt.NDArray[np.bool_]
+    partner_params: dict[str, npt.NDArray[Any]]
+
+
+def _by_view(views: Rows) -> list[tuple[int, Rows]]:
+    return [(int(view), np.flatnonzero(views == view)) for view in np.unique(views)]
+
+
+class _Images:
+    """Decoded images of a batch; each is decoded at its first use and let go at its last."""
+
+    def __init__(self, source: Source, source_rows: Rows) -> None:
+        self.source, self.source_rows = source, source_rows
+        self.uses: Counter[int] = Counter()
+        self.kept: dict[int, torch.Tensor] = {}
+
+    def expect(self, *rows: Rows) -> None:
+        for some in rows:
+            self.uses.update(some.tolist())
+
+    def take(self, row: int) -> torch.Tensor:
+        image = self.kept.pop(row, None)
+        if image is None:
+            place = int(self.source_rows[row])
+            if place < 0:
+                raise Refused(f"row {row} has no sample in this source; use only the rows of indices(view)")
+            sample = self.source.sample(place)
+            image = decode_image(sample.payload, name=sample.key)
+        self.uses[row] -= 1
+        if self.uses[row] > 0:
+            self.kept[row] = image
+        return image
