@@ -18,4 +18,4 @@ def listed(words: Iterable[str], separator: str = ", ") -> str:
 
 def first_line(error: BaseException) -> str:
     """What a library says, cut to its first line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]

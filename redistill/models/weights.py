@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,14 +80,20 @@ def parse_header(header: str | None, path: Path) -> Mapping[str, Any]:
 
 def read_torch(path: Path) -> WeightsFile:
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
+            # An open file: given a path, torch would go by its suffix. Its warnings are about pickles it then refuses.
+            found = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error):
+        # torch's message starts with advice to switch the protection off; what happened comes after this mark.
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2]
+        if "GLOBAL" in reason or "Trying to" in reason:
             raise Refused(
                 f"{str(path)!r} holds Python objects besides tensors, and loading those can run code; in a place you "
                 f"trust, save its state_dict alone (torch.save(model.state_dict(), PATH)) and give that file"
             ) from None
-        raise Refused(f"{str(path)!r} is neither a safetensors nor a torch file: {first_line(error)}") from None
+        raise Refused(
+            f"{str(path)!r} is neither a safetensors nor a torch file: {reason.strip().splitlines()[0]}"
+        ) from None
     except (RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
         raise Refused(f"{str(path)!r} is neither a safetensors nor a torch file: {first_line(error)}") from None
     return WeightsFile(path, without_prefixes(unwrap(found, path)))

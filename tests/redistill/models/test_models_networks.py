@@ -127,7 +127,7 @@ def test_demo_networks_are_small_and_ordered():
         assert demo.build(name, 10)(torch.randn(2, 3, 32, 32)).shape == (2, 10)
 
 
-@pytest.mark.parametrize("name", ["demo:large", "resnet8x4", "ShuffleV2", "MobileNetV2"])
+@pytest.mark.parametrize("name", ["demo:large", "resnet8x4"])
 def test_channels_last_changes_no_answer(name: str):
     torch.manual_seed(0)
     network = (demo.build("large", 10) if name == "demo:large" else cifar.build(name, 10)).eval()

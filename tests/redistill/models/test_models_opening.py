@@ -1,0 +1,208 @@
+"""Spec strings to models: which facts are taken from where, and what is asked for."""
+
+from __future__ import annotations
+
+import sys
+import urllib.error
+from pathlib import Path
+
+import pytest
+import torch
+from redistill_cache.errors import RedistillError, Refused, UsageError
+
+from redistill.models import open_model, save_weights, state_digest
+from redistill.models.facts import CIFAR10, CIFAR100, IMAGENET, Facts
+
+
+def refusal(text: str, **options) -> str:
+    with pytest.raises(RedistillError) as caught:
+        open_model(text, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_fresh_student_takes_the_convention_of_its_family():
+    student = open_model("cifar:resnet8", num_classes=100)
+    assert (student.name, student.num_classes, student.input_size) == ("resnet8", 100, 32)
+    assert (student.mean, student.std) == CIFAR100
+    assert student.weights_digest is None
+    assert student.weights_source is None
+    assert (open_model("cifar:resnet8?num_classes=10").mean, open_model("demo:tiny?num_classes=3").input_size) == (
+        CIFAR10.mean,
+        32,
+    )
+    resnet = open_model("torchvision:resnet18?num_classes=4")
+    assert (resnet.mean, resnet.std, resnet.input_size) == (*IMAGENET, None)
+
+
+def test_options_win_over_everything(tmp_path: Path):
+    told = open_model("demo:tiny?num_classes=4&size=48&mean=0.1,0.2,0.3&std=1,2,3")
+    assert (told.num_classes, told.input_size, told.mean, told.std) == (4, 48, (0.1, 0.2, 0.3), (1, 2, 3))
+    save_weights(told.module, tmp_path / "w.safetensors", told.metadata())
+    by_header = open_model(f"demo:tiny?weights={tmp_path / 'w.safetensors'}", num_classes=99)
+    assert by_header.facts == told.facts
+    by_option = open_model(f"demo:tiny?weights={tmp_path / 'w.safetensors'}&norm=half&size=32")
+    assert (by_option.mean, by_option.input_size) == ((0.5, 0.5, 0.5), 32)
+
+
+def test_fresh_weights_are_a_function_of_the_seed_alone():
+    torch.manual_seed(1)
+    one = open_model("demo:tiny?num_classes=3", seed=5)
+    state = torch.random.get_rng_state()
+    other = open_model("demo:tiny?num_classes=3", seed=5)
+    assert state_digest(one.module.state_dict()) == state_digest(other.module.state_dict())
+    assert torch.equal(state, torch.random.get_rng_state())
+    third = open_model("demo:tiny?num_classes=3&seed=6", seed=5)
+    assert state_digest(one.module.state_dict()) != state_digest(third.module.state_dict())
+
+
+def test_random_weights_may_be_asked_for_by_name():
+    opened = open_model("demo:tiny?num_classes=3&weights=random&seed=4")
+    assert opened.weights_source == "random"
+    assert opened.weights_digest == state_digest(opened.module.state_dict())
+    assert opened.portable_spec == "demo:tiny?num_classes=3"
+
+
+def test_published_checkpoints_need_no_options(tmp_path: Path):
+    module = open_model("cifar:resnet8?num_classes=100").module
+    torch.save({"epoch": 240, "model": module.state_dict()}, tmp_path / "ckpt_epoch_240.pth")
+    opened = open_model(f"cifar:resnet8?weights={tmp_path / 'ckpt_epoch_240.pth'}")
+    assert (opened.num_classes, (opened.mean, opened.std)) == (100, CIFAR100)
+
+
+@pytest.mark.parametrize("family", ["cifar:resnet8?num_classes=10", "torchvision:squeezenet1_1?num_classes=10"])
+def test_the_normalisation_of_a_bare_file_is_asked_for(tmp_path: Path, family: str):
+    module = open_model(family).module
+    torch.save(module.state_dict(), tmp_path / "w.pth")
+    text = f"{family.partition('?')[0]}?weights={tmp_path / 'w.pth'}"
+    assert "add norm=imagenet" in refusal(text)
+    opened = open_model(f"{text}&norm=cifar10")
+    # The class count needs no asking: it is the shape of the last layer, a convolution in SqueezeNet.
+    assert (opened.num_classes, opened.mean) == (10, CIFAR10.mean)
+
+
+def test_torchvision_declares_its_published_weights():
+    from torchvision.models import get_model_weights
+
+    from redistill.models.torchvision_models import declared
+
+    facts = declared(get_model_weights("resnet50")["IMAGENET1K_V2"])
+    assert facts == Facts(num_classes=1000, input_size=224, norm=IMAGENET, interpolation="bilinear", resize=232)
+    assert declared(get_model_weights("vit_b_16")["IMAGENET1K_SWAG_E2E_V1"]).input_size == 384
+
+
+def test_a_download_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The network is closed by hand: whether this machine has one must not matter."""
+
+    def closed(*_args, **_kwargs):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr("urllib.request.urlopen", closed)
+    monkeypatch.setattr("torch.hub.urlopen", closed)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    said = refusal("torchvision:resnet18?weights=DEFAULT")
+    assert "cannot download DEFAULT of torchvision:resnet18" in said
+    assert "https://download.pytorch.org/models/resnet18" in said
+
+
+def test_published_weights_are_read_from_torchs_own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """A file in torch's cache stands for the download; its hash is checked by torch only when it downloads."""
+    from torchvision.models import get_model, get_model_weights
+
+    weights = get_model_weights("squeezenet1_1")["DEFAULT"]
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    module = get_model("squeezenet1_1", weights=None)
+    torch.save(module.state_dict(), tmp_path / "hub" / "checkpoints" / weights.url.rpartition("/")[2])
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    opened = open_model("torchvision:squeezenet1_1?weights=DEFAULT")
+    assert (opened.num_classes, opened.input_size, opened.resize) == (1000, 224, 256)
+    assert opened.weights_source == "torchvision:SqueezeNet1_1_Weights.IMAGENET1K_V1"
+    assert opened.weights_digest == state_digest(module.state_dict())
+    assert "weights are of 1000" in refusal("torchvision:squeezenet1_1?weights=DEFAULT&num_classes=10")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("resnet50", "expected KIND:NAME"),
+        ("torchvison:resnet50", "did you mean torchvision"),
+        ("torchvision:resnet5O", "did you mean resnet5"),
+        ("torchvision:", "names no network"),
+        ("torchvision:fcn_resnet50?num_classes=3", "unknown network"),
+        ("cifar:resnet21?num_classes=3", "did you mean"),
+        ("demo:huge?num_classes=3", "known: large, small, tiny"),
+        ("demo:tiny", "add num_classes="),
+        ("demo:tiny?num_clases=3", "did you mean num_classes"),
+        ("demo:tiny?num_classes=0", "from 1 to"),
+        ("demo:tiny?num_classes=-2", "whole number"),
+        ("demo:tiny?num_classes=ten", "whole number"),
+        ("demo:tiny?num_classes=3&size=1e3", "whole number"),
+        ("demo:tiny?num_classes=3&mean=0,0,0", "go together"),
+        ("demo:tiny?num_classes=3&mean=0,0,0&std=1,1", "three numbers"),
+        ("demo:tiny?num_classes=3&mean=0,0,0&std=1,1,0", "above 0"),
+        ("demo:tiny?num_classes=3&mean=0,0,nan&std=1,1,1", "finite"),
+        ("demo:tiny?num_classes=3&norm=imagenett", "did you mean imagenet"),
+        ("demo:tiny?num_classes=3&norm=half&mean=0,0,0", "not both"),
+        ("demo:tiny?num_classes=3&seed=x", "not a int"),
+        ("demo:tiny?num_classes=3&weights=/nowhere/w.pt", "no file of weights"),
+        ("demo:tiny?num_classes=3&weights=/", "cannot read weights"),
+        ("demo:tiny?num_classes=3&weights=DEFAULT", "neither a file nor published"),
+        ("torchvision:resnet18?weights=DEFALT", "did you mean DEFAULT"),
+        ("python:redistill.models.demo:build", "command line only"),
+        ("torchvision:vit_b_16?num_classes=3&size=33", "indivisible"),
+    ],
+)
+def test_what_cannot_be_opened_says_why(text: str, says: str):
+    assert says in refusal(text)
+
+
+def test_python_models_run_only_when_allowed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "mine_for_redistill.py").write_text(
+        "from torch import nn\n"
+        "def build(num_classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(12, num_classes))\n"
+        "def fixed():\n    return build(4)\n"
+        "def wrong():\n    return 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    name = "python:mine_for_redistill"
+    opened = open_model(f"{name}:build?num_classes=4&norm=half&size=2", allow_python=True)
+    assert opened.module(torch.zeros(1, 3, 2, 2)).shape == (1, 4)
+    assert (opened.weights_source, opened.name) == ("python", "mine_for_redistill.build")
+    torch.save(opened.module.state_dict(), tmp_path / "w.pt")
+    filled = open_model(f"{name}:fixed?num_classes=4&norm=half&weights={tmp_path / 'w.pt'}", allow_python=True)
+    assert filled.weights_digest == opened.weights_digest
+    assert "add norm=" in refusal(f"{name}:fixed?num_classes=4", allow_python=True)
+    assert "add num_classes=" in refusal(f"{name}:fixed?norm=half", allow_python=True)
+    assert "expected a torch.nn.Module, found int" in refusal(
+        f"{name}:wrong?num_classes=4&norm=half", allow_python=True
+    )
+    assert "not a callable" in refusal(f"{name}:absent", allow_python=True)
+    assert "PYTHONPATH" in refusal("python:no_such_module_here:build", allow_python=True)
+    assert "module:callable" in refusal("python:mine_for_redistill", allow_python=True)
+
+
+def test_timm_says_which_extra_it_needs(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "timm", None)  # what an import of something not installed looks like
+    with pytest.raises(UsageError, match=r"pip install 'redistill\[timm\]'"):
+        open_model("timm:resnet18?num_classes=3")
+
+
+def test_timm_models_open_when_timm_is_installed(tmp_path: Path):
+    pytest.importorskip("timm", reason="the extra `timm` is not installed")
+    opened = open_model("timm:resnet18?num_classes=3", seed=1)
+    assert (opened.num_classes, opened.input_size, opened.mean) == (3, 224, IMAGENET.mean)
+    torch.save(opened.module.state_dict(), tmp_path / "w.pt")
+    again = open_model(f"timm:resnet18?weights={tmp_path / 'w.pt'}")
+    assert (again.num_classes, again.weights_digest) == (3, state_digest(opened.module.state_dict()))
+    assert "unknown network" in refusal("timm:hf-hub:someone/model?num_classes=3")
+    assert "did you mean" in refusal("timm:resnett18?num_classes=3")
+
+
+def test_describe_holds_no_path(tmp_path: Path):
+    module = open_model("demo:tiny?num_classes=3")
+    save_weights(module.module, tmp_path / "w.safetensors", module.metadata())
+    described = open_model(f"demo:tiny?weights={tmp_path / 'w.safetensors'}&norm=half").describe()
+    assert described["spec"] == "demo:tiny?norm=half&num_classes=3"
+    assert str(tmp_path) not in repr(described)
+    with pytest.raises(Refused):
+        open_model(f"demo:tiny?weights={tmp_path / 'absent.safetensors'}")

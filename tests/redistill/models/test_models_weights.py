@@ -1,0 +1,194 @@
+"""Weights on disk: what is read, what is refused, and that our own files are plain safetensors."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import stat
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from redistill_cache.errors import Refused
+from torch import nn
+
+from redistill.models import demo, open_model, open_weights, read_weights, save_weights, state_digest
+
+
+class Trap:
+    """A pickle that runs code when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def network() -> nn.Module:
+    return demo.build("tiny", 5)
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    return state_digest(one.state_dict()) == state_digest(other.state_dict())
+
+
+def test_our_file_loads_into_the_plain_model_with_load_file(tmp_path: Path):
+    saved = network()
+    save_weights(saved, tmp_path / "w.safetensors", {"spec": "demo:tiny?num_classes=5"})
+    plain = network()
+    assert not same(saved, plain)
+    plain.load_state_dict(safetensors.torch.load_file(tmp_path / "w.safetensors"))
+    assert same(saved, plain)
+
+
+def test_a_saved_student_opens_from_its_file_alone(tmp_path: Path):
+    student = open_model("cifar:resnet8?num_classes=7&norm=imagenet", seed=3)
+    save_weights(student.module, tmp_path / "a&b%20.safetensors", student.metadata())
+    again = open_weights(tmp_path / "a&b%20.safetensors")
+    assert same(student.module, again.module)
+    assert (again.name, again.num_classes, again.mean, again.std) == ("resnet8", 7, student.mean, student.std)
+    assert again.weights_digest == state_digest(student.module.state_dict())
+    assert str(tmp_path) not in json.dumps(again.describe())
+
+
+def test_wrapped_modules_are_saved_under_plain_names(tmp_path: Path):
+    inner = network()
+    save_weights(nn.DataParallel(inner), tmp_path / "w.safetensors", {})
+    assert read_weights(tmp_path / "w.safetensors").state.keys() == inner.state_dict().keys()
+
+
+def test_tied_and_strided_tensors_are_saved(tmp_path: Path):
+    tied = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    tied["b"].weight = tied["a"].weight
+    tied["a"].bias.data = torch.arange(6.0)[::2]
+    save_weights(tied, tmp_path / "w.safetensors", {})
+    state = read_weights(tmp_path / "w.safetensors").state
+    assert torch.equal(state["a.weight"], state["b.weight"])
+    assert state["a.bias"].tolist() == [0, 2, 4]
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"model": state, "epoch": 240, "accuracy": torch.tensor(0.7)},
+        lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}, "optimizer": {"lr": 0.1}},
+        lambda state: {"model": {"state_dict": {f"module._orig_mod.{k}": v for k, v in state.items()}}},
+    ],
+    ids=["bare", "crd", "parallel", "nested"],
+)
+def test_torch_files_of_training_scripts_are_unwrapped(tmp_path: Path, wrap):
+    saved = network()
+    torch.save(wrap(saved.state_dict()), tmp_path / "w.pth")
+    opened = open_model(f"demo:tiny?weights={tmp_path / 'w.pth'}")
+    assert same(saved, opened.module)
+    assert (opened.num_classes, opened.weights_source) == (5, "file")
+
+
+def test_half_precision_files_become_float32(tmp_path: Path):
+    saved = network()
+    torch.save({k: v.half() if v.is_floating_point() else v for k, v in saved.state_dict().items()}, tmp_path / "w.pt")
+    opened = open_model(f"demo:tiny?weights={tmp_path / 'w.pt'}")
+    assert {p.dtype for p in opened.module.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("zip_format", [True, False], ids=["zip", "legacy"])
+def test_no_pickle_is_run(tmp_path: Path, zip_format: bool):
+    torch.save({"model": Trap(tmp_path / "ran")}, tmp_path / "w.pth", _use_new_zipfile_serialization=zip_format)
+    with pytest.raises(Refused, match="Python objects besides tensors"):
+        read_weights(tmp_path / "w.pth")
+    (tmp_path / "plain.pkl").write_bytes(pickle.dumps(Trap(tmp_path / "ran")))
+    with pytest.raises(Refused, match="torch file"):
+        read_weights(tmp_path / "plain.pkl")
+    assert not (tmp_path / "ran").exists()
+
+
+def damaged_files() -> dict[str, bytes]:
+    whole = safetensors.torch.save(network().state_dict(), metadata={"redistill": "{}"})
+    return {
+        "empty": b"",
+        "text": b"not weights at all, but a long enough line of text",
+        "truncated": whole[:-10],
+        "header only": whole[:400],
+        "huge header": (1 << 62).to_bytes(8, "little") + b"{}",
+        "zip": b"PK\x03\x04" + b"\0" * 100,
+    }
+
+
+@pytest.mark.parametrize("kind", damaged_files())
+def test_a_damaged_file_is_one_line(tmp_path: Path, kind: str):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(damaged_files()[kind])
+    with pytest.raises(Refused) as caught:
+        read_weights(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("header", ["[]", "{", '{"a":NaN}', "[" * 5000, '{"x":"' + "y" * (1 << 17) + '"}'])
+def test_a_hostile_header_is_refused(tmp_path: Path, header: str):
+    safetensors.torch.save_file(network().state_dict(), tmp_path / "w.safetensors", metadata={"redistill": header})
+    with pytest.raises(Refused, match="header"):
+        read_weights(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "says"),
+    [
+        ({"spec": "python:os:getcwd"}, "command line"),
+        ({"spec": "cifar:resnet8?weights=/etc/passwd"}, "unknown option"),
+        ({"spec": 3}, "does not say which network"),
+        ({}, "does not say which network"),
+        ({"spec": "demo:tiny?num_classes=5", "mean": [0, 0, 0]}, "come together"),
+        ({"spec": "demo:tiny?num_classes=5", "mean": [0, 0, 0], "std": [1, 0, 1]}, "above 0"),
+        ({"spec": "demo:tiny?num_classes=5", "input_size": 10**9}, "whole number"),
+        ({"spec": "demo:tiny?num_classes=6", "num_classes": 5}, "weights are of 5"),
+        ({"spec": "cifar:wrn_994_99?num_classes=1000000&norm=half"}, "does not hold the weights"),
+        ({"spec": "demo:tiny?num_classes=1000000"}, "expected"),
+    ],
+)
+def test_what_a_header_says_is_not_trusted(tmp_path: Path, metadata, says: str):
+    save_weights(network(), tmp_path / "w.safetensors", metadata)
+    with pytest.raises((Refused, ValueError), match=says) as caught:
+        open_weights(tmp_path / "w.safetensors")
+    assert "\n" not in str(caught.value)
+
+
+def test_keys_and_shapes_that_do_not_fit_are_named(tmp_path: Path):
+    state = network().state_dict()
+    torch.save({f"x.{k}" if k.startswith("layer3") else k: v for k, v in state.items()}, tmp_path / "w.pt")
+    with pytest.raises(Refused, match=r"5 missing \(layer3.0.weight, .*and 2 more\) and 6 extra \(x.layer3"):
+        open_model(f"demo:tiny?weights={tmp_path / 'w.pt'}")
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(Refused, match=r"fc.weight is \(5, 32\), expected \(9, 32\)"):
+        open_model(f"demo:tiny?num_classes=9&weights={tmp_path / 'w.pt'}")
+
+
+def test_old_files_without_batch_counters_load(tmp_path: Path):
+    state = {k: v for k, v in network().state_dict().items() if not k.endswith("num_batches_tracked")}
+    torch.save(state, tmp_path / "w.pt")
+    assert open_model(f"demo:tiny?weights={tmp_path / 'w.pt'}").num_classes == 5
+
+
+def test_the_digest_is_of_the_weights_and_not_of_the_file(tmp_path: Path):
+    saved = network()
+    torch.save(saved.state_dict(), tmp_path / "w.pt")
+    save_weights(saved, tmp_path / "w.safetensors", {})
+    opened = {name: open_model(f"demo:tiny?weights={tmp_path / name}") for name in ("w.pt", "w.safetensors")}
+    assert opened["w.pt"].weights_digest == opened["w.safetensors"].weights_digest == state_digest(saved.state_dict())
+    assert state_digest(saved.to(memory_format=torch.channels_last).state_dict()) == opened["w.pt"].weights_digest
+    saved.get_parameter("fc.bias").data[0] += 1e-7
+    assert state_digest(saved.state_dict()) != opened["w.pt"].weights_digest
+
+
+def test_saving_replaces_the_file_whole(tmp_path: Path):
+    path = tmp_path / "w.safetensors"
+    for _ in range(2):
+        saved = network()
+        save_weights(saved, path, {})
+    assert state_digest(read_weights(path).state) == state_digest(saved.state_dict())
+    assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
+    assert stat.S_ISREG(path.lstat().st_mode)
