@@ -48,11 +48,11 @@ def fetch(name: str, label: str) -> Published:
     del label
     try:
         model = load_timm().create_model(name, pretrained=True)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # the hub's client has errors of its own, and those of its transport
         raise Refused(
             f"cannot download the weights of timm:{name} ({first_line(error)}); download them elsewhere and give "
             f"the file as weights=PATH"
-        ) from None
+        ) from error
     tag = model.pretrained_cfg.get("tag") or "pretrained"
     return Published(model.state_dict(), declared(model.pretrained_cfg), f"timm:{name.partition('.')[0]}.{tag}")
 
@@ -60,9 +60,14 @@ def fetch(name: str, label: str) -> Published:
 def blueprint(spec: Spec) -> Blueprint:
     timm = load_timm()
     # Only timm's own names: its "hf-hub:" and "local-dir:" prefixes would fetch a configuration from anywhere.
-    base = spec.name.partition(".")[0]
-    if not timm.is_model(spec.name if timm.is_model(spec.name) else base):
-        raise UsageError(f"unknown network 'timm:{spec.name}'; {did_you_mean(base, timm.list_models())}")
+    base, _, tag = spec.name.partition(".")
+    if not timm.is_model(base):
+        hint = did_you_mean(base, timm.list_models())
+        hint = hint if hint.startswith("did you mean") else "timm.list_models() lists them"  # there are a thousand
+        raise UsageError(f"unknown network 'timm:{spec.name}'; {hint}")
+    tagged = timm.list_pretrained(f"{base}.*")
+    if tag and spec.name not in tagged:
+        raise UsageError(f"timm:{base} has no weights tagged {tag!r}; {did_you_mean(spec.name, tagged)}")
     config = timm.get_pretrained_cfg(spec.name)
     known = declared(config.to_dict()) if config is not None else Facts()
 

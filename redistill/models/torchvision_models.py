@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import urllib.error
 from functools import partial
 from typing import Any
 
@@ -51,11 +50,11 @@ def fetch(name: str, label: str) -> Published:
     weights = get_model_weights(name)[label]
     try:
         state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except (urllib.error.URLError, OSError, RuntimeError) as error:
+    except Exception as error:  # no network, a proxy, half a file, a wrong hash: each comes as its own class
         raise Refused(
             f"cannot download {label} of torchvision:{name} ({first_line(error)}); "
             f"download {weights.url} elsewhere and give the file as weights=PATH"
-        ) from None
+        ) from error
     return Published(state, declared(weights), f"torchvision:{weights}")
 
 

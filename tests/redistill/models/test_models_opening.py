@@ -196,6 +196,7 @@ def test_timm_models_open_when_timm_is_installed(tmp_path: Path):
     assert (again.num_classes, again.weights_digest) == (3, state_digest(opened.module.state_dict()))
     assert "unknown network" in refusal("timm:hf-hub:someone/model?num_classes=3")
     assert "did you mean" in refusal("timm:resnett18?num_classes=3")
+    assert "did you mean resnet18.a1_in1k" in refusal("timm:resnet18.a1_in2k?num_classes=3")
 
 
 def test_describe_holds_no_path(tmp_path: Path):
