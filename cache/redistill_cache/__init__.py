@@ -1,1 +1,23 @@
 """redistill_cache: the archive of teacher outputs. numpy and zarr only; no torch."""
+
+from __future__ import annotations
+
+from redistill_cache.arrays import ArraySpec
+from redistill_cache.packed import PackedView, ViewLoader
+from redistill_cache.reader import Archive, open_archive
+from redistill_cache.spec import ArchiveSpec, SignalSpec, TeacherSpec
+from redistill_cache.verify import verify
+from redistill_cache.writer import ArchiveWriter
+
+__all__ = [
+    "Archive",
+    "ArchiveSpec",
+    "ArchiveWriter",
+    "ArraySpec",
+    "PackedView",
+    "SignalSpec",
+    "TeacherSpec",
+    "ViewLoader",
+    "open_archive",
+    "verify",
+]

@@ -1,0 +1,78 @@
+"""What an archive is, as plain JSON: the words of `redistill inspect --json`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from redistill_cache import layout
+from redistill_cache.fidelity import summarise
+from redistill_cache.reader import Archive
+from redistill_cache.spec import SignalSpec, TeacherSpec
+
+__all__ = ["describe"]
+
+
+def describe(archive: Archive) -> dict[str, Any]:
+    """Identity, sizes, recipe, provenance, and per teacher and signal: codec, bytes per view, achieved fidelity."""
+    contents, spec = archive.contents, archive.spec
+    total = sum(entry.size for entry in contents.files.values())
+    return {
+        "path": str(archive.path),
+        "id": archive.id,
+        "complete": archive.complete,
+        "num_samples": archive.num_samples,
+        "num_views": archive.num_views,
+        "num_classes": archive.num_classes,
+        "class_names": None if spec.class_names is None else list(spec.class_names),
+        "total_bytes": total,
+        "bytes_per_view": total / (archive.num_samples * archive.num_views),
+        "committed_blocks": None if contents.committed is None else len(contents.committed),
+        "recipe": spec.recipe,
+        "seed": spec.seed,
+        "canaries_per_view": spec.canaries_per_view,
+        "view_parameters": _bytes_by_array(archive, [a.path for a in layout.view_arrays(spec).values()]),
+        "teachers": {
+            name: {signal.name: _signal(archive, teacher, signal) for signal in teacher.signals}
+            for name, teacher in archive.teachers.items()
+        },
+        "models": {name: teacher.model for name, teacher in archive.teachers.items()},
+        "source": spec.source,
+        "excluded": [dict(item) for item in spec.excluded],
+        "licence": spec.licence,
+        "citation": spec.citation,
+        "environment": spec.environment,
+    }
+
+
+def _signal(archive: Archive, teacher: TeacherSpec, signal: SignalSpec) -> dict[str, Any]:
+    folder = f"teachers/{teacher.name}/{signal.name}"
+    arrays = _bytes_by_array(archive, [f"{folder}/{array.name}" for array in signal.arrays])
+    side = sum(entry.size for name, entry in archive.contents.files.items() if name.startswith(f"{folder}/side/"))
+    return {
+        "codec": signal.codec,
+        "width": signal.width,
+        "config": signal.config,
+        "bytes_per_view": sum(arrays.values()),
+        "bytes_per_view_by_array": arrays,
+        "side_bytes": side,
+        "fidelity": _fidelity(archive, teacher, signal),
+    }
+
+
+def _bytes_by_array(archive: Archive, paths: list[str]) -> dict[str, float]:
+    """Written bytes of each array over the rows it holds."""
+    rows = archive.num_samples * archive.num_views
+    sizes = dict.fromkeys(paths, 0)
+    for name, entry in archive.contents.files.items():
+        folder, _, shard = name.rpartition("/")
+        if folder in sizes and shard.startswith("c."):
+            sizes[folder] += entry.size
+    return {path.rpartition("/")[2]: size / rows for path, size in sizes.items()}
+
+
+def _fidelity(archive: Archive, teacher: TeacherSpec, signal: SignalSpec) -> dict[str, Any] | None:
+    """The bound that was asked for and what was measured on every row; None where the writer measured nothing."""
+    stats = archive.contents.stats.get(teacher.name, {}).get(signal.name)
+    if stats is None:
+        return None
+    return {"bound": signal.config.get("fidelity")} | summarise(stats)

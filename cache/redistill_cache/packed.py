@@ -1,0 +1,165 @@
+"""A whole view in memory as it is stored: an epoch gathers rows from it at random, at the speed of numpy indexing."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from redistill_cache import layout
+from redistill_cache.codecs import Codec
+from redistill_cache.contents import Contents
+from redistill_cache.rows import opened_shard, read_rows, row_block
+from redistill_cache.shards import Scratch
+from redistill_cache.spec import SignalSpec, TeacherSpec
+
+if TYPE_CHECKING:
+    from redistill_cache.reader import Archive
+
+__all__ = ["PackedView", "ViewLoader"]
+
+
+@dataclass(frozen=True)
+class PackedView:
+    """The packed rows of one signal of one view.
+
+    `arrays` are whole, [N, ...]. `rare` holds, for arrays that few rows need, where row i is kept (-1: not needed)
+    and the rows that are.
+    """
+
+    view: int
+    codec: Codec = field(repr=False)
+    arrays: Mapping[str, np.ndarray] = field(repr=False)
+    rare: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.arrays.values())))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in self.arrays.values()) + sum(p.nbytes + v.nbytes for p, v in self.rare.values())
+
+    def gather(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """The packed rows [n, ...] of these rows, ready for `codec.decode`, here or on a device."""
+        gathered = {name: array.take(rows, axis=0) for name, array in self.arrays.items()}
+        for name, (places, values) in self.rare.items():
+            here = places[rows]
+            here = here[here >= 0]
+            if len(here):
+                gathered[name] = values[here]
+        return gathered
+
+    def decode(self, rows: np.ndarray) -> np.ndarray:
+        """float32 [n, width] of these rows."""
+        return np.asarray(self.codec.decode(self.gather(rows)))
+
+    @classmethod
+    def load(
+        cls,
+        contents: Contents,
+        teacher: TeacherSpec,
+        signal: SignalSpec,
+        codec: Codec,
+        view: int,
+        into: PackedView | None = None,
+    ) -> PackedView:
+        """Read a view; buffers of `into` that fit are used again, and `into` must not be used afterwards."""
+        all_arrays = layout.teacher_arrays(contents.spec, teacher)
+        layouts = {array.name: all_arrays[f"{signal.name}/{array.name}"] for array in signal.arrays}
+        count = contents.spec.num_samples
+        arrays: dict[str, np.ndarray] = {}
+        for name, array in layouts.items():
+            if name in codec.rare:
+                continue
+            buffer = None if into is None else into.arrays.get(name)
+            shape = (count, *array.row_shape)
+            if buffer is None or buffer.shape != shape or buffer.dtype != array.dtype:
+                buffer = np.empty(shape, array.dtype)
+            _read_view(contents, f"teachers/{teacher.name}", array, view, buffer)
+            arrays[name] = buffer
+        rare = {}
+        for name, needed in codec.rows_needing(arrays).items():
+            if needed.any():
+                rows = np.flatnonzero(needed)
+                values = np.empty((len(rows), *layouts[name].row_shape), layouts[name].dtype)
+                read_rows(contents, f"teachers/{teacher.name}", layouts[name], view, rows, values)
+                places = np.full(count, -1, np.int32)
+                places[rows] = np.arange(len(rows), dtype=np.int32)
+                rare[name] = (places, values)
+        return cls(view, codec, arrays, rare)
+
+
+def _read_view(contents: Contents, part: str, array: layout.ArrayLayout, view: int, out: np.ndarray) -> None:
+    """All rows of a view, chunk after chunk straight into their place."""
+    scratch = Scratch()
+    for index in range(contents.spec.blocks_per_view):
+        block = row_block(contents, part, view, index)
+        path = array.shard_path(view, index)
+        with opened_shard(contents, array, path, block.stop - block.start) as shard:
+            for start in range(block.start, block.stop, array.chunk_rows):
+                stop = min(start + array.chunk_rows, block.stop)
+                shard.read_chunk((start - block.start) // array.chunk_rows, scratch, out[start:stop])
+
+
+class ViewLoader:
+    """Views one after another, the next one loaded by a thread while this one is in use; two sets of buffers in turn.
+
+    with ViewLoader(archive) as loader:
+        view = loader.take(0, then=1)
+    """
+
+    def __init__(self, archive: Archive, teacher: str | None = None, signal: str = "logits") -> None:
+        self._archive, self._teacher, self._signal = archive, teacher, signal
+        self._current: PackedView | None = None
+        self._spare: PackedView | None = None
+        self._thread: threading.Thread | None = None
+        self._loading: int | None = None
+        self._loaded: PackedView | BaseException | None = None
+
+    def __enter__(self) -> ViewLoader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def take(self, view: int, then: int | None = None) -> PackedView:
+        """View number `view`, loaded by now or now, while `then` is loaded next. The view taken before is given up."""
+        if self._current is None or self._current.view != view:
+            self._spare, self._current = self._current, self._finish(view)
+        if then is not None and then != view and self._loading != then:
+            self._start(then)
+        return self._current
+
+    def _start(self, view: int) -> None:
+        spare, self._spare = self._spare, None
+        self._loading = view
+
+        def work() -> None:
+            try:
+                self._loaded = self._archive.load_view(view, self._teacher, self._signal, into=spare)
+            except BaseException as error:  # noqa: BLE001  raised again by the thread that asks for the view
+                self._loaded = error
+
+        self._thread = threading.Thread(target=work, name=f"load view {view}", daemon=True)
+        self._thread.start()
+
+    def _finish(self, view: int) -> PackedView:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            expected, loaded = self._loading, self._loaded
+            self._loading = self._loaded = None
+            if expected == view:
+                if isinstance(loaded, BaseException):
+                    raise loaded
+                assert loaded is not None
+                return loaded
+        return self._archive.load_view(view, self._teacher, self._signal)

@@ -1,0 +1,272 @@
+"""Reading an archive.
+
+    archive = open_archive("teacher.redistill.zarr")
+    archive.logits(view=0, rows=[3, 1, 4])        # float32 [3, classes]
+
+What comes back is what was committed, or an error: never a fill value, never a number that was not checked.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from redistill_cache import layout
+from redistill_cache.codecs import Codec, open_codec
+from redistill_cache.contents import Contents, read_contents
+from redistill_cache.errors import Damaged, OutOfRange, Refused, UsageError
+from redistill_cache.journal import FileEntry, sha256
+from redistill_cache.keys import PackedKeys
+from redistill_cache.layout import Block
+from redistill_cache.packed import PackedView
+from redistill_cache.rows import check_rows, check_view, opened_shard, read_rows, read_whole
+from redistill_cache.shards import Scratch
+from redistill_cache.spec import ArchiveSpec, SignalSpec, TeacherSpec
+from redistill_cache.storage import disk_trouble
+from redistill_cache.verify import damaged_files
+
+__all__ = ["Archive", "open_archive"]
+
+MAX_KEY_BYTES_READ = 1 << 33
+
+
+def open_archive(path: str | Path, *, allow_partial: bool = False, verify: Literal["once", "full"] = "once") -> Archive:
+    """Open an archive for reading, after checking that it is whole.
+
+    Without `allow_partial` an archive must be sealed; with it, an unsealed one offers exactly its committed blocks.
+    Every file is hashed when it is first read on this machine; `verify="full"` hashes all of them now.
+    """
+    if verify not in ("once", "full"):
+        raise UsageError(f"verify must be 'once' or 'full', found {verify!r}")
+    if "://" in str(path):
+        raise Refused(f"{path} is a URL; this version reads archives on a local disk, so copy it there first")
+    path = Path(path)
+    with disk_trouble("read", path):
+        archive = Archive(read_contents(path, allow_partial=allow_partial))
+    if verify == "full":
+        damaged = damaged_files(archive.contents, full=True)
+        if damaged:
+            raise Damaged(f"{path}: {len(damaged)} files are damaged, the first: {damaged[0]}")
+    return archive
+
+
+def _reopen(path: Path, identity: str | None) -> Archive:
+    archive = open_archive(path, allow_partial=identity is None)
+    if archive.id != identity:
+        raise Damaged(f"{path} changed while it was open: its id was {identity}, now it is {archive.id}")
+    return archive
+
+
+class Archive:
+    """An open archive: a description in memory, and rows read on demand. Share it between threads and processes."""
+
+    def __init__(self, contents: Contents) -> None:
+        """Use `open_archive`."""
+        self.contents = contents
+        self._codecs: dict[tuple[str, str], Codec] = {}
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.path, self.id)
+
+    def __repr__(self) -> str:
+        state = self.id[:12] if self.id else "not sealed"
+        return f"<Archive {self.path.name}: {self.num_samples} samples, {self.num_views} views, {state}>"
+
+    # -- what it is -----------------------------------------------------------------------------------------------
+
+    @property
+    def path(self) -> Path:
+        return self.contents.path
+
+    @property
+    def spec(self) -> ArchiveSpec:
+        return self.contents.spec
+
+    @property
+    def id(self) -> str | None:
+        """The SHA-256 of the manifest; None while the archive is not sealed."""
+        return self.contents.id
+
+    @property
+    def complete(self) -> bool:
+        return self.contents.id is not None
+
+    @property
+    def num_samples(self) -> int:
+        return self.spec.num_samples
+
+    @property
+    def num_views(self) -> int:
+        return self.contents.num_views
+
+    @property
+    def num_classes(self) -> int:
+        return self.spec.num_classes
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        return self.spec.class_names
+
+    @property
+    def teachers(self) -> Mapping[str, TeacherSpec]:
+        return self.contents.teachers
+
+    # -- samples --------------------------------------------------------------------------------------------------
+
+    def _samples(self, name: str, key_bytes: int = 1) -> np.ndarray:
+        with disk_trouble("read", self.path):
+            return read_whole(self.contents, layout.sample_arrays(self.spec, key_bytes)[name])
+
+    @cached_property
+    def keys(self) -> PackedKeys:
+        """The key of every row."""
+        offsets = self._samples("key_offsets")
+        total = int(offsets[-1])
+        if not 1 <= total <= MAX_KEY_BYTES_READ or not self._key_bytes_fit(total):
+            raise Damaged(f"{self.path}: the sample keys do not have the {total} bytes that their offsets say")
+        return PackedKeys(self._samples("key_bytes", total), offsets)
+
+    def _key_bytes_fit(self, total: int) -> bool:
+        array = layout.sample_arrays(self.spec, total)["key_bytes"]
+        data = array.metadata_bytes()
+        found = self.contents.files[array.metadata_path]
+        return found == FileEntry(len(data), sha256(data))
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """int64 [N]; -1 where a sample has none."""
+        return self._samples("label")
+
+    @cached_property
+    def digests(self) -> np.ndarray:
+        """uint8 [N, 32]: SHA-256 of the encoded bytes of every sample."""
+        return self._samples("digest")
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """uint32 [N, 2]: height and width of every image."""
+        return self._samples("size")
+
+    # -- views ----------------------------------------------------------------------------------------------------
+
+    def view_params(self, view: int, rows: object | None = None) -> dict[str, np.ndarray]:
+        """The stored parameters of one view: one integer array per name, rows in the order asked for."""
+        view, wanted = check_view(self.contents, view), check_rows(self.contents, rows)
+        arrays = layout.view_arrays(self.spec)
+        return {name: self._rows("views", array, view, wanted) for name, array in arrays.items()}
+
+    def canaries(self, view: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows [K] and fingerprints [K, 8, 8, 3] of the canaries of one view."""
+        view = check_view(self.contents, view)
+        count = self.spec.canaries_per_view
+        if not count:
+            raise OutOfRange(f"{self.path} has no canaries")
+        block = Block("canaries", view, 0, 0, count)
+        if not self.contents.holds(block):
+            raise OutOfRange(f"{self.path}: the canaries of view {view} are not written yet")
+        found = {}
+        for name, array in layout.canary_arrays(self.spec).items():
+            found[name] = np.empty((count, *array.row_shape), array.dtype)
+            with (
+                disk_trouble("read", self.path),
+                opened_shard(self.contents, array, array.shard_path(view, 0), count) as shard,
+            ):
+                shard.read_chunk(0, Scratch(), found[name])
+        return found["row"], found["pixels"]
+
+    def _rows(self, part: str, array: layout.ArrayLayout, view: int, rows: np.ndarray) -> np.ndarray:
+        out = np.empty((len(rows), *array.row_shape), array.dtype)
+        with disk_trouble("read", self.path):
+            read_rows(self.contents, part, array, view, rows, out)
+        return out
+
+    def rows_available(self, view: int, teacher: str | None = None) -> np.ndarray:
+        """The rows of one view that are committed, with their view parameters: all of them once sealed."""
+        view = check_view(self.contents, view)
+        part = f"teachers/{self.teacher(teacher).name}"
+        parts = [part, "views"] if self.spec.view_arrays else [part]
+        here = []
+        for index in range(self.spec.blocks_per_view):
+            start = index * self.spec.block_rows
+            stop = min(start + self.spec.block_rows, self.num_samples)
+            if all(self.contents.holds(Block(part, view, index, start, stop)) for part in parts):
+                here.append(np.arange(start, stop))
+        return np.concatenate(here) if here else np.zeros(0, np.int64)
+
+    # -- teachers -------------------------------------------------------------------------------------------------
+
+    def teacher(self, name: str | None = None) -> TeacherSpec:
+        """One teacher by name, or the only one."""
+        known = ", ".join(self.teachers) or "none"
+        if name is None:
+            if len(self.teachers) != 1:
+                raise OutOfRange(f"{self.path} has {len(self.teachers)} teachers; say which of: {known}")
+            return next(iter(self.teachers.values()))
+        if name not in self.teachers:
+            raise OutOfRange(f"{self.path} has no teacher {name!r}; teachers: {known}")
+        return self.teachers[name]
+
+    def signal(self, teacher: str | None = None, signal: str = "logits") -> tuple[TeacherSpec, SignalSpec]:
+        chosen = self.teacher(teacher)
+        found = chosen.signal(signal)
+        if found is None:
+            names = ", ".join(item.name for item in chosen.signals)
+            raise OutOfRange(f"teacher {chosen.name!r} of {self.path} has no signal {signal!r}; signals: {names}")
+        return chosen, found
+
+    def codec(self, teacher: str | None = None, signal: str = "logits") -> Codec:
+        """What turns the stored integers of a signal back into its values."""
+        chosen, found = self.signal(teacher, signal)
+        with self._lock:
+            codec = self._codecs.get((chosen.name, found.name))
+            if codec is None:
+                prefix = f"{found.name}/"
+                arrays = layout.side_arrays(chosen).items()
+                with disk_trouble("read", self.path):
+                    side = {
+                        name.removeprefix(prefix): read_whole(self.contents, array)
+                        for name, array in arrays
+                        if name.startswith(prefix)
+                    }
+                codec = open_codec(found.codec, found.width, found.config, side)
+                if {a.name for a in codec.arrays()} != {a.name for a in found.arrays}:
+                    raise Damaged(f"{self.path}: signal {found.name!r} does not have the arrays of its codec")
+                self._codecs[chosen.name, found.name] = codec
+        return codec
+
+    def logits(self, view: int, rows: object | None = None, teacher: str | None = None) -> np.ndarray:
+        """float32 [n, classes]; without the constant of a row that softmax does not see, unless it was kept."""
+        return self._decoded(view, rows, teacher, "logits")
+
+    def features(self, view: int, rows: object | None = None, *, layer: str, teacher: str | None = None) -> np.ndarray:
+        """float32 [n, width] of a feature layer."""
+        return self._decoded(view, rows, teacher, layer)
+
+    def _decoded(self, view: int, rows: object | None, teacher: str | None, signal: str) -> np.ndarray:
+        chosen, found = self.signal(teacher, signal)
+        codec = self.codec(chosen.name, signal)
+        view, wanted = check_view(self.contents, view), check_rows(self.contents, rows)
+        part = f"teachers/{chosen.name}"
+        layouts = {a.name: layout.teacher_arrays(self.spec, chosen)[f"{signal}/{a.name}"] for a in found.arrays}
+        arrays = {
+            name: self._rows(part, array, view, wanted) for name, array in layouts.items() if name not in codec.rare
+        }
+        for name, needed in codec.rows_needing(arrays).items():
+            if needed.any():
+                arrays[name] = self._rows(part, layouts[name], view, wanted[needed])
+        return np.asarray(codec.decode(arrays))
+
+    def load_view(
+        self, view: int, teacher: str | None = None, signal: str = "logits", into: PackedView | None = None
+    ) -> PackedView:
+        """The stored rows of a whole view in memory, to gather from at random; `into` lends its buffers."""
+        chosen, found = self.signal(teacher, signal)
+        codec = self.codec(chosen.name, signal)
+        with disk_trouble("read", self.path):
+            return PackedView.load(self.contents, chosen, found, codec, check_view(self.contents, view), into)

@@ -1,0 +1,162 @@
+"""Is every file of an archive the one that was committed? And if not: which blocks must be made again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from redistill_cache import layout
+from redistill_cache.contents import Contents, all_blocks, block_files, read_contents
+from redistill_cache.errors import Damaged, RedistillError, Refused
+from redistill_cache.files import LOCAL, Files, is_leftover
+from redistill_cache.journal import FileEntry
+from redistill_cache.layout import Block
+from redistill_cache.storage import MOST_FILES, disk_trouble, file_sha256, open_regular, walk_regular
+
+__all__ = ["DamagedFile", "Report", "damaged_files", "quarantine", "verify"]
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class DamagedFile:
+    """A file that is not what was committed. `block` names what it belongs to, where that is known."""
+
+    path: str
+    block: str | None
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path} {self.reason}" + (f" ({self.block})" if self.block else "")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `redistill verify` found."""
+
+    ok: bool
+    checked_files: int
+    damaged: tuple[DamagedFile, ...]
+    alignment: dict[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"damaged": [asdict(item) for item in self.damaged]}
+
+
+def verify(path: str | Path, *, full: bool = False, progress: Progress | None = None) -> Report:
+    """Check every file of an archive: its presence, size and SHA-256.
+
+    A file that this machine verified before and that has not changed since is not hashed again, unless `full`.
+    An archive that is not sealed is checked as far as it is committed. What cannot even be opened is one finding.
+    """
+    path = Path(path)
+    with disk_trouble("read", path):
+        try:
+            contents = read_contents(path, allow_partial=True)
+        except Damaged as error:
+            return Report(False, 0, (DamagedFile(str(path), None, str(error)),))
+        damaged = damaged_files(contents, full=full, progress=progress)
+    return Report(not damaged, len(contents.files), tuple(damaged))
+
+
+def damaged_files(contents: Contents, *, full: bool, progress: Progress | None = None) -> list[DamagedFile]:
+    """Every file that is missing, of another size, of another hash, or that nothing accounts for."""
+    owner = _owners(contents)
+    damaged = []
+    verified: list[tuple[str, FileEntry, int]] = []
+    for done, (name, entry) in enumerate(contents.files.items()):
+        reason = _problem(contents, name, entry, full, verified)
+        if reason:
+            damaged.append(DamagedFile(name, owner.get(name), reason))
+        if progress is not None:
+            progress(done + 1, len(contents.files))
+    contents.stamps.remember(verified)
+    return damaged + _strangers(contents)
+
+
+def _problem(
+    contents: Contents, name: str, entry: FileEntry, full: bool, verified: list[tuple[str, FileEntry, int]]
+) -> str | None:
+    path = contents.path / name
+    try:
+        fd = open_regular(path)
+    except FileNotFoundError:
+        return "is missing"
+    except Refused as error:
+        return f"is not a file: {error}"
+    try:
+        found = os.fstat(fd)
+        if found.st_size != entry.size:
+            return f"has {found.st_size} bytes, {entry.size} were committed"
+        if not full and contents.stamps.verified(name, entry, found.st_mtime_ns):
+            return None
+        if file_sha256(fd, entry.size, str(path)) != entry.sha256:
+            return "does not have the SHA-256 that was committed"
+        verified.append((name, entry, found.st_mtime_ns))
+        return None
+    except RedistillError as error:  # cut short while it was read
+        return str(error)
+    finally:
+        os.close(fd)
+
+
+def _owners(contents: Contents) -> dict[str, str]:
+    """The block of every file that belongs to one."""
+    owners = {}
+    for block in all_blocks(contents.spec, contents.teachers, contents.num_views):
+        if contents.holds(block):
+            owners[block.record_path] = str(block)
+            owners.update((name, str(block)) for name in block_files(contents.spec, contents.teachers, block))
+    return owners
+
+
+def _strangers(contents: Contents) -> list[DamagedFile]:
+    """Files in a sealed archive that its manifest does not name, and that no unfinished addition explains."""
+    if contents.id is None:
+        return []
+    known = contents.files.keys() | {layout.MANIFEST}
+    mine = tuple(f"teachers/{name}/" for name in contents.teachers)
+    found = []
+    for name in sorted(walk_regular(contents.path, most=MOST_FILES) - known):
+        folder = name.rpartition("/")[0]
+        advisory = folder in (layout.NOTES, layout.QUARANTINE) or folder.startswith(layout.QUARANTINE)
+        unfinished = name.startswith(f"{layout.BLOCKS}/teachers.") or (
+            name.startswith("teachers/") and not name.startswith(mine)
+        )
+        pending_view = contents.num_views < contents.spec.num_views  # a sealed prefix that is being continued
+        if not (advisory or unfinished or pending_view or is_leftover(Path(name))):
+            found.append(DamagedFile(name, None, "is not in the manifest; remove it"))
+    return found
+
+
+def quarantine(path: str | Path, damaged: tuple[DamagedFile, ...], *, files: Files = LOCAL) -> list[str]:
+    """Move damaged blocks aside, so that the command that wrote them makes them again. Returns the blocks moved.
+
+    The archive is unsealed first. Files that belong to no block (metadata) are made again by resuming.
+    """
+    path = Path(path)
+    with disk_trouble("quarantine in", path):
+        contents = read_contents(path, allow_partial=True)
+        names = {item.block for item in damaged if item.block}
+        blocks = [b for b in all_blocks(contents.spec, contents.teachers, contents.num_views) if str(b) in names]
+        if contents.id is not None and blocks:
+            files.remove(path / layout.MANIFEST)
+            files.sync_directory(path / layout.JOURNAL)
+        for block in blocks:
+            _set_aside(contents, block, files)
+    return [str(block) for block in blocks]
+
+
+def _set_aside(contents: Contents, block: Block, files: Files) -> None:
+    """The record first: without it the block is not committed, whatever happens to its shards."""
+    folder = contents.path / layout.QUARANTINE / Path(block.record_path).stem
+    files.make_directories(folder)
+    for name in [block.record_path, *block_files(contents.spec, contents.teachers, block)]:
+        source = contents.path / name
+        if os.path.lexists(source):
+            files.rename(source, folder / name.replace("/", "."))
+            files.sync_directory(source.parent)
+            files.sync_directory(folder)
