@@ -6,7 +6,6 @@ from redistill_cache.arrays import ArraySpec
 from redistill_cache.packed import PackedView, ViewLoader
 from redistill_cache.reader import Archive, open_archive
 from redistill_cache.spec import ArchiveSpec, SignalSpec, TeacherSpec
-from redistill_cache.verify import verify
 from redistill_cache.writer import ArchiveWriter
 
 __all__ = [
@@ -19,5 +18,4 @@ __all__ = [
     "TeacherSpec",
     "ViewLoader",
     "open_archive",
-    "verify",
 ]

@@ -6,6 +6,9 @@ from typing import Annotated
 
 import typer
 
+from redistill_cli.inspect import inspect
+from redistill_cli.verify import verify
+
 app = typer.Typer(
     name="redistill",
     help="Knowledge distillation without paying for the teacher twice.",
@@ -33,3 +36,7 @@ def root(
     ] = False,
 ) -> None:
     pass
+
+
+app.command()(inspect)
+app.command()(verify)

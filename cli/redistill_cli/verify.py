@@ -1,0 +1,85 @@
+"""`redistill verify`: is every byte of an archive the byte that was committed?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from redistill_cli.rendering import print_json, progress_line, safe
+
+if TYPE_CHECKING:
+    from redistill_cache.verify import Report
+
+DAMAGED = 4
+REFUSED = 3
+
+
+def verify(
+    archive: Annotated[Path, typer.Argument(help="The archive, a folder like name.redistill.zarr.")],
+    full: Annotated[bool, typer.Option("--full", help="Hash every file, also those verified here before.")] = False,
+    quarantine: Annotated[
+        bool, typer.Option("--quarantine", help="Move damaged blocks aside, so that they can be made again.")
+    ] = False,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Also prove that this image set gives the views the teacher saw.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Check every file of an archive against what was committed; with --data, the views against your images.
+
+    Exit code 0: all is well. 3: the images do not give the archive's views. 4: damaged, every file is named.
+
+    Examples:
+
+      redistill verify teacher.redistill.zarr --full
+
+      redistill verify teacher.redistill.zarr --data folder:imagenet/train
+    """
+    from redistill_cache import verify as verification
+
+    with progress_line("verify") as progress:
+        report = verification.verify(archive, full=full, progress=progress)
+    moved = verification.quarantine(archive, report.damaged) if quarantine and report.damaged else []
+    aligned = True
+    if data is not None and report.ok:
+        alignment = _align(archive, data)
+        aligned = alignment["verdict"] != "refused"
+        report = replace(report, ok=aligned, alignment=alignment)
+    if as_json:
+        print_json(report.to_json() | {"quarantined": moved})
+    else:
+        _show(archive, report, moved)
+    if report.damaged:
+        raise typer.Exit(DAMAGED)
+    if not aligned:
+        raise typer.Exit(REFUSED)
+
+
+def _align(archive: Path, data: str) -> dict[str, Any]:
+    """The canaries of the archive, made again from the images at hand."""
+    from redistill_cache.reader import open_archive
+
+    from redistill.sources.opening import open_source
+    from redistill.views.canaries import check_canaries
+    from redistill.views.provider import join_archive
+
+    source, opened = open_source(data), open_archive(archive)
+    alignment = check_canaries(source, opened, join_archive(source, opened))
+    return alignment.to_json() | {"message": alignment.message}
+
+
+def _show(archive: Path, report: Report, moved: list[str]) -> None:
+    for item in report.damaged:
+        typer.echo(f"damaged: {safe(item)}", err=True)
+    for block in moved:
+        typer.echo(f"moved aside: {safe(block)}", err=True)
+    if report.damaged:
+        advice = "run the command that wrote the archive again" if moved else "--quarantine lets them be made again"
+        typer.echo(f"{safe(archive)}: {len(report.damaged)} of {report.checked_files} files are damaged; {advice}")
+        return
+    typer.echo(f"{safe(archive)}: {report.checked_files} files are what was committed")
+    if report.alignment is not None:
+        typer.echo(safe(report.alignment["message"]))

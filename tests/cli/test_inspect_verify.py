@@ -1,0 +1,139 @@
+"""`redistill inspect` and `redistill verify` as a user meets them: real processes, exit codes, one-line errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from redistill_cache import ArchiveSpec, ArchiveWriter, ArraySpec, SignalSpec, TeacherSpec, open_archive
+from redistill_cache.codecs import BlockStats, fit_codec
+
+ROWS, VIEWS, CLASSES = 40, 2, 6
+
+
+def write_archive(path: Path, *, seal: bool = True) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(scale=3, size=(VIEWS, ROWS, CLASSES)).astype(np.float32)
+    codec = fit_codec("linear", logits.reshape(-1, CLASSES))
+    spec = ArchiveSpec(
+        num_samples=ROWS,
+        num_views=VIEWS,
+        num_classes=CLASSES,
+        block_rows=16,
+        view_arrays=(ArraySpec("flip", "uint8"),),
+        licence="CC-BY-4.0 \x1b[31m",
+    )
+    writer = ArchiveWriter.create(path, spec)
+    digests = rng.integers(0, 256, (ROWS, 32), dtype=np.uint8)
+    writer.write_samples(
+        [f"k{i}" for i in range(ROWS)], np.arange(ROWS) % CLASSES, digests, np.full((ROWS, 2), 8, np.uint32)
+    )
+    writer.add_teacher(TeacherSpec("demo", (SignalSpec.of("logits", codec),)), {"logits": codec.side()})
+    for block in writer.missing("views"):
+        writer.write(block, {"flip": np.zeros(len(block.rows), np.uint8)})
+    for block in writer.missing("teachers/demo"):
+        encoded = codec.encode(logits[block.view, block.start : block.stop])
+        arrays = {f"logits/{name}": np.asarray(values) for name, values in encoded.arrays.items()}
+        writer.write(block, arrays, {"logits": BlockStats.of(encoded).to_json()})
+    if seal:
+        writer.seal()
+    return logits
+
+
+@pytest.fixture
+def run(tmp_path: Path):
+    def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "NO_COLOR": "1", "COLUMNS": "120"}
+        command = [sys.executable, "-m", "redistill_cli", *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+
+    return run
+
+
+@pytest.fixture
+def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tmp_path / "t.redistill.zarr"
+    write_archive(path)
+    return path
+
+
+def test_inspect_says_what_it_is(run, archive: Path):
+    done = run("inspect", archive, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["id"] == open_archive(archive).id
+    assert (found["complete"], found["num_samples"], found["num_views"], found["num_classes"]) == (True, 40, 2, 6)
+    signal = found["teachers"]["demo"]["logits"]
+    assert signal["codec"] == "linear"
+    assert signal["bytes_per_view"] == pytest.approx(sum(signal["bytes_per_view_by_array"].values()))
+    assert (
+        0 < signal["fidelity"]["mean_kl_t1"] <= signal["fidelity"]["max_kl_t1"] <= signal["fidelity"]["bound"] == 1e-3
+    )
+    assert found["total_bytes"] == sum(
+        path.stat().st_size for path in archive.rglob("*") if path.is_file() and path.name != "manifest.json"
+    )
+
+
+def test_inspect_is_readable_and_sends_no_escape_codes(run, archive: Path):
+    done = run("inspect", archive)
+    assert done.returncode == 0, done.stderr
+    assert "demo" in done.stdout
+    assert "CC-BY-4.0" in done.stdout
+    assert "\x1b" not in done.stdout
+
+
+def test_an_unfinished_archive_is_described_as_such(run, tmp_path: Path):
+    write_archive(tmp_path / "u.redistill.zarr", seal=False)
+    found = json.loads(run("inspect", tmp_path / "u.redistill.zarr", "--json").stdout)
+    assert (found["complete"], found["id"]) == (False, None)
+    assert found["committed_blocks"] == 2 * 2 * 3 + 2
+
+
+def test_verify_finds_a_flipped_bit_and_quarantine_lets_it_be_made_again(run, archive: Path):
+    assert run("verify", archive).returncode == 0
+    shard = archive / "teachers/demo/logits/q/c.1.2.0"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 4
+    shard.write_bytes(data)
+    done = run("verify", archive, "--json")
+    report = json.loads(done.stdout)
+    assert done.returncode == 4
+    assert not report["ok"]
+    assert report["alignment"] is None
+    assert [(item["path"], item["block"]) for item in report["damaged"]] == [
+        ("teachers/demo/logits/q/c.1.2.0", "teachers/demo view 1 block 2")
+    ]
+    assert run("verify", archive, "--quarantine").returncode == 4
+    missing = ArchiveWriter.resume(archive).missing("teachers/demo")
+    assert [(block.view, block.index) for block in missing] == [(1, 2)]
+    assert run("verify", archive).returncode == 0  # what is left is whole
+
+
+def test_full_verification_hashes_what_stamps_would_spare(run, archive: Path):
+    assert run("verify", archive).returncode == 0
+    shard = archive / "views/flip/c.0.0"
+    before = shard.stat()
+    data = bytearray(shard.read_bytes())
+    data[3] ^= 1
+    shard.write_bytes(data)
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a failing disk would change it
+    assert run("verify", archive).returncode == 0
+    assert run("verify", archive, "--full").returncode == 4
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_errors_are_one_line(run, tmp_path: Path, command: str):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    for name, words in (("nothing", "nothing is there"), ("file", "that is a file"), ("empty", "no zarr.json")):
+        done = run(command, tmp_path / name)
+        assert (done.returncode, done.stdout) == (3, "")
+        assert words in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert run(command).returncode == 2
