@@ -11,8 +11,8 @@ from redistill_cache.codecs.certify import check_finite
 from redistill_cache.codecs.checks import check_width
 from redistill_cache.codecs.floats import Float16Codec, Float32Codec
 from redistill_cache.codecs.linear import LinearCodec
-from redistill_cache.codecs.linear_encode import Policy
 from redistill_cache.codecs.linear_fit import fit_linear
+from redistill_cache.codecs.policy import Policy
 from redistill_cache.codecs.protocol import Codec, Json
 from redistill_cache.codecs.space import Array, to_numpy
 from redistill_cache.errors import Damaged, Refused, UsageError
@@ -69,13 +69,7 @@ def fit_codec(
     if name == "float16":
         return Float16Codec(width, metric, fidelity, keep_shift and metric == "kl")
     if name == "linear":
-        policy = Policy(
-            metric="kl" if metric == "kl" else "relative",
-            fidelity=fidelity,
-            certified=certified,
-            level=0,
-            keep_shift=keep_shift and metric == "kl",
-            rounding="shaped" if rounding == "shaped" and metric == "kl" else "plain",
-        )
+        shaped = rounding == "shaped" and metric == "kl"
+        policy = Policy.starting(metric, fidelity, certified=certified, keep_shift=keep_shift, shaped=shaped)
         return fit_linear(rows, policy, None if head is None else (to_numpy(head[0]), to_numpy(head[1])))
     raise UsageError(f"expected a codec out of {', '.join(CODECS)}, found {name!r}")

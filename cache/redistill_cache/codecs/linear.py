@@ -9,8 +9,9 @@ import numpy as np
 
 from redistill_cache.arrays import ArraySpec
 from redistill_cache.codecs.checks import MAX_RANK, Config, check_width, side_array
-from redistill_cache.codecs.linear_encode import Policy, encode_linear
+from redistill_cache.codecs.linear_encode import encode_linear
 from redistill_cache.codecs.packing import Packing, packing_flaw
+from redistill_cache.codecs.policy import Policy
 from redistill_cache.codecs.protocol import Encoded, Json
 from redistill_cache.codecs.space import Array
 from redistill_cache.codecs.synthesis import ESCAPED, EXACT, Synthesis
@@ -69,7 +70,7 @@ class LinearCodec:
             ArraySpec("q", "uint8", (packed,), CHUNK_ROWS, transpose=True, level=ZSTD_LEVEL),
             ArraySpec("level", "uint8", (), CHUNK_ROWS, level=ZSTD_LEVEL),
             *shift,
-            ArraySpec("escape", "int16", (self.synthesis.rank,), CHUNK_ROWS),
+            ArraySpec("escape", "int16", (self.synthesis.rank,), CHUNK_ROWS, level=ZSTD_LEVEL),
             ArraySpec("exact", "float32", (self.width,), _rare_chunk_rows(self.width)),
         )
 

@@ -7,74 +7,27 @@ of summation, and every decision about a row looks at that row only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, cast
-
 import numpy as np
 
 from redistill_cache.codecs.certify import check_finite
-from redistill_cache.codecs.checks import Config
-from redistill_cache.codecs.measure import Measure
-from redistill_cache.codecs.protocol import Encoded, Json, absent, join_parts
+from redistill_cache.codecs.measure import Attempt, Measure
+from redistill_cache.codecs.policy import Policy
+from redistill_cache.codecs.protocol import Encoded, absent, join_parts
 from redistill_cache.codecs.space import Array, space_of, to_numpy
 from redistill_cache.codecs.synthesis import ESCAPED, EXACT, LEVEL_MASK, LEVELS_PER_OCTAVE, Synthesis
 
-__all__ = ["Policy", "encode_linear", "search_coefficients"]
+__all__ = ["encode_linear", "search_coefficients"]
 
-METRICS = ("kl", "relative")
-ROUNDINGS = ("plain", "shaped")
 # Rows of a slab are searched together: tiles of rows that still need another step stay full.
 TILES_OF_SLAB = 16
-# Another machine's matrix product may differ in the last digits: pass only what passes there too.
-MARGIN = 1.0 - 1e-3
-# Without a certificate, a row this many times over the bound is still refined.
-WILD = 10.0
 # Attempts at a coarser step for rows that have passed.
 COARSER_TRIES = 2
-
-
-@dataclass(frozen=True)
-class Policy:
-    """What the encoder promises and how it decides; recorded in the archive, not needed to decode."""
-
-    metric: Literal["kl", "relative"]
-    fidelity: float
-    certified: bool
-    level: int  # where a row starts
-    keep_shift: bool
-    rounding: Literal["plain", "shaped"]
-
-    @property
-    def limit(self) -> float:
-        """The error above which a row gets a finer step."""
-        return self.fidelity * (MARGIN if self.certified else WILD)
-
-    def config(self) -> dict[str, Json]:
-        return {
-            "metric": self.metric,
-            "fidelity": self.fidelity,
-            "certified": self.certified,
-            "level": self.level,
-            "keep_shift": self.keep_shift,
-            "rounding": self.rounding,
-        }
-
-    @classmethod
-    def read(cls, reader: Config) -> Policy:
-        return cls(
-            metric=cast("Literal['kl', 'relative']", reader.choice("metric", METRICS)),
-            fidelity=reader.number("fidelity", 1e-12, 1e3),
-            certified=reader.flag("certified"),
-            level=reader.integer("level", 0, LEVEL_MASK),
-            keep_shift=reader.flag("keep_shift"),
-            rounding=cast("Literal['plain', 'shaped']", reader.choice("rounding", ROUNDINGS)),
-        )
 
 
 def encode_linear(synthesis: Synthesis, policy: Policy, rows: Array) -> Encoded:
     """See the module."""
     check_finite(rows)
-    measure = Measure(synthesis, policy.metric, policy.keep_shift, policy.rounding, space_of(rows))
+    measure = Measure(synthesis, policy, space_of(rows))
     size = measure.tile_rows * TILES_OF_SLAB
     starts = range(0, max(len(rows), 1), size)
     return join_parts([Search(measure, policy, rows[start : start + size]).encoded() for start in starts])
@@ -82,7 +35,7 @@ def encode_linear(synthesis: Synthesis, policy: Policy, rows: Array) -> Encoded:
 
 def search_coefficients(synthesis: Synthesis, policy: Policy, rows: np.ndarray) -> np.ndarray:
     """The integers the encoder would choose for these rows, int64 [n, r]; rows it would store exactly are left out."""
-    measure = Measure(synthesis, policy.metric, policy.keep_shift, policy.rounding, space_of(rows))
+    measure = Measure(synthesis, policy, space_of(rows))
     search = Search(measure, policy, rows)
     search.run()
     k: np.ndarray = search.best.k[~search.exact].astype(np.int64)
@@ -98,10 +51,10 @@ class Search:
         self.rows = measure.space.cast(rows, "float32")
         self.x = measure.project(self.rows)
         count = len(rows)
-        self.level = np.full(count, policy.level, np.int64)
+        self.level = measure.start_levels(self.rows)
         self.failed = np.full(count, -1)  # the finest level known to miss
         self.exact = np.zeros(count, bool)
-        self.best = measure.attempt(self.rows, self.x, self.level, np.arange(count))
+        self.best = self._attempt(self.level, np.arange(count))
 
     def run(self) -> None:
         if len(self.level):
@@ -112,6 +65,9 @@ class Search:
     def encoded(self) -> Encoded:
         self.run()
         return self._assembled()
+
+    def _attempt(self, level: np.ndarray, index: np.ndarray) -> Attempt:
+        return self.measure.attempt(self.rows, self.x, level, index)
 
     def _misses(self) -> np.ndarray:
         return np.flatnonzero(~(self.best.worst(self.policy.limit) <= 1.0) & ~self.exact)
@@ -132,7 +88,7 @@ class Search:
             finer = self.level[active] + levels_of(ratio, up=True)
             self.level[active] = np.minimum(finer, LEVEL_MASK)
             if len(active):
-                trial = self.measure.attempt(self.rows, self.x, self.level, active)
+                trial = self._attempt(self.level, active)
                 self.best.put(active, trial, np.arange(len(active)))
 
     def _coarsen(self) -> None:
@@ -143,7 +99,7 @@ class Search:
             active = np.flatnonzero(~self.exact & (target < self.level))
             if not len(active):
                 return
-            trial = self.measure.attempt(self.rows, self.x, target, active)
+            trial = self._attempt(target, active)
             passed = trial.worst(self.policy.limit) <= 1.0
             better, worse = active[passed], active[~passed]
             self.best.put(better, trial, np.flatnonzero(passed))

@@ -7,11 +7,12 @@ from functools import cached_property
 
 import numpy as np
 
-from redistill_cache.codecs.certify import TEMPERATURES, kl_rows, relative_error
+from redistill_cache.codecs.certify import TEMPERATURES, kl_rows, log_softmax, relative_error
 from redistill_cache.codecs.packing import ESCAPE_LIMIT
-from redistill_cache.codecs.rounding import Shaping, round_shaped
+from redistill_cache.codecs.policy import Policy
+from redistill_cache.codecs.rounding import Shaping, cost_of_errors, round_shaped, weight_of_rest
 from redistill_cache.codecs.space import Array, Space, to_numpy
-from redistill_cache.codecs.synthesis import ESCAPED, Synthesis, multipliers
+from redistill_cache.codecs.synthesis import ESCAPED, LEVEL_MASK, LEVELS_PER_OCTAVE, Synthesis, multipliers
 
 __all__ = ["Attempt", "Measure"]
 
@@ -51,9 +52,7 @@ class Measure:
     """The codec's arithmetic on the device of some rows."""
 
     synthesis: Synthesis
-    metric: str
-    keep_shift: bool
-    rounding: str
+    policy: Policy
     space: Space
 
     @property
@@ -73,6 +72,26 @@ class Measure:
             x = self.space.rint((centred @ projection) / GRID) * GRID
             parts.append(x[: tile.stop - tile.start])
         return self.space.concatenate(parts)
+
+    def start_levels(self, rows: Array) -> np.ndarray:
+        """Where the search of every row starts: at the level where a bit buys as much as in any other row."""
+        parts = []
+        for tile in self._tiles(len(rows)):
+            cost = to_numpy(self._cost(self._padded(rows[tile])))[: tile.stop - tile.start]
+            finer = LEVELS_PER_OCTAVE / 2 * np.log2(np.maximum(cost, 1e-30) / self.policy.reference)
+            parts.append(np.rint(self.policy.level + finer))
+        level: np.ndarray = np.clip(np.concatenate(parts), 0, LEVEL_MASK).astype(np.int64)
+        return level
+
+    def _cost(self, rows: Array) -> Array:
+        """What an error of unit size costs each row of a tile."""
+        if self.policy.metric == "relative":
+            # An error may grow with the row, and its square with the square.
+            return 1.0 / self.space.clip((self.space.cast(rows, "float64") ** 2).sum(1), 1e-30, None)
+        if self.policy.rounding == "shaped":
+            return cost_of_errors(self.space, rows, self.policy.weight)
+        sharp, soft = (self.space.exp(log_softmax(self.space, rows, t)) for t in TEMPERATURES)
+        return weight_of_rest(self.policy.weight, (sharp**2).sum(1), (soft**2).sum(1))
 
     def attempt(self, rows: Array, x: Array, level: np.ndarray, index: np.ndarray) -> Attempt:
         """Rows `index` of (rows, x), at level[index]."""
@@ -96,7 +115,7 @@ class Measure:
         return self._joined(parts)
 
     def _rounded(self, rows: Array, x: Array, level: Array) -> Array:
-        if self.rounding == "plain":
+        if self.policy.rounding == "plain":
             return self.space.rint(x)
         # What is out of all proportion is rounded plainly; its row will be stored exactly.
         sane = self.space.where(self.space.abs(x) < LARGEST, x, x * 0.0)
@@ -124,11 +143,11 @@ class Measure:
         count = len(rows)
         rows = self._padded(rows)
         shift = self.space.zeros((len(rows),), "float32")
-        if self.keep_shift:
+        if self.policy.keep_shift:
             lost = self.space.cast(rows, "float64") - self.space.cast(decoded, "float64")
             shift = self.space.cast(lost.mean(1), "float32")
             decoded = decoded + shift[:, None]
-        if self.metric == "kl":
+        if self.policy.metric == "kl":
             errors = {f"kl_t{t:g}": kl_rows(rows, decoded, t) for t in TEMPERATURES}
         else:
             errors = {"relative": relative_error(rows, decoded)}
@@ -160,18 +179,19 @@ class Measure:
 
     def _centred(self, rows: Array) -> Array:
         rows = self.space.cast(rows, "float64")
-        return rows - rows.mean(1)[:, None] if self.metric == "kl" else rows
+        return rows - rows.mean(1)[:, None] if self.policy.metric == "kl" else rows
 
     @cached_property
     def _shaping(self) -> Shaping:
-        return Shaping.of(self.synthesis, self.space, bounded=self.synthesis.packing.reach.max(initial=1) > 1)
+        bounded = int(self.synthesis.packing.reach.max(initial=1)) > 1
+        return Shaping.of(self.synthesis, self.space, self.policy.weight, bounded=bounded)
 
     @cached_property
     def _projection(self) -> tuple[Array, Array]:
         """The offset, and the matrix [width, r] that finds the nearest point of the span (least squares)."""
         matrix = self.synthesis.matrix.astype(np.float64)
         offset = self.synthesis.offset.astype(np.float64)
-        if self.metric == "kl":
+        if self.policy.metric == "kl":
             matrix, offset = matrix - matrix.mean(1, keepdims=True), offset - offset.mean()
         return self.space.constant(offset, "float64"), self.space.constant(least_squares(matrix), "float64")
 

@@ -10,18 +10,19 @@ __all__ = ["fit_packing"]
 
 # A coefficient outgrows its digits in this share of the pilot's rows. Narrow digits leave bytes for others, and the
 # encoder avoids what outgrows them, since it counts an escape as many bits.
-OUTGROWN = 0.01
+OUTGROWN, OUTGROWN_IF_RICH = 0.03, 0.003
+FEW_VALUES = 9
 WIDEST = 255 * 256
 
 
 def fit_packing(k: np.ndarray) -> Packing:
     """For coefficients like these (integers [n, r])."""
-    count, rank = k.shape
-    tail = int(count * OUTGROWN / 2)
+    rank = k.shape[1]
     ordered = np.sort(k, axis=0)
-    # Zero is always within reach: it is what an exact row holds.
-    low = np.minimum(ordered[tail], 0).astype(np.int64)
-    high = np.maximum(ordered[count - 1 - tail], 0).astype(np.int64)
+    low, high = _range(ordered, OUTGROWN)
+    # Where the digit is large, a few more values cost little, and staying within it would cost much.
+    rich = high - low + 1 > FEW_VALUES
+    low[rich], high[rich] = _range(ordered[:, rich], OUTGROWN_IF_RICH)
     wide = high - low >= 256
     high = np.minimum(high, low + WIDEST - 1)
     slots = [_Slot(c, int(high[c] - low[c] + 1), int(low[c]), k[:, c] - low[c]) for c in range(rank) if not wide[c]]
@@ -33,6 +34,14 @@ def fit_packing(k: np.ndarray) -> Packing:
         slots.append(_Slot(int(c), 256, lower_low, shifted % 256))
         slots.append(_Slot(int(c), upper, upper_low, shifted // 256, second=True))
     return _arranged(rank, [slot for slot in slots if slot.radix > 1])
+
+
+def _range(ordered: np.ndarray, outgrown: float) -> tuple[np.ndarray, np.ndarray]:
+    """Without the outermost values of every column; with zero, which is what an exact row holds."""
+    tail = int(len(ordered) * outgrown / 2)
+    low = np.minimum(ordered[tail], 0).astype(np.int64)
+    high = np.maximum(ordered[len(ordered) - 1 - tail], 0).astype(np.int64)
+    return low, high
 
 
 class _Slot:

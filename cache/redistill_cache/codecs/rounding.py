@@ -29,7 +29,7 @@ from redistill_cache.codecs.certify import log_softmax
 from redistill_cache.codecs.space import Array, Space
 from redistill_cache.codecs.synthesis import Synthesis, multipliers
 
-__all__ = ["Shaping", "round_shaped"]
+__all__ = ["Shaping", "cost_of_errors", "round_shaped", "weight_of_rest"]
 
 # Classes a row's curvature is made of.
 CLASSES = 32
@@ -53,9 +53,10 @@ class Shaping:
     lowest: np.ndarray  # within the digits
     highest: np.ndarray
     bit_price: float
+    weight: float  # of T = 1 against T = 4
 
     @classmethod
-    def of(cls, synthesis: Synthesis, space: Space, *, bounded: bool) -> Shaping:
+    def of(cls, synthesis: Synthesis, space: Space, weight: float, *, bounded: bool) -> Shaping:
         """`bounded`: the packing's digits are what coefficients should stay within."""
         matrix = synthesis.matrix.astype(np.float64)
         orthonormal, triangle = np.linalg.qr((matrix - matrix.mean(1, keepdims=True)).T)
@@ -79,6 +80,7 @@ class Shaping:
             lowest,
             highest,
             BIT_PRICE * float(np.median(np.diag(triangle) ** 2)),
+            weight,
         )
 
 
@@ -113,17 +115,28 @@ def round_shaped(space: Space, shaping: Shaping, rows: Array, x: Array, level: A
 
 def curvature(space: Space, shaping: Shaping, rows: Array) -> Array:
     """U of every row, [n, r, m], of curvature base * (I + U'U) at T = 1 and T = 4 together."""
-    width = rows.shape[1]
-    classes = min(CLASSES, width)
+    classes = min(CLASSES, rows.shape[1])
     sharp, soft = (space.exp(log_softmax(space, rows, t)) for t in (1.0, 4.0))
-    chosen = space.largest(sharp + soft / 16.0, classes)
+    chosen = space.largest(shaping.weight * sharp + soft / 16.0, classes)
     sharp, soft = space.take(sharp, chosen), space.take(soft, chosen)
-    rest = (1.0 - sharp.sum(1)) + (1.0 - soft.sum(1)) / 16.0
-    base = (space.clip(rest, 0.0, None) / max(width - classes, 1) + 1e-9)[:, None]
-    extra = space.clip(sharp + soft / 16.0 - base, 0.0, None)
+    rest = space.clip(weight_of_rest(shaping.weight, sharp.sum(1), soft.sum(1)), 0.0, None)
+    base = (rest / max(rows.shape[1] - classes, 1) + 1e-9)[:, None]
+    extra = space.clip(shaping.weight * sharp + soft / 16.0 - base, 0.0, None)
     vectors = shaping.orthonormal[chosen]  # [n, m, r]
     centre = (sharp[:, None, :] @ vectors)[:, 0]
     return ((vectors - centre[:, None]) * space.sqrt(extra / base)[:, :, None]).swapaxes(1, 2)
+
+
+def weight_of_rest(weight: float, sharp: Array, soft: Array) -> Array:
+    """What errors cost outside of classes that hold these shares of the probability at T = 1 and at T = 4."""
+    return weight * (1.0 - sharp) + (1.0 - soft) / 16.0
+
+
+def cost_of_errors(space: Space, rows: Array, weight: float) -> Array:
+    """What errors of a row cost outside of the classes that its curvature is made of."""
+    sharp, soft = (space.exp(log_softmax(space, rows, t)) for t in (1.0, 4.0))
+    chosen = space.largest(weight * sharp + soft / 16.0, min(CLASSES, rows.shape[1]))
+    return weight_of_rest(weight, space.take(sharp, chosen).sum(1), space.take(soft, chosen).sum(1))
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Linear synthesis, the arithmetic of the linear codec: row = (k * step_of_level) @ basis + offset.
 
-Every row has a level (its step is 2**(-level / 4) of the coarsest), and two flags for what hardly ever happens:
+Every row has a level (its step is 2**(-level / 8) of the coarsest), and two flags for what hardly ever happens:
 coefficients that did not fit their digits (array `escape`), and rows that no step brings within the bound (array
 `exact`, float32 bit for bit).
 """
@@ -20,7 +20,7 @@ from redistill_cache.codecs.space import Array, Space, space_of
 __all__ = ["ESCAPED", "EXACT", "LEVELS_PER_OCTAVE", "LEVEL_MASK", "Synthesis", "multipliers"]
 
 LEVEL_MASK, ESCAPED, EXACT = 0x3F, 0x40, 0x80
-LEVELS_PER_OCTAVE = 4
+LEVELS_PER_OCTAVE = 8
 
 
 @dataclass(frozen=True, eq=False)
