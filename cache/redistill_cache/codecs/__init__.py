@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from redistill_cache.codecs.catalogue import CODECS, fit_codec, open_codec
+from redistill_cache.codecs.catalogue import CODECS, Options, explain_codec, fit_codec, open_codec
 from redistill_cache.codecs.certify import NotFinite, kl_rows
 from redistill_cache.codecs.protocol import Codec, Encoded, join_encoded
 from redistill_cache.codecs.stats import BlockStats
@@ -13,6 +13,8 @@ __all__ = [
     "Codec",
     "Encoded",
     "NotFinite",
+    "Options",
+    "explain_codec",
     "fit_codec",
     "join_encoded",
     "kl_rows",

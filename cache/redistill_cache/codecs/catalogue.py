@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from redistill_cache.codecs.auto import Choice, choose, try_codec
 from redistill_cache.codecs.certify import check_finite
 from redistill_cache.codecs.checks import check_width
+from redistill_cache.codecs.compander import CompanderCodec, fit_compander
 from redistill_cache.codecs.floats import Float16Codec, Float32Codec
 from redistill_cache.codecs.linear import LinearCodec
 from redistill_cache.codecs.linear_fit import fit_linear
 from redistill_cache.codecs.policy import Policy
 from redistill_cache.codecs.protocol import Codec, Json
 from redistill_cache.codecs.space import Array, to_numpy
+from redistill_cache.codecs.topk import TopKCodec
 from redistill_cache.errors import Damaged, Refused, UsageError
 
-__all__ = ["CODECS", "fit_codec", "open_codec"]
+__all__ = ["CODECS", "Options", "explain_codec", "fit_codec", "open_codec"]
 
 OPENERS: Mapping[str, Any] = {
     "linear": LinearCodec.open,
     "float16": Float16Codec.open,
     "float32": Float32Codec.open,
+    "compander": CompanderCodec.open,
+    "topk": TopKCodec.open,
 }
 CODECS = tuple(OPENERS)
+# Beyond this many classes looking at one value at a time is hopeless.
+MOST_COMPANDED = 256
 
 
 def open_codec(name: str, width: int, config: Mapping[str, Json], side: Mapping[str, np.ndarray]) -> Codec:
@@ -46,30 +54,101 @@ def fit_codec(
     keep_shift: bool = False,
     rounding: str = "shaped",
     head: tuple[Array, Array] | None = None,
+    k: int = 10,
 ) -> Codec:
     """A codec for rows like the pilot's (float32 [n, width]; a few times as many rows as values, or all there are).
 
     `fidelity` bounds KL(exact || decoded) at T = 1 and at T = 4 (metric "kl", for logits), or the relative Euclidean
     error (metric "relative", for features): of every row if `certified`, else in the mean.
     `keep_shift` also keeps what softmax does not see, the mean of a row of logits (for losses on raw logits).
+    `rounding` is "shaped" (fewer bytes) or "plain" (a hundred times less work).
     `head` is (weight [width, d], bias [width]) of the linear layer the logits come from, where it is known.
+    The name "auto" tries what could serve; `explain_codec` also says why.
     """
+    options = Options(fidelity, certified, metric, keep_shift, rounding, head, k)
+    rows = _pilot(pilot_rows)
+    if name == "auto":
+        return explain_codec(name, rows, options).codec
+    return _fitted(name, rows, options, options.head)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `fit_codec`."""
+
+    fidelity: float = 1e-3
+    certified: bool = True
+    metric: str = "kl"
+    keep_shift: bool = False
+    rounding: str = "shaped"
+    head: tuple[Array, Array] | None = None
+    k: int = 10
+
+    def __post_init__(self) -> None:
+        if not 1e-9 <= self.fidelity <= 1.0:
+            raise UsageError(f"expected a fidelity from 1e-9 to 1, found {self.fidelity:g}")
+        for key, choices in (("metric", ("kl", "relative")), ("rounding", ("shaped", "plain"))):
+            if getattr(self, key) not in choices:
+                raise UsageError(f"expected {key} {' or '.join(choices)}, found {getattr(self, key)!r}")
+
+
+def explain_codec(name: str, pilot_rows: Array, options: Options) -> Choice:
+    """The codec, with what it does to the pilot and, for "auto", what else was tried."""
+    rows = _pilot(pilot_rows)
+    if name == "auto":
+        return choose([try_codec(codec, label, rows) for label, codec in _candidates(rows, options)])
+    return choose([try_codec(_fitted(name, rows, options, options.head), name, rows)])
+
+
+def _pilot(pilot_rows: Array) -> np.ndarray:
     rows = to_numpy(pilot_rows).astype(np.float32, copy=False)
     if rows.ndim != 2 or len(rows) == 0:
         raise Refused(f"expected pilot rows as [n, width] with n > 0, found shape {list(rows.shape)}")
     check_width(int(rows.shape[1]))
     check_finite(rows)
-    if not 1e-9 <= fidelity <= 1.0:
-        raise UsageError(f"expected a fidelity from 1e-9 to 1, found {fidelity:g}")
-    if metric not in ("kl", "relative"):
-        raise UsageError(f"expected the metric kl or relative, found {metric!r}")
-    width = rows.shape[1]
+    return rows
+
+
+def _candidates(rows: np.ndarray, options: Options) -> Iterator[tuple[str, Codec]]:
+    """The simplest first."""
+    yield "float16", _fitted("float16", rows, options, None)
+    if options.metric == "kl" and not options.keep_shift and rows.shape[1] <= MOST_COMPANDED:
+        yield "compander", _fitted("compander", rows, options, None)
+    yield "linear", _fitted("linear", rows, options, None)
+    if options.head is not None:
+        yield "linear in the axes of the head", _fitted("linear", rows, options, options.head)
+
+
+def _fitted(name: str, rows: np.ndarray, options: Options, head: tuple[Array, Array] | None) -> Codec:
+    width = int(rows.shape[1])
+    kl = options.metric == "kl"
     if name == "float32":
-        return Float32Codec(width, metric)
+        return Float32Codec(width, options.metric)
     if name == "float16":
-        return Float16Codec(width, metric, fidelity, keep_shift and metric == "kl")
+        return Float16Codec(width, options.metric, options.fidelity, options.keep_shift and kl)
     if name == "linear":
-        shaped = rounding == "shaped" and metric == "kl"
-        policy = Policy.starting(metric, fidelity, certified=certified, keep_shift=keep_shift, shaped=shaped)
-        return fit_linear(rows, policy, None if head is None else (to_numpy(head[0]), to_numpy(head[1])))
-    raise UsageError(f"expected a codec out of {', '.join(CODECS)}, found {name!r}")
+        policy = Policy.starting(
+            options.metric,
+            options.fidelity,
+            certified=options.certified,
+            keep_shift=options.keep_shift,
+            shaped=options.rounding == "shaped" and kl,
+        )
+        return fit_linear(rows, policy, None if head is None else _checked_head(head, width))
+    if name in ("compander", "topk") and not kl:
+        raise UsageError(f"expected a codec for features (linear, float16, float32), found {name}")
+    if name == "compander":
+        return fit_compander(rows, options.fidelity)
+    if name == "topk":
+        return TopKCodec(width, min(options.k, width))
+    raise UsageError(f"expected a codec out of auto, {', '.join(CODECS)}, found {name!r}")
+
+
+def _checked_head(head: tuple[Array, Array], width: int) -> tuple[np.ndarray, np.ndarray]:
+    weight, bias = (to_numpy(part).astype(np.float64) for part in head)
+    if weight.ndim != 2 or len(weight) != width or bias.shape != (width,):
+        found = f"{list(weight.shape)} and {list(bias.shape)}"
+        raise Refused(f"expected a head of weight [{width}, d] and bias [{width}], found {found}")
+    check_finite(weight)
+    check_finite(bias[None])
+    return weight, bias

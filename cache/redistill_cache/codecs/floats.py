@@ -10,7 +10,7 @@ import numpy as np
 from redistill_cache.arrays import ArraySpec
 from redistill_cache.codecs.certify import TEMPERATURES, check_finite, kl_rows, relative_error
 from redistill_cache.codecs.checks import Config, check_width
-from redistill_cache.codecs.protocol import Encoded, Json, absent
+from redistill_cache.codecs.protocol import Encoded, Json, exact_rows
 from redistill_cache.codecs.rare import rare_rows
 from redistill_cache.codecs.space import Array, space_of, to_numpy
 from redistill_cache.errors import Damaged
@@ -27,6 +27,9 @@ class Float32Codec:
     width: int
     metric: str = "kl"
     name: str = "float32"
+
+    full_rows = True
+    tail_rule = ""
 
     @property
     def rare(self) -> frozenset[str]:
@@ -73,6 +76,9 @@ class Float16Codec:
     keep_shift: bool = False
     name: str = "float16"
 
+    full_rows = True
+    tail_rule = ""
+
     @property
     def rare(self) -> frozenset[str]:
         return frozenset({"exact"})
@@ -113,9 +119,7 @@ class Float16Codec:
         kept = to_numpy((space.take(rows, chosen) == space.max_of_row(rows))[:, 0])
         exact = ~(np.max(list(errors.values()), axis=0) <= self.fidelity)
         arrays["flags"] = space.constant(exact.astype(np.uint8))
-        arrays["exact"] = absent(tuple(rows.shape), "float32")
-        if exact.any():
-            arrays["exact"] = np.where(exact[:, None], to_numpy(rows), np.float32(0))
+        arrays["exact"] = exact_rows(rows, exact)
         return Encoded(arrays, {name: np.where(exact, 0.0, e) for name, e in errors.items()}, exact, kept | exact)
 
     def decode(self, arrays: Mapping[str, Array]) -> Array:

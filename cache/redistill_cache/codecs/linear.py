@@ -33,6 +33,9 @@ class LinearCodec:
     source: str
     name: str = "linear"
 
+    full_rows = True
+    tail_rule = ""
+
     @property
     def width(self) -> int:
         return self.synthesis.width

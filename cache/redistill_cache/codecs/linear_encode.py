@@ -12,7 +12,7 @@ import numpy as np
 from redistill_cache.codecs.certify import check_finite
 from redistill_cache.codecs.measure import Attempt, Measure
 from redistill_cache.codecs.policy import Policy
-from redistill_cache.codecs.protocol import Encoded, absent, join_parts
+from redistill_cache.codecs.protocol import Encoded, absent, exact_rows, join_parts
 from redistill_cache.codecs.space import Array, space_of, to_numpy
 from redistill_cache.codecs.synthesis import ESCAPED, EXACT, LEVEL_MASK, LEVELS_PER_OCTAVE, Synthesis
 
@@ -118,7 +118,7 @@ class Search:
             "q": packing.pack(space, within),
             "level": space.constant(level),
             "escape": to_numpy(escape).astype(np.int16) if escaped.any() else absent(tuple(k.shape), "int16"),
-            "exact": _exact_rows(self.rows, exact),
+            "exact": exact_rows(self.rows, exact),
         }
         if self.policy.keep_shift:
             arrays["shift"] = space.where(kept, self.best.shift, self.best.shift * 0.0)
@@ -131,13 +131,3 @@ def levels_of(ratio: np.ndarray, *, up: bool) -> np.ndarray:
     levels = np.log2(np.clip(ratio, 1e-30, 1e30)) * (LEVELS_PER_OCTAVE / 2)
     whole: np.ndarray = np.maximum(np.ceil(levels) if up else np.floor(levels), 1).astype(np.int64)
     return whole
-
-
-def _exact_rows(rows: Array, exact: np.ndarray) -> np.ndarray:
-    shape = (len(exact), int(rows.shape[1]))
-    if not exact.any():
-        return absent(shape, "float32")
-    array = np.zeros(shape, np.float32)  # pages that stay zero are never touched
-    index = np.flatnonzero(exact)
-    array[index] = to_numpy(rows[space_of(rows).constant(index)])
-    return array

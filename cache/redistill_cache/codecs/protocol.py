@@ -11,7 +11,7 @@ import numpy as np
 from redistill_cache.arrays import ArraySpec
 from redistill_cache.codecs.space import Array, space_of, to_numpy
 
-__all__ = ["Codec", "Encoded", "Json", "absent", "is_absent", "join_encoded", "join_parts"]
+__all__ = ["Codec", "Encoded", "Json", "absent", "exact_rows", "is_absent", "join_encoded", "join_parts"]
 
 Json = Any
 
@@ -49,6 +49,13 @@ class Codec(Protocol):
 
     @property
     def width(self) -> int: ...
+
+    @property
+    def full_rows(self) -> bool:
+        """Whether all values of a row are known. If not, `tail_rule` says what stands for the others."""
+
+    @property
+    def tail_rule(self) -> str: ...
 
     @property
     def rare(self) -> frozenset[str]:
@@ -118,3 +125,14 @@ def absent(shape: tuple[int, ...], dtype: np.dtype[Any] | str) -> np.ndarray:
 def is_absent(array: np.ndarray) -> bool:
     """Whether this is what `absent` returns."""
     return array.size == 0 or not any(array.strides)
+
+
+def exact_rows(rows: Array, exact: np.ndarray) -> np.ndarray:
+    """The flagged rows as they are and zeros for the others, on the host."""
+    shape = (len(exact), int(rows.shape[1]))
+    if not exact.any():
+        return absent(shape, "float32")
+    array = np.zeros(shape, np.float32)  # pages that stay zero are never touched
+    index = np.flatnonzero(exact)
+    array[index] = to_numpy(rows[space_of(rows).constant(index)])
+    return array

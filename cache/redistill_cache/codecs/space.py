@@ -104,6 +104,9 @@ class Space:
     def maximum(self, x: Array, y: Array) -> Array:
         return np.maximum(x, y) if self.torch is None else self.torch.maximum(x, y)
 
+    def minimum(self, x: Array, y: Array) -> Array:
+        return np.minimum(x, y) if self.torch is None else self.torch.minimum(x, y)
+
     def max_of_row(self, x: Array) -> Array:
         """[n, k] -> [n, 1]."""
         return x.max(axis=1, keepdims=True) if self.torch is None else x.amax(1, keepdim=True)
@@ -122,6 +125,17 @@ class Space:
         if self.torch is None:
             return np.take_along_axis(x, index, axis=1)
         return self.torch.gather(x, 1, index.long())
+
+    def put(self, x: Array, index: Array, values: Array) -> Array:
+        """x with x[row, index[row, j]] = values[row, j]; x is overwritten."""
+        if self.torch is None:
+            np.put_along_axis(x, index, values, axis=1)
+            return x
+        return x.scatter_(1, index.long(), values)
+
+    def order(self, x: Array) -> Array:
+        """Columns of every row from the smallest value to the largest, equal ones as they come."""
+        return np.argsort(x, axis=1, kind="stable") if self.torch is None else self.torch.argsort(x, 1, stable=True)
 
     def lookup(self, table: Array, index: Array) -> Array:
         """table[index], the index of a small unsigned integer type."""

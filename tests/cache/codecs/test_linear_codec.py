@@ -14,7 +14,7 @@ def low_rank(rows: int, width: int, rank: int, scale: float, seed: int) -> np.nd
     return (scale * values).astype(np.float32)
 
 
-@pytest.mark.parametrize("name", ["linear", "float16", "float32"])
+@pytest.mark.parametrize("name", ["linear", "float16", "float32", "compander"])
 @pytest.mark.parametrize("width", [1, 2, 3, 17, 100, 300])
 def test_every_row_is_within_the_bound_after_a_round_trip_through_the_archive(name, width):
     rows = low_rank(600, width, min(width, 20), 3.0, seed=width)
