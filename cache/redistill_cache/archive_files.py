@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from redistill_cache import layout, limits
@@ -75,7 +74,7 @@ def list_teachers(path: Path) -> list[str]:
     folder = path / "teachers"
     if not folder.is_dir():
         return []
-    names = sorted(entry.name for entry in os.scandir(folder) if (folder / entry.name / "zarr.json").is_file())
+    names = sorted(inner.name for inner in folder.iterdir() if (inner / "zarr.json").is_file())
     if len(names) > limits.MAX_TEACHERS:
         raise Refused(f"{folder}: {len(names)} teachers, more than the limit of {limits.MAX_TEACHERS}")
     return names

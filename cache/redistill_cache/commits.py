@@ -77,7 +77,7 @@ class Commits:
 
     def names(self) -> set[str]:
         """Paths of all records there are now."""
-        return {f"{BLOCKS}/{entry.name}" for entry in os.scandir(self._root / BLOCKS) if entry.name.endswith(".json")}
+        return {f"{BLOCKS}/{path.name}" for path in (self._root / BLOCKS).iterdir() if path.suffix == ".json"}
 
     def load(self, block: Block, identity: str) -> Record:
         path = self._root / block.record_path

@@ -252,6 +252,8 @@ class Archive:
         chosen, found = self.signal(teacher, signal)
         codec = self.codec(chosen.name, signal)
         view, wanted = check_view(self.contents, view), check_rows(self.contents, rows)
+        if not len(wanted):
+            return np.zeros((0, found.width), np.float32)
         part = f"teachers/{chosen.name}"
         layouts = {a.name: layout.teacher_arrays(self.spec, chosen)[f"{signal}/{a.name}"] for a in found.arrays}
         arrays = {

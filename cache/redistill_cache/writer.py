@@ -13,7 +13,6 @@ Every call is durable when it returns. How a block is committed, and why two wri
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -366,4 +365,4 @@ class ArchiveWriter:
 
 def _holds_files(path: Path) -> bool:
     """Is anything here that is not the leftover of a create that died?"""
-    return any(not is_leftover(Path(entry.name)) for entry in os.scandir(path))
+    return any(not is_leftover(inner) for inner in path.iterdir())

@@ -134,9 +134,8 @@ class DiskModel:
 
 def durable_folder(path: Path) -> FolderNode:
     names: dict[str, Node] = {}
-    for entry in os.scandir(path):
-        inner = Path(entry.path)
-        names[entry.name] = durable_folder(inner) if entry.is_dir() else FileNode(inner.read_bytes(), synced=True)
+    for inner in path.iterdir():
+        names[inner.name] = durable_folder(inner) if inner.is_dir() else FileNode(inner.read_bytes(), synced=True)
     return FolderNode(durable=names, now=dict(names))
 
 
