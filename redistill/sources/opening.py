@@ -1,0 +1,61 @@
+"""From what a user writes to a source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from redistill_cache.errors import UsageError
+
+from redistill.sources.base import ObjectSource, Source
+from redistill.sources.folder import open_folder
+from redistill.specs import Spec, did_you_mean, parse_spec
+
+__all__ = ["open_source"]
+
+SCHEMES: dict[str, Callable[[Spec], Source]] = {
+    "folder": open_folder,
+}
+EXPECTED = "expected folder:PATH, cifar10:PATH, cifar100:PATH, wds:PATTERN, synthetic, or a path"
+
+
+def open_source(text_or_object: str | Path | Any) -> Source:  # noqa: ANN401  any object of the right shape
+    """Open an image set: a spec string, a bare path (sniffed), or an object with `__len__` and `sample(i)`.
+
+    folder:PATH  cifar10:PATH  cifar100:PATH  wds:PATTERN  synthetic[:name][?key=value&...]
+    """
+    if isinstance(text_or_object, Path):
+        text_or_object = str(text_or_object)
+    if isinstance(text_or_object, str):
+        return _open_text(text_or_object)
+    if isinstance(text_or_object, Source):
+        return text_or_object
+    return ObjectSource(text_or_object)
+
+
+def _open_text(text: str) -> Source:
+    if not text.strip():
+        raise UsageError(f"no data given; {EXPECTED}")
+    head, question, options = text.partition("?")
+    scheme = head.partition(":")[0]
+    if scheme in SCHEMES:
+        return SCHEMES[scheme](parse_spec(text))
+    return _open_text(_sniff(head) + question + options)
+
+
+def _sniff(path: str) -> str:
+    """The spec string a bare path stands for."""
+    scheme, colon, _ = path.partition(":")
+    place = Path(path).expanduser()
+    if path.partition("?")[0].endswith(".tar") or path.startswith(("http://", "https://")):
+        return f"wds:{path}"
+    for name, folder in (("cifar10", "cifar-10-batches-py"), ("cifar100", "cifar-100-python")):
+        if place.name == folder or (place / folder).is_dir():
+            return f"{name}:{path}"
+    if place.is_dir():
+        tars = place.glob("*.tar")
+        return f"wds:{path}" if any(tars) and not any(child.is_dir() for child in place.iterdir()) else f"folder:{path}"
+    if colon and "/" not in scheme:
+        raise UsageError(f"unknown kind of data {scheme!r}; {did_you_mean(scheme, SCHEMES)}")
+    raise UsageError(f"{path!r} is neither a folder nor a tar pattern; {EXPECTED}")

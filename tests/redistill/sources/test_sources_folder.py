@@ -1,0 +1,127 @@
+"""`folder:`: what is an image, what is a class, what is a key, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+from redistill_cache.errors import Refused, UsageError
+
+import redistill
+from redistill.sources.base import Source
+from redistill.sources.images import BadImage
+
+
+def plant(root: Path, *names: str) -> Path:
+    for name in names:
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(name.encode())
+    return root
+
+
+def test_classes_keys_and_order_do_not_depend_on_the_disk(tmp_path: Path):
+    names = ["dog/b.png", "cat/deep/er/z.JPEG", "cat/a.jpg", "Zebra/1.webp", "dog/a.bmp"]
+    for root in (plant(tmp_path / "one", *names), plant(tmp_path / "two", *reversed(names))):
+        source = redistill.open_source(f"folder:{root}")
+        assert isinstance(source, Source)
+        assert source.class_names == ("Zebra", "cat", "dog")
+        assert list(source.keys) == ["Zebra/1.webp", "cat/a.jpg", "cat/deep/er/z.JPEG", "dog/a.bmp", "dog/b.png"]
+        assert source.labels.tolist() == [0, 1, 1, 2, 2]
+        sample = source.sample(2)
+        assert (sample.payload, sample.label, sample.key) == (b"cat/deep/er/z.JPEG", 1, "cat/deep/er/z.JPEG")
+
+
+def test_hidden_and_other_files_are_left_out_and_the_others_counted(tmp_path: Path):
+    root = plant(
+        tmp_path,
+        "a/1.jpg",
+        "a/.2.jpg",
+        "a/._1.jpg",
+        ".git/x.jpg",
+        "__MACOSX/a/1.jpg",
+        "a/notes.txt",
+        "a/b/x.TIF",
+        "README",
+    )
+    source = redistill.open_source(root)
+    assert list(source.keys) == ["a/1.jpg"]
+    assert source.skipped == {".txt": 1, ".tif": 1, "": 1}
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path: Path):
+    plant(tmp_path / "store", "x/1.jpg", "2.jpg")
+    root = plant(tmp_path / "data", "a/0.jpg")
+    (root / "b").symlink_to(tmp_path / "store" / "x")
+    (root / "a" / "2.jpg").symlink_to(tmp_path / "store" / "2.jpg")
+    source = redistill.open_source(root)
+    assert list(source.keys) == ["a/0.jpg", "a/2.jpg", "b/1.jpg"]
+    assert source.sample(1).payload == b"2.jpg"
+    (root / "a" / "again").symlink_to(root)
+    with pytest.raises(Refused, match="links back"):
+        redistill.open_source(root)
+
+
+def test_what_cannot_be_read_is_a_bad_image_with_its_name(tmp_path: Path):
+    root = plant(tmp_path, "a/0.jpg")
+    (root / "a" / "1.jpg").symlink_to("nowhere")
+    os.mkfifo(root / "a" / "2.jpg")
+    source = redistill.open_source(root)
+    with pytest.raises(BadImage, match=r"a/1\.jpg.*No such file"):
+        source.sample(1)
+    with pytest.raises(BadImage, match=r"a/2\.jpg.*not a regular file"):
+        source.sample(2)
+    assert source.stamps()[1].tolist() == [-1, -1]
+
+
+def test_loose_images_need_the_option(tmp_path: Path):
+    root = plant(tmp_path, "1.jpg", "deep/2.jpg")
+    with pytest.raises(Refused, match=r"1 images lie directly in .*'1\.jpg'.*labels=none"):
+        redistill.open_source(root)
+    source = redistill.open_source(f"{root}?labels=none")
+    assert list(source.keys) == ["1.jpg", "deep/2.jpg"]
+    assert source.labels.tolist() == [-1, -1]
+    assert source.class_names is None
+
+
+def test_folders_that_are_no_data_set_are_refused_with_advice(tmp_path: Path):
+    with pytest.raises(Refused, match="is not a folder"):
+        redistill.open_source("folder:/nonexistent")
+    with pytest.raises(Refused, match=r"no images.*found 2 \.txt"):
+        redistill.open_source(plant(tmp_path / "text", "a/1.txt", "b/2.txt"))
+    with pytest.raises(Refused, match=r"1 class folders .* hold no images, such as 'b'"):
+        redistill.open_source(plant(tmp_path / "empty", "a/1.jpg", "b/2.txt"))
+    assert redistill.open_source(f"{tmp_path}/empty?allow_empty=1").class_names == ("a", "b")
+    splits = plant(tmp_path / "splits", "train/a/1.jpg", "val/a/2.jpg")
+    with pytest.raises(Refused, match=r"splits train, val, not classes; did you mean 'folder:.*train'"):
+        redistill.open_source(splits)
+    assert list(redistill.open_source(f"folder:{splits}?split=val").keys) == ["a/2.jpg"]
+
+
+def test_a_name_that_is_no_utf8_is_refused(tmp_path: Path):
+    plant(tmp_path, "a/1.jpg")
+    (Path(os.fsdecode(bytes(tmp_path / "a") + b"/\xff.jpg"))).write_bytes(b"")
+    with pytest.raises(Refused, match="not UTF-8"):
+        redistill.open_source(tmp_path)
+
+
+def test_what_cannot_be_understood_says_what_could(tmp_path: Path):
+    with pytest.raises(UsageError, match="unknown kind of data 'foldr'; did you mean folder"):
+        redistill.open_source("foldr:x")
+    with pytest.raises(UsageError, match="neither a folder nor a tar pattern"):
+        redistill.open_source(tmp_path / "gone")
+    with pytest.raises(UsageError, match="unknown option 'label'; did you mean labels"):
+        redistill.open_source(f"folder:{tmp_path}?label=none")
+    with pytest.raises(UsageError, match="no data given"):
+        redistill.open_source("")
+    with pytest.raises(UsageError, match="a int is not a source"):
+        redistill.open_source(3)
+
+
+def test_a_folder_travels_to_another_process(tmp_path: Path):
+    source = redistill.open_source(plant(tmp_path, "a/1.jpg", "b/2.jpg"))
+    again = pickle.loads(pickle.dumps(source))
+    assert again.sample(1) == source.sample(1)
+    assert again.class_names == source.class_names

@@ -1,0 +1,225 @@
+"""Joining names every way in which a data set can differ from an archive, whatever the order of either."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from redistill_cache.errors import Refused
+from redistill_cache.keys import pack_keys
+
+from redistill.sources.index import SourceIndex
+from redistill.sources.join import Join, join
+from redistill.sources.pairing import pair_up, repeats
+
+CLASSES = ("ant", "bee", "cat")
+
+
+@dataclass(frozen=True)
+class Item:
+    key: str
+    text: str
+    label: int
+
+
+def some(n: int, start: int = 0) -> list[Item]:
+    return [Item(f"{CLASSES[i % 3]}/{i}.jpg", f"bytes {i}", i % 3) for i in range(start, start + n)]
+
+
+def digests(items: list[Item]) -> np.ndarray:
+    whole = b"".join(hashlib.sha256(item.text.encode()).digest() for item in items)
+    return np.frombuffer(whole, np.uint8).reshape(-1, 32)
+
+
+def index_of(items: list[Item], class_names: tuple[str, ...] | None = CLASSES) -> SourceIndex:
+    return SourceIndex(
+        keys=pack_keys(item.key for item in items),
+        labels=np.array([item.label for item in items], np.int64),
+        digests=digests(items),
+        sizes=np.ones((len(items), 2), np.uint32),
+        rows=np.arange(len(items)),
+        class_names=class_names,
+    )
+
+
+def meet(
+    mine: list[Item],
+    theirs: list[Item],
+    mine_names: tuple[str, ...] | None = CLASSES,
+    their_names: tuple[str, ...] | None = CLASSES,
+    **allow: bool,
+) -> Join:
+    return join(
+        index_of(mine, mine_names),
+        keys=[item.key for item in theirs],
+        labels=np.array([item.label for item in theirs]),
+        digests=digests(theirs),
+        class_names=their_names,
+        **allow,
+    )
+
+
+def counts(found: Join) -> dict[str, int]:
+    return {kind: count for kind, count in found.counts.items() if count}
+
+
+def test_order_never_matters():
+    archive = some(200)
+    for seed in range(20):
+        order = np.random.default_rng(seed).permutation(200)
+        found = meet([archive[i] for i in order], archive)
+        assert counts(found) == {"matched": 200}
+        assert found.exact
+        assert found.label_map is None
+        assert (order[found.source_row_of_archive_row] == np.arange(200)).all()
+
+
+# Each mutation gets the items and a place, and says what joining must find.
+MUTATIONS = {
+    "add": lambda items, i: ([*items[:i], *some(1, 900), *items[i:]], {"extra": 1}),
+    "delete": lambda items, i: (items[:i] + items[i + 1 :], {"missing": 1}),
+    "rename": lambda items, i: ([*items[:i], replace(items[i], key="new.jpg"), *items[i + 1 :]], {"renamed": 1}),
+    "edit": lambda items, i: ([*items[:i], replace(items[i], text="edited"), *items[i + 1 :]], {"changed": 1}),
+    "edit and rename": lambda items, i: (
+        [*items[:i], Item("new.jpg", "edited", 0), *items[i + 1 :]],
+        {"missing": 1, "extra": 1},
+    ),
+    "label edit": lambda items, i: (
+        [*items[:i], replace(items[i], label=(items[i].label + 1) % 3), *items[i + 1 :]],
+        {"relabelled": 1},
+    ),
+    "copy": lambda items, i: ([*items, replace(items[i], key="copy.jpg")], {"extra": 1, "duplicate": 1}),
+    "swap two names": lambda items, i: (
+        [
+            *items[:i],
+            replace(items[i], key=items[i + 3].key),
+            *items[i + 1 : i + 3],
+            replace(items[i + 3], key=items[i].key),
+            *items[i + 4 :],
+        ],
+        {"renamed": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_every_mutation_is_named(mutation: str):
+    archive = some(60)
+    rng = np.random.default_rng(1)
+    for i in rng.permutation(56)[:25].tolist():
+        mine, expected = MUTATIONS[mutation](archive, i)
+        mine = [mine[k] for k in rng.permutation(len(mine))]
+        found = meet(mine, archive, allow_missing=True, allow_relabelled=True)
+        whole = {"matched": 60 - sum(expected.get(kind, 0) for kind in ("renamed", "changed", "missing"))} | expected
+        assert counts(found) == whole
+        assert len(found.rows) == whole["matched"] + whole.get("renamed", 0)
+        for row in found.rows:
+            assert mine[found.source_row_of_archive_row[row]].text == archive[row].text
+        if expected.keys() & {"missing", "changed", "relabelled"}:
+            with pytest.raises(Refused):
+                meet(mine, archive)
+        else:
+            meet(mine, archive)
+
+
+def test_the_refusal_counts_and_names_the_first():
+    archive = some(30)
+    mine = [*archive[:10], *(replace(item, text="x" + item.text) for item in archive[10:12]), *archive[20:]]
+    with pytest.raises(Refused) as error:
+        meet(mine, archive)
+    line = str(error.value)
+    assert "\n" not in line
+    for part in (
+        "20 matched",
+        "2 changed ('bee/10.jpg', 'cat/11.jpg')",
+        "8 missing ('ant/12.jpg', ",
+        ", ...)",
+        "allow missing",
+    ):
+        assert part in line
+    with pytest.raises(Refused, match="no image of the data"):
+        meet(some(5, 500), archive, allow_missing=True)
+
+
+def test_keys_from_an_archive_cannot_drive_a_terminal():
+    with pytest.raises(Refused) as error:
+        meet(some(3), [*some(3), Item("\x1b[2J\u202efoo\n", "?", 0)])
+    assert error.value.args[0].isprintable()
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_class_order_is_matched_by_name(seed: int):
+    archive = some(30)
+    order = np.random.default_rng(seed).permutation(3)  # my label k is their label order[k]
+    mine = [replace(item, label=int(np.flatnonzero(order == item.label)[0])) for item in archive]
+    found = meet(mine, archive, tuple(CLASSES[i] for i in order))
+    assert counts(found) == {"matched": 30}
+    expected = None if (order == np.arange(3)).all() else order.tolist()
+    assert (found.label_map if found.label_map is None else found.label_map.tolist()) == expected
+
+
+def test_other_classes_are_refused_by_name():
+    archive = some(30)
+    with pytest.raises(
+        Refused, match=r"20 relabelled.*only in the data: \['dog', 'emu'\].*in the archive: \['bee', 'cat'\]"
+    ):
+        meet(archive, archive, ("ant", "dog", "emu"))
+    wider = [replace(item, label=item.label + 1) for item in archive]  # a class more is no trouble
+    found = meet(wider, archive, ("aardvark", *CLASSES))
+    assert found.label_map is not None
+    assert found.label_map.tolist() == [-1, 0, 1, 2]
+    assert counts(meet(archive, archive, None)) == {"matched": 30}
+    with pytest.raises(Refused, match="not known on both sides"):
+        meet(wider, archive, None)
+    with pytest.raises(Refused, match="'ant' is there twice"):
+        meet(archive, archive, ("ant", "ant", "bee"))
+    assert meet(archive, archive, ("ant", "ant", "bee"), ("ant", "ant", "bee")).label_map is None
+
+
+def test_samples_without_labels_match_any():
+    archive = some(9)
+    unlabelled = [replace(item, label=-1) for item in archive]
+    assert counts(meet(unlabelled, archive, None)) == {"matched": 9}
+    assert counts(meet(archive, unlabelled)) == {"matched": 9}
+
+
+def test_equal_bytes_keep_their_own_key_and_label():
+    twins = [Item(f"{CLASSES[k]}/{i}.jpg", f"twin {i}", k) for i in range(10) for k in range(3)]
+    order = np.random.default_rng(0).permutation(30)
+    found = meet([twins[i] for i in order], twins)
+    assert counts(found) == {"matched": 30, "duplicate": 20}
+    assert (order[found.source_row_of_archive_row] == np.arange(30)).all()
+    moved = [replace(twins[i], key=f"moved/{i}") for i in order]  # told apart by label alone
+    found = meet(moved, twins)
+    assert counts(found) == {"renamed": 30, "duplicate": 20}
+    fewer = meet(twins[1:], twins, allow_missing=True)
+    assert counts(fewer) == {"matched": 29, "missing": 1, "duplicate": 19}
+
+
+def test_excluded_samples_leave_the_numbers_of_the_others():
+    archive = some(20)
+    index = index_of(archive[5:])
+    index = replace(index, rows=np.arange(5, 20))
+    found = join(
+        index,
+        keys=[item.key for item in archive],
+        labels=np.array([item.label for item in archive]),
+        digests=digests(archive),
+        class_names=CLASSES,
+        allow_missing=True,
+    )
+    assert found.source_row_of_archive_row.tolist() == [-1] * 5 + list(range(5, 20))
+
+
+@given(st.lists(st.integers(0, 6), max_size=20), st.lists(st.integers(0, 6), max_size=20))
+@settings(max_examples=150, deadline=None)
+def test_pairing_matches_a_slow_pairing(left: list[int], right: list[int]):
+    waiting = {value: [i for i, other in enumerate(right) if other == value] for value in range(7)}
+    slow = [(i, waiting[value].pop(0)) for i, value in enumerate(left) if waiting[value]]
+    fast = pair_up(np.array(left, np.int64), np.array(right, np.int64))
+    assert list(zip(*map(np.ndarray.tolist, fast), strict=True)) == slow
+    assert repeats(np.array(left, np.int64)).tolist() == [i for i, value in enumerate(left) if value in left[:i]]
