@@ -45,7 +45,7 @@ class PackedView:
 
     def gather(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """The packed rows [n, ...] of these rows, ready for `codec.decode`, here or on a device."""
-        gathered = {name: array.take(rows, axis=0) for name, array in self.arrays.items()}
+        gathered = {name: array[rows] for name, array in self.arrays.items()}
         for name, (places, values) in self.rare.items():
             here = places[rows]
             here = here[here >= 0]
