@@ -9,6 +9,7 @@ from typing import Any
 from redistill_cache.errors import UsageError
 
 from redistill.sources.base import ObjectSource, Source
+from redistill.sources.cifar import open_cifar
 from redistill.sources.folder import open_folder
 from redistill.specs import Spec, did_you_mean, parse_spec
 
@@ -16,6 +17,8 @@ __all__ = ["open_source"]
 
 SCHEMES: dict[str, Callable[[Spec], Source]] = {
     "folder": open_folder,
+    "cifar10": open_cifar,
+    "cifar100": open_cifar,
 }
 EXPECTED = "expected folder:PATH, cifar10:PATH, cifar100:PATH, wds:PATTERN, synthetic, or a path"
 

@@ -1,0 +1,51 @@
+"""A web server on this machine, for what sources download."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    """Serves files; the log of its requests is kept, not printed. A name that ends in '.short' breaks off early."""
+
+    requests: list[str]
+
+    def log_message(self, *_: object) -> None:
+        return
+
+    def do_GET(self) -> None:
+        self.requests.append(self.path)
+        cut = self.path.removesuffix(".short")
+        if cut == self.path:
+            super().do_GET()
+            return
+        data = Path(self.translate_path(cut)).read_bytes()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data[: len(data) // 2])
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Path], tuple[str, list[str]]]]:
+    """Call with a folder: the address it is served under, and the growing list of requests."""
+    servers: list[http.server.ThreadingHTTPServer] = []
+
+    def start(folder: Path) -> tuple[str, list[str]]:
+        requests: list[str] = []
+        handler = type("Handler", (QuietHandler,), {"requests": requests})
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(folder)))
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_address[1]}", requests
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
