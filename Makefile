@@ -15,7 +15,8 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/redistill demo --out demo
+	rm -rf demo
+	$(BIN)/python examples/by_hand.py demo
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(JOBS)
