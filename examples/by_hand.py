@@ -154,7 +154,7 @@ def main(out: Path) -> None:
     student = open_model(f"demo:tiny?num_classes={CLASSES}", seed=1)
     train_from_archive(student, path, few, 8, ["power?lam=0.6667&temperature=4", "ce?weight=0.1"])
     print(
-        f"student: {top1(student, test):.1%} on unseen images, trained on {len(few)} from the archive, without the teacher"
+        f"student: {top1(student, test):.1%} on unseen images, trained on {len(few)} from the archive, no teacher near"
     )
     print(f"{time.perf_counter() - start:.0f} s in all. Try: redistill inspect {path}; redistill verify {path} --full")
 
