@@ -197,10 +197,10 @@ def align(
         return Alignment("exact", 0.0, len(theirs), versions=versions)
     apart = distance(theirs, here, reduction=_reduction(dataset, stored))
     reason = apart.misfit()
-    # Small differences may still follow a wrong rendering; of large ones it is good to know the cause.
-    cause = explained(theirs, here, _suspects(dataset, stored), share=0.0 if reason is None else MOST)
-    if cause is not None:
-        reason = f"the archive's views look {cause}"
+    if not apart.hopeless:
+        # Small differences may still follow a wrong rendering; of larger ones it is good to know the cause.
+        cause = explained(theirs, here, _suspects(dataset, stored), share=0.0 if reason is None else MOST)
+        reason = reason if cause is None else f"the archive's views look {cause}"
     if reason is None:
         return Alignment("tolerance", apart.drift, len(theirs), versions=versions)
     places = [(view, int(row)) for view, (rows, _) in stored.items() for row in rows]

@@ -11,7 +11,7 @@ The limits were set by bench/canaries.py, which prints the cases on both sides o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -61,17 +61,22 @@ class Distance:
     """[n] the median of the luma differences."""
     chroma: Floats
     """[n] mean size of the differences of R - Y and B - Y."""
-    contrast_gain: float
-    """By how much the differences follow the luma they are differences of: mean over canaries, without sign."""
-    colour_gain: float
-    """The same of chroma: saturation and hue."""
     strictness: float
     """By what the limits of luma and detail are divided."""
+    contrast_gain: float = 0.0
+    """By how much the differences follow the luma they are differences of: mean over canaries, without sign."""
+    colour_gain: float = 0.0
+    """The same of chroma: saturation and hue."""
 
     @property
     def rows(self) -> Floats:
         """One number per canary, to rank them by."""
         return np.maximum(self.luma, np.maximum(np.abs(self.constant), self.chroma / 2))
+
+    @property
+    def hopeless(self) -> bool:
+        """Most canaries show something else altogether: no rendering of the right image explains that."""
+        return bool((self.rows > ROW_LIMIT).mean() > 0.5)
 
     @property
     def drift(self) -> float:
@@ -114,13 +119,17 @@ def distance(stored: Pixels, here: Pixels, *, reduction: float = 1.0) -> Distanc
     base = _flat(here)
     base_luma = base @ LUMA
     base_chroma = np.stack([base[..., 0] - base_luma, base[..., 2] - base_luma])
-    return Distance(
+    apart = Distance(
         luma=_trimmed(luma - constant[:, None]),
         constant=constant,
         chroma=_trimmed(chroma).mean(axis=0),
-        contrast_gain=_gain(luma[None], base_luma[None]),
-        colour_gain=_gain(chroma, base_chroma),
         strictness=float(np.sqrt(np.clip(reduction, 1.0, 4.0))),
+    )
+    fits = apart.rows <= ROW_LIMIT  # of a canary that shows something else, contrast means nothing
+    return replace(
+        apart,
+        contrast_gain=_gain(luma[None, fits], base_luma[None, fits]),
+        colour_gain=_gain(chroma[:, fits], base_chroma[:, fits]),
     )
 
 

@@ -1,0 +1,345 @@
+"""The alignment proof: what passes, what is refused and why, and which rows it looks at."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from functools import cache
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from redistill_cache.errors import Damaged, Refused
+from redistill_cache.keys import pack_keys
+
+from bench.canaries import by_draft, by_half_draft, by_pillow, by_torchvision, upsampling_chroma
+from bench.pictures import jpeg, picture
+from redistill.sources.base import Sample
+from redistill.sources.index import index_source
+from redistill.sources.join import Join
+from redistill.sources.opening import open_source
+from redistill.views import DrawnViews, ViewDataset, parse_recipe
+from redistill.views.canaries import Alignment, align, canary_rows, check_canaries, make_canaries
+from redistill.views.environment import view_environment
+from redistill.views.fingerprint import distance, explained, grid_positions
+from redistill.views.suspects import AlteredViews
+
+N, SEED = 24, 3
+
+
+@dataclass
+class Images:
+    payloads: list
+
+    def __len__(self):
+        return len(self.payloads)
+
+    def sample(self, i):
+        return Sample(self.payloads[i], 0, f"{i}.jpg")
+
+
+def encoded_images() -> list[bytes]:
+    random = np.random.default_rng(4)
+    sizes = random.integers(60, 120, (N, 2))
+    return [jpeg(picture(i, *sizes[i]), int(random.choice([80, 95]))) for i in range(N)]
+
+
+ENCODED = encoded_images()
+INDEX = index_source(open_source(Images(ENCODED)), workers=0)
+PLAIN = "rrc?size=64"
+OPERATED = "rrc?size=64&aa=ta_wide&color_jitter=0.4,0.4,0.4,0.1&reprob=0.25"
+MIXED = "rrc?size=64&mixup=0.4&cutmix=1"
+RECIPES = [PLAIN, OPERATED, MIXED]
+
+
+def drawn(text: str, seed: int = SEED, num_views: int = 1) -> DrawnViews:
+    return DrawnViews(INDEX, parse_recipe(text), seed=seed, num_views=num_views)
+
+
+@cache
+def stored(text: str) -> dict:
+    return {0: make_canaries(open_source(Images(ENCODED)), drawn(text), SEED, 0, N)}
+
+
+@cache
+def decoded(how=by_pillow) -> Images:
+    return Images([how(data) for data in ENCODED])
+
+
+def verdict(text: str, source: Images, views=None) -> Alignment:
+    return align(ViewDataset(source, views or drawn(text)), stored(text))
+
+
+# -- another decoder passes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", RECIPES)
+@pytest.mark.parametrize("how", [by_pillow, by_torchvision, by_draft])
+def test_the_same_pixels_are_exact(text, how):
+    found = verdict(text, decoded(how))
+    assert (found.verdict, found.drift, found.checked) == ("exact", 0.0, N)
+    assert found.require() is found
+
+
+@pytest.mark.parametrize("text", RECIPES)
+@pytest.mark.parametrize("how", [Image.Resampling.NEAREST, Image.Resampling.BICUBIC])
+def test_another_chroma_upsampling_is_tolerated(text, how):
+    found = verdict(text, decoded(upsampling_chroma(how)))
+    assert found.verdict == "tolerance"
+    assert 0.0 < found.drift < 1.0
+    assert "drift" in found.message
+
+
+def test_rounding_noise_is_tolerated():
+    """One level up or down at random: what another inverse DCT does."""
+    random = np.random.default_rng(0)
+    noisy = [np.clip(image.astype(int) + random.integers(-1, 2, image.shape), 0, 255) for image in decoded().payloads]
+    assert verdict(PLAIN, Images([image.astype(np.uint8) for image in noisy])).verdict == "tolerance"
+
+
+# -- another view is refused ------------------------------------------------------------------------------------------
+
+
+def sizes() -> dict:
+    return {i: image.shape[:2] for i, image in enumerate(decoded().payloads)}
+
+
+def with_interpolation(text, interpolation, antialias):
+    return AlteredViews(drawn(text), replace(parse_recipe(text), interpolation=interpolation, antialias=antialias))
+
+
+def nudged(text, *nudge):
+    return AlteredViews(drawn(text), parse_recipe(text), nudge, sizes())
+
+
+def replaced_by_neighbours() -> Images:
+    images = decoded().payloads
+    pairs = zip(images, images[1:] + images[:1], strict=True)
+    return Images([np.array(Image.fromarray(other).resize(image.shape[1::-1])) for image, other in pairs])
+
+
+WRONG = {
+    "bicubic": lambda text: (decoded(), with_interpolation(text, "bicubic", True)),
+    "nearest": lambda text: (decoded(), with_interpolation(text, "nearest", True)),
+    "no antialiasing": lambda text: (decoded(), with_interpolation(text, "bilinear", False)),
+    "one pixel lower": lambda text: (decoded(), nudged(text, 1, 0, 0, 0)),
+    "one pixel right": lambda text: (decoded(), nudged(text, 0, 1, 0, 0)),
+    "one pixel larger": lambda text: (decoded(), nudged(text, 0, 0, 1, 1)),
+    "one pixel smaller": lambda text: (decoded(), nudged(text, 0, 0, -1, -1)),
+    "mirrored": lambda _: (Images([image[:, ::-1].copy() for image in decoded().payloads]), None),
+    "upside down": lambda _: (Images([image[::-1].copy() for image in decoded().payloads]), None),
+    "red and blue swapped": lambda _: (Images([image[..., ::-1].copy() for image in decoded().payloads]), None),
+    "shuffled": lambda _: (replaced_by_neighbours(), None),
+    "quality 50": lambda _: (Images([jpeg(image, 50) for image in decoded().payloads]), None),
+    "decoded at half size": lambda _: (decoded(by_half_draft), None),
+    "another seed": lambda text: (decoded(), drawn(text, seed=SEED + 1)),
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        *((PLAIN, wrong) for wrong in WRONG),
+        *(pytest.param(text, wrong, marks=pytest.mark.slow) for text in (OPERATED, MIXED) for wrong in WRONG),
+    ],
+)
+def test_other_views_are_refused(text, wrong):
+    found = verdict(text, *WRONG[wrong](text))
+    assert found.verdict == "refused"
+    with pytest.raises(Refused, match="not those the teacher saw") as caught:
+        found.require()
+    assert "\n" not in str(caught.value)
+    assert len(found.worst) == 3
+    assert found.worst[0].drift >= found.worst[1].drift
+
+
+@pytest.mark.parametrize(
+    "other", ["rrc?size=64&scale=0.09,1", "rrc?size=64&color_jitter=0,0,0.3", "rrc?size=64&hflip=0.6"]
+)
+def test_other_recipes_are_refused(other):
+    assert verdict(PLAIN, decoded(), drawn(other)).verdict == "refused"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "cause"),
+    [
+        ("bicubic", "resized by bilinear interpolation, with antialiasing"),
+        ("no antialiasing", "resized by bilinear interpolation, with antialiasing"),
+        ("nearest", "resized by bilinear interpolation, with antialiasing"),
+        ("shuffled", "canaries show other content"),
+        ("quality 50", "detail differs"),
+    ],
+)
+def test_the_cause_is_named(wrong, cause):
+    assert cause in verdict(PLAIN, *WRONG[wrong](PLAIN)).message
+
+
+def test_a_wrong_rendering_is_found_beneath_the_noise_of_a_decoder():
+    """The archive was resized without antialiasing and decoded elsewhere: less than the tolerance, but it points."""
+    images = decoded(upsampling_chroma(Image.Resampling.NEAREST))
+    archive = {0: make_canaries(images, with_interpolation(PLAIN, "bilinear", False), SEED, 0, N)}
+    apart = distance(archive[0][1], stored(PLAIN)[0][1])
+    assert apart.misfit() is None
+    found = align(ViewDataset(Images(ENCODED), drawn(PLAIN)), archive)
+    assert found.verdict == "refused"
+    assert "bilinear interpolation, without antialiasing" in found.reason
+
+
+def test_what_cannot_show_is_exact():
+    """Views that are not resized do not depend on the interpolation."""
+    text = "cifar?size=32"
+    found = verdict(text, decoded(), with_interpolation(text, "bicubic", True))
+    assert found.verdict == "exact"
+
+
+# -- which rows -------------------------------------------------------------------------------------------------------
+
+
+def test_canary_rows_are_a_uniform_sample_without_repetition():
+    counts = np.zeros(50)
+    for view in range(400):
+        rows = canary_rows(1, view, 50, 10)
+        assert rows.dtype == np.uint32
+        assert len(set(rows.tolist())) == 10
+        assert (np.diff(rows.astype(int)) > 0).all()
+        counts[rows] += 1
+    assert counts.min() > 40  # of 80 expected, five standard deviations away
+    assert counts.max() < 120
+
+
+def test_canary_rows_are_a_function_of_seed_and_view():
+    assert canary_rows(7, 2, 1_281_167, 4).tolist() == canary_rows(7, 2, 1_281_167, 4).tolist() == CANARY_ROWS
+    assert canary_rows(7, 3, 1_281_167, 4).tolist() != CANARY_ROWS
+    assert canary_rows(8, 2, 1_281_167, 4).tolist() != CANARY_ROWS
+
+
+CANARY_ROWS = [39485, 191301, 711398, 756932]
+
+
+def test_fewer_rows_than_canaries_are_all_canaries():
+    assert canary_rows(1, 0, 5).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_fingerprints_are_pixels_of_the_view():
+    rows, pixels = make_canaries(open_source(Images(ENCODED)), drawn(PLAIN), SEED, 0, 5)
+    at = grid_positions(64)
+    assert at.tolist() == [4, 12, 20, 28, 36, 44, 52, 60]
+    dataset = ViewDataset(Images(ENCODED), drawn(PLAIN))
+    for row, fingerprint in zip(rows.tolist(), pixels, strict=True):
+        view = dataset[row].pixels
+        for y in range(8):
+            for x in range(8):
+                assert fingerprint[y, x].tolist() == view[:, at[y], at[x]].tolist()
+
+
+def test_small_views_have_fingerprints_too():
+    assert grid_positions(3).tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
+    assert grid_positions(224).max() < 224
+
+
+# -- an archive -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Archive:
+    """What a reader offers, held in memory."""
+
+    text: str
+    num_views: int
+    num_samples: int = N
+    class_names: None = None
+    count: int = 16
+    spec: SimpleNamespace = field(init=False)
+
+    def __post_init__(self):
+        recipe = parse_recipe(self.text)
+        environment = {**view_environment(), "pillow": "1.0", "seconds": 3}
+        self.spec = SimpleNamespace(recipe=recipe.to_json(), view_arrays=recipe.arrays(), environment=environment)
+        self.views = drawn(self.text, num_views=self.num_views)
+        self.keys, self.labels, self.digests = pack_keys(INDEX.keys), INDEX.labels, INDEX.digests
+        self.asked = []
+
+    def view_params(self, view, rows=None):
+        return self.views.params(view, np.arange(N) if rows is None else np.asarray(rows))
+
+    def canaries(self, view):
+        self.asked.append(view)
+        return make_canaries(open_source(Images(ENCODED)), self.views, SEED, view, self.count)
+
+
+def joined(missing=()) -> Join:
+    rows = np.arange(N)
+    rows[list(missing)] = -1
+    return Join(rows, None)
+
+
+def test_an_archive_is_checked_against_the_readers_images():
+    found = check_canaries(open_source(Images(ENCODED)), Archive(MIXED, 3), joined())
+    assert (found.verdict, found.checked) == ("exact", 3 * 16)
+    assert found.versions == {"pillow": ("1.0", view_environment()["pillow"])}
+    found = check_canaries(open_source(replaced_by_neighbours()), Archive(MIXED, 3), joined())
+    assert found.verdict == "refused"
+    assert found.worst[0].key == f"{found.worst[0].row}.jpg"
+    assert "pillow 1.0 there" in found.message
+
+
+def test_many_views_are_checked_evenly():
+    archive = Archive("rrc?size=16", 100)
+    found = check_canaries(open_source(Images(ENCODED)), archive, joined())
+    assert len(archive.asked) == 16
+    assert found.checked == 256
+    assert np.ptp(np.diff(archive.asked)) <= 1
+    archive.asked.clear()
+    check_canaries(open_source(Images(ENCODED)), archive, joined(), views=[5, 7])
+    assert archive.asked == [5, 7]
+
+
+def test_canaries_without_their_image_are_passed_over():
+    archive = Archive(MIXED, 1)
+    rows = archive.canaries(0)[0]
+    found = check_canaries(open_source(Images(ENCODED)), archive, joined(missing=rows[:8]))
+    assert found.verdict == "exact"
+    assert 0 < found.checked <= 8
+    with pytest.raises(Refused, match="nothing proves"):
+        check_canaries(open_source(Images(ENCODED)), archive, joined(missing=rows))
+
+
+def test_a_canary_beyond_the_archive_is_damage():
+    archive = Archive(PLAIN, 1)
+    archive.canaries = lambda _: (np.array([N], np.uint32), np.zeros((1, 8, 8, 3), np.uint8))
+    with pytest.raises(Damaged, match="canary of view 0 is row 24"):
+        check_canaries(open_source(Images(ENCODED)), archive, joined())
+
+
+def test_an_alignment_is_plain_json():
+    found = check_canaries(open_source(replaced_by_neighbours()), Archive(PLAIN, 1), joined())
+    data = json.loads(json.dumps(found.to_json()))
+    assert (data["verdict"], len(data["worst"]), data["checked"]) == ("refused", 3, 16)
+
+
+def test_one_odd_canary_of_many_is_reported_but_not_fatal():
+    """An image nearly without contrast, equalized, shows the drift of a decoder hugely; two such are too many."""
+    here = stored(PLAIN)[0][1].repeat(3, axis=0)
+    odd = here.copy()
+    odd[5] = 255 - odd[5]
+    assert distance(odd, here).misfit() is None
+    odd[6] = 255 - odd[6]
+    assert "2 of 72 canaries" in distance(odd, here).misfit()
+
+
+def test_noise_points_at_no_suspect():
+    random = np.random.default_rng(0)
+    here = stored(PLAIN)[0][1]
+    suspect = stored("rrc?size=64&interpolation=bicubic")[0][1]
+    noisy = np.clip(here.astype(int) + random.integers(-1, 2, here.shape), 0, 255).astype(np.uint8)
+    assert explained(noisy, here, {"bicubic": suspect}) is None
+    assert explained(suspect, here, {"bicubic": suspect}) == "bicubic"
+
+
+def test_the_environment_names_what_decides_pixels():
+    environment = view_environment()
+    assert {"pillow", "libjpeg", "torchvision", "numpy", "cpu"} <= environment.keys()
+    assert environment["torch"] == torch.__version__ or environment["torch"] in torch.__version__
+    assert all(isinstance(value, str) and value for value in environment.values())
