@@ -129,6 +129,18 @@ class ArchiveWriter:
         for block in self._all_blocks(self.spec.num_views):
             if block.record_path in present and not self._commits.settle(self._load(block)):
                 self._commits.forget(block)
+        self._sync_folders()
+
+    def _sync_folders(self) -> None:
+        """Make every name durable: a writer killed between a rename and its sync has left names that only look so."""
+        files = [*layout.expected_metadata(self.spec, self.teachers), *map(layout.teacher_path, self.teachers)]
+        folders = {Path(name).parent for name in files}
+        folders |= {Path(layout.BLOCKS), Path(layout.NOTES), Path("samples/key_bytes")}
+        folders |= {parent for folder in folders for parent in folder.parents}
+        for folder in sorted(folders):
+            self._files.sync_directory(self.path / folder)
+        with contextlib.suppress(PermissionError):  # the archive's own name; its folder may be somebody else's
+            self._files.sync_directory(self.path.parent)
 
     # -- what is there ------------------------------------------------------------------------------------------------
 
@@ -320,8 +332,11 @@ class ArchiveWriter:
             self._write_metadata()
             manifest = self._manifest(records, views).to_bytes()
             self._sweep()
+            self._sync_folders()
             path = self.path / layout.MANIFEST
-            if not path.exists() or read_small(path, limits.MAX_MANIFEST_BYTES) != manifest:
+            if path.exists() and read_small(path, limits.MAX_MANIFEST_BYTES) == manifest:
+                self._files.sync_directory(path.parent)
+            else:
                 self._files.publish(path, manifest)
         return sha256(manifest)
 
@@ -352,15 +367,11 @@ class ArchiveWriter:
 
     def _sweep(self) -> None:
         """Remove what dead writers left half-written: every block is committed, so nobody needs it."""
-        folders = set()
         for name in walk_regular(self.path, most=4 * limits.MAX_FILES):
             path = self.path / name
             if is_leftover(path):
                 with contextlib.suppress(FileNotFoundError):  # another process sweeps as well
                     self._files.remove(path)
-                folders.add(path.parent)
-        for folder in sorted(folders):
-            self._files.sync_directory(folder)
 
 
 def _holds_files(path: Path) -> bool:

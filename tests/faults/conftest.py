@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import redistill_cache.writer
+from redistill_cache.layout import ArrayLayout
+from redistill_cache.shards import encode_shard
 
 from tests.faults.scenario import hashes, write_archive
 
@@ -12,6 +19,32 @@ from tests.faults.scenario import hashes, write_archive
 @pytest.fixture(autouse=True)
 def _fresh_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def ram(tmp_path: Path) -> Iterator[Path]:
+    """A scratch folder, in memory where the machine offers that: no proof here is about the disk below the model."""
+    shared = Path("/dev/shm")
+    if not shared.is_dir():
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=shared, prefix="redistill-") as folder:
+        yield Path(folder)
+
+
+@functools.lru_cache(maxsize=256)
+def encode_once(layout: ArrayLayout, shape: tuple[int, ...], data: bytes) -> bytes:
+    return encode_shard(layout, np.frombuffer(data, layout.dtype).reshape(shape))
+
+
+@pytest.fixture
+def _shards_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encode each of the few shards of the scenario once, not ten thousand times: it is a pure function."""
+    monkeypatch.setattr(
+        redistill_cache.writer,
+        "encode_shard",
+        lambda layout, rows: encode_once(layout, rows.shape, np.ascontiguousarray(rows).tobytes()),
+    )
 
 
 @pytest.fixture(scope="session")

@@ -107,29 +107,56 @@ class DiskModel:
             node = folder.now[entry]
             folder.change((new, node)) if name == "link" else folder.change((entry, None), (new, node))
 
+    def lay_out(self, destination: Path) -> None:
+        """The tree as every process sees it now: what is left when a process is killed and the power stays on."""
+        place_folder(self.root, destination, lambda folder: folder.now, lambda node: node.data)
+
+    def worst_aftermath(self, destination: Path) -> None:
+        """Nothing survives but what was synced."""
+        place_folder(
+            self.root, destination, lambda folder: folder.durable, lambda node: node.data if node.synced else b""
+        )
+
     def aftermath(self, destination: Path, rng: random.Random) -> None:
         """Lay out one state the disk may be in after the power came back."""
         keep_names = rng.choice((0.0, 0.5, 0.9, 1.0))
         keep_data = rng.choice((0.0, 0.5, 1.0))
-        placed: dict[FileNode, Path] = {}
 
-        def lay(folder: FolderNode, path: Path) -> None:
-            path.mkdir()
+        def surviving_names(folder: FolderNode) -> dict[str, Node]:
             names = dict(folder.durable)
             for entries in folder.pending:
                 if rng.random() < keep_names:
                     apply(names, entries)
-            for name, node in names.items():
-                place = path / name
-                if isinstance(node, FolderNode):
-                    lay(node, place)
-                elif node in placed:
-                    os.link(placed[node], place)
-                else:
-                    place.write_bytes(node.data if node.synced else torn(node.data, keep_data, rng))
-                    placed[node] = place
+            return names
 
-        lay(self.root, destination)
+        def surviving_data(node: FileNode) -> bytes:
+            return node.data if node.synced else torn(node.data, keep_data, rng)
+
+        place_folder(self.root, destination, surviving_names, surviving_data)
+
+
+def place_folder(
+    root: FolderNode,
+    destination: Path,
+    names_of: Callable[[FolderNode], dict[str, Node]],
+    data_of: Callable[[FileNode], bytes],
+) -> None:
+    """Write a tree of the model to a real disk, files with two names as one file with two names."""
+    placed: dict[FileNode, Path] = {}
+
+    def place(folder: FolderNode, path: Path) -> None:
+        path.mkdir()
+        for name, node in names_of(folder).items():
+            inner = path / name
+            if isinstance(node, FolderNode):
+                place(node, inner)
+            elif node in placed:
+                os.link(placed[node], inner)
+            else:
+                inner.write_bytes(data_of(node))
+                placed[node] = inner
+
+    place(root, destination)
 
 
 def durable_folder(path: Path) -> FolderNode:

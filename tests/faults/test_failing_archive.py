@@ -46,17 +46,20 @@ def fail_once(path: Path, nth: int, failure: Failure, reference: tuple[str, dict
     shutil.rmtree(path)
 
 
+pytestmark = pytest.mark.usefixtures("_shards_encoded_once")
+
+
 @pytest.mark.parametrize("failure", FAILURES, ids=str)
-def test_some_operations_fail(tmp_path: Path, failure: Failure, reference: tuple[str, dict[str, str]]):
-    total = count_operations(tmp_path / "count")
+def test_some_operations_fail(ram: Path, failure: Failure, reference: tuple[str, dict[str, str]]):
+    total = count_operations(ram / "count")
     assert total > 200
     offset = FAILURES.index(failure) * 11
     for nth in range(1 + offset, total + 1, 59):
-        fail_once(tmp_path / "a.redistill.zarr", nth, failure, reference)
+        fail_once(ram / "a.redistill.zarr", nth, failure, reference)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("failure", FAILURES, ids=str)
-def test_every_operation_fails(tmp_path: Path, failure: Failure, reference: tuple[str, dict[str, str]]):
-    for nth in range(1, count_operations(tmp_path / "count") + 1):
-        fail_once(tmp_path / "a.redistill.zarr", nth, failure, reference)
+def test_every_operation_fails(ram: Path, failure: Failure, reference: tuple[str, dict[str, str]]):
+    for nth in range(1, count_operations(ram / "count") + 1):
+        fail_once(ram / "a.redistill.zarr", nth, failure, reference)

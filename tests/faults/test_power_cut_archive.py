@@ -1,30 +1,47 @@
 """The power goes while an archive is written. What the disk kept is opened, resumed, and must end the same.
 
-The operations of one undisturbed run are logged once; a seed then chooses where to cut them and what survives. Every
-fourth time the power goes again while the archive is being resumed.
+The operations of one undisturbed run are logged once; a seed then chooses where they end and what survives:
+
+    cut            the power goes, once
+    cut twice      and goes again while the archive is being resumed
+    killed, cut    a writer is killed, another one resumes on the same running machine, then the power goes
 """
 
 from __future__ import annotations
 
-import contextlib
 import random
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import redistill_cache
 from redistill_cache.errors import RedistillError
+from redistill_cache.layout import Block
 
 from tests.faults.power_cut import DiskModel, Operation, PowerCut, PowerCutDisk
 from tests.faults.scenario import believed_rows, hashes, leftovers, write_archive
 
+pytestmark = pytest.mark.usefixtures("_shards_encoded_once")
+
 NAME = "a.redistill.zarr"
+Reference = tuple[str, dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """An undisturbed run: its operations, and after how many of them each block was promised to be safe."""
+
+    operations: list[Operation]
+    promised: list[tuple[int, Block]]
 
 
 @pytest.fixture(scope="session")
-def log(tmp_path_factory: pytest.TempPathFactory) -> list[Operation]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     disk = PowerCutDisk(tmp_path_factory.mktemp("mount"))
-    write_archive(disk.mount / NAME, disk)
-    return disk.log
+    promised: list[tuple[int, Block]] = []
+    write_archive(disk.mount / NAME, disk, lambda block: promised.append((len(disk.log), block)))
+    return Run(disk.log, promised)
 
 
 def believe(path: Path) -> bool:
@@ -37,45 +54,92 @@ def believe(path: Path) -> bool:
     return True
 
 
-def survive(seed: int, log: list[Operation], folder: Path, reference: tuple[str, dict[str, str]]) -> bool:
+def resume_until_cut(mount: Path, model: DiskModel, cut_at: int) -> str | None:
+    """Resume on a real tree, mirrored in its model. The id, where the power stayed on long enough."""
+    disk = PowerCutDisk(mount, cut_at)
+    try:
+        return write_archive(mount / NAME, disk)
+    except PowerCut:
+        return None
+    finally:
+        for operation in disk.log:
+            model.apply(operation)
+
+
+def survive(seed: int, run: Run, folder: Path, reference: Reference) -> bool:
+    """One seed's misfortune; whether the archive was complete after it."""
     rng = random.Random(seed)
+    operations = rng.randint(0, len(run.operations))
     model = DiskModel()
-    for operation in log[: rng.randint(0, len(log))]:
+    for operation in run.operations[:operations]:
         model.apply(operation)
-    mount = folder / str(seed)
-    model.aftermath(mount, rng)
-    if seed % 4 == 0:
-        mount = cut_again(mount, rng)
-    complete = believe(mount / NAME)
-    assert write_archive(mount / NAME) == reference[0], f"seed {seed}: another id"
-    assert hashes(mount / NAME) == reference[1], f"seed {seed}: other files"
-    assert not leftovers(mount / NAME), f"seed {seed}: leftovers"
-    shutil.rmtree(mount)
+    kind, mount, after = seed % 3, folder / "mount", folder / "after"
+    promised = [block for count, block in run.promised if count <= operations]
+    sealed = False
+    if kind == 2:
+        model.lay_out(mount)
+        # The second writer has less to do; half the time the power outlasts it.
+        sealed = resume_until_cut(mount, model, rng.randint(0, 2 * len(run.operations) - 2 * operations)) is not None
+    elif kind == 1:
+        model.aftermath(mount, rng)
+        model = DiskModel.of_tree(mount)
+        sealed = resume_until_cut(mount, model, rng.randint(0, 200)) is not None
+    model.aftermath(after, rng)
+    check(after / NAME, promised, sealed, reference, f"seed {seed}")
+    complete = believe(after / NAME)
+    assert write_archive(after / NAME) == reference[0], f"seed {seed}: another id"
+    assert hashes(after / NAME) == reference[1], f"seed {seed}: other files"
+    assert not leftovers(after / NAME), f"seed {seed}: leftovers"
+    shutil.rmtree(mount, ignore_errors=True)
+    shutil.rmtree(after)
     return complete
 
 
-def cut_again(mount: Path, rng: random.Random) -> Path:
-    model = DiskModel.of_tree(mount)
-    disk = PowerCutDisk(mount, cut_at=rng.randint(0, 200))
-    with contextlib.suppress(PowerCut):  # or it was done before the power went
-        write_archive(mount / NAME, disk)
-    for operation in disk.log:
-        model.apply(operation)
-    after = mount.with_name(f"{mount.name}-again")
-    model.aftermath(after, rng)
-    shutil.rmtree(mount)
-    return after
+def check(path: Path, promised: list[Block], sealed: bool, reference: Reference, seed: str) -> None:
+    """What a call that returned had promised is still there."""
+    if sealed:
+        assert redistill_cache.open_archive(path).id == reference[0], f"{seed}: a sealed archive is gone"
+    if promised:
+        contents = redistill_cache.open_archive(path, allow_partial=True).contents
+        lost = [str(block) for block in promised if not contents.holds(block)]
+        assert not lost, f"{seed}: committed and lost: {lost}"
 
 
-def test_power_cuts(tmp_path: Path, log: list[Operation], reference: tuple[str, dict[str, str]]):
-    outcomes = [survive(seed, log, tmp_path, reference) for seed in range(60)]
+def test_power_cuts(ram: Path, run: Run, reference: Reference):
+    outcomes = [survive(seed, run, ram, reference) for seed in range(120)]
+    assert any(outcomes)
     assert not all(outcomes)
+
+
+def finish_after_kills(folder: Path, run: Run, reference: Reference, kills: range) -> None:
+    """A writer is killed, another finishes on the same machine, then the power goes and takes all that is unsynced."""
+    for operations in kills:
+        model = DiskModel()
+        for operation in run.operations[:operations]:
+            model.apply(operation)
+        mount, after = folder / "mount", folder / "after"
+        model.lay_out(mount)
+        assert resume_until_cut(mount, model, 10**9) == reference[0]
+        model.worst_aftermath(after)
+        where = f"killed after operation {operations}: {run.operations[operations - 1][:2]}"
+        assert hashes(after / NAME) == reference[1], where
+        shutil.rmtree(mount)
+        shutil.rmtree(after)
+
+
+def test_what_a_killed_writer_never_synced_is_safe_once_sealed(ram: Path, run: Run, reference: Reference):
+    renames = [i for i, (name, *_) in enumerate(run.operations) if name in ("make_directory", "rename", "link")]
+    for last in renames[::12]:
+        finish_after_kills(ram, run, reference, range(last + 1, last + 2))
+
+
+@pytest.mark.slow
+def test_whatever_a_killed_writer_never_synced_is_safe_once_sealed(ram: Path, run: Run, reference: Reference):
+    finish_after_kills(ram, run, reference, range(len(run.operations) + 1))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", range(20))
-def test_ten_thousand_power_cuts(
-    tmp_path: Path, log: list[Operation], reference: tuple[str, dict[str, str]], batch: int
-):
+def test_ten_thousand_power_cuts(ram: Path, run: Run, reference: Reference, batch: int):
     for seed in range(1000 + batch * 500, 1000 + (batch + 1) * 500):
-        survive(seed, log, tmp_path, reference)
+        survive(seed, run, ram, reference)
