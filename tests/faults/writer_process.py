@@ -1,27 +1,77 @@
-"""A process that writes the archive of scenario.py: something real to kill.
+"""Real processes that write the archive of scenario.py: something to kill.
 
-python -m tests.faults.writer_process PATH      prints a line before it starts, after every commit, and at the end
+They are forked from a server that has imported everything, so that hundreds of them cost no start-up time; each is a
+process of its own, with its own event loop and threads, made after the fork.
 """
 
 from __future__ import annotations
 
-import sys
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
-from redistill_cache.layout import Block
+from redistill_cache.files import Files
 
-from tests.faults.scenario import write_archive
+from tests.faults.scenario import block_arrays, codec, write_archive
 
-
-def say(word: object) -> None:
-    print(word, flush=True)
+__all__ = ["SuicidalFiles", "context", "start_writer"]
 
 
-def committed(block: Block) -> None:
-    say(f"committed {block.record_path}")
+class SuicidalFiles(Files):
+    """The real disk, and kill -9 of the own process just before operation `fatal` (from 1), if that is reached."""
+
+    def __init__(self, fatal: int) -> None:
+        self._left = fatal
+
+    def _do(self, operation: Callable[[], None]) -> None:
+        self._left -= 1
+        if self._left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        operation()
+
+    def make_directory(self, path: Path) -> None:
+        self._do(lambda: super(SuicidalFiles, self).make_directory(path))
+
+    def write(self, path: Path, data: bytes | memoryview) -> None:
+        self._do(lambda: super(SuicidalFiles, self).write(path, data))
+
+    def sync_file(self, path: Path) -> None:
+        self._do(lambda: super(SuicidalFiles, self).sync_file(path))
+
+    def sync_directory(self, path: Path) -> None:
+        self._do(lambda: super(SuicidalFiles, self).sync_directory(path))
+
+    def rename(self, old: Path, new: Path) -> None:
+        self._do(lambda: super(SuicidalFiles, self).rename(old, new))
+
+    def link(self, old: Path, new: Path) -> None:
+        self._do(lambda: super(SuicidalFiles, self).link(old, new))
+
+    def remove(self, path: Path) -> None:
+        self._do(lambda: super(SuicidalFiles, self).remove(path))
 
 
-if __name__ == "__main__":
-    path = Path(sys.argv[1])
-    say("ready")
-    say(f"sealed {write_archive(path, committed=committed)}")
+def write_and_tell(path: Path, fatal: int, parent: Connection) -> None:
+    """The body of a writer process: says "ready", the record of every committed block, and the id."""
+    codec()
+    parent.send("ready")
+    parent.send(write_archive(path, SuicidalFiles(fatal), lambda block: parent.send(block.record_path)))
+
+
+def context() -> ForkServerContext:
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["pytest", block_arrays.__module__])
+    return server
+
+
+def start_writer(path: Path, fatal: int = 0) -> tuple[ForkServerProcess, Connection]:
+    """A running writer and the end of the pipe that it talks into."""
+    ours, theirs = context().Pipe(duplex=False)
+    process = context().Process(target=write_and_tell, args=(path, fatal, theirs))
+    process.start()
+    theirs.close()
+    return process, ours

@@ -1,0 +1,129 @@
+"""Real writers at the same moment: racing for one block, and writing one whole archive together."""
+
+from __future__ import annotations
+
+import random
+from multiprocessing.connection import Connection, wait
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+
+import numpy as np
+import pytest
+import redistill_cache
+from redistill_cache.errors import RedistillError
+from redistill_cache.layout import Block
+from redistill_cache.writer import ArchiveWriter
+
+from tests.faults.scenario import DIGESTS, KEYS, LABELS, SIZES, SPEC, hashes, leftovers, write_archive
+from tests.faults.writer_process import SuicidalFiles, context
+
+Reference = tuple[str, dict[str, str]]
+SECONDS = 60
+
+
+def contend(folder: Path, rounds: int, me: int, barrier: Barrier, parent: Connection) -> None:
+    """Write one block of every archive with my own rows, at the same moment as the other."""
+    for number in range(rounds):
+        writer = ArchiveWriter.resume(folder / f"{number}.redistill.zarr", SPEC)
+        block = writer.missing("views")[0]
+        rows = len(block.rows)
+        arrays = {"crop": np.full((rows, 4), me, np.int32), "flip": np.full(rows, me, np.uint8)}
+        barrier.wait(SECONDS)
+        parent.send((number, me, writer.write(block, arrays)))
+        barrier.wait(SECONDS)
+
+
+def race(folder: Path, rounds: int) -> None:
+    for number in range(rounds):
+        writer = ArchiveWriter.create(folder / f"{number}.redistill.zarr", SPEC)
+        writer.write_samples(KEYS, LABELS, DIGESTS, SIZES)
+    barrier = context().Barrier(2)
+    pipes = [context().Pipe(duplex=False) for _ in range(2)]
+    processes = [
+        context().Process(target=contend, args=(folder, rounds, me, barrier, pipe[1]))
+        for me, pipe in enumerate(pipes, 1)
+    ]
+    for process in processes:
+        process.start()
+    outcomes = []
+    while len(outcomes) < 2 * rounds:
+        ready = wait([ours for ours, _ in pipes], SECONDS)
+        assert ready, f"both writers are stuck after {len(outcomes)} results"
+        outcomes += [ours.recv() for ours in ready]  # type: ignore[union-attr]
+    for process in processes:
+        process.join()
+    for ours, theirs in pipes:
+        ours.close()
+        theirs.close()
+    winners = {number: me for number, me, won in outcomes if won}
+    assert len(winners) == sum(won for *_, won in outcomes) == rounds, "exactly one writer wins each block"
+    for number, me in winners.items():
+        path = folder / f"{number}.redistill.zarr"
+        archive = redistill_cache.open_archive(path, allow_partial=True)
+        assert archive.contents.holds(Block("views", 0, 0, 0, 16))
+        found = archive.view_params(0, np.arange(16))
+        assert set(np.unique(found["crop"])) == set(np.unique(found["flip"])) == {me}, "rows of two writers are mixed"
+        assert not leftovers(path), "the loser left something behind"
+
+
+def test_two_writers_race_for_one_block(ram: Path):
+    race(ram, 25)
+
+
+@pytest.mark.slow
+def test_two_writers_race_a_hundred_times(ram: Path):
+    race(ram, 100)
+
+
+# -- the same command, started several times --------------------------------------------------------------------------
+
+
+def write_whole(path: Path, barrier: Barrier, fatal: int, parent: Connection) -> None:
+    barrier.wait(SECONDS)
+    try:
+        parent.send(write_archive(path, SuicidalFiles(fatal)))
+    except RedistillError as error:
+        parent.send(error)
+
+
+def together(path: Path, fatal: list[int]) -> list[str | Exception]:
+    """Several writers start the same archive at the same moment; what each of them that lives says at the end."""
+    barrier = context().Barrier(len(fatal))
+    pipes = [context().Pipe(duplex=False) for _ in fatal]
+    processes = [
+        context().Process(target=write_whole, args=(path, barrier, number, pipe[1]))
+        for number, pipe in zip(fatal, pipes, strict=True)
+    ]
+    for process, (_, theirs) in zip(processes, pipes, strict=True):
+        process.start()
+        theirs.close()
+    said = []
+    for process, (ours, _) in zip(processes, pipes, strict=True):
+        process.join(SECONDS)
+        assert process.exitcode is not None, "a writer is stuck"
+        if ours.poll():
+            with_word = process.exitcode == 0
+            said += [ours.recv()] if with_word else []
+        ours.close()
+    return said
+
+
+def write_together(folder: Path, times: int, reference: Reference) -> None:
+    rng = random.Random(times)
+    for number in range(times):
+        path = folder / f"{number}.redistill.zarr"
+        fatal = [0, 0, rng.randint(1, 400)]  # one of three is killed on the way
+        said = together(path, fatal)
+        assert said[:2] == [reference[0]] * 2, f"run {number}, kill at operation {fatal[2]}"
+        assert write_archive(path) == reference[0]
+        assert hashes(path) == reference[1]
+        assert not leftovers(path)
+
+
+def test_three_writers_make_one_archive(ram: Path, reference: Reference):
+    write_together(ram, 6, reference)
+
+
+@pytest.mark.slow
+def test_three_writers_make_one_archive_a_hundred_times(ram: Path, reference: Reference):
+    write_together(ram, 100, reference)
