@@ -23,7 +23,7 @@ from redistill_cache.stamps import WHOLE, Stamps
 from redistill_cache.storage import MOST_FILES, open_regular, read_small, walk_regular
 from redistill_cache.strict_json import Json
 
-__all__ = ["Contents", "read_contents"]
+__all__ = ["Contents", "read_committed", "read_contents"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,12 @@ def read_contents(path: Path, *, allow_partial: bool) -> Contents:
             ) from None
         return _partial(path, spec, identity)
     return _sealed(path, spec, identity, data)
+
+
+def read_committed(path: Path) -> Contents:
+    """What is committed by now, sealed or not: also of a teacher that is being added to a sealed archive."""
+    spec, identity = read_root(path)
+    return _partial(path, spec, identity)
 
 
 # -- sealed -----------------------------------------------------------------------------------------------------------

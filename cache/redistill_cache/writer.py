@@ -23,6 +23,7 @@ import numpy as np
 from redistill_cache import layout, limits
 from redistill_cache.archive_files import list_teachers, read_root, read_teacher
 from redistill_cache.commits import Commits
+from redistill_cache.contents import read_committed
 from redistill_cache.errors import Incomplete, OutOfRange, Refused, SpecMismatch, UsageError
 from redistill_cache.fidelity import merge_stats
 from redistill_cache.files import LOCAL, Files, is_leftover
@@ -30,6 +31,7 @@ from redistill_cache.journal import FileEntry, Manifest, Record, sha256
 from redistill_cache.keys import PackedKeys, pack_keys
 from redistill_cache.layout import ArrayLayout, Block
 from redistill_cache.preconditions import check_array, check_keys, check_names, check_record, refuse_difference
+from redistill_cache.reader import Archive
 from redistill_cache.shards import encode_shard
 from redistill_cache.spec import ArchiveSpec, TeacherSpec, archive_identity, teacher_identity
 from redistill_cache.storage import disk_trouble, read_small, walk_regular
@@ -158,6 +160,11 @@ class ArchiveWriter:
             present = self._commits.names()
         blocks = layout.expected_blocks(self.spec, part, self.spec.num_views)
         return [block for block in blocks if block.record_path not in present]
+
+    def read_back(self) -> Archive:
+        """An archive of exactly what is committed by now: to test what was written, or to go on with its codecs."""
+        with disk_trouble("read", self.path):
+            return Archive(read_committed(self.path))
 
     @property
     def sealed(self) -> bool:

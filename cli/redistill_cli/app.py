@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from redistill_cli.cache_teacher import cache_teacher
 from redistill_cli.inspect import inspect
 from redistill_cli.verify import verify
 
@@ -38,5 +39,6 @@ def root(
     pass
 
 
+app.command("cache-teacher")(cache_teacher)
 app.command()(inspect)
 app.command()(verify)

@@ -60,7 +60,7 @@ def _summary(found: dict[str, Any]) -> None:
 
 def _teachers(found: dict[str, Any]) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0))
-    columns = ("teacher", "signal", "codec", "bytes/view", "bound", "mean KL T=1", "T=4", "max KL T=1", "T=4")
+    columns = ("teacher", "signal", "codec", "B/view", "bound", "mean KL T=1", "T=4", "max KL T=1", "T=4")
     for column in columns:
         table.add_column(column, justify="left" if column in columns[:3] else "right")
     for name, signals in found["teachers"].items():

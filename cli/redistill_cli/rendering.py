@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +14,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["console", "human_bytes", "key_values", "print_json", "progress_line", "safe"]
+__all__ = [
+    "Ticker",
+    "console",
+    "human_bytes",
+    "human_seconds",
+    "key_values",
+    "print_json",
+    "progress_line",
+    "safe",
+]
 
 console = Console()
 
@@ -34,11 +45,18 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
+def human_seconds(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
 def key_values(rows: list[tuple[str, object]]) -> None:
     """Two columns: a name and what it is."""
     table = Table.grid(padding=(0, 2))
     for name, value in rows:
-        table.add_row(Text(name, style="bold"), Text(safe(value)))
+        table.add_row(Text(name, style="bold"), Text(safe(value), overflow="fold"))
     console.print(table)
 
 
@@ -54,3 +72,49 @@ def progress_line(what: str) -> Iterator[Any]:
             bar.update(done - bar.n)
 
         yield update
+
+
+class Ticker:
+    """Progress on stderr: a bar with rate and time left on a terminal, one line now and then elsewhere."""
+
+    SECONDS = 30.0
+
+    def __init__(self, what: str, unit: str) -> None:
+        self._what, self._unit = what, unit
+        self._bar: Any = None
+        self._said = self._began = time.monotonic()
+
+    def update(self, done: int, total: int, **extra: object) -> None:
+        if not sys.stderr.isatty():
+            self._line(done, total, extra)
+            return
+        if self._bar is None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(desc=self._what, unit=self._unit, leave=False, dynamic_ncols=True, smoothing=0.1)
+        self._bar.total = total
+        self._bar.set_postfix(extra, refresh=False)
+        self._bar.update(done - self._bar.n)
+
+    def _line(self, done: int, total: int, extra: dict[str, object]) -> None:
+        now = time.monotonic()
+        if now - self._said < self.SECONDS:
+            return
+        self._said = now
+        pace = done / (now - self._began)
+        left = human_seconds((total - done) / pace) if pace else "unknown"
+        more = "".join(f", {name} {value}" for name, value in extra.items())
+        self.write(f"{self._what}: {done:,} of {total:,}, {pace:.1f} {self._unit}s/s, {left} left{more}")
+
+    def write(self, text: str) -> None:
+        """A line of its own, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.clear()
+        typer.echo(text, err=True)
+        if self._bar is not None:
+            self._bar.refresh()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -71,8 +71,10 @@ class Config:
 
 
 def side_array(codec: str, side: Mapping[str, np.ndarray], name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """One array of side data, with exactly this dtype and shape, and finite."""
+    """One array of side data, with exactly this dtype and shape, and finite. One without elements is not stored."""
     array = side.get(name)
+    if array is None and 0 in shape:
+        return np.zeros(shape, dtype)
     if not isinstance(array, np.ndarray):
         raise Damaged(f"expected side array {name!r} of codec {codec}, found none")
     if array.dtype != np.dtype(dtype) or array.shape != shape:

@@ -53,7 +53,7 @@ class LinearCodec:
     def side(self) -> dict[str, np.ndarray]:
         synthesis = self.synthesis
         packing = synthesis.packing
-        return {
+        arrays = {
             "basis_low": (synthesis.integers & 0xFF).astype(np.uint8),
             "basis_high": (synthesis.integers >> 8).astype(np.int8),
             "scale": synthesis.scale,
@@ -66,6 +66,8 @@ class LinearCodec:
             "slot_byte": packing.byte,
             "symbols": packing.symbols,
         }
+        # A teacher that always says the same needs no digits, and no array is stored without elements.
+        return {name: array for name, array in arrays.items() if array.size}
 
     def arrays(self) -> tuple[ArraySpec, ...]:
         rank, packed = self.synthesis.rank, self.synthesis.packing.width

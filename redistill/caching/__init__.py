@@ -1,0 +1,9 @@
+"""Stage 1: a teacher once over the views of an image set, into an archive."""
+
+from __future__ import annotations
+
+from redistill.caching.options import CacheOptions
+from redistill.caching.outcome import CacheResult
+from redistill.caching.run import cache_teacher, estimate_cache
+
+__all__ = ["CacheOptions", "CacheResult", "cache_teacher", "estimate_cache"]

@@ -1,0 +1,187 @@
+"""What stage 1 will cost, before it is paid: bytes from encoding the pilot, hours from its pace."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from redistill_cache import SignalSpec, TeacherSpec, layout
+from redistill_cache.codecs import BlockStats, Codec
+from redistill_cache.errors import Refused
+from redistill_cache.journal import FileEntry, Record
+from redistill_cache.keys import pack_keys
+from redistill_cache.layout import Block
+from redistill_cache.shards import encode_shard
+from redistill_cache.spec import ArchiveSpec
+
+from redistill.caching.pilot import Pilot
+from redistill.caching.plan import Plan
+
+__all__ = ["Estimate", "estimate", "refuse_small_disk", "teacher_spec"]
+
+NO_ENTRY = FileEntry(100_000, "0" * 64)
+# A line of the manifest holds the path, the size and the hash of a file, with quotes, brackets and commas.
+LINE_BYTES = 64 + 16
+SLACK = 1.02
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What is to come, all of it: an archive that is half written costs half of it."""
+
+    samples: int
+    views: int
+    blocks: int
+    files: int
+    signal_bytes: int
+    """Of the teacher's arrays and side data."""
+    view_bytes: int
+    """Of view parameters and canaries."""
+    other_bytes: int
+    """Of the sample index, metadata, commit records and the manifest."""
+    bytes_per_view: float
+    """Of the teacher's arrays."""
+    images_per_second: float
+    """Of all processes together, as measured on the pilot by one of them."""
+    seconds: float
+    device: str
+    device_hours: float
+    free_bytes: int
+    pilot_rows: int
+    teacher_top1: float | None
+    codecs: Mapping[str, str]
+    """Why each signal is coded as it is."""
+
+    @property
+    def total_bytes(self) -> int:
+        return self.signal_bytes + self.view_bytes + self.other_bytes
+
+    @property
+    def break_even(self) -> str:
+        """Against a teacher that runs beside every student, in epochs of training."""
+        return (
+            f"costs as much teacher time as {self.views} epochs of online distillation; every epoch, student, seed and "
+            f"loss after that is free"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"total_bytes": self.total_bytes, "break_even": self.break_even}
+
+
+def teacher_spec(plan: Plan, codecs: Mapping[str, Codec]) -> TeacherSpec:
+    """The teacher as the archive will declare it."""
+    return TeacherSpec(
+        plan.teacher_name, tuple(SignalSpec.of(name, codec) for name, codec in codecs.items()), plan.model
+    )
+
+
+def estimate(plan: Plan, pilot: Pilot, codecs: Mapping[str, Codec], reasons: Mapping[str, str]) -> Estimate:
+    spec = plan.spec.resolved()
+    teacher = teacher_spec(plan, codecs).resolved(spec.block_rows)
+    everything = spec.num_samples * spec.num_views
+    per_view, stats = signal_bytes(spec, teacher, pilot, codecs)
+    data = {f"{name}/{key}": array for name, codec in codecs.items() for key, array in codec.side().items()}
+    side = sum(len(encode_shard(array, data[name])) for name, array in layout.side_arrays(teacher).items())
+    others, files = other_bytes(plan, spec, teacher, stats)
+    pace = pilot.images_per_second * plan.rank.world
+    return Estimate(
+        samples=spec.num_samples,
+        views=spec.num_views,
+        blocks=spec.num_views * spec.blocks_per_view,
+        files=files,
+        signal_bytes=round(per_view * everything) + side,
+        view_bytes=round(parameter_bytes(plan, spec) * everything) + canary_bytes(spec),
+        other_bytes=others,
+        bytes_per_view=per_view,
+        images_per_second=pace,
+        seconds=everything / pace,
+        device=str(plan.teacher.device),
+        device_hours=everything / pilot.images_per_second / 3600,
+        free_bytes=shutil.disk_usage(existing_parent(plan.options.out)).free,
+        pilot_rows=len(pilot),
+        teacher_top1=pilot.top1,
+        codecs=dict(reasons),
+    )
+
+
+def existing_parent(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def signal_bytes(
+    spec: ArchiveSpec, teacher: TeacherSpec, pilot: Pilot, codecs: Mapping[str, Codec]
+) -> tuple[float, dict[str, Any]]:
+    """Bytes a view of the teacher's shards when the pilot is written as one block, and its statistics."""
+    total, stats = 0, {}
+    for name, codec in codecs.items():
+        rows = pilot.rows[name][-spec.block_rows :]
+        encoded = codec.encode(rows)
+        stats[name] = BlockStats.of(encoded).to_json()
+        arrays = layout.teacher_arrays(spec, teacher)
+        total += sum(
+            len(encode_shard(arrays[f"{name}/{key}"], np.asarray(array))) for key, array in encoded.arrays.items()
+        )
+    return total / len(rows), stats
+
+
+def parameter_bytes(plan: Plan, spec: ArchiveSpec) -> float:
+    """Bytes a view of the shards of view parameters, from the first block."""
+    rows = np.arange(min(spec.block_rows, spec.num_samples))
+    params = plan.views.params(0, rows)
+    arrays = layout.view_arrays(spec)
+    return sum(len(encode_shard(arrays[name], params[name])) for name in arrays) / len(rows)
+
+
+def canary_bytes(spec: ArchiveSpec) -> int:
+    """Fingerprints are close to noise and hardly compress."""
+    return spec.num_views * sum(array.index_bytes + array.chunk_bytes for array in layout.canary_arrays(spec).values())
+
+
+def other_bytes(plan: Plan, spec: ArchiveSpec, teacher: TeacherSpec, stats: dict[str, Any]) -> tuple[int, int]:
+    """Bytes of everything there is one of, or one a block, and the number of files."""
+    index = plan.index
+    keys = pack_keys(index.keys)
+    samples = {
+        "key_bytes": keys.data,
+        "key_offsets": keys.offsets,
+        "digest": index.digests,
+        "label": index.labels,
+        "size": index.sizes,
+    }
+    layouts = layout.sample_arrays(spec, len(keys.data))
+    total = sum(len(encode_shard(layouts[name], array)) for name, array in samples.items())
+    teachers = {teacher.name: teacher}
+    metadata = layout.expected_metadata(spec, teachers) | {
+        "zarr.json": layout.root_metadata(spec),
+        layout.teacher_path(teacher.name): layout.teacher_metadata(teacher),
+    }
+    total += sum(map(len, metadata.values()))
+    paths = list(metadata)
+    parts = {"views": layout.view_arrays(spec), "canaries": layout.canary_arrays(spec)}
+    for part, arrays in (parts | {plan.part: layout.part_arrays(spec, teachers, plan.part)}).items():
+        if not arrays:
+            continue
+        blocks = spec.num_views * (1 if part == "canaries" else spec.blocks_per_view)
+        block = Block(part, 0, 0, 0, spec.block_rows)
+        shards = [array.shard_path(0, 0) for array in arrays.values()]
+        record = Record(block, "0" * 64, dict.fromkeys(shards, NO_ENTRY), stats if part == plan.part else None)
+        total += blocks * len(record.to_bytes())
+        paths += [*shards, block.record_path] * blocks
+    return total + sum(len(path) + LINE_BYTES for path in paths), len(paths)
+
+
+def refuse_small_disk(found: Estimate, path: Path, written: int) -> None:
+    """`written` bytes of the archive are there already."""
+    wanted = int((found.total_bytes - written) * SLACK)
+    if wanted > found.free_bytes:
+        raise Refused(
+            f"{path}: about {wanted / 2**30:.2f} GiB are still to be written, {found.free_bytes / 2**30:.2f} GiB are "
+            f"free; make room, choose another disk, fewer --views or a coarser --fidelity"
+        )
