@@ -116,6 +116,8 @@ def cache_teacher(
             found = estimate_cache(options, watcher)
         else:
             done = cache(options, watcher)
+    if not Rank.from_environment().first:
+        return  # the first rank speaks for all
     if dry_run:
         print_json(found.to_json()) if as_json else show_estimate(found)
     elif as_json:
