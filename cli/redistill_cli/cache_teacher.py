@@ -82,6 +82,7 @@ def cache_teacher(
 
     from redistill.caching import CacheOptions, estimate_cache
     from redistill.caching import cache_teacher as cache
+    from redistill.caching.ranks import Rank
 
     if on_bad_image not in ("fail", "exclude"):
         raise UsageError(f"expected --on-bad-image fail or exclude, found {on_bad_image!r}")
