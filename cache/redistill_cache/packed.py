@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,7 +20,10 @@ from redistill_cache.spec import SignalSpec, TeacherSpec
 if TYPE_CHECKING:
     from redistill_cache.reader import Archive
 
-__all__ = ["PackedView", "ViewLoader"]
+__all__ = ["Buffers", "PackedView", "ViewLoader"]
+
+Buffers = Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray]
+"""(shape, dtype) -> an array to fill: in memory, or where its owner wants it."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class PackedView:
         codec: Codec,
         view: int,
         into: PackedView | None = None,
+        buffers: Buffers = np.empty,
     ) -> PackedView:
         """Read a view; buffers of `into` that fit are used again, and `into` must not be used afterwards."""
         all_arrays = layout.teacher_arrays(contents.spec, teacher)
@@ -78,7 +82,7 @@ class PackedView:
             buffer = None if into is None else into.arrays.get(name)
             shape = (count, *array.row_shape)
             if buffer is None or buffer.shape != shape or buffer.dtype != array.dtype:
-                buffer = np.empty(shape, array.dtype)
+                buffer = buffers(shape, np.dtype(array.dtype))
             _read_view(contents, f"teachers/{teacher.name}", array, view, buffer)
             arrays[name] = buffer
         rare = {}
@@ -112,8 +116,10 @@ class ViewLoader:
         view = loader.take(0, then=1)
     """
 
-    def __init__(self, archive: Archive, teacher: str | None = None, signal: str = "logits") -> None:
-        self._archive, self._teacher, self._signal = archive, teacher, signal
+    def __init__(
+        self, archive: Archive, teacher: str | None = None, signal: str = "logits", buffers: Buffers = np.empty
+    ) -> None:
+        self._archive, self._teacher, self._signal, self._buffers = archive, teacher, signal, buffers
         self._current: PackedView | None = None
         self._spare: PackedView | None = None
         self._thread: threading.Thread | None = None
@@ -144,7 +150,7 @@ class ViewLoader:
 
         def work() -> None:
             try:
-                self._loaded = self._archive.load_view(view, self._teacher, self._signal, into=spare)
+                self._loaded = self._load(view, spare)
             except BaseException as error:  # noqa: BLE001  raised again by the thread that asks for the view
                 self._loaded = error
 
@@ -162,4 +168,7 @@ class ViewLoader:
                     raise loaded
                 assert loaded is not None
                 return loaded
-        return self._archive.load_view(view, self._teacher, self._signal)
+        return self._load(view, None)
+
+    def _load(self, view: int, into: PackedView | None) -> PackedView:
+        return self._archive.load_view(view, self._teacher, self._signal, into=into, buffers=self._buffers)

@@ -23,7 +23,7 @@ from redistill_cache.errors import Damaged, OutOfRange, Refused, UsageError
 from redistill_cache.journal import FileEntry, sha256
 from redistill_cache.keys import PackedKeys
 from redistill_cache.layout import Block
-from redistill_cache.packed import PackedView
+from redistill_cache.packed import Buffers, PackedView
 from redistill_cache.rows import check_rows, check_view, opened_shard, read_rows, read_whole
 from redistill_cache.shards import Scratch
 from redistill_cache.spec import ArchiveSpec, SignalSpec, TeacherSpec
@@ -265,10 +265,15 @@ class Archive:
         return np.asarray(codec.decode(arrays))
 
     def load_view(
-        self, view: int, teacher: str | None = None, signal: str = "logits", into: PackedView | None = None
+        self,
+        view: int,
+        teacher: str | None = None,
+        signal: str = "logits",
+        into: PackedView | None = None,
+        buffers: Buffers = np.empty,
     ) -> PackedView:
         """The stored rows of a whole view in memory, to gather from at random; `into` lends its buffers."""
         chosen, found = self.signal(teacher, signal)
         codec = self.codec(chosen.name, signal)
         with disk_trouble("read", self.path):
-            return PackedView.load(self.contents, chosen, found, codec, check_view(self.contents, view), into)
+            return PackedView.load(self.contents, chosen, found, codec, check_view(self.contents, view), into, buffers)

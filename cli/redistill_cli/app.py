@@ -8,6 +8,7 @@ import typer
 
 from redistill_cli.cache_teacher import cache_teacher
 from redistill_cli.inspect import inspect
+from redistill_cli.train import train
 from redistill_cli.verify import verify
 
 app = typer.Typer(
@@ -40,5 +41,6 @@ def root(
 
 
 app.command("cache-teacher")(cache_teacher)
+app.command()(train)
 app.command()(inspect)
 app.command()(verify)

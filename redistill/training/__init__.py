@@ -1,0 +1,9 @@
+"""Stage 2: students from an archive, with no teacher in memory."""
+
+from __future__ import annotations
+
+from redistill.training.loop import train
+from redistill.training.options import TrainOptions
+from redistill.training.outcome import Outcome
+
+__all__ = ["Outcome", "TrainOptions", "train"]

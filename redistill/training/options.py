@@ -1,0 +1,203 @@
+"""What stage 2 is told. Every default of `redistill train` is here or in OptimConfig, and nowhere else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from redistill_cache.errors import UsageError
+
+from redistill.optim import OptimConfig, preset
+from redistill.specs import did_you_mean, parse_spec
+
+__all__ = ["POWER", "MemberSpec", "TrainOptions"]
+
+POWER = "power?lam=0.6667&temperature=4"
+LISTS = ("students", "losses", "seeds", "teachers", "log")
+PATHS = ("archive", "out", "val_archive")
+LOGS = ("csv", "tensorboard", "wandb")
+# How a run is carried out, not what comes out: free to differ when it is resumed.
+FREE = (
+    "out",
+    "data",
+    "archive",
+    "val",
+    "val_archive",
+    "workers",
+    "cache_memory",
+    "log",
+    "checkpoint_minutes",
+    "resume",
+)
+
+
+@dataclass(frozen=True)
+class MemberSpec:
+    """One student of a cohort: a network, what it minimises, and the seed of its weights and noise."""
+
+    name: str
+    student: str
+    losses: tuple[str, ...]
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Options of `train`. Several students, losses or seeds make a cohort: every combination, in one pass."""
+
+    data: str | Any
+    archive: Path
+    students: tuple[str, ...]
+    out: Path
+    losses: tuple[str, ...] = (POWER,)
+    """Each is an objective: terms joined by '+', as in `kl?weight=0.5+dist?weight=2+ce?weight=1`."""
+    seeds: tuple[int, ...] = (0,)
+    ce_weight: float | None = None
+    """Of the cross-entropy with the labels; what was published with the loss where nothing is said."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    batch_size: int = 128
+    """Rows of a step, over all processes. Batches of an epoch differ by one row at most, so none is tiny."""
+    grad_accum: int = 1
+    """Parts in which each process computes its share of a batch."""
+    views_per_image: int = 1
+    """Views of an image in one batch: decoded once. An epoch shows every image so many times."""
+    val: str | Any | None = None
+    val_archive: Path | None = None
+    """An archive over the images of `val`: agreement with the teacher on views nobody trained on."""
+    teachers: tuple[str, ...] = ()
+    """Which teachers of the archive; the mean of their logits where there are several. All that there are."""
+    online_teacher: str | None = None
+    """A teacher that runs beside the students instead of the archive's answers; the views are the archive's."""
+    order_seed: int = 0
+    size: int | None = None
+    device: str = "auto"
+    amp: bool | None = None
+    compile: bool = False
+    channels_last: bool = True
+    sync_bn: bool = False
+    ema: float | None = None
+    """Decay of an average of the weights; it is what is validated and kept as the student."""
+    workers: int | None = None
+    cache_memory: float = 4.0
+    """GiB of memory for teacher's rows; above it they lie in a temporary file."""
+    allow_missing: bool = False
+    checkpoint_minutes: float = 10.0
+    resume: str = "auto"
+    """`auto` continues what is in `out`; `never` refuses a folder that holds a run."""
+    log: tuple[str, ...] = ("csv", "tensorboard")
+    allow_python: bool = False
+
+    def __post_init__(self) -> None:
+        for name in LISTS:
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in PATHS:
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, Path(getattr(self, name)))
+        for name in ("batch_size", "grad_accum", "views_per_image"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} must be at least 1, found {getattr(self, name)}")
+        if self.batch_size < self.views_per_image * self.grad_accum:
+            raise UsageError(
+                f"--batch-size {self.batch_size} cannot be cut into {self.grad_accum} parts of {self.views_per_image} "
+                "views of an image"
+            )
+        for name in ("students", "losses", "seeds"):
+            if not getattr(self, name):
+                raise UsageError(f"expected at least one of --{name[:-1] if name != 'losses' else 'loss'}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise UsageError(f"--ema is a decay between 0 and 1 such as 0.999, found {self.ema:g}")
+        if self.resume not in ("auto", "never"):
+            raise UsageError(f"--resume must be auto or never, found {self.resume!r}")
+        for kind in self.log:
+            if kind not in LOGS:
+                raise UsageError(f"--log {kind!r} is not known; {did_you_mean(kind, LOGS)}")
+
+    # -- members ------------------------------------------------------------------------------------------------------
+
+    def members(self) -> tuple[MemberSpec, ...]:
+        """Every student with every loss and every seed, named after what tells them apart."""
+        found = []
+        losses, students = (
+            distinct(map(loss_name, self.losses), self.losses),
+            distinct((student.partition("?")[0].replace(":", "-") for student in self.students), self.students),
+        )
+        for student, student_name in zip(self.students, students, strict=True):
+            for loss, name in zip(self.losses, losses, strict=True):
+                for seed in self.seeds:
+                    parts = [student_name] if len(self.students) > 1 else []
+                    full = "-".join([*parts, name, str(seed)])
+                    found.append(MemberSpec(full, student, self.terms(loss), seed))
+        names = [member.name for member in found]
+        if len(set(names)) < len(names):
+            raise UsageError("the same student, loss and seed are asked for twice; give each once")
+        return tuple(found)
+
+    def terms(self, loss: str) -> tuple[str, ...]:
+        """The specs of one objective, with the cross-entropy where its weight is said."""
+        terms = tuple(term.strip() for term in loss.split("+"))
+        if self.ce_weight is None or any(parse_spec(term).scheme == "ce" for term in terms):
+            return terms
+        return (*terms, f"ce?weight={self.ce_weight:g}")
+
+    def folder(self, member: MemberSpec) -> Path:
+        """Where its files go: a cohort has a folder each."""
+        return self.out / member.name if len(self.members()) > 1 else self.out
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, for config.toml and checkpoints. None is left out: it means the default."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("optim", "allow_python", "resume")}
+        plain = {name: plain_value(value) for name, value in own.items() if value is not None}
+        return plain | {name: value for name, value in self.optim.to_json().items() if value is not None}
+
+    def deciding(self) -> dict[str, Any]:
+        """What must be the same for a run to go on."""
+        return {name: value for name, value in self.to_json().items() if name not in FREE}
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any], *, preset_name: str | None = None) -> TrainOptions:
+        """From flat names, as on the command line or in config.toml; a preset says what is not given."""
+        known, optim_names = {f.name for f in fields(cls)}, {f.name for f in fields(OptimConfig)}
+        for key in given:
+            if key not in known | optim_names or (key in ("optim", "allow_python") and key not in given):
+                raise UsageError(f"unknown option {key!r}; {did_you_mean(key, known | optim_names)}")
+        own = {key: value for key, value in given.items() if key in known}
+        optim = {key: value for key, value in given.items() if key in optim_names}
+        base = OptimConfig()
+        if preset_name is not None:
+            students = own.get("students", ())
+            found = preset(
+                preset_name,
+                model=parse_spec(students[0]).name if students else "",
+                batch_size=own.get("batch_size"),
+            )
+            base = found.optim
+            own.setdefault("batch_size", found.batch_size)
+        if "decay_milestones" in optim:
+            optim["decay_milestones"] = tuple(optim["decay_milestones"])
+        return cls(**own, optim=replace(base, **optim))
+
+
+def plain_value(value: Any) -> Any:  # noqa: ANN401  whatever an option holds
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def loss_name(loss: str) -> str:
+    """The terms by name; the cross-entropy only where it is alone."""
+    schemes = [parse_spec(term.strip()).scheme for term in loss.split("+")]
+    return "+".join([scheme for scheme in schemes if scheme != "ce"] or schemes)
+
+
+def distinct(short: Any, full: tuple[str, ...]) -> list[str]:  # noqa: ANN401  an iterable of names
+    """Short names where these are unique, else the whole text as a file name."""
+    names = list(short)
+    return [
+        name if names.count(name) == 1 else re.sub(r"[^A-Za-z0-9.+-]+", "-", text)
+        for name, text in zip(names, full, strict=True)
+    ]
