@@ -21,7 +21,8 @@ What comes out is always 8-bit RGB. What happens to what goes in:
 A bad image raises `BadImage` with its name, and `index_source(on_bad_image=...)` decides what that means.
 
 Pillow decodes, not torchvision.io: both wrap libjpeg-turbo and gave identical pixels at 2.4 and 2.2 ms for a 500 x 375
-JPEG, but only Pillow has an allow-list of formats, a guard against bombs, and every case above.
+JPEG, but only Pillow has an allow-list of formats, a guard against bombs, and every case above; and torchvision 0.29
+deprecates its decoders.
 """
 
 from __future__ import annotations

@@ -14,8 +14,10 @@ import hashlib
 import io
 import multiprocessing
 import os
+import struct
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from redistill_cache.errors import Refused
+from redistill_cache.errors import Damaged, Refused
 from redistill_cache.files import LOCAL
 from redistill_cache.keys import PackedKeys, pack_keys
 
@@ -38,6 +40,20 @@ CHUNK = 256
 WORTH_PROCESSES = 4096
 RACY_NS = 2_000_000_000
 CACHE_VERSION = 1
+# What reading a damaged .npz raises: zipfile has many words for it.
+ZIP_RAISES = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    RuntimeError,
+    OverflowError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+    Damaged,
+)
 
 Progress = Callable[[int, int], None]
 Check = Literal["header", "full"]
@@ -233,14 +249,14 @@ def _load(directory: Path, source: ListedSource, stamps: np.ndarray, table: _Tab
     """Fill the rows of `table` whose file has not changed. A cache that cannot be read is as good as none."""
     names: Sequence[str] = ("key_data", "key_offsets", "stamps", "digests", "sizes", "level")
     try:
-        with np.load(_cache_file(directory, source), allow_pickle=False) as kept:
+        with _cache_file(directory, source).open("rb") as file, np.load(file, allow_pickle=False) as kept:
             if int(kept["version"]) != CACHE_VERSION:
                 return
             data, offsets, old_stamps, digests, sizes, level = (kept[name] for name in names)
         old_keys = PackedKeys(data, offsets)
         if {len(old_keys)} != {len(old_stamps), len(digests), len(sizes), len(level)}:
             return
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, Refused):
+    except ZIP_RAISES:
         return
     rows, old = pair_up(source.keys.hashes(), old_keys.hashes())
     same = (stamps[rows] == old_stamps[old]).all(axis=1) & source.keys.equal_at(rows, old_keys, old)

@@ -11,6 +11,7 @@ from redistill_cache.errors import UsageError
 from redistill.sources.base import ObjectSource, Source
 from redistill.sources.cifar import open_cifar
 from redistill.sources.folder import open_folder
+from redistill.sources.synthetic import open_synthetic
 from redistill.sources.wds import open_wds
 from redistill.specs import Spec, did_you_mean, parse_spec
 
@@ -21,6 +22,7 @@ SCHEMES: dict[str, Callable[[Spec], Source]] = {
     "cifar10": open_cifar,
     "cifar100": open_cifar,
     "wds": open_wds,
+    "synthetic": open_synthetic,
 }
 EXPECTED = "expected folder:PATH, cifar10:PATH, cifar100:PATH, wds:PATTERN, synthetic, or a path"
 

@@ -1,0 +1,250 @@
+"""One rule for each kind of odd image, on real small files; bytes that are no image are named, whatever they are."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile
+from redistill_cache.errors import Refused
+from torchvision.datasets.folder import pil_loader
+
+from redistill.sources import images
+from redistill.sources.base import digest_of
+from redistill.sources.images import BadImage, decode_image, image_size
+
+RNG = np.random.default_rng(0)
+SMOOTH = np.asarray(
+    Image.fromarray(RNG.integers(0, 256, (5, 7, 3), np.uint8)).resize((30, 20), Image.Resampling.BICUBIC)
+)
+
+
+def encode(image: Image.Image | np.ndarray, kind: str, **options: object) -> bytes:
+    out = io.BytesIO()
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def pixels(payload: bytes | np.ndarray) -> np.ndarray:
+    tensor = decode_image(payload, name="it")
+    assert tensor.dtype == torch.uint8
+    assert tensor.shape[0] == 3
+    assert tuple(tensor.shape[1:]) == image_size(payload, name="it")
+    return tensor.permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("BMP", {}), ("WEBP", {"lossless": True})])
+def test_lossless_formats_give_back_the_pixels(kind: str, options: dict[str, object]):
+    assert np.array_equal(pixels(encode(SMOOTH, kind, **options)), SMOOTH)
+
+
+@pytest.mark.parametrize("options", [{"quality": 90}, {"quality": 60, "subsampling": 0}, {"progressive": True}])
+def test_jpeg_gives_what_torchvisions_loader_gives(options: dict[str, object], tmp_path: Path):
+    payload = encode(SMOOTH, "JPEG", **options)
+    (tmp_path / "it.jpg").write_bytes(payload)
+    assert np.array_equal(pixels(payload), np.asarray(pil_loader(tmp_path / "it.jpg")))
+
+
+def test_gray_is_repeated():
+    gray = SMOOTH[:, :, 0]
+    for payload in (encode(gray, "PNG"), gray, gray[:, :, None]):
+        assert np.array_equal(pixels(payload), np.repeat(gray[:, :, None], 3, axis=2))
+    bits = Image.fromarray(gray > 128)
+    assert np.array_equal(pixels(encode(bits, "PNG"))[:, :, 1], np.where(gray > 128, 255, 0))
+
+
+def test_16_bits_keep_the_high_byte():
+    deep = RNG.integers(0, 65536, (9, 11), np.uint16)
+    assert np.array_equal(pixels(encode(deep, "PNG"))[:, :, 2], deep >> 8)
+    # Pillow writes no 16-bit colour; this is a PNG by hand.
+    colour = RNG.integers(0, 65536, (4, 5, 3), np.uint16)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colour)
+    payload = png(5, 4, depth=16, colour=2, data=zlib.compress(rows))
+    assert np.array_equal(pixels(payload), colour >> 8)
+
+
+def test_cmyk_is_converted_as_pillow_does():
+    cmyk = Image.fromarray(SMOOTH).convert("CMYK")
+    payload = encode(cmyk, "JPEG", quality=95)
+    assert np.array_equal(pixels(payload), np.asarray(Image.open(io.BytesIO(payload)).convert("RGB")))
+    assert np.abs(pixels(payload).astype(int) - SMOOTH).mean() < 6
+
+
+def test_palettes_and_transparency_show_the_colour_underneath():
+    palette = Image.fromarray(SMOOTH).quantize(16)
+    flat = np.asarray(palette.convert("RGB"))
+    assert np.array_equal(pixels(encode(palette, "PNG")), flat)
+    assert np.array_equal(pixels(encode(palette, "PNG", transparency=bytes(range(16)))), flat)
+    assert np.array_equal(pixels(encode(palette, "PNG", transparency=3)), flat)
+    alpha = RNG.integers(0, 256, (20, 30, 1), np.uint8)
+    assert np.array_equal(pixels(encode(np.concatenate([SMOOTH, alpha], axis=2), "PNG")), SMOOTH)
+    gray_alpha = Image.fromarray(np.concatenate([SMOOTH[:, :, :1], alpha], axis=2), "LA")
+    assert np.array_equal(pixels(encode(gray_alpha, "PNG"))[:, :, 0], SMOOTH[:, :, 0])
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+def test_exif_turns_upright(kind: str, orientation: int):
+    exif = Image.Exif()
+    exif[0x010F] = "a maker"
+    exif[0x0112] = orientation
+    payload = encode(SMOOTH, kind, exif=exif)
+    plain = np.asarray(Image.open(io.BytesIO(payload)).convert("RGB"))
+    turned = {
+        2: plain[:, ::-1],
+        3: plain[::-1, ::-1],
+        4: plain[::-1],
+        5: plain.transpose(1, 0, 2),
+        6: plain[::-1].transpose(1, 0, 2),
+        7: plain[::-1, ::-1].transpose(1, 0, 2),
+        8: plain[:, ::-1].transpose(1, 0, 2),
+    }
+    assert np.array_equal(pixels(payload), turned.get(orientation, plain))
+
+
+def test_exif_of_other_formats_and_broken_exif_count_as_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert np.array_equal(pixels(encode(SMOOTH, "PNG", exif=exif)), SMOOTH)
+    whole = exif.tobytes()
+    for cut in range(6, len(whole)):
+        image = Image.open(io.BytesIO(encode(SMOOTH, "WEBP", lossless=True)))
+        image.info["exif"] = whole[:cut]
+        assert images._orientation(image) in (1, 6)
+        image.info["exif"] = whole[:cut] + b"\xff" * 16
+        assert 1 <= images._orientation(image) <= 8
+
+
+def test_animations_show_the_first_frame():
+    frames = [Image.fromarray(np.full((8, 8, 3), value, np.uint8)) for value in (10, 200)]
+    for kind, options in (("GIF", {}), ("PNG", {}), ("WEBP", {"lossless": True})):
+        payload = encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+        assert (pixels(payload) == 10).all(), kind
+
+
+def test_a_name_does_not_decide_the_format_but_the_list_does():
+    for kind in ("TIFF", "PPM", "ICO"):
+        with pytest.raises(BadImage, match=r"image 'a/b\.jpg' cannot be used: not an image in any of the formats JPEG"):
+            image_size(encode(SMOOTH, kind), name="a/b.jpg")
+
+
+PAYLOADS: dict[str, Callable[[], bytes]] = {
+    "JPEG": lambda: encode(SMOOTH, "JPEG", quality=90),
+    "progressive JPEG": lambda: encode(SMOOTH, "JPEG", quality=90, progressive=True),
+    "PNG": lambda: encode(SMOOTH, "PNG"),
+    "WEBP": lambda: encode(SMOOTH, "WEBP"),
+    "GIF": lambda: encode(Image.fromarray(SMOOTH).quantize(16), "GIF"),
+    "BMP": lambda: encode(SMOOTH, "BMP"),
+}
+
+
+@pytest.mark.parametrize("kind", PAYLOADS)
+def test_truncated_images_are_found_by_the_index_already(kind: str):
+    whole = PAYLOADS[kind]()
+    image_size(whole, name="it")
+    for cut in sorted({0, 1, 10, len(whole) // 4, len(whole) // 2, len(whole) * 3 // 4}):
+        with pytest.raises(BadImage, match="'it'"):
+            image_size(whole[:cut], name="it")
+        with pytest.raises(BadImage, match="'it'"):
+            decode_image(whole[:cut], name="it")
+
+
+def test_a_file_with_something_after_its_end_is_whole():
+    for kind in ("JPEG", "PNG", "WEBP"):
+        payload = PAYLOADS[kind]()
+        assert np.array_equal(pixels(payload + b"\0\0trailing"), pixels(payload))
+
+
+def test_obeying_truncation_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with pytest.raises(Refused, match="LOAD_TRUNCATED_IMAGES is set"):
+        decode_image(PAYLOADS["PNG"](), name="it")
+
+
+def png(width: int, height: int, *, depth: int = 8, colour: int = 2, data: bytes = b"") -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    head = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("limit", [Image.MAX_IMAGE_PIXELS, None])
+def test_bombs_are_refused_by_their_header(limit: int | None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    for width, height in ((9_460, 9_460), (30_000, 30_000), (0x7FFFFFFF, 0x7FFFFFFF)):
+        payload = png(width, height, data=zlib.compress(b"\0" * 100_000, 9))
+        for look in (image_size, decode_image):
+            with pytest.raises(BadImage, match="'bomb'"):
+                look(payload, name="bomb")
+    with pytest.raises(BadImage, match="limit of 268435456"):
+        image_size(b"\xff\xd8" + bytes(images.MAX_ENCODED_BYTES), name="bomb")
+
+
+def test_hundreds_of_damaged_images_raise_bad_image_or_decode():
+    rng = np.random.default_rng(3)
+    lines = []
+    for make in PAYLOADS.values():
+        whole = np.frombuffer(make(), np.uint8)
+        for _ in range(100):
+            damaged = whole.copy()
+            places = rng.integers(0, len(whole), rng.integers(1, 8))
+            damaged[places] = rng.integers(0, 256, len(places))
+            try:
+                decode_image(damaged.tobytes(), name="it")
+            except BadImage as error:
+                lines.append(str(error))
+    assert len(lines) > 100
+    assert not any("\n" in line for line in lines)
+
+
+def test_arrays_of_other_kinds_are_bad():
+    for array in (
+        np.zeros((4, 4, 4), np.uint8),
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((0, 4, 3), np.uint8),
+        np.zeros(4, np.uint8),
+    ):
+        with pytest.raises(BadImage, match="'it'"):
+            decode_image(array, name="it")
+
+
+def test_an_array_is_copied_and_its_digest_is_of_its_canonical_bytes():
+    array = SMOOTH.copy()
+    array.flags.writeable = False
+    decode_image(array, name="it").zero_()
+    assert np.array_equal(array, SMOOTH)
+    expected = hashlib.sha256(b"uint8[20,30,3]" + SMOOTH.tobytes()).digest()
+    assert digest_of(SMOOTH, name="it") == digest_of(np.asfortranarray(SMOOTH), name="it") == expected
+    gray = SMOOTH[:, :, 0]
+    assert (
+        digest_of(gray, name="it")
+        == digest_of(gray[:, :, None], name="it")
+        == hashlib.sha256(b"uint8[20,30,1]" + gray.tobytes()).digest()
+    )
+
+
+class OneBad(torch.utils.data.Dataset[torch.Tensor]):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return decode_image(b"no image", name="a/b.jpg")
+
+
+def test_a_bad_image_keeps_its_kind_and_its_line_on_the_way_out_of_a_worker():
+    again = pickle.loads(pickle.dumps(BadImage("a", "b")))
+    assert str(again) == str(BadImage("a", "b"))
+    loader = torch.utils.data.DataLoader(OneBad(), num_workers=1, multiprocessing_context="fork")
+    with pytest.raises(BadImage) as error:
+        next(iter(loader))
+    assert str(error.value).startswith("image 'a/b.jpg' cannot be used: not an image")
