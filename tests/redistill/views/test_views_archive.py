@@ -1,0 +1,107 @@
+"""Views through a real archive on disk: written, sealed, opened, joined, proven, rendered."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from redistill_cache import open_archive
+from redistill_cache.codecs import fit_codec
+from redistill_cache.errors import Refused
+from redistill_cache.spec import ArchiveSpec, SignalSpec, TeacherSpec
+from redistill_cache.writer import ArchiveWriter
+from torch.utils.data import DataLoader
+
+import redistill
+from bench.pictures import jpeg, picture
+from redistill.sources.base import Sample
+from redistill.sources.index import index_source
+from redistill.sources.opening import open_source
+from redistill.views import DrawnViews, ViewDataset, join_archive, parse_recipe
+from redistill.views.canaries import check_canaries, make_canaries
+from redistill.views.environment import view_environment
+
+N, V, SEED = 20, 3, 5
+RECIPE = "rrc?size=24&aa=rand-m9-n2&reprob=0.5&mixup=0.4&cutmix=1"
+
+
+class Images:
+    def __init__(self, order=None, quality=90):
+        self.order, self.quality = list(range(N)) if order is None else order, quality
+
+    def __len__(self):
+        return len(self.order)
+
+    def sample(self, i):
+        number = self.order[i]
+        return Sample(jpeg(picture(number, 50 + number, 90 - number), self.quality), number % 4, f"{number}.jpg")
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    path = tmp_path_factory.mktemp("views") / "a.redistill.zarr"
+    recipe, index = parse_recipe(RECIPE), index_source(open_source(Images()), workers=0)
+    views = DrawnViews(index, recipe, seed=SEED, num_views=V)
+    logits = np.random.default_rng(0).normal(size=(N, 4)).astype(np.float32)
+    codec = fit_codec("float16", logits)
+    spec = ArchiveSpec(
+        num_samples=N,
+        num_views=V,
+        num_classes=4,
+        block_rows=8,
+        recipe=recipe.to_json(),
+        seed=SEED,
+        view_arrays=recipe.arrays(),
+        canaries_per_view=6,
+        environment=view_environment(),
+    )
+    writer = ArchiveWriter.create(path, spec)
+    writer.write_samples(index.keys, index.labels, index.digests, index.sizes)
+    writer.add_teacher(TeacherSpec("net", (SignalSpec.of("logits", codec),)), {"logits": codec.side()})
+    for block in writer.missing("views"):
+        writer.write(block, views.params(block.view, np.arange(block.start, block.stop)))
+    for block in writer.missing("canaries"):
+        rows, pixels = make_canaries(open_source(Images()), views, SEED, block.view, 6)
+        writer.write(block, {"row": rows, "pixels": pixels})
+    for block in writer.missing("teachers/net"):
+        encoded = codec.encode(logits[block.start : block.stop])
+        writer.write(block, {f"logits/{name}": array for name, array in encoded.arrays.items()})
+    writer.seal()
+    return open_archive(path)
+
+
+def test_the_archive_shows_what_was_drawn(archive):
+    views = DrawnViews(index_source(open_source(Images()), workers=0), parse_recipe(RECIPE), seed=SEED, num_views=V)
+    drawn, read = ViewDataset(Images(), views), ViewDataset(Images(), archive)
+    for index in range(N * V):
+        assert all(np.array_equal(one, other) for one, other in zip(drawn[index], read[index], strict=True))
+
+
+def test_the_readers_own_images_prove_exact(archive):
+    source = open_source(Images(order=list(reversed(range(N)))))
+    found = check_canaries(source, archive, join_archive(source, archive))
+    assert (found.verdict, found.checked, dict(found.versions)) == ("exact", 3 * 6, {})
+
+
+def test_other_images_are_refused_before_and_by_the_proof(archive):
+    worse = open_source(Images(quality=50))
+    with pytest.raises(Refused, match="changed"):
+        join_archive(worse, archive)
+    believed = join_archive(open_source(Images()), archive)
+    assert check_canaries(worse, archive, believed).verdict == "refused"
+
+
+def test_a_dataset_of_an_archive_can_be_sent_to_workers(archive):
+    dataset = ViewDataset(Images(), archive)
+    again = pickle.loads(pickle.dumps(dataset))
+    assert torch.equal(dataset[30].pixels, again[30].pixels)
+    order = dataset.indices(1)
+    loaded = next(iter(DataLoader(dataset, batch_size=N, sampler=order, num_workers=1, multiprocessing_context="fork")))
+    assert torch.equal(loaded.pixels, torch.stack([item.pixels for item in dataset.__getitems__(order)]))
+
+
+def test_render(archive):
+    item = ViewDataset(Images(), archive)[N + 7]
+    assert torch.equal(redistill.render(Images(), archive, row=7, view=1), item.pixels)
