@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from redistill_cache import limits
+from redistill_cache.errors import Damaged
 from redistill_cache.files import LEFTOVER, Files
 from redistill_cache.journal import FileEntry, Record, parse_record, sha256
 from redistill_cache.layout import BLOCKS, Block
@@ -45,7 +46,7 @@ class Commits:
         try:
             self._files.publish(self._root / record.block.record_path, record.to_bytes(), exclusive=True)
         except FileExistsError:
-            winner = self.load(record.block, record.identity)
+            winner = self.load(record.block, record.identity, record.files)
             self.settle(winner)
             self._discard(record.files, winner.files)
             return False
@@ -79,9 +80,13 @@ class Commits:
         """Paths of all records there are now."""
         return {f"{BLOCKS}/{path.name}" for path in (self._root / BLOCKS).iterdir() if path.suffix == ".json"}
 
-    def load(self, block: Block, identity: str) -> Record:
+    def load(self, block: Block, identity: str, files: Collection[str]) -> Record:
+        """The record of a block that has exactly these files."""
         path = self._root / block.record_path
-        return parse_record(read_small(path, limits.MAX_RECORD_BYTES), block, identity, str(path))
+        record = parse_record(read_small(path, limits.MAX_RECORD_BYTES), block, identity, str(path))
+        if record.files.keys() != set(files):
+            raise Damaged(f"{path}: the commit record of {block} does not list the files of its arrays; it was edited")
+        return record
 
     def forget(self, block: Block) -> None:
         """Undo the commit of a block whose files are gone, so that it is written again."""

@@ -18,7 +18,10 @@ def merge_stats(teacher: TeacherSpec, stats: Sequence[Mapping[str, Json] | None]
     for signal in teacher.signals:
         parts = [item[signal.name] for item in stats if item is not None and signal.name in item]
         if parts and len(parts) == len(stats):
-            merged[signal.name] = BlockStats.merge(BlockStats.from_json(part) for part in parts).to_json()
+            try:
+                merged[signal.name] = BlockStats.merge(BlockStats.from_json(part) for part in parts).to_json()
+            except OverflowError:
+                raise Damaged(f"fidelity statistics of signal {signal.name!r}: errors add up to infinity") from None
     return merged
 
 

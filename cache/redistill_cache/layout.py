@@ -7,15 +7,14 @@ that came with an archive is never interpreted, so it cannot lie.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from redistill_cache import limits
-from redistill_cache.arrays import ArraySpec
+from redistill_cache.arrays import CHUNK_BYTES, ArraySpec, SideArray
 from redistill_cache.errors import UsageError
-from redistill_cache.spec import CHUNK_BYTES, ArchiveSpec, SideArray, SignalSpec, TeacherSpec
+from redistill_cache.spec import ArchiveSpec, SignalSpec, TeacherSpec
 from redistill_cache.strict_json import Json, canonical
 
 __all__ = [
@@ -25,8 +24,8 @@ __all__ = [
     "ArrayLayout",
     "Block",
     "canary_arrays",
+    "check_extent",
     "count_files",
-    "expected_blocks",
     "expected_metadata",
     "part_arrays",
     "sample_arrays",
@@ -43,7 +42,7 @@ QUARANTINE = f"{JOURNAL}/quarantine"
 
 CANARY_SHAPE = (8, 8, 3)
 INDEX_ENTRY = 16  # offset and length, little-endian uint64
-INDEX_CHECKSUM = 4
+CHECKSUM = 4  # CRC-32C, of the index and of chunks that are not compressed
 
 
 @dataclass(frozen=True)
@@ -94,8 +93,16 @@ class ArrayLayout:
         return self.shape[self.row_axis + 1 :]
 
     @property
+    def row_bytes(self) -> int:
+        return math.prod(self.row_shape) * np.dtype(self.dtype).itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return self.row_bytes * math.prod(self.shape[: self.row_axis + 1])
+
+    @property
     def chunk_bytes(self) -> int:
-        return self.chunk_rows * math.prod(self.row_shape) * np.dtype(self.dtype).itemsize
+        return self.chunk_rows * self.row_bytes
 
     @property
     def chunks_per_shard(self) -> int:
@@ -103,7 +110,14 @@ class ArrayLayout:
 
     @property
     def index_bytes(self) -> int:
-        return self.chunks_per_shard * INDEX_ENTRY + INDEX_CHECKSUM
+        return self.chunks_per_shard * INDEX_ENTRY + CHECKSUM
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of the one shard of an array that is not compressed."""
+        assert self.level is None
+        used = self.used_chunks(self.shape[self.row_axis])
+        return used * (self.chunk_bytes + CHECKSUM) + self.index_bytes
 
     def used_chunks(self, rows: int) -> int:
         """Chunks of a shard that hold at least one of its first `rows` rows."""
@@ -263,26 +277,7 @@ def part_arrays(spec: ArchiveSpec, teachers: dict[str, TeacherSpec], part: str) 
     return teacher_arrays(spec, teachers[name])
 
 
-# -- blocks and metadata files ----------------------------------------------------------------------------------------
-
-
-def samples_block(spec: ArchiveSpec) -> Block:
-    return Block("samples", 0, 0, 0, spec.num_samples)
-
-
-def side_block(teacher: TeacherSpec) -> Block:
-    return Block(f"teachers/{teacher.name}/side", 0, 0, 0, 0)
-
-
-def expected_blocks(spec: ArchiveSpec, part: str, views: int) -> Iterator[Block]:
-    """All blocks of a part for views [0, views), view-major: any prefix of views is a prefix of the blocks."""
-    for view in range(views):
-        if part == "canaries":
-            yield Block(part, view, 0, 0, spec.canaries_per_view)
-            continue
-        for index in range(spec.blocks_per_view):
-            start = index * spec.block_rows
-            yield Block(part, view, index, start, min(start + spec.block_rows, spec.num_samples))
+# -- metadata files -------------------------------------------------------------------------------------------------
 
 
 def _group(attributes: dict[str, Json]) -> bytes:
@@ -325,14 +320,22 @@ def count_files(spec: ArchiveSpec, teachers: dict[str, TeacherSpec], views: int)
     """An upper bound of the files of an archive, from checked numbers alone: before anything is made of them."""
     per_row_block = len(spec.view_arrays) + bool(spec.view_arrays)
     per_row_block += sum(1 + sum(len(s.arrays) for s in teacher.signals) for teacher in teachers.values())
-    constant = 32 + sum(4 + 132 * len(teacher.signals) for teacher in teachers.values())
+    signals = [signal for teacher in teachers.values() for signal in teacher.signals]
+    constant = 32 + 4 * len(teachers) + sum(2 + len(s.arrays) + 2 * len(s.side) for s in signals)
     return constant + views * (spec.blocks_per_view * per_row_block + 3)
 
 
-def check_file_count(spec: ArchiveSpec, teachers: dict[str, TeacherSpec]) -> None:
+def check_extent(spec: ArchiveSpec, teachers: dict[str, TeacherSpec]) -> None:
+    """Refuse what would make too many files or too many arrays."""
     files = count_files(spec, teachers, spec.num_views)
     if files > limits.MAX_FILES:
         raise UsageError(
             f"{spec.num_views} views in blocks of {spec.block_rows} rows would make {files} files, more than the "
             f"limit of {limits.MAX_FILES}; choose more rows per block"
+        )
+    arrays = sum(len(s.arrays) + len(s.side) for teacher in teachers.values() for s in teacher.signals)
+    if arrays > limits.MAX_ARRAYS_IN_ALL:
+        raise UsageError(
+            f"{len(teachers)} teachers with {arrays} arrays, more than the limit of {limits.MAX_ARRAYS_IN_ALL}; "
+            "use another archive for some of them"
         )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from redistill_cache import layout
+from redistill_cache.claims import require_memory
 from redistill_cache.codecs import Codec
 from redistill_cache.contents import Contents
 from redistill_cache.rows import opened_shard, read_rows, row_block
@@ -75,6 +76,8 @@ class PackedView:
         all_arrays = layout.teacher_arrays(contents.spec, teacher)
         layouts = {array.name: all_arrays[f"{signal.name}/{array.name}"] for array in signal.arrays}
         count = contents.spec.num_samples
+        plenty = sum(array.row_bytes for name, array in layouts.items() if name not in codec.rare)
+        require_memory(count * plenty, f"{contents.path}: a view of {signal.name}")
         arrays: dict[str, np.ndarray] = {}
         for name, array in layouts.items():
             if name in codec.rare:
@@ -89,6 +92,7 @@ class PackedView:
         for name, needed in codec.rows_needing(arrays).items():
             if needed.any():
                 rows = np.flatnonzero(needed)
+                require_memory(len(rows) * layouts[name].row_bytes, f"{contents.path}: {name} of {signal.name}")
                 values = np.empty((len(rows), *layouts[name].row_shape), layouts[name].dtype)
                 read_rows(contents, f"teachers/{teacher.name}", layouts[name], view, rows, values)
                 places = np.full(count, -1, np.int32)
@@ -109,6 +113,35 @@ def _read_view(contents: Contents, part: str, array: layout.ArrayLayout, view: i
                 shard.read_chunk((start - block.start) // array.chunk_rows, scratch, out[start:stop])
 
 
+class _Load(threading.Thread):
+    """One view on its way into memory."""
+
+    def __init__(self, view: int, load: Callable[[], PackedView]) -> None:
+        super().__init__(name=f"load view {view}", daemon=True)
+        self.view = view
+        self._load = load
+        self._loaded: PackedView | None = None
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._loaded = self._load()
+        except BaseException as error:  # noqa: BLE001  raised again by the thread that asks for the view
+            self._error = error
+
+    def result(self) -> PackedView:
+        self.join()
+        if self._error is not None:
+            raise self._error
+        assert self._loaded is not None
+        return self._loaded
+
+    def leftover(self) -> PackedView | None:
+        """What was loaded and nobody wants: its buffers can be used again."""
+        self.join()
+        return self._loaded
+
+
 class ViewLoader:
     """Views one after another, the next one loaded by a thread while this one is in use; two sets of buffers in turn.
 
@@ -122,9 +155,7 @@ class ViewLoader:
         self._archive, self._teacher, self._signal, self._buffers = archive, teacher, signal, buffers
         self._current: PackedView | None = None
         self._spare: PackedView | None = None
-        self._thread: threading.Thread | None = None
-        self._loading: int | None = None
-        self._loaded: PackedView | BaseException | None = None
+        self._next: _Load | None = None
 
     def __enter__(self) -> ViewLoader:
         return self
@@ -132,43 +163,29 @@ class ViewLoader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        if self._next is not None:
+            self._next.join()
+            self._next = None
 
     def take(self, view: int, then: int | None = None) -> PackedView:
         """View number `view`, loaded by now or now, while `then` is loaded next. The view taken before is given up."""
         if self._current is None or self._current.view != view:
             self._spare, self._current = self._current, self._finish(view)
-        if then is not None and then != view and self._loading != then:
-            self._start(then)
+        if then is not None and then != view and (self._next is None or self._next.view != then):
+            self._next = _Load(then, self._job(then))
+            self._next.start()
         return self._current
 
-    def _start(self, view: int) -> None:
-        spare, self._spare = self._spare, None
-        self._loading = view
-
-        def work() -> None:
-            try:
-                self._loaded = self._load(view, spare)
-            except BaseException as error:  # noqa: BLE001  raised again by the thread that asks for the view
-                self._loaded = error
-
-        self._thread = threading.Thread(target=work, name=f"load view {view}", daemon=True)
-        self._thread.start()
-
     def _finish(self, view: int) -> PackedView:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-            expected, loaded = self._loading, self._loaded
-            self._loading = self._loaded = None
-            if expected == view:
-                if isinstance(loaded, BaseException):
-                    raise loaded
-                assert loaded is not None
-                return loaded
-        return self._load(view, None)
+        if self._next is not None and self._next.view == view:
+            started, self._next = self._next, None
+            return started.result()
+        return self._job(view)()
 
-    def _load(self, view: int, into: PackedView | None) -> PackedView:
-        return self._archive.load_view(view, self._teacher, self._signal, into=into, buffers=self._buffers)
+    def _job(self, view: int) -> Callable[[], PackedView]:
+        """Loading a view into buffers that are free: those of the view before, or of one that nobody came for."""
+        if self._next is not None:
+            self._spare = self._next.leftover() or self._spare
+            self._next = None
+        spare, self._spare = self._spare, None
+        return lambda: self._archive.load_view(view, self._teacher, self._signal, into=spare, buffers=self._buffers)

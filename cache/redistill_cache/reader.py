@@ -9,7 +9,7 @@ What comes back is what was committed, or an error: never a fill value, never a 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,8 @@ from typing import Any, Literal
 import numpy as np
 
 from redistill_cache import layout
+from redistill_cache.arrays import ArraySpec
+from redistill_cache.claims import check_keys, require_memory
 from redistill_cache.codecs import Codec, open_codec
 from redistill_cache.contents import Contents, read_contents
 from redistill_cache.errors import Damaged, OutOfRange, Refused, UsageError
@@ -31,8 +33,6 @@ from redistill_cache.storage import disk_trouble
 from redistill_cache.verify import damaged_files
 
 __all__ = ["Archive", "open_archive"]
-
-MAX_KEY_BYTES_READ = 1 << 33
 
 
 def open_archive(path: str | Path, *, allow_partial: bool = False, verify: Literal["once", "full"] = "once") -> Archive:
@@ -128,20 +128,24 @@ class Archive:
         """The key of every row."""
         offsets = self._samples("key_offsets")
         total = int(offsets[-1])
-        if not 1 <= total <= MAX_KEY_BYTES_READ or not self._key_bytes_fit(total):
+        array = layout.sample_arrays(self.spec, max(total, 1))["key_bytes"]
+        try:
+            check_keys(self.spec, total, self.contents.files[array.shard_path(0, 0)].size)
+        except UsageError as error:
+            raise Damaged(f"{self.path}: {error}") from None
+        metadata = array.metadata_bytes()
+        if self.contents.files[array.metadata_path] != FileEntry(len(metadata), sha256(metadata)):
             raise Damaged(f"{self.path}: the sample keys do not have the {total} bytes that their offsets say")
         return PackedKeys(self._samples("key_bytes", total), offsets)
-
-    def _key_bytes_fit(self, total: int) -> bool:
-        array = layout.sample_arrays(self.spec, total)["key_bytes"]
-        data = array.metadata_bytes()
-        found = self.contents.files[array.metadata_path]
-        return found == FileEntry(len(data), sha256(data))
 
     @cached_property
     def labels(self) -> np.ndarray:
         """int64 [N]; -1 where a sample has none."""
-        return self._samples("label")
+        labels = self._samples("label")
+        low, high = int(labels.min()), int(labels.max())
+        if low < -1 or high >= self.num_classes:
+            raise Damaged(f"{self.path}: labels from {low} to {high}, expected -1 to {self.num_classes - 1}")
+        return labels
 
     @cached_property
     def digests(self) -> np.ndarray:
@@ -178,9 +182,12 @@ class Archive:
                 opened_shard(self.contents, array, array.shard_path(view, 0), count) as shard,
             ):
                 shard.read_chunk(0, Scratch(), found[name])
+        if int(found["row"].max()) >= self.num_samples:
+            raise Damaged(f"{self.path}: a canary of view {view} is row {found['row'].max()} of {self.num_samples}")
         return found["row"], found["pixels"]
 
     def _rows(self, part: str, array: layout.ArrayLayout, view: int, rows: np.ndarray) -> np.ndarray:
+        require_memory(len(rows) * array.row_bytes, f"{self.path}: {len(rows)} rows of {array.path}")
         out = np.empty((len(rows), *array.row_shape), array.dtype)
         with disk_trouble("read", self.path):
             read_rows(self.contents, part, array, view, rows, out)
@@ -235,7 +242,7 @@ class Archive:
                         if name.startswith(prefix)
                     }
                 codec = open_codec(found.codec, found.width, found.config, side)
-                if {a.name for a in codec.arrays()} != {a.name for a in found.arrays}:
+                if _shapes(codec.arrays()) != _shapes(found.arrays):
                     raise Damaged(f"{self.path}: signal {found.name!r} does not have the arrays of its codec")
                 self._codecs[chosen.name, found.name] = codec
         return codec
@@ -254,6 +261,7 @@ class Archive:
         view, wanted = check_view(self.contents, view), check_rows(self.contents, rows)
         if not len(wanted):
             return np.zeros((0, found.width), np.float32)
+        require_memory(4 * len(wanted) * found.width, f"{self.path}: {len(wanted)} rows of {signal}")
         part = f"teachers/{chosen.name}"
         layouts = {a.name: layout.teacher_arrays(self.spec, chosen)[f"{signal}/{a.name}"] for a in found.arrays}
         arrays = {
@@ -277,3 +285,8 @@ class Archive:
         codec = self.codec(chosen.name, signal)
         with disk_trouble("read", self.path):
             return PackedView.load(self.contents, chosen, found, codec, check_view(self.contents, view), into, buffers)
+
+
+def _shapes(arrays: Sequence[ArraySpec]) -> set[tuple[str, str, tuple[int, ...]]]:
+    """What a codec relies on; how rows are cut into chunks is not its business."""
+    return {(array.name, array.dtype, tuple(array.row_shape)) for array in arrays}

@@ -6,19 +6,21 @@ before every use: it must still have the committed size, and on this machine its
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 
+from redistill_cache.claims import require_memory
 from redistill_cache.contents import Contents
-from redistill_cache.errors import Damaged, Incomplete, OutOfRange
+from redistill_cache.errors import Damaged, Incomplete, OutOfRange, UsageError
 from redistill_cache.layout import ArrayLayout, Block
 from redistill_cache.shards import Scratch, ShardReader
 from redistill_cache.storage import file_sha256, open_regular
 
-__all__ = ["check_rows", "check_view", "read_rows", "read_whole", "row_block"]
+__all__ = ["check_rows", "check_view", "opened_shard", "read_rows", "read_whole", "row_block"]
 
 Rows = np.ndarray
 
@@ -26,9 +28,13 @@ DAMAGED = "'redistill verify' lists everything that is damaged"
 
 
 def check_view(contents: Contents, view: int) -> int:
+    try:
+        view = operator.index(view)
+    except TypeError:
+        raise UsageError(f"a view is an integer, found {view!a:.80}") from None
     if not 0 <= view < contents.num_views:
         raise OutOfRange(f"{contents.path} has views 0 to {contents.num_views - 1}, asked for view {view}")
-    return int(view)
+    return view
 
 
 def check_rows(contents: Contents, rows: object | None) -> Rows:
@@ -40,7 +46,7 @@ def check_rows(contents: Contents, rows: object | None) -> Rows:
     if wanted.size == 0:
         return np.zeros(0, np.int64)
     if wanted.ndim != 1 or wanted.dtype.kind not in "iu":
-        raise OutOfRange(f"rows must be a list of integers, found {wanted.dtype} of shape {list(wanted.shape)}")
+        raise UsageError(f"rows must be a list of integers, found {wanted.dtype} of shape {list(wanted.shape)}")
     low, high = int(wanted.min()), int(wanted.max())
     if low < 0 or high >= count:
         raise OutOfRange(f"{contents.path} has rows 0 to {count - 1}, asked for row {low if low < 0 else high}")
@@ -84,36 +90,41 @@ def opened_shard(contents: Contents, array: ArrayLayout, path: str, rows: int) -
 
 def read_rows(contents: Contents, part: str, array: ArrayLayout, view: int, rows: Rows, out: np.ndarray) -> None:
     """out[i] = row rows[i] of one view of an array. Every chunk that is touched is decoded once."""
+    if not len(rows):
+        return
+    order = None if np.all(rows[1:] >= rows[:-1]) else np.argsort(rows, kind="stable")
+    rising = rows if order is None else rows[order]
     scratch = Scratch()
-    per_block = contents.spec.block_rows
-    for index in np.unique(rows // per_block):
-        block = row_block(contents, part, view, int(index))
-        at = np.flatnonzero(rows // per_block == index)
-        _read_block(contents, array, block, rows[at] - block.start, at, out, scratch)
+    for index, here in _runs(rising // contents.spec.block_rows):
+        block = row_block(contents, part, view, index)
+        path = array.shard_path(view, index)
+        with opened_shard(contents, array, path, block.stop - block.start) as shard:
+            for chunk, hits in _runs((rising[here] - block.start) // array.chunk_rows):
+                start = block.start + chunk * array.chunk_rows
+                count = min(array.chunk_rows, block.stop - start)
+                which = slice(here.start + hits.start, here.start + hits.stop)
+                wanted = rising[which]
+                if order is None and len(wanted) == count and np.array_equal(wanted, np.arange(start, start + count)):
+                    shard.read_chunk(chunk, scratch, out[which])  # a whole chunk to one place: no second copy
+                    continue
+                piece = scratch.take("piece", count * array.row_bytes).view(array.dtype)
+                piece = piece.reshape(count, *array.row_shape)
+                shard.read_chunk(chunk, scratch, piece)
+                out[which if order is None else order[which]] = piece[wanted - start]
 
 
-def _read_block(
-    contents: Contents, array: ArrayLayout, block: Block, local: Rows, at: Rows, out: np.ndarray, scratch: Scratch
-) -> None:
-    rows, per_chunk = block.stop - block.start, array.chunk_rows
-    with opened_shard(contents, array, array.shard_path(block.view, block.index), rows) as shard:
-        for chunk in np.unique(local // per_chunk).tolist():
-            start = chunk * per_chunk
-            count = min(per_chunk, rows - start)
-            hit = np.flatnonzero(local // per_chunk == chunk)
-            first = int(at[hit[0]])
-            in_order = len(hit) == count and np.array_equal(local[hit], np.arange(start, start + count))
-            if in_order and at[hit[-1]] == first + count - 1:  # a whole chunk to one place: no second copy
-                shard.read_chunk(chunk, scratch, out[first : first + count])
-                continue
-            piece = scratch.take("piece", count * array.chunk_bytes // per_chunk).view(array.dtype)
-            piece = piece.reshape(count, *array.row_shape)
-            shard.read_chunk(chunk, scratch, piece)
-            out[at[hit]] = piece[local[hit] - start]
+def _runs(numbers: np.ndarray) -> Iterator[tuple[int, slice]]:
+    """Each number of a rising array, and where it stands."""
+    ends = [*(np.flatnonzero(numbers[1:] != numbers[:-1]) + 1).tolist(), len(numbers)]
+    start = 0
+    for end in ends:
+        yield int(numbers[start]), slice(start, end)
+        start = end
 
 
 def read_whole(contents: Contents, array: ArrayLayout) -> np.ndarray:
     """An array without views (the sample index, side data), which is one shard."""
+    require_memory(array.nbytes, f"{contents.path}: {array.path}")
     out = np.empty(array.shape, array.dtype)
     scratch = Scratch()
     with opened_shard(contents, array, array.shard_path(0, 0), len(out)) as shard:

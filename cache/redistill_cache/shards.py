@@ -18,14 +18,13 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from redistill_cache.errors import Damaged
-from redistill_cache.layout import INDEX_CHECKSUM, ArrayLayout
+from redistill_cache.layout import CHECKSUM, ArrayLayout
 from redistill_cache.strict_json import canonical
 from redistill_cache.untranspose import untranspose
 
 __all__ = ["Scratch", "ShardReader", "encode_shard"]
 
 ABSENT = 2**64 - 1
-CRC_BYTES = 4
 
 
 def encode_shard(layout: ArrayLayout, rows: np.ndarray) -> bytes:
@@ -88,8 +87,8 @@ class ShardReader:
             raise self._damaged(f"{size} bytes, too short for its index of {layout.index_bytes}")
         raw = np.empty(layout.index_bytes, np.uint8)
         self._read(data_bytes, raw)
-        body = raw[:-INDEX_CHECKSUM]
-        if google_crc32c.value(body.tobytes()) != int(raw[-INDEX_CHECKSUM:].view("<u4")[0]):
+        body = raw[:-CHECKSUM]
+        if google_crc32c.value(body.tobytes()) != int(raw[-CHECKSUM:].view("<u4")[0]):
             raise self._damaged("the checksum of its index does not match")
         entries = body.view("<u8").reshape(-1, 2)
         used = layout.used_chunks(self._rows)
@@ -122,10 +121,10 @@ class ShardReader:
     def _decompress(self, chunk: int, stored: np.ndarray, out: np.ndarray) -> None:
         where = f"chunk {chunk}"
         if self._layout.level is None:
-            body = stored[:-CRC_BYTES]
+            body = stored[:-CHECKSUM]
             if len(body) != len(out):
-                raise self._damaged(f"{where} has {len(stored)} bytes, expected {len(out) + CRC_BYTES}")
-            if google_crc32c.value(body.tobytes()) != int(stored[-CRC_BYTES:].view("<u4")[0]):
+                raise self._damaged(f"{where} has {len(stored)} bytes, expected {len(out) + CHECKSUM}")
+            if google_crc32c.value(body.tobytes()) != int(stored[-CHECKSUM:].view("<u4")[0]):
                 raise self._damaged(f"{where} does not match its checksum")
             out[:] = body
             return

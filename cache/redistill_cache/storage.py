@@ -94,7 +94,7 @@ def file_sha256(fd: int, size: int, where: str) -> str:
 
 
 def walk_regular(root: Path, *, most: int) -> set[str]:
-    """Paths of all files below `root`, relative. Anything that is not a folder or a regular file is refused."""
+    """Paths of all files below `root`, relative. Refused: anything but folders and regular files, and odd names."""
     found: set[str] = set()
     folders = [""]
     while folders:
@@ -102,6 +102,8 @@ def walk_regular(root: Path, *, most: int) -> set[str]:
         with os.scandir(root / folder) as entries:
             for entry in entries:
                 path = f"{folder}{entry.name}"
+                if not entry.name.isprintable() or path.count("/") > limits.MAX_FOLDER_DEPTH:
+                    raise Refused(f"{root}: {ascii(path)[:200]} is not a name that an archive has; remove it")
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(path + "/")
                 elif entry.is_file(follow_symlinks=False):

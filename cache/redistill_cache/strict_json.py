@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
+import numpy as np
+
 from redistill_cache.errors import Refused, UsageError
+from redistill_cache.limits import MAX_DESCRIPTION_BYTES, MAX_DESCRIPTION_DEPTH, MAX_JSON_DEPTH, MAX_JSON_VALUES
 
 __all__ = ["Fields", "Json", "canonical", "json_copy", "parse"]
 
@@ -27,11 +31,14 @@ def canonical(value: Json) -> bytes:
 
 
 def json_copy(value: object, where: str) -> Json:
-    """The value as it will be read back (tuples become lists), or UsageError when it is not JSON."""
+    """A description as it will be read back (tuples become lists), or UsageError when it is not JSON or not short."""
     try:
         data = canonical(_plain(value))
+        _check_extent(data, MAX_DESCRIPTION_DEPTH)
     except (TypeError, ValueError, RecursionError) as error:  # UnicodeEncodeError is a ValueError
         raise UsageError(f"{where} must be plain JSON with finite numbers: {error}") from None
+    if len(data) > MAX_DESCRIPTION_BYTES:
+        raise UsageError(f"{where} must be at most {MAX_DESCRIPTION_BYTES} bytes of JSON, found {len(data)}")
     return json.loads(data)
 
 
@@ -50,6 +57,7 @@ def parse(data: bytes, *, cap: int, where: str) -> Json:
     if len(data) > cap:
         raise Refused(f"{where}: {len(data)} bytes of JSON, more than the limit of {cap}; not read")
     try:
+        _check_extent(data, MAX_JSON_DEPTH)
         value = json.loads(
             data.decode("utf-8"),
             object_pairs_hook=_unique,
@@ -62,6 +70,23 @@ def parse(data: bytes, *, cap: int, where: str) -> Json:
         return value
     except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError and ours are ValueErrors
         raise Refused(f"{where}: not acceptable JSON ({str(error)[:120]})") from None
+
+
+# A text in JSON, also one that never ends. Possessive, so that no input makes it look twice.
+TEXT = re.compile(rb'"(?:[^"\\]++|\\.?)*+(?:"|\Z)', re.DOTALL)
+STEP = np.zeros(256, np.int8)
+STEP[list(b"{[")], STEP[list(b"}]")] = 1, -1
+
+
+def _check_extent(data: bytes, most_deep: int) -> None:
+    """Count values and levels before anything is made of them. ValueError when there are too many."""
+    bare = TEXT.sub(b"", data)
+    values = 1 + bare.count(b",") + bare.count(b"{") + bare.count(b"[")
+    if values > MAX_JSON_VALUES:
+        raise ValueError(f"{values} values, more than the limit of {MAX_JSON_VALUES}")
+    depth = int(STEP[np.frombuffer(bare, np.uint8)].cumsum(dtype=np.int32).max(initial=0))
+    if depth > most_deep:
+        raise ValueError(f"nested {depth} deep, more than the limit of {most_deep}")
 
 
 def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:

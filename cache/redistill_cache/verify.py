@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from redistill_cache import layout
-from redistill_cache.contents import Contents, all_blocks, block_files, read_contents
+from redistill_cache.blocks import all_blocks
+from redistill_cache.contents import Contents, read_contents
 from redistill_cache.errors import Damaged, RedistillError, Refused
 from redistill_cache.files import LOCAL, Files, is_leftover
 from redistill_cache.journal import FileEntry
@@ -105,11 +106,10 @@ def _problem(
 
 def _owners(contents: Contents) -> dict[str, str]:
     """The block of every file that belongs to one."""
-    owners = {}
-    for block in all_blocks(contents.spec, contents.teachers, contents.num_views):
+    owners: dict[str, str] = {}
+    for block, names in all_blocks(contents.spec, contents.teachers, contents.num_views):
         if contents.holds(block):
-            owners[block.record_path] = str(block)
-            owners.update((name, str(block)) for name in block_files(contents.spec, contents.teachers, block))
+            owners.update((name, str(block)) for name in [block.record_path, *names])
     return owners
 
 
@@ -141,20 +141,21 @@ def quarantine(path: str | Path, damaged: tuple[DamagedFile, ...], *, files: Fil
     with disk_trouble("quarantine in", path):
         contents = read_contents(path, allow_partial=True)
         names = {item.block for item in damaged if item.block}
-        blocks = [b for b in all_blocks(contents.spec, contents.teachers, contents.num_views) if str(b) in names]
+        every = all_blocks(contents.spec, contents.teachers, contents.num_views)
+        blocks = [(block, shards) for block, shards in every if str(block) in names]
         if contents.id is not None and blocks:
             files.remove(path / layout.MANIFEST)
             files.sync_directory(path / layout.JOURNAL)
-        for block in blocks:
-            _set_aside(contents, block, files)
-    return [str(block) for block in blocks]
+        for block, shards in blocks:
+            _set_aside(contents, block, shards, files)
+    return [str(block) for block, _ in blocks]
 
 
-def _set_aside(contents: Contents, block: Block, files: Files) -> None:
+def _set_aside(contents: Contents, block: Block, shards: list[str], files: Files) -> None:
     """The record first: without it the block is not committed, whatever happens to its shards."""
     folder = contents.path / layout.QUARANTINE / Path(block.record_path).stem
     files.make_directories(folder)
-    for name in [block.record_path, *block_files(contents.spec, contents.teachers, block)]:
+    for name in [block.record_path, *shards]:
         source = contents.path / name
         if os.path.lexists(source):
             files.rename(source, folder / name.replace("/", "."))

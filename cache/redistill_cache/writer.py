@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from redistill_cache import layout, limits
-from redistill_cache.archive_files import list_teachers, read_root, read_teacher
+from redistill_cache import claims, layout, limits
+from redistill_cache.archive_files import list_teachers, read_root, read_teachers
+from redistill_cache.blocks import all_blocks, part_blocks, parts, samples_block, side_block
 from redistill_cache.commits import Commits
 from redistill_cache.contents import read_committed
 from redistill_cache.errors import Incomplete, OutOfRange, Refused, SpecMismatch, UsageError
@@ -30,11 +31,18 @@ from redistill_cache.files import LOCAL, Files, is_leftover
 from redistill_cache.journal import FileEntry, Manifest, Record, sha256
 from redistill_cache.keys import PackedKeys, pack_keys
 from redistill_cache.layout import ArrayLayout, Block
-from redistill_cache.preconditions import check_array, check_keys, check_names, check_record, refuse_difference
+from redistill_cache.preconditions import (
+    check_array,
+    check_keys,
+    check_manifest,
+    check_names,
+    check_record,
+    refuse_difference,
+)
 from redistill_cache.reader import Archive
 from redistill_cache.shards import encode_shard
 from redistill_cache.spec import ArchiveSpec, TeacherSpec, archive_identity, teacher_identity
-from redistill_cache.storage import disk_trouble, read_small, walk_regular
+from redistill_cache.storage import MOST_FILES, disk_trouble, read_small, walk_regular
 from redistill_cache.strict_json import Json, canonical
 
 __all__ = ["ArchiveWriter"]
@@ -64,7 +72,7 @@ class ArchiveWriter:
         """Start a new archive. Refused when anything but an empty folder is at `path`."""
         path = Path(path)
         spec = spec.resolved()
-        layout.check_file_count(spec, {})
+        layout.check_extent(spec, {})
         with disk_trouble("create", path):
             if path.is_symlink() or (path.exists() and (not path.is_dir() or _holds_files(path))):
                 raise Refused(f"{path} exists already; resume it, remove it, or choose another path")
@@ -83,12 +91,16 @@ class ArchiveWriter:
         """Continue an archive, sealed or not. `SpecMismatch` names the field in which `spec` differs from it."""
         path = Path(path)
         with disk_trouble("resume", path):
-            stored, identity = read_root(path)
+            root = read_root(path)
             if spec is not None:
-                refuse_difference(stored.to_json(), spec.resolved().to_json(), str(path), NOT_COMPARED)
-            writer = cls(path, stored, files)
-            for name in list_teachers(path):
-                writer.teachers[name], _ = read_teacher(path, name, stored, identity)
+                refuse_difference(root.spec.to_json(), spec.resolved().to_json(), str(path), NOT_COMPARED)
+            walk_regular(path, most=MOST_FILES)  # never write through a link
+            writer = cls(path, root.spec, files)
+            documents = read_teachers(path, list_teachers(path), root)
+            root.require_writable(path)
+            for document in documents.values():
+                document.require_writable(path)
+            writer.teachers = {name: document.spec for name, document in documents.items()}
             writer._write_metadata()
             writer._recover()
         return writer
@@ -101,12 +113,14 @@ class ArchiveWriter:
         """
         path = Path(path)
         with disk_trouble("extend", path):
-            stored, _ = read_root(path)
+            root = read_root(path)
+            root.require_writable(path)
+            stored = root.spec
             if num_views < stored.num_views:
                 raise Refused(f"{path} has {stored.num_views} views; it cannot shrink to {num_views}")
             if num_views > stored.num_views:
                 spec = replace(stored, num_views=num_views)
-                layout.check_file_count(spec, {})
+                layout.check_extent(spec, {})
                 manifest = path / layout.MANIFEST
                 if manifest.exists():
                     files.remove(manifest)
@@ -128,8 +142,8 @@ class ArchiveWriter:
     def _recover(self) -> None:
         """Finish what dead writers left: settle their commits, and forget blocks whose files are gone or cut short."""
         present = self._commits.names()
-        for block in self._all_blocks(self.spec.num_views):
-            if block.record_path in present and not self._commits.settle(self._load(block)):
+        for block, names in self._all_blocks(self.spec.num_views):
+            if block.record_path in present and not self._commits.settle(self._load(block, names)):
                 self._commits.forget(block)
         self._sync_folders()
 
@@ -148,9 +162,7 @@ class ArchiveWriter:
 
     def parts(self) -> list[str]:
         """The parts that are written in blocks."""
-        parts = ["views"] if self.spec.view_arrays else []
-        parts += ["canaries"] if self.spec.canaries_per_view else []
-        return parts + [f"teachers/{name}" for name in sorted(self.teachers)]
+        return parts(self.spec, self.teachers)
 
     def missing(self, part: str) -> list[Block]:
         """The blocks of a part that nobody has committed yet, view by view."""
@@ -158,7 +170,7 @@ class ArchiveWriter:
             return []
         with disk_trouble("read", self.path):
             present = self._commits.names()
-        blocks = layout.expected_blocks(self.spec, part, self.spec.num_views)
+        blocks = part_blocks(self.spec, part, self.spec.num_views)
         return [block for block in blocks if block.record_path not in present]
 
     def read_back(self) -> Archive:
@@ -179,15 +191,11 @@ class ArchiveWriter:
         teacher = self.teachers[block.part.split("/")[1]]
         return teacher_identity(self._identity, teacher.to_json())
 
-    def _load(self, block: Block) -> Record:
-        return self._commits.load(block, self._identity_of(block))
+    def _load(self, block: Block, files: Collection[str]) -> Record:
+        return self._commits.load(block, self._identity_of(block), files)
 
-    def _all_blocks(self, views: int) -> Iterable[Block]:
-        yield layout.samples_block(self.spec)
-        for teacher in self.teachers.values():
-            yield layout.side_block(teacher)
-        for part in self.parts():
-            yield from layout.expected_blocks(self.spec, part, views)
+    def _all_blocks(self, views: int) -> Iterator[tuple[Block, list[str]]]:
+        return all_blocks(self.spec, self.teachers, views)
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
@@ -213,8 +221,10 @@ class ArchiveWriter:
         low, high = int(arrays["label"].min()), int(arrays["label"].max())
         if low < -1 or high >= self.spec.num_classes:
             raise UsageError(f"labels must be from 0 to {self.spec.num_classes - 1} (or -1), found {low} to {high}")
-        extra = {layouts["key_bytes"].metadata_path: layouts["key_bytes"].metadata_bytes()}
-        self._write_once(layout.samples_block(self.spec), layouts, arrays, extra, "the sample index")
+        data = _encode(layouts, arrays)
+        claims.check_keys(self.spec, len(packed.data), len(data[layouts["key_bytes"].shard_path(0, 0)]))
+        data[layouts["key_bytes"].metadata_path] = layouts["key_bytes"].metadata_bytes()
+        self._write_once(samples_block(self.spec), data, "the sample index")
 
     def add_teacher(
         self, teacher: TeacherSpec, side: Mapping[str, Mapping[str, np.ndarray]] | None = None
@@ -224,7 +234,8 @@ class ArchiveWriter:
         Repeating it with the same specification and side data does nothing; other ones are a `SpecMismatch`.
         """
         teacher = teacher.resolved(self.spec.block_rows)
-        layout.check_file_count(self.spec, self.teachers | {teacher.name: teacher})
+        self.spec.check_teacher(teacher)
+        layout.check_extent(self.spec, self.teachers | {teacher.name: teacher})
         layouts = layout.side_arrays(teacher)
         arrays = {
             f"{signal}/{name}": np.asarray(a) for signal, named in (side or {}).items() for name, a in named.items()
@@ -232,16 +243,18 @@ class ArchiveWriter:
         check_names(arrays, layouts, f"side data of teacher {teacher.name!r}")
         for name, array in layouts.items():
             check_array(name, arrays[name], array, array.shape[0])
+        data = _encode(layouts, arrays)
+        claims.check_side(teacher, {path: len(content) for path, content in data.items()})
         path = self.path / layout.teacher_path(teacher.name)
         with disk_trouble("write", path, RERUN):
             self._files.make_directories(path.parent)
             if not path.exists():
                 self._publish_first(path, layout.teacher_metadata(teacher))
-            stored, _ = read_teacher(self.path, teacher.name, self.spec, self._identity)
+            stored = read_teachers(self.path, [teacher.name], read_root(self.path))[teacher.name].spec
             refuse_difference(stored.to_json(), teacher.to_json(), f"{self.path}: teacher {teacher.name!r}", ())
             self.teachers[teacher.name] = stored
             self._write_metadata()
-        self._write_once(layout.side_block(teacher), layouts, arrays, {}, f"side data of teacher {teacher.name!r}")
+        self._write_once(side_block(teacher), data, f"side data of teacher {teacher.name!r}")
         return teacher
 
     def _publish_first(self, path: Path, data: bytes) -> None:
@@ -250,25 +263,16 @@ class ArchiveWriter:
         except FileExistsError:
             return  # another process was first; the caller compares
 
-    def _write_once(
-        self,
-        block: Block,
-        layouts: Mapping[str, ArrayLayout],
-        arrays: Mapping[str, np.ndarray],
-        extra: Mapping[str, bytes],
-        what: str,
-    ) -> None:
+    def _write_once(self, block: Block, data: Mapping[str, bytes], what: str) -> None:
         """Commit a block that there is one of; if it is there already it must be the same."""
         with disk_trouble("write", self.path, RERUN):
-            data = {array.shard_path(0, 0): encode_shard(array, arrays[name]) for name, array in layouts.items()}
-            data |= extra
             mine = {path: FileEntry(len(content), sha256(content)) for path, content in data.items()}
             if block.record_path not in self._commits.names():
                 for path, content in data.items():
                     self._commits.stage(path, content)
                 if self._commits.commit(Record(block, self._identity_of(block), mine)):
                     return
-            differing = sorted(path for path, entry in self._load(block).files.items() if mine.get(path) != entry)
+            differing = sorted(path for path, entry in self._load(block, mine).files.items() if mine.get(path) != entry)
         if differing:
             raise SpecMismatch(
                 f"{self.path}: {what} was written before and differs now (in {differing[0]}); "
@@ -308,9 +312,7 @@ class ArchiveWriter:
         per_view = 1 if block.part == "canaries" else self.spec.blocks_per_view
         if not (0 <= block.view < self.spec.num_views and 0 <= block.index < per_view):
             raise OutOfRange(f"{block}: the archive has {self.spec.num_views} views of {per_view} blocks")
-        expected = next(
-            b for b in layout.expected_blocks(replace(self.spec, num_views=1), block.part, 1) if b.index == block.index
-        )
+        expected = next(b for b in part_blocks(self.spec, block.part, 1) if b.index == block.index)
         if (block.start, block.stop) != (expected.start, expected.stop):
             raise UsageError(f"{block} has rows {expected.start} to {expected.stop}; take blocks from missing()")
 
@@ -332,12 +334,13 @@ class ArchiveWriter:
             raise OutOfRange(f"cannot seal {views} views of an archive of {self.spec.num_views}")
         with disk_trouble("seal", self.path, RERUN):
             self._refuse_incomplete(views)
-            records = [self._load(block) for block in self._all_blocks(views)]
+            records = [self._load(block, names) for block, names in self._all_blocks(views)]
             for record in records:
                 if not self._commits.settle(record):
                     raise Incomplete(f"{self.path}: files of {record.block} are missing or cut short; resume it first")
             self._write_metadata()
             manifest = self._manifest(records, views).to_bytes()
+            check_manifest(manifest)
             self._sweep()
             self._sync_folders()
             path = self.path / layout.MANIFEST
@@ -349,7 +352,7 @@ class ArchiveWriter:
 
     def _refuse_incomplete(self, views: int) -> None:
         present = self._commits.names()
-        blocks = list(self._all_blocks(views))
+        blocks = [block for block, _ in self._all_blocks(views)]
         missing = [block for block in blocks if block.record_path not in present]
         if missing:
             raise Incomplete(
@@ -379,6 +382,11 @@ class ArchiveWriter:
             if is_leftover(path):
                 with contextlib.suppress(FileNotFoundError):  # another process sweeps as well
                     self._files.remove(path)
+
+
+def _encode(layouts: Mapping[str, ArrayLayout], arrays: Mapping[str, np.ndarray]) -> dict[str, bytes]:
+    """The shards of arrays without views."""
+    return {array.shard_path(0, 0): encode_shard(array, arrays[name]) for name, array in layouts.items()}
 
 
 def _holds_files(path: Path) -> bool:
