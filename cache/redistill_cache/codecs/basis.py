@@ -1,7 +1,7 @@
 """The basis of the linear codec: where it comes from, and how it is stored in fewer bytes than float16.
 
-Three sources. `svd`: the principal directions of the pilot's logits; where the classes are few it is completed to all
-width - 1 (or width) directions, so that no row can fall outside. `head`: the rows of the teacher's last layer, when
+Three sources. `svd`: the principal directions of the pilot's logits; where rows and classes are few it is completed to
+all width - 1 (or width) directions, so that no row can fall outside. `head`: the rows of the teacher's last layer, when
 the caller gives it; rectified features are sparse, and then their own axes beat the principal ones. Both are rows of
 unit length, and both are stored as integers: row k as integer[k] * scale[k], with the scale of a row chosen by how much
 the signal varies along it, so that the whole basis adds a hundredth of the noise that rounding is going to add.
@@ -42,7 +42,8 @@ def principal_basis(rows: np.ndarray, *, shift_free: bool, max_rank: int) -> Bas
         directions, spread = _principal(centred / largest)
         spread = spread * largest
     whole = width - 1 if shift_free else width
-    if width <= MAX_COMPLETED_WIDTH and whole <= max_rank:
+    # Twice as many rows as values show every direction that a linear head can produce; fewer may not.
+    if width <= MAX_COMPLETED_WIDTH and whole <= max_rank and len(rows) < 2 * width:
         missing = complete(directions, shift_free=shift_free)
         directions = np.concatenate([directions, missing])
         spread = np.concatenate([spread, np.zeros(len(missing))])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from redistill_cache.codecs.space import Array, Space, space_of, to_numpy
 from redistill_cache.errors import Refused
 
-__all__ = ["TEMPERATURES", "NotFinite", "check_finite", "kl_rows", "log_softmax", "relative_error"]
+__all__ = ["TEMPERATURES", "NotFinite", "check_finite", "kl_rows", "log_softmax", "relative_error", "rounded_up"]
 
 TEMPERATURES = (1.0, 4.0)
 
@@ -55,3 +57,10 @@ def relative_error(exact: Array, decoded: Array) -> Array:
     lost = space.sqrt((((space.cast(decoded, "float64") - truth) / size) ** 2).sum(1))
     norm = space.sqrt(((truth / size) ** 2).sum(1))
     return lost / space.where(norm > 0, norm, norm * 0 + 1.0)
+
+
+def rounded_up(errors: np.ndarray) -> np.ndarray:
+    """To 11 significant bits, upward: the same on every machine, and never less than was lost."""
+    mantissa, exponent = np.frexp(errors)
+    up: np.ndarray = np.ldexp(np.ceil(mantissa * 2048.0) / 2048.0, exponent)
+    return up

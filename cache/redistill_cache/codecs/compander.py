@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from redistill_cache.arrays import ArraySpec
-from redistill_cache.codecs.certify import TEMPERATURES, check_finite, kl_rows, log_softmax
+from redistill_cache.codecs.certify import TEMPERATURES, check_finite, kl_rows, log_softmax, rounded_up
 from redistill_cache.codecs.checks import Config, check_width
 from redistill_cache.codecs.protocol import Encoded, Json, absent, exact_rows
 from redistill_cache.codecs.rare import rare_rows
@@ -159,7 +159,7 @@ class _Search:
         decoded = self.codec.synthesize(space.cast(q, "float32"), space.constant(level.astype(np.uint8)))
         rows = self.rows[chosen]
         for t in TEMPERATURES:
-            self.errors[f"kl_t{t:g}"][index] = to_numpy(kl_rows(rows, decoded, t))
+            self.errors[f"kl_t{t:g}"][index] = rounded_up(to_numpy(kl_rows(rows, decoded, t)))
         best = space.argmax_of_row(decoded)[:, None]
         self.top1_kept[index] = to_numpy((space.take(rows, best) == space.max_of_row(rows))[:, 0])
         self.q[chosen] = space.cast(q, "int32")

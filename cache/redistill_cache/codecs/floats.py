@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from redistill_cache.arrays import ArraySpec
-from redistill_cache.codecs.certify import TEMPERATURES, check_finite, kl_rows, relative_error
+from redistill_cache.codecs.certify import TEMPERATURES, check_finite, kl_rows, relative_error, rounded_up
 from redistill_cache.codecs.checks import Config, check_width
 from redistill_cache.codecs.protocol import Encoded, Json, exact_rows
 from redistill_cache.codecs.rare import rare_rows
@@ -106,15 +106,16 @@ class Float16Codec:
         space = space_of(rows)
         rows = space.cast(rows, "float32")
         shift = space.max_of_row(rows)[:, 0] if self.metric == "kl" else rows[:, 0] * 0.0
-        values = space.cast(space.clip(rows - shift[:, None], -65504.0, 65504.0), "float16")
+        moved = space.cast(rows, "float64") - space.cast(shift, "float64")[:, None]
+        values = space.cast(space.clip(moved, -65504.0, 65504.0), "float16")
         arrays = {"values": values, "flags": space.zeros((len(rows),), "uint8")}
         if self.keep_shift:
             arrays["shift"] = shift
         decoded = self.decode(arrays)
         if self.metric == "kl":
-            errors = {f"kl_t{t:g}": np.array(to_numpy(kl_rows(rows, decoded, t))) for t in TEMPERATURES}
+            errors = {f"kl_t{t:g}": rounded_up(to_numpy(kl_rows(rows, decoded, t))) for t in TEMPERATURES}
         else:
-            errors = {"relative": np.array(to_numpy(relative_error(rows, decoded)))}
+            errors = {"relative": rounded_up(to_numpy(relative_error(rows, decoded)))}
         chosen = space.argmax_of_row(decoded)[:, None]
         kept = to_numpy((space.take(rows, chosen) == space.max_of_row(rows))[:, 0])
         exact = ~(np.max(list(errors.values()), axis=0) <= self.fidelity)

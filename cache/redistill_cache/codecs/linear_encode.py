@@ -48,12 +48,12 @@ class Search:
     def __init__(self, measure: Measure, policy: Policy, rows: Array) -> None:
         self.measure = measure
         self.policy = policy
-        self.rows = measure.space.cast(rows, "float32")
-        self.x = measure.project(self.rows)
         count = len(rows)
+        self.rows = measure.space.cast(rows, "float32")
+        self.x, absurd = measure.project(self.rows)
         self.level = measure.start_levels(self.rows)
         self.failed = np.full(count, -1)  # the finest level known to miss
-        self.exact = np.zeros(count, bool)
+        self.exact = absurd
         self.best = self._attempt(self.level, np.arange(count))
 
     def run(self) -> None:

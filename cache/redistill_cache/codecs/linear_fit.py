@@ -9,7 +9,7 @@ import numpy as np
 from redistill_cache.codecs.basis import Basis, head_basis, principal_basis, quantize
 from redistill_cache.codecs.linear import LinearCodec
 from redistill_cache.codecs.linear_encode import search_coefficients
-from redistill_cache.codecs.measure import Measure
+from redistill_cache.codecs.measure import LARGEST_VALUE, Measure
 from redistill_cache.codecs.packing import Packing
 from redistill_cache.codecs.packing_fit import fit_packing
 from redistill_cache.codecs.policy import Policy
@@ -35,6 +35,9 @@ LEAST_WEIGHT, MOST_WEIGHT, CERTIFIED_WEIGHT = 0.15, 4.0, 0.4
 
 def fit_linear(rows: np.ndarray, policy: Policy, head: tuple[np.ndarray, np.ndarray] | None) -> LinearCodec:
     """A codec for rows like these (float32 [n, width], finite). `policy.level` is chosen here."""
+    # What is beyond these is stored exactly whatever the basis.
+    sane = rows[np.abs(rows).max(1) <= LARGEST_VALUE / 4]
+    rows = sane if len(sane) else np.zeros((1, rows.shape[1]), np.float32)
     weight = CERTIFIED_WEIGHT if policy.certified else LEAST_WEIGHT
     policy = replace(policy, level=START_LEVEL, weight=weight)
     if policy.metric == "relative":
@@ -102,14 +105,15 @@ def _synthesis(basis: Basis, step: float, policy: Policy, held: np.ndarray) -> S
     steps = np.full(rank, step * 2.0 ** (START_LEVEL / LEVELS_PER_OCTAVE), np.float32)
     offset = basis.offset.astype(np.float32)
     bare = Synthesis(integers, scale, steps, offset, np.ones(rank, np.float32), Packing.empty(rank))
-    x = Measure(bare, policy, Space()).project(held)
+    x, _ = Measure(bare, policy, Space()).project(held)
     return replace(bare, spread=np.abs(x).mean(0).astype(np.float32), _constants={})
 
 
 def _mean_errors(synthesis: Synthesis, policy: Policy, probe: np.ndarray) -> dict[str, float]:
     """Of the pilot at its starting levels; a row that is far off does not decide."""
     measure = Measure(synthesis, policy, Space())
-    attempt = measure.attempt(probe, measure.project(probe), measure.start_levels(probe), np.arange(len(probe)))
+    x, _ = measure.project(probe)
+    attempt = measure.attempt(probe, x, measure.start_levels(probe), np.arange(len(probe)))
     return {name: float(np.minimum(e, 100 * policy.fidelity).mean()) for name, e in attempt.errors.items()}
 
 

@@ -7,21 +7,21 @@ from functools import cached_property
 
 import numpy as np
 
-from redistill_cache.codecs.certify import TEMPERATURES, kl_rows, log_softmax, relative_error
+from redistill_cache.codecs.certify import TEMPERATURES, kl_rows, log_softmax, relative_error, rounded_up
 from redistill_cache.codecs.packing import ESCAPE_LIMIT
 from redistill_cache.codecs.policy import Policy
 from redistill_cache.codecs.rounding import Shaping, cost_of_errors, round_shaped, weight_of_rest
 from redistill_cache.codecs.space import Array, Space, to_numpy
 from redistill_cache.codecs.synthesis import ESCAPED, LEVEL_MASK, LEVELS_PER_OCTAVE, Synthesis, multipliers
 
-__all__ = ["Attempt", "Measure"]
+__all__ = ["LARGEST_VALUE", "Attempt", "Measure"]
 
 # Projections, in steps of level 0, are multiples of this.
 GRID = 2.0**-20
-# Coefficients of this size are not representable, whatever their digits.
-LARGEST = 2.0**40
+# Coefficients and values beyond these make a row one that is stored exactly.
+LARGEST, LARGEST_VALUE = 2.0**36, 1e30
 # Values of one float64 working array: rows of a tile shrink as they widen.
-TILE_VALUES = 1 << 22
+TILE_VALUES_HOST, TILE_VALUES_DEVICE = 1 << 20, 1 << 23
 
 
 @dataclass
@@ -59,19 +59,26 @@ class Measure:
     def tile_rows(self) -> int:
         """A power of two that depends on the codec and the kind of device only."""
         rows = self.space.tile_rows
-        while rows > 16 and rows * self.synthesis.width > TILE_VALUES:
+        values = TILE_VALUES_HOST if self.space.on_host else TILE_VALUES_DEVICE
+        while rows > 16 and rows * self.synthesis.width > values:
             rows //= 2
         return rows
 
-    def project(self, rows: Array) -> Array:
-        """Coefficients in steps of level 0, float64 [n, r], on a grid."""
+    def project(self, rows: Array) -> tuple[Array, np.ndarray]:
+        """Coefficients in steps of level 0, float64 [n, r], on a grid; and which rows are beyond all proportion.
+
+        Those are given zeros: no arithmetic in float32 is safe with them, and they are going to be stored exactly.
+        """
         offset, projection = self._projection
-        parts = []
+        parts, absurd = [], []
         for tile in self._tiles(len(rows)):
             centred = self._centred(self._padded(rows[tile])) - offset
             x = self.space.rint((centred @ projection) / GRID) * GRID
-            parts.append(x[: tile.stop - tile.start])
-        return self.space.concatenate(parts)
+            huge = (self.space.abs(x) > LARGEST).any(1) | (self.space.abs(centred) > LARGEST_VALUE).any(1)
+            count = tile.stop - tile.start
+            parts.append(self.space.where(huge[:, None], x * 0.0, x)[:count])
+            absurd.append(to_numpy(huge)[:count])
+        return self.space.concatenate(parts), np.concatenate(absurd)
 
     def start_levels(self, rows: Array) -> np.ndarray:
         """Where the search of every row starts: at the level where a bit buys as much as in any other row."""
@@ -109,19 +116,14 @@ class Measure:
         parts = []
         for tile in self._tiles(len(index)):
             chosen = self.space.constant(index[tile], "int64")
-            constants = self.synthesis.constants(self.space)
-            k = self._padded(self.space.cast(x[chosen], "float32"))
-            parts.append(self._compared(rows[chosen], x[chosen], k @ constants["matrix"] + constants["offset"]))
+            parts.append(self._compared(rows[chosen], x[chosen], x[chosen], None))
         return self._joined(parts)
 
     def _rounded(self, rows: Array, x: Array, level: Array) -> Array:
         if self.policy.rounding == "plain":
             return self.space.rint(x)
-        # What is out of all proportion is rounded plainly; its row will be stored exactly.
-        sane = self.space.where(self.space.abs(x) < LARGEST, x, x * 0.0)
-        tile = self._padded(rows), self._padded(sane), self._padded(level)
-        k = round_shaped(self.space, self._shaping, *tile)[: len(x)]
-        return self.space.where(self.space.abs(x) < LARGEST, k, self.space.rint(x))
+        tile = self._padded(rows), self._padded(x), self._padded(level)
+        return round_shaped(self.space, self._shaping, *tile)[: len(x)]
 
     def _measured(self, rows: Array, k: Array, level: Array) -> Attempt:
         packing = self.synthesis.packing
@@ -134,31 +136,43 @@ class Measure:
             "level": self._padded(level | self.space.cast((escape != 0).any(1), "uint8") * ESCAPED),
             "escape": self._padded(self.space.cast(escape, "int16")),
         }
-        attempt = self._compared(rows, k, self.synthesis.decode(arrays))
+        multiplier = self.space.lookup(self._multipliers, level)[:, None]
+        attempt = self._compared(rows, k, k * multiplier, self.synthesis.decode(arrays))
         for values in attempt.errors.values():
             values[~to_numpy(fits)] = np.inf
         return attempt
 
-    def _compared(self, rows: Array, k: Array, decoded: Array) -> Attempt:
+    def _compared(self, rows: Array, k: Array, steps: Array, decoded: Array | None) -> Attempt:
+        """What rows lose as `steps` of level 0 (float64), by exact arithmetic and by that of the decoder.
+
+        What is reported is the former, a little rounded up: float32 products differ in the last digits from one
+        number of threads to another. The latter has to be within the bound too.
+        """
         count = len(rows)
         rows = self._padded(rows)
+        ideal = self._padded(steps) @ self._matrix + self._offset
         shift = self.space.zeros((len(rows),), "float32")
         if self.policy.keep_shift:
-            lost = self.space.cast(rows, "float64") - self.space.cast(decoded, "float64")
-            shift = self.space.cast(lost.mean(1), "float32")
-            decoded = decoded + shift[:, None]
+            shift = self.space.cast((self.space.cast(rows, "float64") - ideal).mean(1), "float32")
+            # As float32 adds it: a large shift leaves few digits to what it is added to.
+            ideal = self.space.cast(self.space.cast(ideal, "float32") + shift[:, None], "float64")
+        errors = {name: rounded_up(values) for name, values in self._errors(rows, ideal, count).items()}
+        if decoded is not None:
+            if self.policy.keep_shift:
+                decoded = decoded + shift[:, None]
+            for name, real in self._errors(rows, decoded, count).items():
+                missed = ~(real <= self.policy.limit) & (errors[name] <= self.policy.limit)
+                errors[name][missed] = real[missed]
+        chosen = self.space.argmax_of_row(ideal)[:, None]
+        kept = self.space.take(rows, chosen) == self.space.max_of_row(rows)
+        return Attempt(k, shift[:count], errors, np.array(to_numpy(kept[:count, 0])))
+
+    def _errors(self, rows: Array, decoded: Array, count: int) -> dict[str, np.ndarray]:
         if self.policy.metric == "kl":
             errors = {f"kl_t{t:g}": kl_rows(rows, decoded, t) for t in TEMPERATURES}
         else:
             errors = {"relative": relative_error(rows, decoded)}
-        chosen = self.space.argmax_of_row(decoded)[:, None]
-        kept = self.space.take(rows, chosen) == self.space.max_of_row(rows)
-        return Attempt(
-            k,
-            shift[:count],
-            {name: np.array(to_numpy(values[:count])) for name, values in errors.items()},
-            np.array(to_numpy(kept[:count, 0])),
-        )
+        return {name: np.array(to_numpy(values[:count])) for name, values in errors.items()}
 
     def _joined(self, parts: list[Attempt]) -> Attempt:
         if len(parts) == 1:
@@ -182,9 +196,20 @@ class Measure:
         return rows - rows.mean(1)[:, None] if self.policy.metric == "kl" else rows
 
     @cached_property
+    def _matrix(self) -> Array:
+        return self.space.constant(self.synthesis.matrix, "float64")
+
+    @cached_property
+    def _offset(self) -> Array:
+        return self.space.constant(self.synthesis.offset, "float64")
+
+    @cached_property
+    def _multipliers(self) -> Array:
+        return self.space.constant(multipliers(), "float64")
+
+    @cached_property
     def _shaping(self) -> Shaping:
-        bounded = int(self.synthesis.packing.reach.max(initial=1)) > 1
-        return Shaping.of(self.synthesis, self.space, self.policy.weight, bounded=bounded)
+        return Shaping.of(self.synthesis, self.space, self.policy)
 
     @cached_property
     def _projection(self) -> tuple[Array, Array]:

@@ -13,7 +13,7 @@ __all__ = ["Policy"]
 
 METRICS = ("kl", "relative")
 ROUNDINGS = ("plain", "shaped")
-# Another machine's matrix product may differ in the last digits: pass only what passes there too.
+# Another machine's arithmetic may differ in the last digits: pass only what passes there too.
 MARGIN = 1.0 - 1e-3
 # Without a certificate, a row this many times over the bound is still refined.
 WILD = 10.0

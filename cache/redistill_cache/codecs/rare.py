@@ -20,7 +20,7 @@ def rare_rows(
     An array that is absent on the device means that no row needs it: looking would cost a synchronisation.
     """
     array = arrays.get(name)
-    if array is None and space.torch is not None and space.device.type != "cpu":
+    if array is None and not space.on_host:
         return None, None
     index = space.rows_where((flags & flag) != 0)
     if len(index) == 0:

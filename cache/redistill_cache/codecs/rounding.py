@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from redistill_cache.codecs.certify import log_softmax
+from redistill_cache.codecs.policy import Policy
 from redistill_cache.codecs.space import Array, Space
 from redistill_cache.codecs.synthesis import Synthesis, multipliers
 
@@ -35,6 +36,8 @@ __all__ = ["Shaping", "cost_of_errors", "round_shaped", "weight_of_rest"]
 CLASSES = 32
 # Coefficients between two updates of S**-1.
 GROUP = 8
+# Mean size, in steps where most rows start, below which a coefficient is not worth shaping.
+QUIET = 0.02
 # What a bit is worth in units of base * step**2; a uniform quantizer's slope is 2 ln 2 / 12 = 0.116.
 BIT_PRICE = 0.12
 # A coefficient beyond its digits costs this many bits.
@@ -45,7 +48,7 @@ ESCAPE_BITS = 24.0
 class Shaping:
     """Constants of a synthesis on one device."""
 
-    orthonormal: Array  # float64 [width, r]: steps of level 0 times the basis, transposed = orthonormal @ triangle
+    orthonormal: Array  # float64 [width, lively]: steps of level 0 times the basis, transposed = orthonormal @ triangle
     triangle: np.ndarray  # float64 [r, r], upper, positive diagonal
     triangle_rows: Array  # the same on the device
     first_bit: Array  # float64 [levels, r]: bits from 0 to 1
@@ -56,9 +59,11 @@ class Shaping:
     weight: float  # of T = 1 against T = 4
 
     @classmethod
-    def of(cls, synthesis: Synthesis, space: Space, weight: float, *, bounded: bool) -> Shaping:
-        """`bounded`: the packing's digits are what coefficients should stay within."""
-        matrix = synthesis.matrix.astype(np.float64)
+    def of(cls, synthesis: Synthesis, space: Space, policy: Policy) -> Shaping:
+        # Coefficients that are as good as never anything but zero are rounded plainly; they come last.
+        lively = synthesis.spread > QUIET * multipliers()[policy.level]
+        count = int(np.flatnonzero(lively)[-1]) + 1 if lively.any() else 1
+        matrix = synthesis.matrix[:count].astype(np.float64)
         orthonormal, triangle = np.linalg.qr((matrix - matrix.mean(1, keepdims=True)).T)
         sign = np.where(np.diag(triangle) < 0, -1.0, 1.0)
         triangle = triangle * sign[:, None]
@@ -66,10 +71,10 @@ class Shaping:
         weak = np.diag(triangle) < 1e-9 * np.abs(triangle).max(initial=1e-300)
         triangle[weak] = np.eye(len(triangle))[weak]
         orthonormal = orthonormal * sign * ~weak
-        first, following = bit_costs(synthesis.spread)
-        lowest = synthesis.packing.lowest.astype(np.float64)
-        highest = lowest + synthesis.packing.reach - 1
-        if not bounded:
+        first, following = bit_costs(synthesis.spread[:count])
+        lowest = synthesis.packing.lowest[:count].astype(np.float64)
+        highest = lowest + synthesis.packing.reach[:count] - 1
+        if not len(synthesis.packing.coefficient):  # while fitting, before there are digits to stay within
             lowest, highest = np.full_like(lowest, -np.inf), np.full_like(highest, np.inf)
         return cls(
             space.constant(orthonormal),
@@ -80,7 +85,7 @@ class Shaping:
             lowest,
             highest,
             BIT_PRICE * float(np.median(np.diag(triangle) ** 2)),
-            weight,
+            policy.weight,
         )
 
 
@@ -96,11 +101,13 @@ def bit_costs(spread: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def round_shaped(space: Space, shaping: Shaping, rows: Array, x: Array, level: Array) -> Array:
     """Integers near x (float64 [n, r], in steps of each row's level) for rows [n, width]."""
+    count = shaping.triangle.shape[0]
+    quiet, x = space.rint(x[:, count:]), x[:, :count]
     directions = curvature(space, shaping, rows)
     groups = Groups(space, shaping, x, space.lookup(shaping.first_bit, level), space.lookup(shaping.next_bit, level))
     remaining = space.inverse(space.identity(directions.shape[2]) + directions.swapaxes(1, 2) @ directions)
     answered = directions[:, 0] * 0.0  # s
-    for stop in range(x.shape[1], 0, -GROUP):
+    for stop in range(count, 0, -GROUP):
         start = max(0, stop - GROUP)
         here = directions[:, start:stop]
         seen = here @ remaining
@@ -110,7 +117,7 @@ def round_shaped(space: Space, shaping: Shaping, rows: Array, x: Array, level: A
         if start:
             left = space.inverse(space.identity(stop - start) - coupling)
             remaining = remaining + seen.swapaxes(1, 2) @ (left @ seen)
-    return groups.k
+    return space.concatenate([groups.k, quiet], 1)
 
 
 def curvature(space: Space, shaping: Shaping, rows: Array) -> Array:

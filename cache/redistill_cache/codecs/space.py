@@ -7,7 +7,6 @@ is taken from sys.modules. Everything runs on the device of the rows it is given
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,9 +34,12 @@ class Space:
         return "numpy" if self.torch is None else f"torch:{self.device}"
 
     @property
+    def on_host(self) -> bool:
+        return self.torch is None or self.device.type == "cpu"
+
+    @property
     def tile_rows(self) -> int:
-        on_host = self.torch is None or self.device.type == "cpu"
-        return TILE_ROWS_HOST if on_host else TILE_ROWS_DEVICE
+        return TILE_ROWS_HOST if self.on_host else TILE_ROWS_DEVICE
 
     def constant(self, values: np.ndarray, dtype: str | None = None) -> Array:
         """A numpy array, on the device."""
@@ -166,10 +168,6 @@ class Space:
         padded = self.zeros((rows, *x.shape[1:]), str(x.dtype).removeprefix("torch."))
         padded[: len(x)] = x
         return padded
-
-    def tiles(self, count: int) -> Iterator[slice]:
-        for start in range(0, count, self.tile_rows):
-            yield slice(start, min(start + self.tile_rows, count))
 
     def rows_where(self, mask: Array) -> Array:
         """Indices of the true rows."""
