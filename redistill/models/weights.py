@@ -11,6 +11,7 @@ into the first of them; then drop PREFIXES that all names share.
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -158,7 +159,15 @@ def save_weights(module: nn.Module, path: Path, metadata: Mapping[str, Any], *, 
     assert len(header) <= MAX_HEADER, len(header)
     # Copies: safetensors refuses tensors that share memory, and a reader with tied weights loads both names anyway.
     state = {k: v.detach().cpu().contiguous().clone() for k, v in without_prefixes(module.state_dict()).items()}
-    files.publish(path, safetensors.torch.save(state, metadata={"format": "pt", HEADER_KEY: header}))
+    files.publish(path, in_order(safetensors.torch.save(state, metadata={"format": "pt", HEADER_KEY: header})))
+
+
+def in_order(data: bytes) -> bytes:
+    """A safetensors file with the keys of its header sorted: the library writes metadata in a random order."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True, separators=(",", ":"))
+    padded = header.encode().ljust(-(-len(header.encode()) // 8) * 8)
+    return len(padded).to_bytes(8, "little") + padded + data[8 + length :]
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:
