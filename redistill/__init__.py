@@ -9,13 +9,17 @@ from redistill.sources.opening import open_source
 
 if TYPE_CHECKING:
     from redistill import losses
+    from redistill.cached_teacher import CachedTeacher
+    from redistill.models import open_model
     from redistill.views.dataset import ViewDataset
     from redistill.views.replay import render
 
-__all__ = ["ViewDataset", "losses", "open_source", "render"]
+__all__ = ["CachedTeacher", "ViewDataset", "losses", "open_model", "open_source", "render"]
 
 # Loaded at first use: these need torch, and the processes that only read and hash images should not wait for it.
 LATE = {
+    "CachedTeacher": "redistill.cached_teacher",
+    "open_model": "redistill.models",
     "ViewDataset": "redistill.views.dataset",
     "losses": "redistill.losses",
     "render": "redistill.views.replay",

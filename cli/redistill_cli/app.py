@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from redistill_cli.cache_teacher import cache_teacher
+from redistill_cli.evaluate import evaluate
 from redistill_cli.inspect import inspect
 from redistill_cli.train import train
 from redistill_cli.verify import verify
@@ -42,5 +43,6 @@ def root(
 
 app.command("cache-teacher")(cache_teacher)
 app.command()(train)
+app.command()(evaluate)
 app.command()(inspect)
 app.command()(verify)

@@ -78,6 +78,7 @@ def prepare(options: TrainOptions, world: World, watcher: Watcher) -> Run:
             num_classes=archive.num_classes,
             size=dataset.size,
             archive=options.val_archive,
+            teachers=options.teachers,
             workers=workers,
             rank=world.rank.rank,
             world=world.size,

@@ -59,6 +59,7 @@ class Validation:
         num_classes: int,
         size: int,
         archive: Path | None = None,
+        teachers: Sequence[str] = (),
         batch_size: int = 256,
         workers: int = 0,
         rank: int = 0,
@@ -85,7 +86,9 @@ class Validation:
             dataset = ViewDataset(source, ArchiveViews(opened, joined), size=size)
             if (opened.class_names, opened.num_classes) != (class_names, num_classes):
                 raise Refused(f"{archive} is of other classes than the students; cache the same teacher over {data}")
-            labels, teacher_logits = np.asarray(opened.labels), opened.logits(0)
+            labels = np.asarray(opened.labels)
+            said = [opened.logits(0, teacher=name) for name in teachers or opened.teachers]
+            teacher_logits = np.mean(said, axis=0)  # as in training: the mean of the teachers' logits
         if not (labels >= 0).any():
             raise Refused(f"{data} has no labels, so nothing can be validated on it")
         return cls(dataset, labels, teacher_logits, batch_size=batch_size, workers=workers, rank=rank, world=world)

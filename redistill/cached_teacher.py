@@ -1,0 +1,60 @@
+"""A teacher that is an archive, for anybody's training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from redistill_cache import Archive, PackedView, ViewLoader
+from redistill_cache.errors import OutOfRange
+from torch import Tensor
+
+from redistill.signals import LOGITS
+from redistill.training.targets import decode_on
+
+__all__ = ["CachedTeacher"]
+
+
+class CachedTeacher:
+    """teacher(rows, view) -> float32 logits [n, classes] on `device`, as the teacher said them of these very views.
+
+        teacher = redistill.CachedTeacher(archive, device="cuda")
+        for view in range(archive.num_views):
+            for pixels, labels, rows, views in DataLoader(dataset, 256, sampler=dataset.indices(view)):
+                loss = power_divergence(student(pixels.cuda()), teacher(rows, view))
+
+    The packed rows of the view in use stay in memory, those of the next one are loaded meanwhile; they are decoded on
+    the device. `rows` are row numbers of the archive, as `ViewDataset` gives them.
+    """
+
+    def __init__(self, archive: Archive, device: str | torch.device = "cpu", *, teacher: str | None = None) -> None:
+        self.archive, self.device = archive, torch.device(device)
+        self.name = archive.teacher(teacher).name
+        self._loaders: dict[str, ViewLoader] = {}
+
+    def __call__(self, rows: Tensor | np.ndarray | Sequence[int], view: int) -> Tensor:
+        return self._signal(LOGITS, rows, view)
+
+    def features(self, rows: Tensor | np.ndarray | Sequence[int], view: int, layer: str) -> Tensor:
+        """float32 [n, width] of a feature layer that the archive keeps."""
+        return self._signal(layer, rows, view)
+
+    def _signal(self, signal: str, rows: Any, view: int) -> Tensor:  # noqa: ANN401  rows in any of three forms
+        resident = self._resident(signal, int(view))
+        wanted = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows, np.int64)
+        if wanted.ndim != 1 or (len(wanted) and not 0 <= wanted.min() <= wanted.max() < len(resident)):
+            raise OutOfRange(f"expected a list of rows in [0, {len(resident)}), found {wanted.tolist()!r:.60}")
+        if not len(wanted):
+            return torch.zeros(0, resident.codec.width, device=self.device)
+        return decode_on(resident.codec, resident.gather(wanted), self.device)
+
+    def _resident(self, signal: str, view: int) -> PackedView:
+        if not 0 <= view < self.archive.num_views:
+            raise OutOfRange(f"expected a view in [0, {self.archive.num_views}), found {view}")
+        loader = self._loaders.get(signal)
+        if loader is None:
+            self.archive.signal(self.name, signal)
+            loader = self._loaders[signal] = ViewLoader(self.archive, self.name, signal)
+        return loader.take(view, then=(view + 1) % self.archive.num_views)
