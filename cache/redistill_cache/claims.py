@@ -6,7 +6,7 @@ Writers keep the same bounds (`UsageError`), so no honest archive meets them in 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable
 
 from redistill_cache import layout, limits
 from redistill_cache.errors import Refused, UsageError
@@ -14,11 +14,13 @@ from redistill_cache.spec import ArchiveSpec, TeacherSpec
 
 __all__ = ["check_digests", "check_keys", "check_side", "require_memory"]
 
+SizeOf = Callable[[str], int]  # of a file of the archive
 
-def check_digests(spec: ArchiveSpec, sizes: Mapping[str, int]) -> None:
+
+def check_digests(spec: ArchiveSpec, size_of: SizeOf) -> None:
     """Digests are stored as they are, so the number of samples is no larger than what their file can hold."""
     digests = layout.sample_arrays(spec, 1)["digest"]
-    found = sizes[digests.shard_path(0, 0)]
+    found = size_of(digests.shard_path(0, 0))
     if found != digests.stored_bytes:
         raise UsageError(
             f"the digests of {spec.num_samples} samples take {digests.stored_bytes} bytes, found {found}; "
@@ -35,12 +37,12 @@ def check_keys(spec: ArchiveSpec, total: int, stored: int) -> None:
         )
 
 
-def check_side(teacher: TeacherSpec, sizes: Mapping[str, int]) -> None:
-    """The side data of every signal, given the sizes of their files."""
+def check_side(teacher: TeacherSpec, size_of: SizeOf) -> None:
+    """The side data of every signal, given the sizes of its files."""
     shards = {name: array.shard_path(0, 0) for name, array in layout.side_arrays(teacher).items()}
     for signal in teacher.signals:
         total = sum(side.nbytes for side in signal.side)
-        stored = sum(sizes[shards[f"{signal.name}/{side.name}"]] for side in signal.side)
+        stored = sum(size_of(shards[f"{signal.name}/{side.name}"]) for side in signal.side)
         most = limits.SIDE_SLACK + limits.SIDE_RATIO * stored
         if total > most:
             raise UsageError(

@@ -17,7 +17,7 @@ from redistill_cache.blocks import all_blocks, expected_files
 from redistill_cache.commits import Commits
 from redistill_cache.errors import Damaged, Incomplete, Refused, UsageError
 from redistill_cache.files import LOCAL
-from redistill_cache.journal import FileEntry, Record, parse_manifest, sha256
+from redistill_cache.journal import FileEntry, Record, parse_files, parse_header, sha256
 from redistill_cache.layout import Block
 from redistill_cache.requirements import is_name
 from redistill_cache.spec import ArchiveSpec, TeacherSpec
@@ -51,6 +51,8 @@ class Contents:
 def read_contents(path: Path, *, allow_partial: bool) -> Contents:
     """Read specification and journal of the archive at `path`; `Incomplete` when it is not sealed and must be."""
     root = read_root(path)
+    if (path / layout.JOURNAL).is_symlink():
+        raise Refused(f"{path / layout.JOURNAL} is a symbolic link; archives hold folders and regular files only")
     try:
         data = read_small(path / layout.MANIFEST, limits.MAX_MANIFEST_BYTES)
     except FileNotFoundError:
@@ -72,31 +74,34 @@ def read_committed(path: Path) -> Contents:
 
 
 def _sealed(path: Path, root: Document[ArchiveSpec], data: bytes) -> Contents:
-    manifest = parse_manifest(data, str(path / layout.MANIFEST))
-    if manifest.identity != root.identity or manifest.views > root.spec.num_views:
+    where = str(path / layout.MANIFEST)
+    header = parse_header(data, where)
+    if header.identity != root.identity or header.views > root.spec.num_views:
         raise Damaged(f"{path}: manifest and zarr.json are not of the same archive; restore both from one copy")
+    if not all(map(is_name, header.teachers)):
+        raise Refused(f"{path}: the manifest has a teacher of an impossible name; it was made to mislead")
     identity = sha256(data)
     stamps = Stamps(path, identity)
-    whole = FileEntry(len(manifest.files), identity)
+    whole = FileEntry(len(data), identity)
     seen_before = stamps.verified(WHOLE, whole, 0)
     if not seen_before:
-        walk_regular(path, most=2 * len(manifest.files) + STRANGERS)  # no links anywhere, not even as folders
-    if not all(map(is_name, manifest.teachers)):
-        raise Refused(f"{path}: the manifest has a teacher of an impossible name; it was made to mislead")
-    teachers = read_teachers(path, manifest.teachers, root)
+        walk_regular(path, most=2 * data.count(b"\n") + STRANGERS)  # no links anywhere, not even as folders
+    documents = read_teachers(path, header.teachers, root)
+    teachers = {name: item.spec for name, item in documents.items()}
+    most = layout.count_files(root.spec, teachers, header.views)
     contents = Contents(
         path=path,
         spec=root.spec,
         id=identity,
-        num_views=manifest.views,
-        teachers={name: item.spec for name, item in teachers.items()},
-        stats=manifest.teachers,
-        files=manifest.files,
+        num_views=header.views,
+        teachers=teachers,
+        stats=header.teachers,
+        files=parse_files(data, header, where, most=most),
         committed=None,
         stamps=stamps,
     )
     _check_list(contents)
-    _check_metadata(contents, root, teachers)
+    _check_metadata(contents, root, documents)
     _check_claims(contents)
     if not seen_before:
         _check_sizes(contents)
@@ -137,11 +142,14 @@ def _check_metadata(
 
 def _check_claims(contents: Contents) -> None:
     """What will be allocated for the sample index and for side data, against the bytes there are."""
-    sizes = {name: entry.size for name, entry in contents.files.items()}
+
+    def size_of(name: str) -> int:
+        return contents.files[name].size
+
     try:
-        claims.check_digests(contents.spec, sizes)
+        claims.check_digests(contents.spec, size_of)
         for teacher in contents.teachers.values():
-            claims.check_side(teacher, sizes)
+            claims.check_side(teacher, size_of)
     except UsageError as error:
         raise Damaged(f"{contents.path}: {error}") from None
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,7 +21,17 @@ from redistill_cache.parsing import parse_version
 from redistill_cache.spec import VERSION
 from redistill_cache.strict_json import Fields, Json, canonical, parse
 
-__all__ = ["FileEntry", "Manifest", "Record", "parse_manifest", "parse_record"]
+__all__ = [
+    "FileEntry",
+    "FileTable",
+    "Header",
+    "Manifest",
+    "Record",
+    "parse_files",
+    "parse_header",
+    "parse_manifest",
+    "parse_record",
+]
 
 PATH = re.compile(r"[a-z0-9_](?:[a-z0-9_./-]{0,400})")
 HEX = re.compile(r"[0-9a-f]{64}")
@@ -29,10 +39,34 @@ MANIFEST_FORMAT = "redistill-manifest"
 
 
 class FileEntry(NamedTuple):
-    """A file that was committed. A plain tuple at heart: an archive has ten thousands of them."""
+    """A file that was committed."""
 
     size: int
     sha256: str
+
+
+class FileTable(Mapping[str, FileEntry]):
+    """The files of a sealed archive, which may be hundreds of thousands: an entry is made when it is asked for."""
+
+    def __init__(self, names: Sequence[str], sizes: Sequence[int], hashes: Sequence[str]) -> None:
+        self._places = {name: place for place, name in enumerate(names)}
+        self._sizes, self._hashes = sizes, hashes
+
+    def __getitem__(self, name: str) -> FileEntry:
+        place = self._places[name]
+        return FileEntry(self._sizes[place], self._hashes[place])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def keys(self) -> KeysView[str]:
+        return self._places.keys()
 
 
 def sha256(data: bytes | memoryview) -> str:
@@ -143,11 +177,22 @@ class Manifest:
 
 OPEN, FILES, CLOSE, END = b'{"manifest":', b',"files":[\n', b'],"sha256":"', b'"}\n'
 TAIL = len(CLOSE) + 64 + len(END)
-LINE = re.compile(rb'\["([a-z0-9_][a-z0-9_./-]{0,400})",(0|[1-9][0-9]{0,17}),"([0-9a-f]{64})"\](,?)\n')
+LINE = rb'\["[a-z0-9_][a-z0-9_./-]{0,400}",(?:0|[1-9][0-9]{0,17}),"[0-9a-f]{64}"\]'
+LINES, LAST_LINE = re.compile(b"(?:%s,\n)*+" % LINE), re.compile(b"%s\n" % LINE)
 
 
-def parse_manifest(data: bytes, where: str) -> Manifest:
-    """A manifest whose bytes are exactly those that a writer makes; anything else is `Damaged` or refused."""
+@dataclass(frozen=True)
+class Header:
+    """What a manifest says before its files; `files` is where those are."""
+
+    identity: str
+    views: int
+    teachers: Mapping[str, Mapping[str, Json]]
+    files: slice
+
+
+def parse_header(data: bytes, where: str) -> Header:
+    """The header of a manifest whose hash of itself fits; `Damaged` or refused otherwise."""
     if len(data) > limits.MAX_MANIFEST_BYTES:
         raise Refused(f"{where}: {len(data)} bytes, more than the limit of {limits.MAX_MANIFEST_BYTES}")
     body = memoryview(data)[:-TAIL]
@@ -163,33 +208,38 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     teachers = fields.mapping("teachers")
     if len(teachers) > limits.MAX_TEACHERS or not all(isinstance(item, dict) for item in teachers.values()):
         fields.refuse("teachers", "a short mapping of names to statistics")
-    manifest = Manifest(
+    header = Header(
         identity=fields.text("identity", 64),
         views=fields.integer("views", 1, limits.MAX_VIEWS),
         teachers=teachers,
-        files=_parse_files(data, start + len(FILES), len(data) - TAIL, where),
+        files=slice(start + len(FILES), len(data) - TAIL),
     )
     fields.done(ignore_unknown=minor > VERSION[1])
-    return manifest
+    return header
 
 
-def _parse_files(data: bytes, at: int, end: int, where: str) -> dict[str, FileEntry]:
-    files: dict[str, FileEntry] = {}
-    more = True
-    for match in LINE.finditer(data, at, end):
-        if match.start() != at or not more:
-            break
-        at = match.end()
-        files[match[1].decode()] = FileEntry(int(match[2]), match[3].decode())
-        more = bool(match[4])
-        if len(files) > limits.MAX_FILES:
-            raise Refused(f"{where}: more than {limits.MAX_FILES} files, the limit of this format")
-    if at != end or more:
-        raise Refused(f"{where}: expected one [path, size, sha256] a line, found {data[at : at + 60]!a}")
-    names = list(files)
-    if not all(map(_is_plain, names)) or any(a >= b for a, b in itertools.pairwise(names)):
+def parse_files(data: bytes, header: Header, where: str, *, most: int = limits.MAX_FILES) -> FileTable:
+    """The files of a manifest, whose bytes are exactly those that a writer makes."""
+    start, end = header.files.start, header.files.stop
+    count = data.count(b"\n", start, end)
+    if count > most:
+        raise Damaged(f"{where}: the manifest names {count} files, its specification makes at most {most}")
+    good = LINES.match(data, start, end)
+    assert good is not None, "it matches nothing, too"
+    if not LAST_LINE.fullmatch(data, good.end(), end):
+        found = data[good.end() : min(good.end() + 60, end)]
+        raise Refused(f"{where}: expected one [path, size, sha256] a line, found {found!a}")
+    pieces = data[start:end].decode("ascii").split('"')
+    names = pieces[1::4]
+    if any(a >= b for a, b in itertools.pairwise(names)) or not all(map(_is_plain, names)):
         raise Refused(f"{where}: its files are not sorted, or a path leads out of the archive")
-    return files
+    return FileTable(names, [int(piece[1:-1]) for piece in pieces[2::4]], pieces[3::4])
+
+
+def parse_manifest(data: bytes, where: str) -> Manifest:
+    """All of a manifest."""
+    header = parse_header(data, where)
+    return Manifest(header.identity, header.views, header.teachers, parse_files(data, header, where))
 
 
 def _is_plain(path: str) -> bool:

@@ -97,6 +97,8 @@ class ShardReader:
         back_to_back = np.all(sizes <= data_bytes) and np.array_equal(offsets[1:], ends[:-1]) and offsets[0] == 0
         if not (back_to_back and int(ends[-1]) == data_bytes and np.all(entries[used:] == ABSENT)):
             raise self._damaged("its index is not that of chunks lying back to back")
+        if int(sizes.max()) > layout.chunk_bytes + layout.chunk_bytes // 16 + 1024:
+            raise self._damaged(f"chunks of more bytes than the {layout.chunk_bytes} they hold can take")
         return ends.astype(np.int64)
 
     def read_chunk(self, chunk: int, scratch: Scratch, out: np.ndarray) -> None:

@@ -80,6 +80,8 @@ STEP[list(b"{[")], STEP[list(b"}]")] = 1, -1
 
 def _check_extent(data: bytes, most_deep: int) -> None:
     """Count values and levels before anything is made of them. ValueError when there are too many."""
+    if data.count(b'"') > 4 * MAX_JSON_VALUES:  # a key and a value, two marks each
+        raise ValueError(f"more than {MAX_JSON_VALUES} values, the limit")
     bare = TEXT.sub(b"", data)
     values = 1 + bare.count(b",") + bare.count(b"{") + bare.count(b"[")
     if values > MAX_JSON_VALUES:

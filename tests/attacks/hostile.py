@@ -1,149 +1,274 @@
-"""Builders of hostile archives. Each takes a finished, honest archive and spoils it the way somebody might.
-
-The attacker is a good one: where a hash stands in the way, `reseal` makes records and manifest fit the lie.
-"""
+"""Hostile archives: each attack takes a finished, honest archive and spoils it the way somebody might."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import google_crc32c
-import numcodecs.zstd
-from redistill_cache.journal import FileEntry, Manifest, parse_manifest, sha256
+import numpy as np
+from numcodecs import zstd
+from redistill_cache import layout
 
-from tests.faults.scenario import SAMPLES
+from tests.attacks.builders import (
+    LEVEL,
+    Attack,
+    array_field,
+    billion_samples,
+    canary_row,
+    chunk,
+    copied_record,
+    field,
+    file_for_folder,
+    first_view_array,
+    flags,
+    index,
+    instead,
+    key_bomb,
+    lines,
+    link,
+    listening,
+    many_arrays,
+    many_lines,
+    many_records,
+    metadata_field,
+    nested,
+    other_samples,
+    record,
+    seed,
+    side_bomb,
+    signal_field,
+    statistics,
+    stranger,
+    teachers_named,
+    text_of,
+    unsealed,
+    whole_text,
+    zstd_bomb,
+)
+from tests.attacks.forge import MANIFEST, edit, edit_teacher, reseal
+from tests.faults.scenario import CLASSES, SAMPLES
 
-MANIFEST = "_redistill/manifest.json"
+__all__ = ["ATTACKS", "PARTIAL_ATTACKS", "REASONS"]
 
+DOCUMENTS: dict[str, Attack] = {
+    "terabyte of samples": field("num_samples", 2**40),
+    "four billion samples": field("num_samples", 2**32 - 1),
+    "a billion samples, all in order": billion_samples,
+    "one sample more than there are digests": field("num_samples", SAMPLES + 1),
+    "most views": field("num_views", 65_535),
+    "negative samples": field("num_samples", -SAMPLES),
+    "overflowing number": field("num_samples", 2**64 + SAMPLES),
+    "fractional samples": field("num_samples", SAMPLES + 0.5),
+    "samples as true": field("num_samples", True),
+    "huge block": field("block_rows", 2**60),
+    "sixteen million chunks": lambda path: edit(
+        path, lambda root: (root.update({"block_rows": 2**24}), root["view_arrays"][0].update({"chunk_rows": 1}))
+    ),
+    "tiny blocks of many samples": lambda path: edit(
+        path, lambda root: root.update({"num_samples": 10**9, "block_rows": 1, "num_views": 60_000})
+    ),
+    "huge row": first_view_array(row_shape=[2**31, 2**31]),
+    "parameters of a mebibyte": first_view_array(row_shape=[2**20], dtype="uint8"),
+    "object dtype": first_view_array(dtype="object"),
+    "dtype of names": first_view_array(dtype="U8"),
+    "array named ..": first_view_array(name="../../x"),
+    "array named in capitals": first_view_array(name="Crop"),
+    "array named like a sibling": first_view_array(name="flip"),
+    "chunk size of none": first_view_array(chunk_rows=None),
+    "chunk size of zero": first_view_array(chunk_rows=0),
+    "newer format": field("version", "2.0"),
+    "version of a million digits": field("version", "1." + "9" * 1_000_000),
+    "half a letter": text_of("zarr.json", b'"class-0"', b'"\\ud800"'),
+    "duplicate key": seed(b'0,"seed":1'),
+    "not a number": seed(b"NaN"),
+    "minus infinity": seed(b"-Infinity"),
+    "infinite number": seed(b"1e999"),
+    "number of a million digits": seed(b"9" * 1_000_000),
+    "number with a million leading zeros": seed(b"0." + b"0" * 1_000_000 + b"1"),
+    "deep nesting": whole_text("zarr.json", b'{"a":' * 100_000 + b"1" + b"}" * 100_000),
+    "deep recipe": field("recipe", nested(500)),
+    "deep recipe, quietly": field("recipe", nested(20)),
+    "a million empty objects": whole_text("zarr.json", b'{"attributes":[' + b"{}," * 1_300_000 + b"{}]}"),
+    "a million empty objects in the recipe": field("recipe", {"ops": [{}] * 1_000_000}),
+    "a million numbers": whole_text("zarr.json", b"[" + b"0," * 2_000_000 + b"0]"),
+    "a text that never ends": whole_text("zarr.json", b'{"a":"' + b'\\"' * 2_000_000),
+    "half a megabyte of recipe": field("recipe", {"note": "x" * 500_000}),
+    "half a megabyte of provenance": field("environment", {"note": "x" * 500_000}),
+    "a million class names": lambda path: edit(
+        path, lambda root: root.update({"num_classes": 10**6, "class_names": ["a"] * 10**6})
+    ),
+    "sixty thousand excluded": field("excluded", [{"key": "k", "reason": "r"}] * 60_000),
+    "class names of other classes": field("class_names", ["a"]),
+    "as many values as may be": field("recipe", {"ops": [{}] * 120_000}),
+    "huge metadata": whole_text("zarr.json", b'{"a":"' + b"x" * (64 << 20) + b'"}'),
+    "bytes that are no text": whole_text("zarr.json", b'{"attributes":"\xff\xfe"}'),
+    "a byte order mark": text_of("zarr.json", b"{", b"\xef\xbb\xbf{"),
+    "something after the end": lambda path: (
+        (path / "zarr.json").write_bytes((path / "zarr.json").read_bytes() + b" {}"),
+        reseal(path),
+    ),
+    "300,000 chunks": metadata_field(LEVEL, shape=[2, 300_000 * 16]),
+    "pickle codec": metadata_field(
+        "teachers/net/logits/q", codecs=[{"name": "numcodecs.pickle", "configuration": {"protocol": 5}}]
+    ),
+    "remote chunks": metadata_field(
+        LEVEL, storage_transformers=[{"name": "http", "configuration": {"url": "http://x"}}]
+    ),
+    "unknown codec": signal_field(lambda signal: signal.update(codec="python:os.system")),
+    "codec with another width": signal_field(lambda signal: signal["config"].update(bytes=10**9)),
+    "codec that is told a number as text": signal_field(lambda signal: signal["config"].update(rank="7")),
+    "codec with wider rows": array_field("q", row_shape=[4096]),
+    "codec with other numbers": array_field("level", dtype="float64"),
+    "codec with an array too many": signal_field(
+        lambda signal: signal["arrays"].append(signal["arrays"][0] | {"name": "z"})
+    ),
+    "logits of other classes": signal_field(lambda signal: signal.update(width=CLASSES - 1)),
+    "signal out of the archive": signal_field(lambda signal: signal.update(name="../../x")),
+    "signal between dots": signal_field(lambda signal: signal.update(name="a..b")),
+    "teacher without signals": lambda path: edit_teacher(path, lambda value: value.update(signals=[])),
+    "teacher of another name": text_of("teachers/net/zarr.json", b'"name":"net","sig', b'"name":"ten","sig'),
+    "thousands of arrays": many_arrays,
+}
 
-def reseal(path: Path, **changes: object) -> None:
-    """A manifest that fits the files as they are now."""
-    manifest = parse_manifest((path / MANIFEST).read_bytes(), "attack")
-    files = {}
-    for name in manifest.files:
-        if (path / name).is_file():
-            data = (path / name).read_bytes()
-            files[name] = FileEntry(len(data), sha256(data))
-    values: dict[str, Any] = {
-        "identity": manifest.identity,
-        "views": manifest.views,
-        "teachers": manifest.teachers,
-        "files": files,
-    }
-    (path / MANIFEST).write_bytes(Manifest(**values | changes).to_bytes())
-
-
-def edit_root(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    document = json.loads((path / "zarr.json").read_bytes())
-    change(document["attributes"]["redistill"])
-    (path / "zarr.json").write_text(json.dumps(document))
-    reseal(path)
-
-
-def replace_in(path: Path, name: str, old: bytes, new: bytes) -> None:
-    data = (path / name).read_bytes()
-    assert old in data
-    (path / name).write_bytes(data.replace(old, new, 1))
-    reseal(path)
-
-
-def zstd_bomb(path: Path) -> None:
-    """A chunk that decompresses to a gigabyte of zeros, with an index, hashes and manifest that fit."""
-    shard = path / "teachers/net/logits/level/c.1.0"
-    bomb = bytes(numcodecs.zstd.compress(bytes(1 << 30), 1))
-    index = len(bomb).to_bytes(8, "little")
-    entries = (0).to_bytes(8, "little") + index
-    shard.write_bytes(bomb + entries + google_crc32c.value(entries).to_bytes(4, "little"))
-    reseal(path)
-
-
-def many_chunks(path: Path) -> None:
-    """300,000 chunks in one array's own metadata, which an honest reader never needs."""
-    metadata = path / "teachers/net/logits/level/zarr.json"
-    document = json.loads(metadata.read_bytes())
-    document["shape"] = [2, 300_000 * 16]
-    metadata.write_text(json.dumps(document))
-    reseal(path)
-
-
-def unknown_codec(path: Path) -> None:
-    metadata = path / "teachers/net/logits/q/zarr.json"
-    document = json.loads(metadata.read_bytes())
-    document["codecs"] = [{"name": "numcodecs.pickle", "configuration": {"protocol": 5}}]
-    metadata.write_text(json.dumps(document))
-    reseal(path)
-
-
-def link_file(path: Path) -> None:
-    shard = path / "views/flip/c.0.0"
-    shard.rename(path.parent / "elsewhere")
-    shard.symlink_to(path.parent / "elsewhere")
-
-
-def link_folder(path: Path) -> None:
-    (path / "views").rename(path.parent / "views-elsewhere")
-    (path / "views").symlink_to(path.parent / "views-elsewhere")
-
-
-def pipe(path: Path, name: str) -> None:
-    (path / name).unlink()
-    os.mkfifo(path / name)
-
-
-def set_field(name: str, value: object) -> Callable[[Path], None]:
-    return lambda path: edit_root(path, lambda spec: spec.update({name: value}))
-
-
-def path_outside(path: Path) -> None:
-    data = (path / MANIFEST).read_bytes().replace(b'"views/flip/c.0.0"', b'"views/../../etc/pw"', 1)
-    body = data[: -len(b'],"sha256":"') - 64 - len(b'"}\n')]
-    (path / MANIFEST).write_bytes(body + b'],"sha256":"' + sha256(body).encode() + b'"}\n')
-
-
-def second_teacher(path: Path) -> None:
-    """A teacher whose name leads out of the archive."""
-    manifest = parse_manifest((path / MANIFEST).read_bytes(), "attack")
-    reseal(path, teachers=dict(manifest.teachers) | {"../../evil": {}})
-
-
-ATTACKS: dict[str, Callable[[Path], None]] = {
+FILES: dict[str, Attack] = {
+    "huge manifest": whole_text(MANIFEST, b"[" * (70 << 20)),
+    "manifest of 300,000 files": many_lines(300_000 - 100),
+    "manifest of 400,000 files": many_lines(400_000),
+    "manifest names a file twice": lines(lambda old: sorted([*old, old[3]])),
+    "manifest out of order": lines(lambda old: old[::-1]),
+    "manifest lacks a file": lines(lambda old: old[:-1]),
+    "manifest without files": lines(lambda old: []),
+    "path out of the archive": lines(
+        lambda old: [line.replace(b"views/flip/c.0.0", b"views/../../etc") for line in old]
+    ),
+    "path from the root": lines(lambda old: [line.replace(b"views/flip/c.0.0", b"/etc/passwd") for line in old]),
+    "path in capitals": lines(lambda old: [line.replace(b"views/flip/c.0.0", b"views/flip/C.0.0") for line in old]),
+    "size of a petabyte": lines(lambda old: [old[0].replace(b",", b",9", 1), *old[1:]]),
+    "teacher out of the archive": teachers_named("../../evil"),
+    "teacher of a stranger": teachers_named("second"),
+    "teacher in capitals": teachers_named("NET"),
+    "statistics of another kind": statistics({"rows": "many"}),
+    "statistics without end": statistics(
+        {"rows": 1, "exact_rows": 0, "top1_kept": 0, "errors": {"kl_t1": {"sum": 1e308, "max": -1, "histogram": []}}}
+    ),
+    "views that do not exist": lambda path: reseal(path, views=3),
     "zstd bomb": zstd_bomb,
-    "terabyte of samples": set_field("num_samples", 2**40),
-    "four billion samples": set_field("num_samples", 2**32 - 1),
-    "most views": set_field("num_views", 65_535),
-    "negative samples": set_field("num_samples", -SAMPLES),
-    "overflowing number": set_field("num_samples", 2**64 + SAMPLES),
-    "fractional samples": set_field("num_samples", SAMPLES + 0.5),
-    "samples as true": set_field("num_samples", True),
-    "huge block": set_field("block_rows", 2**60),
-    "tiny blocks of many samples": lambda path: edit_root(
-        path, lambda spec: spec.update({"num_samples": 10**9, "block_rows": 1, "num_views": 60_000})
+    "small zstd bomb": chunk(lambda frame: bytes(zstd.Zstd(level=3, checksum=True).encode(bytes(1 << 24)))),
+    "frame without a size": chunk(lambda frame: frame[:4] + bytes([frame[4] & 0b00011111]) + frame[5:]),
+    "frame without a checksum": chunk(lambda frame: bytes(zstd.compress(bytes(8), 3))),
+    "frame that says too little": chunk(lambda frame: bytes(zstd.Zstd(level=3, checksum=True).encode(bytes(7)))),
+    "frame that keeps less than it says": chunk(
+        lambda frame: frame[:5] + bytes([8]) + bytes(zstd.Zstd(level=3, checksum=True).encode(bytes(7)))[6:]
     ),
-    "huge row": lambda path: edit_root(path, lambda spec: spec["view_arrays"][0].update({"row_shape": [2**31, 2**31]})),
-    "object dtype": lambda path: edit_root(path, lambda spec: spec["view_arrays"][0].update({"dtype": "object"})),
-    "array named ..": lambda path: edit_root(path, lambda spec: spec["view_arrays"][0].update({"name": "../../x"})),
-    "300,000 chunks": many_chunks,
-    "pickle codec": unknown_codec,
-    "newer format": set_field("version", "2.0"),
-    "duplicate key": lambda path: replace_in(path, "zarr.json", b'"seed":0', b'"seed":0,"seed":1'),
-    "not a number": lambda path: replace_in(path, "zarr.json", b'"seed":0', b'"seed":NaN'),
-    "infinite number": lambda path: replace_in(path, "zarr.json", b'"seed":0', b'"seed":1e999'),
-    "number of a million digits": lambda path: replace_in(
-        path, "zarr.json", b'"seed":0', b'"seed":' + b"9" * 1_000_000
+    "frame with a dictionary": chunk(lambda frame: frame[:4] + bytes([frame[4] | 1]) + b"\x01" + frame[5:]),
+    "frame that is text": chunk(lambda frame: b"zstd frame"),
+    "two frames in a chunk": chunk(lambda frame: frame * 2),
+    "empty chunk": chunk(lambda frame: b""),
+    "chunk larger than what it holds": chunk(
+        lambda frame: frame + b"\x50\x2a\x4d\x18" + (1 << 20).to_bytes(4, "little") + bytes(1 << 20)
     ),
-    "deep nesting": lambda path: (path / "zarr.json").write_bytes(b'{"a":' * 100_000 + b"1" + b"}" * 100_000),
-    "huge metadata": lambda path: (path / "zarr.json").write_bytes(b'{"a":"' + b"x" * (64 << 20) + b'"}'),
-    "huge manifest": lambda path: (path / MANIFEST).write_bytes(b"[" * (70 << 20)),
-    "bytes that are no text": lambda path: (path / "zarr.json").write_bytes(b'{"attributes":"\xff\xfe"}'),
-    "link to a file": link_file,
-    "link to a folder": link_folder,
-    "pipe for metadata": lambda path: pipe(path, "zarr.json"),
-    "pipe for the manifest": lambda path: pipe(path, MANIFEST),
-    "pipe for a shard": lambda path: pipe(path, "views/flip/c.0.0"),
-    "path out of the archive": path_outside,
-    "teacher out of the archive": second_teacher,
+    "overlapping chunks": index(lambda entries: entries.__setitem__((1, 0), 0)),
+    "chunk beyond the file": index(lambda entries: entries.__setitem__((1, 1), 2**40)),
+    "chunk at the end of the world": index(lambda entries: entries.__setitem__((1, 0), 2**64 - 16)),
+    "absent chunk": index(lambda entries: entries.__setitem__(1, 2**64 - 1)),
+    "chunks in another order": index(lambda entries: entries.__setitem__(slice(None), entries[::-1].copy())),
+    "key bomb": key_bomb(400 << 20),
+    "key bomb for many samples": key_bomb(400 << 20, samples=120_000),
+    "side data bomb": side_bomb,
+    "labels of no class": other_samples("label", np.full(SAMPLES, CLASSES)),
+    "labels below none": other_samples("label", np.full(SAMPLES, -2)),
+    "key offsets that fall": other_samples("key_offsets", np.arange(SAMPLES + 1, dtype=np.uint64)[::-1].copy()),
+    "key offsets without end": other_samples("key_offsets", np.full(SAMPLES + 1, 2**64 - 1, np.uint64)),
+    "canary of no sample": canary_row,
+    "rows kept exactly, nowhere": flags,
+    "link to a file": link("views/flip/c.0.0"),
+    "link to a folder": link("views"),
+    "link to the journal": link("_redistill"),
+    "link to the teachers": link("teachers"),
+    "pipe for metadata": instead("zarr.json", os.mkfifo),
+    "pipe for the manifest": instead(MANIFEST, os.mkfifo),
+    "pipe for a shard": instead("views/flip/c.0.0", os.mkfifo),
+    "pipe for a teacher": instead("teachers/net/zarr.json", os.mkfifo),
+    "socket for a shard": instead("views/flip/c.0.0", listening),
+    "folder for a shard": instead("views/flip/c.0.0", Path.mkdir),
+    "folder for the manifest": instead(MANIFEST, Path.mkdir),
+    "file for a folder": file_for_folder,
+    "name that drives a terminal": stranger("views/\x1b]0;owned\x07"),
+    "name of two lines": stranger("views/a\nb"),
+    "name that is no text": stranger(os.fsdecode(b"views/\xff\xfe")),
+    "a deep folder": stranger("/".join(["views", *["d"] * 500, "x"])),
+}
+ATTACKS = DOCUMENTS | FILES
+
+PARTIAL_ATTACKS: dict[str, Attack] = {
+    "record without files": record("views.0.0", lambda value: value.update(files=[])),
+    "record of other files": record("views.0.0", lambda value: value["files"].append(["zarr.json", 1, "0" * 64])),
+    "record with a file out of the archive": record(
+        "views.0.0", lambda value: value["files"][0].__setitem__(0, "views/../../x")
+    ),
+    "record of another block": copied_record("views.0.0", "views.0.1"),
+    "record of another teacher": copied_record("views.0.0", "teachers.net.0.0"),
+    "record of more rows": record("views.0.1", lambda value: value.update(rows=[16, 32])),
+    "record with a negative size": record("views.0.0", lambda value: value["files"][0].__setitem__(1, -1)),
+    "record with deep statistics": record("views.0.0", lambda value: value.update(stats=nested(200))),
+    "many records": many_records,
+    "a teacher nobody can name": stranger("teachers/Evil Name/zarr.json"),
+    "pipe for a record": instead(f"{layout.BLOCKS}/views.0.0.json", os.mkfifo),
+    "link among the records": link(f"{layout.BLOCKS}/views.0.0.json"),
+    "link to the views": link("views"),
+    "more samples than digests": billion_samples,
+    "side data bomb, unsealed": side_bomb,
+    "codec with wider rows, unsealed": DOCUMENTS["codec with wider rows"],
+}
+PARTIAL_ATTACKS = {f"unsealed: {name}": unsealed(attack) for name, attack in PARTIAL_ATTACKS.items()}
+
+# What must be in the refusal, where another check could hide that the right one is missing.
+REASONS = {
+    "a billion samples, all in order": "digests of 1000000000 samples",
+    "one sample more than there are digests": "digests of 22 samples",
+    "sixteen million chunks": "at most 65536 chunks",
+    "parameters of a mebibyte": "at most 4096 bytes a view",
+    "deep recipe": "nested",
+    "deep recipe, quietly": "nested",
+    "a million empty objects": "values, more than the limit",
+    "a million class names": "values, the limit",
+    "a text that never ends": "values, the limit",
+    "sixty thousand excluded": "at most 20000 items",
+    "half a megabyte of recipe": "at most 65536 bytes",
+    "as many values as may be": "at most 65536 bytes",
+    "codec with wider rows": "the arrays of its codec",
+    "codec with other numbers": "the arrays of its codec",
+    "logits of other classes": "the number of classes",
+    "thousands of arrays": "arrays, more than the limit",
+    "manifest of 300,000 files": "its specification makes at most",
+    "manifest names a file twice": "not sorted",
+    "path out of the archive": "out of the archive",
+    "teacher out of the archive": "impossible name",
+    "zstd bomb": "chunks of more bytes than",
+    "small zstd bomb": "claims 16777216 bytes",
+    "frame without a size": "does not say its size",
+    "frame without a checksum": "has no checksum",
+    "frame that says too little": "claims 7 bytes",
+    "frame that keeps less than it says": "does not decompress",
+    "frame with a dictionary": "dictionary",
+    "frame that is text": "not a zstd frame",
+    "two frames in a chunk": "does not decompress",
+    "empty chunk": "not a zstd frame",
+    "chunk larger than what it holds": "chunks of more bytes than",
+    "overlapping chunks": "back to back",
+    "chunk beyond the file": "back to back",
+    "chunk at the end of the world": "back to back",
+    "absent chunk": "back to back",
+    "chunks in another order": "back to back",
+    "key bomb": "keys of 21 samples",
+    "key bomb for many samples": "keys of 120000 samples",
+    "side data bomb": "side data of signal",
+    "canary of no sample": "canary",
+    "labels of no class": "labels",
+    "name of two lines": "is not a name",
+    "a deep folder": "is not a name",
+    "unsealed: record without files": "does not list the files",
+    "unsealed: record of other files": "does not list the files",
+    "unsealed: more samples than digests": "digests of 1000000000 samples",
+    "unsealed: side data bomb, unsealed": "side data of signal",
 }

@@ -1,27 +1,73 @@
-"""Open one hostile archive in a process of its own and say how that went: verdict, CPU seconds, megabytes.
-
-python -m tests.attacks.measure PATH
-"""
+"""Go through every door of the library with one hostile archive, in a process of its own, and say how that went."""
 
 from __future__ import annotations
 
-import json
+import os
 import resource
 import sys
 import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NamedTuple
 
 from redistill_cache.errors import RedistillError
-from redistill_cache.reader import open_archive
+from redistill_cache.inspect import describe
+from redistill_cache.reader import Archive, open_archive
+from redistill_cache.verify import verify
+from redistill_cache.writer import ArchiveWriter
+
+__all__ = ["DOORS", "Passage", "go_through", "measure"]
 
 
-def read_everything(path: str) -> str:
-    try:
-        archive = open_archive(path)
-        for view in range(archive.num_views):
-            archive.logits(view)
-            archive.view_params(view)
+def read_everything(archive: Archive) -> None:
+    assert len(list(archive.keys)) == archive.num_samples
+    assert len(archive.labels) == len(archive.digests) == len(archive.sizes) == archive.num_samples
+    for view in range(archive.num_views):
+        rows = archive.rows_available(view) if archive.teachers else []
+        for name, teacher in archive.teachers.items():
+            for signal in teacher.signals:
+                archive.features(view, rows, layer=signal.name, teacher=name)
+                if archive.complete:
+                    archive.load_view(view, name, signal.name).decode(rows)
+        archive.view_params(view, rows)
+        if archive.spec.canaries_per_view and archive.complete:
             archive.canaries(view)
-        list(archive.keys)
+
+
+def open_and_inspect(path: Path, *, partial: bool) -> None:
+    archive = open_archive(path, allow_partial=partial)
+    read_everything(archive)
+    describe(archive)
+
+
+def verify_all(path: Path) -> None:
+    report = verify(path, full=True)
+    if not report.ok:
+        raise RedistillError(f"{len(report.damaged)} damaged: {report.damaged[0]}")
+
+
+DOORS: dict[str, Callable[[Path], object]] = {
+    "open": lambda path: open_and_inspect(path, partial=False),
+    "open partly": lambda path: open_and_inspect(path, partial=True),
+    "verify": verify_all,
+    "resume": lambda path: ArchiveWriter.resume(path).seal(),
+}
+
+
+class Passage(NamedTuple):
+    """What came of one door. `verdict` is the refusal, or "believed"."""
+
+    door: str
+    verdict: str
+    seconds: float
+    megabytes: float
+    strayed: list[str]  # files opened outside of the archive
+
+
+def go_through(path: Path, door: str) -> str:
+    try:
+        DOORS[door](path)
     except RedistillError as error:
         return f"{type(error).__name__}: {error}"
     return "believed"
@@ -31,7 +77,22 @@ def megabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-if __name__ == "__main__":
-    before, start = megabytes(), time.process_time()
-    verdict = read_everything(sys.argv[1])
-    print(json.dumps({"verdict": verdict, "cpu": time.process_time() - start, "grown": megabytes() - before}))
+def measure(path: Path, cache: Path, parent: Connection) -> None:
+    """The body of a process: all doors, one after the other."""
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    strayed: list[str] = []
+    home, inside = os.path.realpath(path.parent), os.path.realpath(path) + os.sep
+
+    def watch(event: str, arguments: tuple[object, ...]) -> None:
+        if event == "open" and isinstance(arguments[0], str | os.PathLike):
+            file = os.path.abspath(os.fspath(arguments[0]))  # noqa: PTH100  links must stay in
+            folder = os.path.realpath(os.path.dirname(file)) + os.sep  # noqa: PTH120  what the path really leads to
+            near = folder.startswith(home) and not folder.startswith((inside, os.path.realpath(cache)))
+            if near and file != str(path):
+                strayed.append(file)
+
+    sys.addaudithook(watch)
+    for door in DOORS:
+        before, start = megabytes(), time.process_time()
+        verdict = go_through(path, door)
+        parent.send(Passage(door, verdict, time.process_time() - start, megabytes() - before, list(strayed)))

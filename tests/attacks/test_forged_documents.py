@@ -1,0 +1,111 @@
+"""Any one value of a specification replaced, everything else made to fit: believed or refused, never an accident.
+
+What our parser still accepts is forged all the way down (metadata, records, manifest), so that the layers below meet
+chunk sizes, shapes, widths and codecs that their data was not written with.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.attacks.forge import MANIFEST, documents, forge
+from tests.attacks.measure import go_through
+from tests.faults.scenario import write_archive
+
+VALUES: list[object] = [
+    None, True, -1, 0, 1, 2, 7, 8, 16, 255, 2**16, 2**31, 2**63, 0.5, -0.0, 1e308,
+    "", "a", "..", "a/b", "q", "float16", "float32", "uint8", "int64", "linear", "topk", "logits", "x" * 5000, "\u202e",
+    [], [1], [0], [7, 7], [2**40], [[]], {}, {"a": 1}, [{}],
+]  # fmt: skip
+
+Place = tuple[str | int, ...]
+
+
+def places(value: object, at: Place = ()) -> Iterator[Place]:
+    """Every value inside a document."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield (*at, key)
+        yield from places(item, (*at, key))
+
+
+def replaced(document: Any, place: Place, value: object) -> Any:
+    document = copy.deepcopy(document)
+    holder = document
+    for key in place[:-1]:
+        holder = holder[key]
+    holder[place[-1]] = value
+    return document
+
+
+def removed(document: Any, place: Place) -> Any:
+    document = copy.deepcopy(document)
+    holder = document
+    for key in place[:-1]:
+        holder = holder[key]
+    del holder[place[-1]]
+    return document
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("honest") / "a.redistill.zarr"
+    write_archive(path)
+    return path
+
+
+def check(honest: Path, path: Path, root: Any, teachers: Any) -> set[str]:
+    """Through three doors, sealed and unsealed. Errors that are not ours end the test."""
+    shutil.copytree(honest, path)
+    forge(path, root, teachers)
+    verdicts = {go_through(path, door) for door in ("open", "verify")}
+    (path / MANIFEST).unlink()
+    verdicts.add(go_through(path, "open partly"))
+    shutil.rmtree(path)
+    for verdict in verdicts:
+        assert verdict.isprintable(), verdict
+        assert len(verdict) < 1000, verdict
+    return verdicts
+
+
+def run(honest: Path, folder: Path, share: float) -> None:
+    seed = int(os.environ.get("REDISTILL_SEED", "20261121"))
+    print(f"replay with REDISTILL_SEED={seed}")
+    rng = random.Random(seed)
+    root, teachers = documents(honest)
+    both = {"root": root, "teacher": teachers["net"]}
+    believed = tried = 0
+    for place in places(both):
+        if len(place) < 2:
+            continue
+        for value in [*VALUES, KeyError]:
+            if rng.random() >= share:
+                continue
+            changed = removed(both, place) if value is KeyError else replaced(both, place, value)
+            print(place, value if value is KeyError else ascii(value)[:40])
+            tried += 1
+            believed += "believed" in check(
+                honest, folder / "a.redistill.zarr", changed["root"], {"net": changed["teacher"]}
+            )
+    assert tried > 100
+    assert believed < tried / 2
+
+
+def test_one_value_replaced(honest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run(honest, tmp_path, 0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_many_values_replaced(honest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run(honest, tmp_path, 0.4)
