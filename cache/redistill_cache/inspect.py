@@ -15,7 +15,8 @@ __all__ = ["describe"]
 def describe(archive: Archive) -> dict[str, Any]:
     """Identity, sizes, recipe, provenance, and per teacher and signal: codec, bytes per view, achieved fidelity."""
     contents, spec = archive.contents, archive.spec
-    total = sum(entry.size for entry in contents.files.values())
+    manifest = archive.path / layout.MANIFEST
+    total = sum(entry.size for entry in contents.files.values()) + (manifest.stat().st_size if archive.complete else 0)
     return {
         "path": str(archive.path),
         "id": archive.id,

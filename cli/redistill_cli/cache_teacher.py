@@ -54,6 +54,9 @@ def cache_teacher(
     ] = None,
     licence: Annotated[str, typer.Option("--licence", help="Licence of the archive.")] = "",
     citation: Annotated[str, typer.Option("--citation", help="How to cite the archive.")] = "",
+    block_rows: Annotated[
+        int | None, typer.Option("--block-rows", help="Rows committed together. [default: by the number of samples]")
+    ] = None,
     on_bad_image: Annotated[str, typer.Option("--on-bad-image", help="fail, or exclude (and list it).")] = "fail",
     extend_views: Annotated[
         bool, typer.Option("--extend-views", help="Add views to an archive, up to --views; nothing is redone.")
@@ -107,6 +110,7 @@ def cache_teacher(
         teacher_name=teacher_name,
         licence=licence,
         citation=citation,
+        block_rows=block_rows,
         on_bad_image="exclude" if on_bad_image == "exclude" else "fail",
         extend_views=extend_views,
         allow_python=True,

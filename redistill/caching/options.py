@@ -67,7 +67,7 @@ class CacheOptions:
             raise UsageError(f"unknown codec {self.codec!r}; {did_you_mean(self.codec, ('auto', *CODECS))}")
         if self.codec == "topk":
             raise UsageError("topk keeps a part of each row and is for importing other formats; use --codec auto")
-        if "://" in str(self.out):
+        if re.match("[a-z0-9]{2,}:/", str(self.out)):
             raise UsageError(f"{self.out} is a URL; archives are written to a local disk and copied from there")
         for name in ("fidelity", "feature_fidelity"):
             if not 1e-9 <= getattr(self, name) <= 1:

@@ -76,7 +76,7 @@ def make_plan(options: CacheOptions, rank: Rank, progress: Callable[[int, int], 
     if not len(source):
         raise Refused(f"{options.data} holds no images")
     workers = default_workers(rank.local_world) if options.workers is None else options.workers
-    index = index_source(source, workers=workers, progress=progress, on_bad_image=options.on_bad_image)
+    index = index_source(source, workers=None if workers else 0, progress=progress, on_bad_image=options.on_bad_image)
     check_classes(index, model)
     teacher = Teacher(
         model,
@@ -160,7 +160,7 @@ def rows_of_block(count: int) -> int:
 
 def describe_teacher(options: CacheOptions, teacher: Teacher) -> dict[str, Any]:
     """The network and whatever else decides the stored numbers: on resume, each of these must be what it was."""
-    asked: dict[str, Any] = {
+    asked = {
         "device": teacher.device.type,
         "precision": str(teacher.amp or torch.float32).removeprefix("torch."),
         "channels_last": options.channels_last,
@@ -168,11 +168,10 @@ def describe_teacher(options: CacheOptions, teacher: Teacher) -> dict[str, Any]:
         "batch_size": options.batch_size,
         "codec": options.codec,
         "fidelity": options.fidelity,
+        "feature_fidelity": options.feature_fidelity,
         "keep_shift": options.keep_shift,
         "signals": list(options.signals),
     }
-    if options.layers:
-        asked["feature_fidelity"] = options.feature_fidelity
     return teacher.model.describe() | asked
 
 

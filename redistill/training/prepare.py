@@ -89,7 +89,7 @@ def prepare(options: TrainOptions, world: World, watcher: Watcher) -> Run:
 def aligned_dataset(options: TrainOptions, archive: Archive, workers: int, watcher: Watcher) -> ViewDataset:
     """The archive's views from the data at hand, which are proven to be those the teacher saw."""
     source = open_source(options.data)
-    index = index_source(source, workers=workers, progress=watcher.index)
+    index = index_source(source, workers=None if workers else 0, progress=watcher.index)
     joined = join(
         index,
         keys=archive.keys,

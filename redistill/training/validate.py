@@ -67,7 +67,7 @@ class Validation:
     ) -> Validation:
         """`class_names` and `num_classes` are the student's; another order of the same names is put right."""
         source = open_source(data)
-        index = index_source(source, workers=workers)
+        index = index_source(source, workers=None if workers else 0)
         labels = labels_by_name(index, class_names, num_classes, str(data))
         teacher_logits = None
         if archive is None:

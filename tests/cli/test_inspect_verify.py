@@ -75,9 +75,7 @@ def test_inspect_says_what_it_is(run, archive: Path):
     assert (
         0 < signal["fidelity"]["mean_kl_t1"] <= signal["fidelity"]["max_kl_t1"] <= signal["fidelity"]["bound"] == 1e-3
     )
-    assert found["total_bytes"] == sum(
-        path.stat().st_size for path in archive.rglob("*") if path.is_file() and path.name != "manifest.json"
-    )
+    assert found["total_bytes"] == sum(path.stat().st_size for path in archive.rglob("*") if path.is_file())
 
 
 def test_inspect_is_readable_and_sends_no_escape_codes(run, archive: Path):
