@@ -25,8 +25,9 @@ from redistill_cache.stamps import WHOLE, Stamps
 from redistill_cache.storage import MOST_FILES, open_regular, read_small, walk_regular
 from redistill_cache.strict_json import Json
 
-__all__ = ["Contents", "read_committed", "read_contents"]
+__all__ = ["Contents", "check_metadata_on_disk", "check_sizes_on_disk", "read_committed", "read_contents"]
 
+LIST_THEM = "'redistill verify' lists everything that is damaged"
 STRANGERS = 10_000  # leftovers, notes, quarantine: files that nobody minds besides those of the manifest
 
 
@@ -49,7 +50,10 @@ class Contents:
 
 
 def read_contents(path: Path, *, allow_partial: bool) -> Contents:
-    """Read specification and journal of the archive at `path`; `Incomplete` when it is not sealed and must be."""
+    """Read specification and journal of the archive at `path`; `Incomplete` when it is not sealed and must be.
+
+    Nothing is known of its other files then but what they must be.
+    """
     root = read_root(path)
     if (path / layout.JOURNAL).is_symlink():
         raise Refused(f"{path / layout.JOURNAL} is a symbolic link; archives hold folders and regular files only")
@@ -82,9 +86,7 @@ def _sealed(path: Path, root: Document[ArchiveSpec], data: bytes) -> Contents:
         raise Refused(f"{path}: the manifest has a teacher of an impossible name; it was made to mislead")
     identity = sha256(data)
     stamps = Stamps(path, identity)
-    whole = FileEntry(len(data), identity)
-    seen_before = stamps.verified(WHOLE, whole, 0)
-    if not seen_before:
+    if not stamps.verified(WHOLE, FileEntry(0, identity), 0):
         walk_regular(path, most=2 * data.count(b"\n") + STRANGERS)  # no links anywhere, not even as folders
     documents = read_teachers(path, header.teachers, root)
     teachers = {name: item.spec for name, item in documents.items()}
@@ -103,9 +105,6 @@ def _sealed(path: Path, root: Document[ArchiveSpec], data: bytes) -> Contents:
     _check_list(contents)
     _check_metadata(contents, root, documents)
     _check_claims(contents)
-    if not seen_before:
-        _check_sizes(contents)
-        stamps.remember([(WHOLE, whole, 0)])
     return contents
 
 
@@ -123,21 +122,12 @@ def _check_list(contents: Contents) -> None:
 def _check_metadata(
     contents: Contents, root: Document[ArchiveSpec], teachers: Mapping[str, Document[TeacherSpec]]
 ) -> None:
-    """Every zarr.json must be, byte for byte, what the specification makes: nobody has to interpret it then."""
+    """The manifest must have the hash of every zarr.json that the specification makes: nobody interprets one then."""
     parsed = {"zarr.json": root.data} | {layout.teacher_path(name): teachers[name].data for name in contents.teachers}
     made = layout.expected_metadata(contents.spec, dict(contents.teachers))
     for name, data in (parsed | made).items():
-        entry = contents.files.get(name)
-        if entry is not None and entry != FileEntry(len(data), sha256(data)):
+        if contents.files[name] != FileEntry(len(data), sha256(data)):
             raise Damaged(f"{contents.path}: the manifest has another hash for {name} than its specification makes")
-    for name, data in made.items():
-        file = contents.path / name
-        try:
-            found = read_small(file, limits.MAX_METADATA_BYTES)
-        except FileNotFoundError:
-            raise Damaged(f"{file} is missing; restore it, or fetch the archive again") from None
-        if found != data:
-            raise Damaged(f"{file} is not what the specification makes; it was edited or damaged")
 
 
 def _check_claims(contents: Contents) -> None:
@@ -152,27 +142,6 @@ def _check_claims(contents: Contents) -> None:
             claims.check_side(teacher, size_of)
     except UsageError as error:
         raise Damaged(f"{contents.path}: {error}") from None
-
-
-def _check_sizes(contents: Contents) -> None:
-    """Look at every file, once per machine and manifest: there, regular, of the right size. Reads look again."""
-    for name, entry in contents.files.items():
-        problem = file_problem(contents.path / name, entry)
-        if problem:
-            raise Damaged(f"{contents.path / name} {problem}; 'redistill verify' lists everything that is damaged")
-
-
-def file_problem(path: Path, entry: FileEntry) -> str | None:
-    """Why the file cannot be the one that was committed, from its inode alone."""
-    try:
-        fd = open_regular(path)
-    except FileNotFoundError:
-        return "is missing"
-    try:
-        size = os.fstat(fd).st_size
-    finally:
-        os.close(fd)
-    return None if size == entry.size else f"has {size} bytes, {entry.size} were committed"
 
 
 # -- not sealed -------------------------------------------------------------------------------------------------------
@@ -207,6 +176,44 @@ def _partial(path: Path, root: Document[ArchiveSpec]) -> Contents:
         committed=committed,
         stamps=Stamps(path, root.identity),
     )
-    _check_metadata(contents, root, documents)
     _check_claims(contents)
     return contents
+
+
+# -- what lies on the disk --------------------------------------------------------------------------------------------
+
+
+def check_metadata_on_disk(contents: Contents) -> None:
+    """Every zarr.json is, byte for byte, what the specification makes."""
+    for name, data in layout.expected_metadata(contents.spec, dict(contents.teachers)).items():
+        file = contents.path / name
+        try:
+            found = read_small(file, limits.MAX_METADATA_BYTES)
+        except FileNotFoundError:
+            raise Damaged(f"{file} is missing; {LIST_THEM}") from None
+        if found != data:
+            raise Damaged(f"{file} is not what the specification makes; it was edited or damaged; {LIST_THEM}")
+
+
+def check_sizes_on_disk(contents: Contents) -> None:
+    """Every file is there, regular, of the right size: looked at once per machine and manifest. Reads look again."""
+    if contents.id is None or contents.stamps.verified(WHOLE, FileEntry(0, contents.id), 0):
+        return
+    for name, entry in contents.files.items():
+        problem = _file_problem(contents.path / name, entry)
+        if problem:
+            raise Damaged(f"{contents.path / name} {problem}; {LIST_THEM}")
+    contents.stamps.remember([(WHOLE, FileEntry(0, contents.id), 0)])
+
+
+def _file_problem(path: Path, entry: FileEntry) -> str | None:
+    """Why the file cannot be the one that was committed, from its inode alone."""
+    try:
+        fd = open_regular(path)
+    except FileNotFoundError:
+        return "is missing"
+    try:
+        size = os.fstat(fd).st_size
+    finally:
+        os.close(fd)
+    return None if size == entry.size else f"has {size} bytes, {entry.size} were committed"

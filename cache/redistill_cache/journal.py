@@ -170,8 +170,9 @@ class Manifest:
             "views": self.views,
             "teachers": self.teachers,
         }
-        lines = [canonical([path, *self.files[path]]) for path in sorted(self.files)]
-        body = OPEN + canonical(header) + FILES + b",\n".join(lines) + b"\n"
+        # Canonical JSON, too: no name of a file needs an escape.
+        lines = [f'["{path}",{entry.size},"{entry.sha256}"]' for path, entry in sorted(self.files.items())]
+        body = OPEN + canonical(header) + FILES + ",\n".join(lines).encode() + b"\n"
         return body + CLOSE + sha256(body).encode() + END
 
 

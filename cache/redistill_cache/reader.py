@@ -20,7 +20,7 @@ from redistill_cache import layout
 from redistill_cache.arrays import ArraySpec
 from redistill_cache.claims import check_keys, require_memory
 from redistill_cache.codecs import Codec, open_codec
-from redistill_cache.contents import Contents, read_contents
+from redistill_cache.contents import Contents, check_metadata_on_disk, check_sizes_on_disk, read_contents
 from redistill_cache.errors import Damaged, OutOfRange, Refused, UsageError
 from redistill_cache.journal import FileEntry, sha256
 from redistill_cache.keys import PackedKeys
@@ -47,12 +47,14 @@ def open_archive(path: str | Path, *, allow_partial: bool = False, verify: Liter
         raise Refused(f"{path} is a URL; this version reads archives on a local disk, so copy it there first")
     path = Path(path)
     with disk_trouble("read", path):
-        archive = Archive(read_contents(path, allow_partial=allow_partial))
+        contents = read_contents(path, allow_partial=allow_partial)
+        check_metadata_on_disk(contents)
+        check_sizes_on_disk(contents)
     if verify == "full":
-        damaged = damaged_files(archive.contents, full=True)
+        damaged = damaged_files(contents, full=True)
         if damaged:
             raise Damaged(f"{path}: {len(damaged)} files are damaged, the first: {damaged[0]}")
-    return archive
+    return Archive(contents)
 
 
 def _reopen(path: Path, identity: str | None) -> Archive:

@@ -10,7 +10,7 @@ from typing import Any
 
 from redistill_cache import layout
 from redistill_cache.blocks import all_blocks
-from redistill_cache.contents import Contents, read_contents
+from redistill_cache.contents import Contents, check_metadata_on_disk, read_contents
 from redistill_cache.errors import Damaged, RedistillError, Refused
 from redistill_cache.files import LOCAL, Files, is_leftover
 from redistill_cache.journal import FileEntry
@@ -57,6 +57,8 @@ def verify(path: str | Path, *, full: bool = False, progress: Progress | None = 
     with disk_trouble("read", path):
         try:
             contents = read_contents(path, allow_partial=True)
+            if contents.id is None:  # no manifest has the hashes of the metadata
+                check_metadata_on_disk(contents)
         except Damaged as error:
             return Report(False, 0, (DamagedFile(str(path), None, str(error)),))
         damaged = damaged_files(contents, full=full, progress=progress)

@@ -1,0 +1,27 @@
+"""A small archive that is made once, and copies of it to spoil."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_archive import make
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The archive of tests/tiny_archive.py, sealed. Not to be changed."""
+    path = tmp_path_factory.mktemp("made") / "a.redistill.zarr"
+    make(path)
+    return path
+
+
+@pytest.fixture
+def archive_copy(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it on a machine that has never seen an archive."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tmp_path / "a.redistill.zarr"
+    shutil.copytree(made, path)
+    return path

@@ -1,0 +1,103 @@
+"""inspect says what an archive is, in words that do not change."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from redistill_cache import ArchiveWriter, open_archive
+from redistill_cache.errors import Damaged
+from redistill_cache.inspect import describe
+
+from tests.attacks.forge import reseal
+from tests.tiny_archive import SPEC, block_data, contents, fill, logits, samples, start, stored_logits
+
+
+def kl(exact: np.ndarray, decoded: np.ndarray, temperature: float) -> float:
+    def log_softmax(rows: np.ndarray) -> np.ndarray:
+        scaled = rows.astype(np.float64) / temperature
+        shifted = scaled - scaled.max(1, keepdims=True)
+        return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+
+    p, q = log_softmax(exact), log_softmax(decoded)
+    return float((np.exp(p) * (p - q)).sum(1).mean())
+
+
+def test_what_a_whole_archive_is(made: Path):
+    path, identity = made, hashlib.sha256((made / "_redistill/manifest.json").read_bytes()).hexdigest()
+    found = describe(open_archive(path))
+    assert json.loads(json.dumps(found)) == found, "plain JSON"
+    total = sum(map(len, contents(path).values()))
+    assert found["id"] == identity
+    assert found["complete"]
+    assert (found["num_samples"], found["num_views"], found["num_classes"]) == (50, 3, 6)
+    assert found["total_bytes"] == total
+    assert found["bytes_per_view"] == pytest.approx(total / 150)
+    assert found["recipe"] == SPEC.recipe
+    assert found["excluded"] == [{"key": "bad.png", "reason": "truncated"}]
+    assert (found["licence"], found["citation"]) == ("CC-BY-4.0", "Nobody (2026)")
+    assert found["models"] == {"tiny": {"name": "demo:tiny", "weights": "0" * 64}}
+    assert set(found["view_parameters"]) == {"crop", "flip"}
+
+
+def test_bytes_and_fidelity_of_a_signal(made: Path):
+    path = made
+    signal = describe(open_archive(path))["teachers"]["tiny"]["logits"]
+    files = contents(path).items()
+    written = sum(len(data) for name, data in files if name.startswith("teachers/tiny/logits/") and "/c." in name)
+    assert signal["codec"] == "float16"
+    assert signal["bytes_per_view"] * 150 + signal["side_bytes"] == pytest.approx(written)
+    assert sum(signal["bytes_per_view_by_array"].values()) == pytest.approx(signal["bytes_per_view"])
+    fidelity = signal["fidelity"]
+    assert fidelity["bound"] == 3e-8
+    for temperature, name in ((1.0, "t1"), (4.0, "t4")):
+        lost = sum(kl(logits(view), stored_logits(view), temperature) for view in range(3)) / 3
+        assert fidelity[f"mean_kl_{name}"] == pytest.approx(lost, rel=0.02, abs=1e-12)
+        assert lost < fidelity[f"max_kl_{name}"] <= 3e-8
+
+
+def test_an_unfinished_archive(tmp_path: Path):
+    path = tmp_path / "a.redistill.zarr"
+    writer = start(path)
+    fill(writer, ["views"])
+    found = describe(open_archive(path, allow_partial=True))
+    assert (found["id"], found["complete"]) == (None, False)
+    assert found["committed_blocks"] == 2 + 12
+    assert found["teachers"]["tiny"]["logits"]["fidelity"] is None
+
+
+def test_a_signal_that_was_not_measured_everywhere_has_no_fidelity(tmp_path: Path):
+    path = tmp_path / "a.redistill.zarr"
+    writer = start(path)
+    fill(writer, ["views", "canaries"])
+    for number, block in enumerate(writer.missing("teachers/tiny")):
+        arrays, stats = block_data(block)
+        assert stats is not None
+        writer.write(block, arrays, stats if number else {"layer4.1": stats["layer4.1"]})
+    writer.seal()
+    found = describe(open_archive(path))["teachers"]["tiny"]
+    assert found["logits"]["fidelity"] is None
+    assert set(found["layer4.1"]["fidelity"]) >= {"bound", "mean_relative", "max_relative"}
+
+
+def test_statistics_that_are_none_are_damage(archive_copy: Path):
+    path = archive_copy
+    reseal(path, teachers={"tiny": {"logits": {"rows": 1}}})
+    with pytest.raises(Damaged, match="fidelity statistics"):
+        describe(open_archive(path))
+
+
+def test_no_samples_of_a_prefix_are_counted(tmp_path: Path):
+    path = tmp_path / "a.redistill.zarr"
+    writer = ArchiveWriter.create(path, replace(SPEC, num_views=9))
+    writer.write_samples(**samples())
+    for part in writer.parts():
+        for block in writer.missing(part):
+            if block.view < 2:
+                writer.write(block, *block_data(block))
+    writer.seal(views=2)
+    assert describe(open_archive(path))["num_views"] == 2

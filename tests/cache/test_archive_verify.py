@@ -1,0 +1,122 @@
+"""verify names every damaged file with its block; quarantine moves blocks aside, and writing again mends them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from redistill_cache import ArchiveWriter, open_archive
+from redistill_cache.errors import Damaged, Incomplete, NotAnArchive
+from redistill_cache.verify import Report, quarantine, verify
+
+from tests.tiny_archive import SPEC, contents, fill, stored_logits
+
+SHARD = "teachers/tiny/logits/values/c.1.2.0"
+BLOCK = "teachers/tiny view 1 block 2"
+
+
+def flip(file: Path, at: int = 0) -> None:
+    """One bit, and the time of the file as it was."""
+    before = file.stat()
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def found(report: Report) -> dict[str, tuple[str | None, str]]:
+    return {item.path: (item.block, item.reason) for item in report.damaged}
+
+
+def test_a_whole_archive_is_whole(archive_copy: Path):
+    calls: list[tuple[int, int]] = []
+    report = verify(archive_copy, progress=lambda done, total: calls.append((done, total)))
+    assert report.ok
+    assert report.checked_files == len(contents(archive_copy)) - 1 == calls[-1][0] == calls[-1][1] == len(calls)
+    assert report.to_json() == {"ok": True, "checked_files": report.checked_files, "damaged": [], "alignment": None}
+
+
+@pytest.mark.parametrize("opened_before", [False, True])
+def test_every_damaged_file_is_named_with_its_block(archive_copy: Path, opened_before: bool):
+    if opened_before:
+        assert verify(archive_copy).ok
+    for name in (SHARD, "canaries/pixels/c.0.0.0.0.0", "samples/label/c.0", "_redistill/blocks/views.2.1.json"):
+        flip(archive_copy / name, 20)
+    flip(archive_copy / "views/crop/zarr.json", 20)
+    (archive_copy / "views/flip/c.0.3").unlink()
+    with (archive_copy / "views/crop/c.0.3.0").open("ab") as file:
+        file.write(b"x")
+    (archive_copy / "views/extra").write_bytes(b"x")
+    size = (archive_copy / "views/crop/c.0.3.0").stat().st_size
+    wrong = "does not have the SHA-256 that was committed"
+    assert found(verify(archive_copy, full=True)) == {
+        SHARD: (BLOCK, wrong),
+        "canaries/pixels/c.0.0.0.0.0": ("canaries view 0 block 0", wrong),
+        "samples/label/c.0": ("samples view 0 block 0", wrong),
+        "_redistill/blocks/views.2.1.json": ("views view 2 block 1", wrong),
+        "views/crop/zarr.json": (None, wrong),
+        "views/flip/c.0.3": ("views view 0 block 3", "is missing"),
+        "views/crop/c.0.3.0": ("views view 0 block 3", f"has {size} bytes, {size - 1} were committed"),
+        "views/extra": (None, "is not in the manifest; remove it"),
+    }
+    with pytest.raises(Damaged, match="'redistill verify' lists everything"):
+        open_archive(archive_copy)
+
+
+def test_a_file_verified_before_is_believed_until_it_changes_unless_full(archive_copy: Path):
+    assert verify(archive_copy).ok
+    flip(archive_copy / SHARD, 20)
+    assert verify(archive_copy).ok, "same size, same time"
+    assert found(verify(archive_copy, full=True)).keys() == {SHARD}
+    (archive_copy / SHARD).touch()
+    assert found(verify(archive_copy)).keys() == {SHARD}
+    with pytest.raises(Damaged, match="1 files are damaged"):
+        open_archive(archive_copy, verify="full")
+
+
+def test_damaged_blocks_are_moved_aside_and_made_again(archive_copy: Path):
+    before = contents(archive_copy)
+    identity = open_archive(archive_copy).id
+    flip(archive_copy / SHARD, 20)
+    report = verify(archive_copy, full=True)
+    assert quarantine(archive_copy, report.damaged) == [BLOCK]
+    aside = {file.name for file in (archive_copy / "_redistill/quarantine").rglob("*") if file.is_file()}
+    assert SHARD.replace("/", ".") in aside
+    with pytest.raises(Incomplete):
+        open_archive(archive_copy)
+    writer = ArchiveWriter.resume(archive_copy, SPEC)
+    assert [str(block) for block in writer.missing("teachers/tiny")] == [BLOCK]
+    fill(writer)
+    assert writer.seal() == identity
+    assert {name: data for name, data in contents(archive_copy).items() if "quarantine" not in name} == before
+    assert verify(archive_copy, full=True).ok
+    assert np.array_equal(open_archive(archive_copy).logits(1), stored_logits(1))
+
+
+def test_nothing_is_moved_when_nothing_belongs_to_a_block(archive_copy: Path):
+    before = contents(archive_copy)
+    assert quarantine(archive_copy, verify(archive_copy).damaged) == []
+    (archive_copy / "stranger").write_bytes(b"")
+    assert quarantine(archive_copy, verify(archive_copy).damaged) == []
+    (archive_copy / "stranger").unlink()
+    assert contents(archive_copy) == before
+
+
+def test_an_unfinished_archive_is_verified_as_far_as_it_is_committed(archive_copy: Path):
+    (archive_copy / "_redistill/manifest.json").unlink()
+    assert verify(archive_copy, full=True).ok
+    flip(archive_copy / SHARD, 20)
+    assert found(verify(archive_copy, full=True)) == {SHARD: (BLOCK, "does not have the SHA-256 that was committed")}
+    (archive_copy / SHARD).unlink()
+    assert verify(archive_copy, full=True).ok, "a block without its files is not committed; it will be written again"
+
+
+def test_what_cannot_be_opened_is_one_finding(archive_copy: Path, tmp_path: Path):
+    flip(archive_copy / "_redistill/manifest.json", 40)
+    (finding,) = verify(archive_copy).damaged
+    assert (finding.path, finding.block) == (str(archive_copy), None)
+    assert "does not match its own hash" in str(finding)
+    with pytest.raises(NotAnArchive):
+        verify(tmp_path)

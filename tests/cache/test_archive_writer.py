@@ -1,0 +1,335 @@
+"""Writing: what is refused, what is kept, what changes and what must not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from redistill_cache import ArchiveWriter, ArraySpec, SignalSpec, TeacherSpec, open_archive
+from redistill_cache.archive_files import read_root
+from redistill_cache.errors import Incomplete, NewerFormat, OutOfRange, Refused, SpecMismatch, UsageError
+from redistill_cache.layout import Block
+from redistill_cache.spec import ArchiveSpec
+from redistill_cache.strict_json import canonical
+
+from tests.tiny_archive import SPEC, TEACHER, block_data, contents, fill, make, samples, start
+
+
+def one_line(error: pytest.ExceptionInfo[BaseException]) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    assert len(text) < 500
+    return text
+
+
+# -- opening ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def archive(archive_copy: Path) -> Path:
+    return archive_copy
+
+
+def test_create_refuses_whatever_is_there(archive: Path, tmp_path: Path):
+    for path in (archive, archive / "zarr.json"):
+        with pytest.raises(Refused, match="exists already"):
+            ArchiveWriter.create(path, SPEC)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(Refused, match="exists already"):
+        ArchiveWriter.create(tmp_path / "link", SPEC)
+
+
+def test_create_takes_an_empty_folder_and_makes_missing_ones(tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    ArchiveWriter.create(tmp_path / "empty", SPEC)
+    ArchiveWriter.create(tmp_path / "a/b/c", SPEC)
+    assert (tmp_path / "a/b/c/zarr.json").is_file()
+
+
+CHANGED: dict[str, object] = {
+    "num_samples": 51,
+    "num_classes": 7,
+    "class_names": ("ant", "bee", "cat", "dog", "eel", "fox"),
+    "block_rows": 8,
+    "recipe": {"version": 1, "ops": [{"op": "crop", "size": 33}]},
+    "seed": 8,
+    "view_arrays": (*SPEC.view_arrays[:1], replace(SPEC.view_arrays[1], dtype="int8")),
+    "canaries_per_view": 3,
+    "source": {"description": "other"},
+    "excluded": (),
+    "licence": "CC0-1.0",
+    "citation": "",
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_resume_names_the_field_that_differs(tmp_path: Path, name: str):
+    ArchiveWriter.create(tmp_path / "a", SPEC)
+    changes: dict[str, Any] = {name: CHANGED[name]}
+    if name == "num_classes":
+        changes["class_names"] = tuple("abcdefg")
+    other = replace(SPEC, **changes)
+    with pytest.raises(SpecMismatch) as error:
+        ArchiveWriter.resume(tmp_path / "a", other)
+    # Of several fields that follow from each other the first by name is named.
+    assert name in one_line(error) or (name == "num_classes" and "class_names" in one_line(error))
+
+
+def test_every_field_of_a_specification_is_compared_or_free():
+    free = {"num_views", "environment"}
+    assert {*CHANGED, *free, "format", "version"} == set(SPEC.to_json())
+
+
+def test_resume_takes_another_environment_and_keeps_the_first(tmp_path: Path):
+    ArchiveWriter.create(tmp_path / "a", SPEC)
+    writer = ArchiveWriter.resume(tmp_path / "a", replace(SPEC, environment={"zarr": "4"}))
+    assert writer.spec.environment == {"zarr": "3"}
+
+
+def test_resume_never_writes_through_a_link(tmp_path: Path, archive: Path):
+    (archive / "views").rename(tmp_path / "views")
+    (archive / "views").symlink_to(tmp_path / "views")
+    before = contents(tmp_path / "views")
+    with pytest.raises(Refused, match="symbolic link"):
+        ArchiveWriter.resume(archive)
+    assert contents(tmp_path / "views") == before
+
+
+def test_nothing_is_added_to_an_archive_of_a_newer_minor_version(tmp_path: Path):
+    ArchiveWriter.create(tmp_path / "a", SPEC)
+    value = SPEC.resolved().to_json() | {"version": "1.1", "added_later": 1}
+    document = {"zarr_format": 3, "node_type": "group", "attributes": {"redistill": value}}
+    (tmp_path / "a/zarr.json").write_bytes(canonical(document))
+    assert read_root(tmp_path / "a").newer == "1.1"
+    for attempt in (ArchiveWriter.resume, lambda path: ArchiveWriter.extend_views(path, 9)):
+        with pytest.raises(NewerFormat, match="cannot add to it"):
+            attempt(tmp_path / "a")
+
+
+# -- samples ----------------------------------------------------------------------------------------------------------
+
+
+def test_samples_are_written_once(tmp_path: Path):
+    writer = start(tmp_path / "a")
+    writer.write_samples(**samples())
+    other = samples() | {"labels": np.zeros(50, np.int64)}
+    with pytest.raises(SpecMismatch, match="label"):
+        writer.write_samples(**other)
+
+
+BAD_SAMPLES: dict[str, tuple[Mapping[str, object], str]] = {
+    "two of one key": ({"keys": ["a"] * 50}, "two samples have the key 'a'"),
+    "no key": ({"keys": ["", *(str(i) for i in range(49))]}, "1 to 4096 bytes"),
+    "a key of 5000 bytes": ({"keys": ["x" * 5000, *(str(i) for i in range(49))]}, "1 to 4096 bytes"),
+    "too few keys": ({"keys": ["a", "b"]}, "key_offsets"),
+    "labels that are numbers with points": ({"labels": np.zeros(50)}, "label"),
+    "labels of no class": ({"labels": np.full(50, 6)}, "from 0 to 5"),
+    "labels below none": ({"labels": np.full(50, -2)}, "from 0 to 5"),
+    "digests of 16 bytes": ({"digests": np.zeros((50, 16), np.uint8)}, "digest"),
+    "sizes of areas": ({"sizes": np.zeros(50, np.uint32)}, "size"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SAMPLES)
+def test_samples_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: Path, case: str):
+    changes, words = BAD_SAMPLES[case]
+    writer = ArchiveWriter.create(tmp_path / "a", SPEC)
+    before = contents(tmp_path / "a")
+    with pytest.raises(UsageError, match=words) as error:
+        writer.write_samples(**samples() | changes)
+    one_line(error)
+    assert contents(tmp_path / "a") == before
+
+
+# -- blocks -----------------------------------------------------------------------------------------------------------
+
+
+def test_missing_blocks_come_view_by_view_and_shrink(tmp_path: Path):
+    writer = start(tmp_path / "a")
+    found = writer.missing("teachers/tiny")
+    assert [(block.view, block.index) for block in found] == [(v, i) for v in range(3) for i in range(4)]
+    assert [list(block.rows) for block in found[:4]] == [list(range(i, min(i + 16, 50))) for i in range(0, 50, 16)]
+    writer.write(found[5], *block_data(found[5]))
+    assert writer.missing("teachers/tiny") == [*found[:5], *found[6:]]
+    assert len(writer.missing("canaries")) == 3
+    with pytest.raises(UsageError, match="teachers/tiny"):
+        writer.missing("teachers/other")
+
+
+def test_a_block_written_twice_stays_what_it_was(tmp_path: Path):
+    writer = start(tmp_path / "a")
+    block = writer.missing("views")[0]
+    arrays, stats = block_data(block)
+    assert writer.write(block, arrays, stats)
+    before = contents(tmp_path / "a")
+    assert not writer.write(block, {name: array * 0 for name, array in arrays.items()})
+    assert contents(tmp_path / "a") == before
+
+
+def test_blocks_that_do_not_fit_are_refused(tmp_path: Path):
+    writer = start(tmp_path / "a")
+    block = writer.missing("views")[0]
+    good, _ = block_data(block)
+    cases: list[tuple[Block, dict[str, np.ndarray], type[Exception], str]] = [
+        (block, {"crop": good["crop"]}, UsageError, r"arrays missing: \['flip'\]"),
+        (block, good | {"spin": good["flip"]}, UsageError, "spin"),
+        (block, good | {"flip": good["flip"].astype(np.int64)}, UsageError, "must be uint8"),
+        (block, good | {"flip": good["flip"][:-1]}, UsageError, r"\[16\], found uint8 \[15\]"),
+        (replace(block, view=3), good, OutOfRange, "3 views"),
+        (replace(block, view=-1), good, OutOfRange, "3 views"),
+        (replace(block, index=4), good, OutOfRange, "4 blocks"),
+        (replace(block, stop=15), good, UsageError, "missing()"),
+        (replace(block, part="teachers/x"), good, UsageError, "no part"),
+    ]
+    before = contents(tmp_path / "a")
+    for wrong, arrays, kind, words in cases:
+        with pytest.raises(kind, match=words) as error:
+            writer.write(wrong, arrays)
+        one_line(error)
+    assert contents(tmp_path / "a") == before
+
+
+def test_stats_that_could_not_be_read_again_are_refused(tmp_path: Path):
+    writer = start(tmp_path / "a")
+    block = writer.missing("teachers/tiny")[0]
+    arrays, _ = block_data(block)
+    deep: dict[str, Any] = {}
+    for _ in range(50):
+        deep = {"a": deep}
+    for stats in (deep, {"a": "x" * 2_000_000}, {"a": [[]] * 300_000}):
+        with pytest.raises(UsageError, match="stats"):
+            writer.write(block, arrays, stats)
+    assert writer.missing("teachers/tiny")[0] == block
+
+
+# -- sealing ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_incomplete_archive_is_not_sealed(tmp_path: Path):
+    writer = ArchiveWriter.create(tmp_path / "a", SPEC)
+    with pytest.raises(Incomplete, match="the first is samples"):
+        writer.seal()
+    writer.write_samples(**samples())
+    writer.add_teacher(TEACHER)
+    fill(writer, ["views", "canaries"])
+    with pytest.raises(
+        Incomplete, match="12 of 29 blocks are missing, the first is teachers/tiny view 0 block 0"
+    ) as error:
+        writer.seal()
+    one_line(error)
+    assert not writer.sealed
+
+
+def test_a_prefix_of_views_is_sealed_and_then_continued(tmp_path: Path):
+    path = tmp_path / "a"
+    writer = start(path)
+    for part in writer.parts():
+        for block in writer.missing(part):
+            if block.view < 2:
+                writer.write(block, *block_data(block))
+    for wrong in (0, 4, -1):
+        with pytest.raises(OutOfRange):
+            writer.seal(views=wrong)
+    first = writer.seal(views=2)
+    archive = open_archive(path)
+    assert (archive.id, archive.num_views, archive.complete) == (first, 2, True)
+    with pytest.raises(OutOfRange, match="views 0 to 1"):
+        archive.logits(2)
+    again = ArchiveWriter.resume(path, SPEC)
+    fill(again)
+    whole = again.seal()
+    assert whole != first
+    assert whole == make(tmp_path / "b")
+    assert contents(path) == contents(tmp_path / "b")
+
+
+def test_a_teacher_added_later_changes_no_file_and_gives_a_new_id(archive: Path, tmp_path: Path):
+    before, old = contents(archive), open_archive(archive).id
+    writer = ArchiveWriter.resume(archive, SPEC)
+    writer.add_teacher(replace(TEACHER, name="second"))
+    assert open_archive(archive).id == old, "it is not part of the archive before it is sealed"
+    fill(writer)
+    new = writer.seal()
+    after = contents(archive)
+    manifest = "_redistill/manifest.json"
+    assert {name: data for name, data in before.items() if name != manifest}.items() <= after.items()
+    assert new != old
+    assert set(open_archive(archive).teachers) == {"tiny", "second"}
+    assert new == make(tmp_path / "b", teachers=("second", "tiny")), "the order in which teachers came leaves no trace"
+
+
+def test_a_teacher_is_the_same_or_another(tmp_path: Path):
+    writer = start(tmp_path / "a")
+    writer.add_teacher(TEACHER)
+    with pytest.raises(SpecMismatch, match=r"model\.weights"):
+        writer.add_teacher(replace(TEACHER, model={"name": "demo:tiny", "weights": "1" * 64}))
+    wide = SignalSpec("logits", "float32", 7, {"metric": "kl"}, (ArraySpec("values", "float32", (7,)),))
+    with pytest.raises(UsageError, match="number of classes"):
+        writer.add_teacher(TeacherSpec("wide", (wide,)))
+    assert not (tmp_path / "a/teachers/wide").exists()
+
+
+def test_views_are_added_without_touching_blocks(archive: Path, tmp_path: Path):
+    before = contents(archive)
+    with pytest.raises(Refused, match="cannot shrink"):
+        ArchiveWriter.extend_views(archive, 2)
+    writer = ArchiveWriter.extend_views(archive, 4)
+    with pytest.raises(Incomplete):
+        open_archive(archive)
+    fill(writer)
+    writer.seal()
+    kept = {name: data for name, data in before.items() if "/c." in name or "/blocks/" in name}
+    assert kept.items() <= contents(archive).items()
+    make(tmp_path / "b", replace(SPEC, num_views=4))
+    assert contents(archive) == contents(tmp_path / "b")
+
+
+def test_notes_are_no_part_of_the_archive(archive: Path):
+    identity = open_archive(archive).id
+    writer = ArchiveWriter.resume(archive, SPEC)
+    writer.note("run-1", {"seconds": 3.5})
+    assert writer.seal() == identity
+    with pytest.raises(UsageError, match="short name"):
+        writer.note("../run", {})
+
+
+# -- specifications ---------------------------------------------------------------------------------------------------
+
+BAD_SPECS: dict[str, tuple[Mapping[str, Any], str]] = {
+    "no samples": ({"num_samples": 0}, "num_samples"),
+    "true samples": ({"num_samples": True}, "num_samples"),
+    "names of other classes": ({"class_names": ("a",)}, "one per class"),
+    "a name of half a letter": ({"class_names": ("\ud800", *"bcdef")}, "class name"),
+    "not a number": ({"recipe": {"scale": float("nan")}}, "finite"),
+    "code in a recipe": ({"recipe": {"op": print}}, "plain JSON"),
+    "numbers for keys": ({"source": {1: 2}}, "plain JSON"),
+    "a long recipe": ({"recipe": {"note": "x" * 70_000}}, "at most 65536 bytes"),
+    "an array of objects": ({"view_arrays": (ArraySpec("a", "object"),)}, "dtype"),
+    "two arrays of one name": ({"view_arrays": (ArraySpec("a", "uint8"),) * 2}, "duplicates"),
+    "an array out of the archive": ({"view_arrays": (ArraySpec("../a", "uint8"),)}, "a-z"),
+    "an array in capitals": ({"view_arrays": (ArraySpec("Crop", "uint8"),)}, "a-z"),
+    "parameters of a picture": ({"view_arrays": (ArraySpec("a", "uint8", (224, 224)),)}, "4096 bytes a view"),
+    "more canaries than samples": ({"canaries_per_view": 51}, "canaries_per_view"),
+    "an excuse without a reason": ({"excluded": ({"key": "a"},)}, "a key and a reason"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SPECS)
+def test_specifications_that_cannot_be_stored(case: str):
+    changes, words = BAD_SPECS[case]
+    with pytest.raises(UsageError, match=words) as error:
+        replace(SPEC, **changes)
+    one_line(error)
+
+
+def test_blocks_that_make_too_many_files_or_chunks(tmp_path: Path):
+    with pytest.raises(UsageError, match="choose more rows per block"):
+        ArchiveWriter.create(tmp_path / "a", replace(SPEC, num_samples=10**6, num_views=100))
+    huge = ArchiveSpec(num_samples=2**24, num_views=1, num_classes=2, block_rows=2**24)
+    with pytest.raises(UsageError, match="choose fewer rows"):
+        replace(huge, view_arrays=(ArraySpec("a", "uint8", chunk_rows=16),)).resolved()
+    assert not (tmp_path / "a").exists()
