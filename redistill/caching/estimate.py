@@ -119,9 +119,9 @@ def signal_bytes(
     spec: ArchiveSpec, teacher: TeacherSpec, pilot: Pilot, codecs: Mapping[str, Codec]
 ) -> tuple[float, dict[str, Any]]:
     """Bytes a view of the teacher's shards when the pilot is written as one block, and its statistics."""
-    total, stats = 0, {}
+    total, stats, count = 0, {}, min(spec.block_rows, spec.num_samples)
     for name, codec in codecs.items():
-        rows = pilot.rows[name][-spec.block_rows :]
+        rows = pilot.rows[name][-count:]
         encoded = codec.encode(rows)
         stats[name] = BlockStats.of(encoded).to_json()
         arrays = layout.teacher_arrays(spec, teacher)
