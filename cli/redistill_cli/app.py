@@ -7,8 +7,11 @@ from typing import Annotated
 import typer
 
 from redistill_cli.cache_teacher import cache_teacher
+from redistill_cli.demo import demo
+from redistill_cli.doctor import doctor
 from redistill_cli.evaluate import evaluate
 from redistill_cli.inspect import inspect
+from redistill_cli.report import report
 from redistill_cli.train import train
 from redistill_cli.verify import verify
 
@@ -41,8 +44,11 @@ def root(
     pass
 
 
+app.command()(demo)
 app.command("cache-teacher")(cache_teacher)
 app.command()(train)
 app.command()(evaluate)
+app.command()(report)
 app.command()(inspect)
 app.command()(verify)
+app.command()(doctor)

@@ -212,7 +212,10 @@ def refuse_unsaid(said: Mapping[str, Any]) -> None:
 
 
 class Terminal:
-    """Stage 2 on a terminal: a bar over the run, and a line for every epoch of every member."""
+    """Stage 2 on a terminal: a bar over the run, and a line for every epoch of every member (of one, when quiet)."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
 
     def __enter__(self) -> Terminal:
         self.indexing = Ticker("index", "image")
@@ -237,7 +240,7 @@ class Terminal:
         self.training.update(images, total, **figures)
 
     def epoch(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        for row in rows:
+        for row in rows[-1:] if self.quiet else rows:
             name = f"{row['name']}  " if len(rows) > 1 else ""
             top1 = f"  top-1 {row['val_top1']:.2%}" if row["val_top1"] != "" else ""
             speed = f"{row['images_per_second']:.0f} images/s, {row['data_wait']:.0%} waiting"

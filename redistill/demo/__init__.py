@@ -1,0 +1,8 @@
+"""The whole of redistill in a few minutes on a CPU: a teacher, its archive, students, and a teacher that errs."""
+
+from __future__ import annotations
+
+from redistill.demo.run import run_demo
+from redistill.demo.summary import LOSSES, Summary
+
+__all__ = ["LOSSES", "Summary", "run_demo"]

@@ -1,0 +1,142 @@
+"""Run the demo: every step is the one a user would take, and what is done already is not done again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from redistill_cache import open_archive
+from redistill_cache.errors import Refused
+from redistill_cache.files import LOCAL
+from redistill_cache.inspect import describe
+
+from redistill.caching import CacheOptions, cache_teacher
+from redistill.caching.watcher import Watcher as CacheWatcher
+from redistill.demo.setting import STUDENT_DATA, STUDENT_NETWORK, TEACHER_NETWORK, TEACHER_WEIGHTS, VAL_DATA
+from redistill.demo.summary import LOSSES, Speed, Storage, Summary, accuracies
+from redistill.evaluate import evaluate
+from redistill.optim import OptimConfig
+from redistill.report import write_report
+from redistill.rewriting import mislead, rewrite_logits
+from redistill.training import Outcome, TrainOptions, train
+from redistill.training.watcher import Watcher as TrainWatcher
+
+__all__ = ["run_demo"]
+
+VIEWS = 8
+RECIPE = "cifar?hflip=0&padding=3"
+SEEDS = (0, 1, 2)
+OPTIM = OptimConfig(opt="nesterov", lr=0.1, weight_decay=5e-4, epochs=12, warmup_epochs=1.0)
+MISLED_SHARE = 0.2
+ARCHIVE, VAL_ARCHIVE, MISLED = "teacher.redistill.zarr", "val.redistill.zarr", "misled.redistill.zarr"
+
+
+class DemoWatcher(Protocol):
+    """Told of every step, and asked for somebody to watch its parts."""
+
+    def step(self, text: str) -> None: ...
+    def caching(self) -> CacheWatcher: ...
+    def training(self) -> TrainWatcher: ...
+
+
+def run_demo(out: Path, watcher: DemoWatcher) -> Summary:
+    """Everything into `out`; a second call takes up what is there."""
+    start = time.monotonic()
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "teacher.safetensors").exists())):
+        raise Refused(f"{out} is there and is no demo; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    teacher = out / "teacher.safetensors"
+    if not teacher.exists():
+        shutil.copyfile(TEACHER_WEIGHTS, teacher)
+    watcher.step("stage 1: the teacher answers once for eight views of 2,000 images")
+    cached(out, ARCHIVE, STUDENT_DATA, RECIPE, VIEWS, watcher)
+    cached(out, VAL_ARCHIVE, VAL_DATA, "center", 1, watcher)
+    watcher.step("stage 2: nine students from the archive, in one pass over the images")
+    clean = trained(out, ARCHIVE, "runs", LOSSES, watcher)
+    watcher.step("the same with a teacher that is confidently wrong about a fifth of what it is asked")
+    if not (out / MISLED / "_redistill" / "manifest.json").exists():
+        shutil.rmtree(out / MISLED, ignore_errors=True)  # half of one is worth nothing, and it is made in seconds
+        archive = open_archive(out / ARCHIVE)
+        rewrite_logits(archive, out / MISLED, change=mislead(MISLED_SHARE), changed_how=f"misled {MISLED_SHARE}")
+    astray = trained(out, MISLED, "runs-misled", LOSSES[1:], watcher)
+    watcher.step("the speed of training with the archive, and with the teacher beside the student")
+    found = Summary(
+        teacher_top1=evaluate(teacher, VAL_DATA, workers=0).metrics.top1,
+        students=accuracies(clean),
+        misled={"ce": accuracies(clean)["ce"], **accuracies(astray)},
+        storage=storage(out / ARCHIVE),
+        speed=speed(out, watcher),
+        seconds=time.monotonic() - start,
+    )
+    LOCAL.publish(out / "summary.json", (json.dumps(found.to_json(), indent=1) + "\n").encode())
+    runs = [
+        out / folder / outcome.run for folder, some in (("runs", clean), ("runs-misled", astray)) for outcome in some
+    ]
+    write_report(runs, out / "report.html", archive=out / ARCHIVE, data=STUDENT_DATA)
+    return found
+
+
+def cached(out: Path, name: str, data: str, recipe: str, views: int, watcher: DemoWatcher) -> None:
+    options = CacheOptions(
+        data=data,
+        teacher=f"{TEACHER_NETWORK}&weights={out / 'teacher.safetensors'}",
+        views=views,
+        out=out / name,
+        recipe=recipe,
+        device="cpu",
+        licence="CC0-1.0",
+    )
+    cache_teacher(options, watcher.caching())
+
+
+def trained(out: Path, archive: str, folder: str, losses: Sequence[str], watcher: DemoWatcher) -> list[Outcome]:
+    options = TrainOptions(
+        data=STUDENT_DATA,
+        archive=out / archive,
+        students=(STUDENT_NETWORK,),
+        out=out / folder,
+        losses=tuple(losses),
+        seeds=SEEDS,
+        batch_size=64,
+        optim=OPTIM,
+        val=VAL_DATA,
+        val_archive=out / VAL_ARCHIVE,
+        device="cpu",
+        log=("csv",),
+    )
+    return train(options, watcher.training())
+
+
+def storage(path: Path) -> Storage:
+    archive = open_archive(path)
+    (signals,) = describe(archive)["teachers"].values()
+    kept = min(10, archive.num_classes)
+    return Storage(signals["logits"]["bytes_per_view"], 2.0 * archive.num_classes, 4.0 * kept)
+
+
+def speed(out: Path, watcher: DemoWatcher) -> Speed:
+    """One epoch of one student each way, the first batch not counted by anybody's clock twice."""
+
+    def pace(name: str, teacher: str | None) -> float:
+        options = TrainOptions(
+            data=STUDENT_DATA,
+            archive=out / ARCHIVE,
+            students=(STUDENT_NETWORK,),
+            out=out / "speed" / name,
+            batch_size=64,
+            optim=OptimConfig(epochs=3),
+            online_teacher=teacher,
+            device="cpu",
+            log=("csv",),
+        )
+        train(options, watcher.training())
+        rows = (options.out / "metrics.csv").read_text().splitlines()
+        column = rows[0].split(",").index("images_per_second")
+        return max(float(row.split(",")[column]) for row in rows[2:])  # the first epoch waits for workers to start
+
+    online = f"{TEACHER_NETWORK}&weights={out / 'teacher.safetensors'}"
+    return Speed(cached=pace("cached", None), online=pace("online", online))

@@ -1,0 +1,7 @@
+"""One page about runs: self-contained, without scripts, fit for a screen, a phone and paper."""
+
+from __future__ import annotations
+
+from redistill.report.page import write_report
+
+__all__ = ["write_report"]
