@@ -9,7 +9,7 @@ __all__ = ["STUDENT_DATA", "STUDENT_NETWORK", "TEACHER_DATA", "TEACHER_NETWORK",
 DIFFICULTY = "classes=10&noise=0.3&clutter=0.2&similarity=0"
 # Another seed: the teacher has never seen an image of the students.
 TEACHER_DATA = f"synthetic?{DIFFICULTY}&n=30000&seed=1"
-STUDENT_DATA = f"synthetic?{DIFFICULTY}&n=2000"
+STUDENT_DATA = f"synthetic?{DIFFICULTY}&n=500"
 VAL_DATA = f"synthetic?{DIFFICULTY}&n=2000&split=val"
 TEACHER_NETWORK = "demo:large?num_classes=10"
 STUDENT_NETWORK = "demo:small"

@@ -1,0 +1,185 @@
+"""What codecs cost and keep: bytes a view as written on disk, divergence from the teacher, gradients, speed.
+
+    python bench/codecs.py [LOGITS.npz] [--quick] [--json PATH]
+
+LOGITS.npz holds sets of real logits: NAME_z [images, views, classes], or NAME_h [images, views, d] with NAME_W and
+NAME_b where the logits are h W' + b. Without it, and beside it, the demo's teacher over drawn images. A codec is fitted
+to the views of two thirds of the images and scored on those of the others.
+
+Bytes are those of the shards an archive would hold, and of the side data over a million views. Gradients are those of
+the power divergence with respect to a student of logits 0.7 z + noise; the error is relative, in the Euclidean norm,
+in the mean over rows. What a truncated codec does not know is completed as its `tail_rule` says.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import harness
+import numpy as np
+import torch
+from redistill_cache import ArchiveSpec, SignalSpec, TeacherSpec, layout
+from redistill_cache.codecs import Codec, Encoded, fit_codec, join_encoded, kl_rows
+from redistill_cache.shards import encode_shard
+
+from redistill.devices import pick_device
+from redistill.losses import power_divergence
+from redistill.models import open_model
+from redistill.teachers import Teacher
+
+VIEWS_OF_SIDE = 1_000_000
+PIECE = 512
+# Bytes a view that a set is to take at 1e-3, in the mean and for every row.
+GOALS = {("A", False): 28, ("B", False): 125, ("C", False): 165, ("A", True): 32, ("B", True): 150}
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Rows to fit on and rows to score, float32 [n, C]."""
+
+    name: str
+    pilot: np.ndarray
+    scored: np.ndarray
+    head: tuple[np.ndarray, np.ndarray] | None = None
+
+
+def sets_of(path: Path, quick: bool) -> Iterator[Logits]:
+    with np.load(path, allow_pickle=False) as found:
+        for name in sorted({key.split("_")[0] for key in found}):
+            head = None
+            if f"{name}_h" in found:
+                head = (found[f"{name}_W"].astype(np.float32), found[f"{name}_b"].astype(np.float32))
+                values, project = found[f"{name}_h"], head
+            else:
+                values, project = found[f"{name}_z"], None
+            split = len(values) * 2 // 3
+            parts = []
+            for part in (values[:split], values[split:]):
+                rows = part.reshape(-1, part.shape[-1]).astype(np.float32)
+                parts.append(rows if project is None else rows @ project[0].T + project[1])
+            scored = parts[1][: 256 if quick else 4096]
+            yield Logits(name, parts[0], scored, head)
+
+
+def demo_logits(quick: bool) -> Logits:
+    """The demo's teacher over drawn images it has not seen."""
+    from redistill.demo.setting import STUDENT_DATA, TEACHER_NETWORK, TEACHER_WEIGHTS
+    from redistill.sources.opening import open_source
+
+    source = open_source(STUDENT_DATA)
+    count = 600 if quick else 2000
+    pixels = np.stack([np.asarray(source.sample(i).payload) for i in range(count)]).transpose(0, 3, 1, 2)
+    model = open_model(f"{TEACHER_NETWORK}&weights={TEACHER_WEIGHTS}")
+    rows = Teacher(model, device=pick_device("cpu"))(torch.from_numpy(np.ascontiguousarray(pixels)))["logits"].numpy()
+    split = count * 2 // 3
+    return Logits("demo", rows[:split], rows[split:])
+
+
+def written_bytes(codec: Codec, encoded: Encoded) -> float:
+    """A view's share of the shards of one block with these rows, and of the side data."""
+    count = len(encoded)
+    signal = SignalSpec.of("logits", codec)
+    spec = ArchiveSpec(
+        num_samples=count, num_views=1, num_classes=codec.width, block_rows=1 << math.ceil(math.log2(count))
+    )
+    teacher = TeacherSpec("t", (signal,)).resolved(spec.block_rows)
+    arrays = layout.teacher_arrays(spec, teacher)
+    total = sum(len(encode_shard(arrays[f"logits/{name}"], np.asarray(a))) for name, a in encoded.arrays.items())
+    side = sum(
+        len(encode_shard(array, codec.side()[name.partition("/")[2]]))
+        for name, array in layout.side_arrays(teacher).items()
+    )
+    return total / count + side / VIEWS_OF_SIDE
+
+
+def gradient_error(exact: np.ndarray, stored: np.ndarray, temperature: float) -> float:
+    """Mean over rows of |gradient by what is stored - gradient by the teacher| / |gradient by the teacher|."""
+    noise = np.random.default_rng(0).normal(0, 1, exact.shape)
+    gradients = []
+    for rows in (exact, stored):
+        student = torch.tensor(0.7 * exact + noise, dtype=torch.float64, requires_grad=True)
+        teacher = torch.tensor(rows, dtype=torch.float64)
+        power_divergence(student, teacher, temperature=temperature, reduction="none").sum().backward()
+        assert student.grad is not None
+        gradients.append(student.grad)
+    true, found = gradients
+    return float(((found - true).norm(dim=1) / true.norm(dim=1).clamp_min(1e-30)).mean())
+
+
+def score(rows: Logits, name: str, fidelity: float | None, certified: bool, codec: Codec) -> dict[str, object]:
+    pieces = [rows.scored[at : at + PIECE] for at in range(0, len(rows.scored), PIECE)]
+    start = time.perf_counter()
+    encoded = join_encoded([codec.encode(piece) for piece in pieces])
+    encode_seconds = time.perf_counter() - start
+    stored = np.asarray(codec.decode(encoded.arrays))
+    start, repeats = time.perf_counter(), 3
+    for _ in range(repeats):
+        codec.decode(encoded.arrays)
+    decode_seconds = (time.perf_counter() - start) / repeats
+    one, four = (kl_rows(rows.scored, stored, t) for t in (1.0, 4.0))
+    some = slice(0, 512)
+    return {
+        "set": rows.name,
+        "codec": name,
+        "fidelity": fidelity,
+        "certified": certified,
+        "bytes_per_view": written_bytes(codec, encoded),
+        "goal": GOALS.get((rows.name, certified)) if name == "linear" and fidelity == 1e-3 else None,
+        "mean_kl_t1": float(np.mean(one)),
+        "mean_kl_t4": float(np.mean(four)),
+        "p99_kl_t1": float(np.quantile(one, 0.99)),
+        "max_kl_t1": float(np.max(one)),
+        "max_kl_t4": float(np.max(four)),
+        "top1": float((stored.argmax(1) == rows.scored.argmax(1)).mean()),
+        "grad_error_t1": gradient_error(rows.scored[some], stored[some], 1.0),
+        "grad_error_t4": gradient_error(rows.scored[some], stored[some], 4.0),
+        "encode_rows_per_second": len(rows.scored) / encode_seconds,
+        "decode_rows_per_second": len(rows.scored) / decode_seconds,
+    }
+
+
+def candidates(rows: Logits, quick: bool) -> Iterator[tuple[str, float | None, bool, Codec]]:
+    """(name, fidelity, certified, codec)"""
+    width = rows.pilot.shape[1]
+    yield "float16", None, True, fit_codec("float16", rows.pilot)
+    for k in (10, 100):
+        if k < width:
+            yield f"top-{k}", None, False, fit_codec("topk", rows.pilot, k=k)
+    if width <= 256:
+        yield "compander", 1e-3, True, fit_codec("compander", rows.pilot)
+    for fidelity in (1e-3,) if quick else (1e-2, 1e-3, 1e-4):
+        for certified in (False, True):
+            yield "linear", fidelity, certified, fit_codec("linear", rows.pilot, fidelity=fidelity, certified=certified)
+    if not quick:
+        plain = fit_codec("linear", rows.pilot, rounding="plain")
+        yield "linear, plain rounding", 1e-3, True, plain
+        if rows.head is not None:
+            yield (
+                "linear, axes of the head",
+                1e-3,
+                False,
+                fit_codec("linear", rows.pilot, certified=False, head=rows.head),
+            )
+
+
+def main() -> None:
+    parser = harness.arguments(__doc__ or "")
+    parser.add_argument("logits", type=Path, nargs="?", default=None, help="sets of real logits (.npz)")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    sets = [demo_logits(args.quick), *(sets_of(args.logits, args.quick) if args.logits is not None else ())]
+    rows = []
+    for one in sets:
+        for name, fidelity, certified, codec in candidates(one, args.quick):
+            rows.append(score(one, name, fidelity, certified, codec))
+            print(harness.table(rows[-1:]).splitlines()[-1], flush=True)
+    print()
+    harness.report("codecs", rows, args)
+
+
+if __name__ == "__main__":
+    main()
