@@ -15,8 +15,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 demo: $(VENV)/.installed
-	rm -rf demo
-	$(BIN)/python examples/by_hand.py demo
+	$(BIN)/redistill demo --out demo
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(JOBS)

@@ -1,0 +1,40 @@
+"""An archive in an ordinary training loop: python examples/plain_torch.py ARCHIVE DATA [EPOCHS]
+
+Nothing of the loop is ours but the dataset, the teacher and the loss.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import torchvision
+from redistill_cache import open_archive
+
+import redistill
+from redistill.losses import power_divergence
+
+
+def main(path: str, data: str, epochs: int) -> None:
+    archive = open_archive(path)
+    dataset = redistill.ViewDataset(data, archive)
+    teacher = redistill.CachedTeacher(archive)
+    student = torchvision.models.resnet18(num_classes=archive.num_classes)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9)
+    for epoch in range(epochs):
+        view = epoch % archive.num_views
+        order = torch.from_numpy(dataset.indices(view))[torch.randperm(archive.num_samples)]
+        for pixels, labels, rows, _ in torch.utils.data.DataLoader(dataset, batch_size=64, sampler=order.tolist()):
+            logits = student(pixels / 255)
+            loss = 0.9 * power_divergence(logits, teacher(rows, view), lam=2 / 3, temperature=4.0)
+            loss = loss + 0.1 * torch.nn.functional.cross_entropy(logits, labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        print(f"epoch {epoch + 1}: loss {loss.item():.3f}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (3, 4):
+        sys.exit("usage: python examples/plain_torch.py ARCHIVE DATA [EPOCHS]")
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else 2)
