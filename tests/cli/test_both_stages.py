@@ -1,0 +1,154 @@
+"""The commands as a user types them: both stages, the report, and what is said when something does not fit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from redistill_cli.__main__ import main
+
+from tests.small_archive import DATA, TEACHER, VAL, cache
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def environment(tmp_path: Path) -> dict[str, str]:
+    search = os.pathsep.join(str(ROOT / part) for part in ("", "cache", "cli"))
+    return os.environ | {"PYTHONPATH": search, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return cache(tmp_path_factory.mktemp("archive") / "teacher.redistill.zarr")
+
+
+@pytest.fixture
+def run(tmp_path: Path):
+    """run("train", ...) -> the finished process of the command, in an empty folder."""
+
+    def call(*arguments: object, module: tuple[str, ...] = ("redistill_cli",)) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", *module, *map(str, arguments)]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment(tmp_path), text=True, capture_output=True, timeout=200, check=False
+        )
+
+    return call
+
+
+TRAIN = ("--student", "demo:tiny", "--epochs", "2", "--lr", "0.05", "--workers", "0", "--batch-size", "32")
+
+
+def test_from_a_teacher_to_a_page(run, tmp_path: Path):
+    done = run(
+        "cache-teacher", DATA, "--teacher", TEACHER, "--views", "2", "--out", "a.zarr", "--workers", "0", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    cached = json.loads(done.stdout)
+    assert cached["images"] == 300
+    done = run(
+        *("train", DATA, "--archive", "a.zarr", "--out", "runs", "--val", VAL, *TRAIN, "--json"),
+        *("--loss", "power", "--loss", "ce", "--seed", "0", "--seed", "1"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "views are exact" in done.stderr
+    runs = json.loads(done.stdout)["runs"]
+    assert [found["run"] for found in runs] == ["power-0", "power-1", "ce-0", "ce-1"]
+    assert {"top1", "top5", "nll", "ece", "agreement", "images_per_second"} <= set(runs[0])
+    done = run("evaluate", "runs/power-1", "--data", VAL, "--json", "--workers", "0")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["top1"] == runs[1]["top1"]
+    done = run("report", "runs", "--archive", "a.zarr", "--data", DATA, "--out", "page.html")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "page.html").read_text()
+    assert cached["id"] in page
+    assert page.count("<svg") >= 4
+    assert page.count("data:image/png") == 12
+
+
+def test_a_run_is_repeated_from_its_configuration(run, tmp_path: Path, archive: Path):
+    first = run("train", DATA, "--archive", archive, "--out", "one", *TRAIN)
+    assert first.returncode == 0, first.stderr
+    again = run("train", "--config", "one/config.toml", "--out", "two")
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "one/student.safetensors").read_bytes() == (tmp_path / "two/student.safetensors").read_bytes()
+
+
+def test_two_processes_train_on_the_same_batches(run, tmp_path: Path, archive: Path):
+    """Under torchrun with gloo; batch norms see half of a batch each, so weights are near and not equal."""
+    alone = run("train", DATA, "--archive", archive, "--out", "alone", "--val", VAL, *TRAIN, "--json")
+    assert alone.returncode == 0, alone.stderr
+    torchrun = ("torch.distributed.run", "--nproc-per-node=2", "-m", "redistill_cli")
+    both = run("train", DATA, "--archive", archive, "--out", "both", "--val", VAL, *TRAIN, "--json", module=torchrun)
+    assert both.returncode == 0, both.stderr
+    one, two = json.loads(alone.stdout), json.loads(both.stdout)
+    assert two["nll"] == pytest.approx(one["nll"], rel=0.1)
+    assert two["evaluation"]["rows"] == one["evaluation"]["rows"] == 64
+    continued = run("train", DATA, "--archive", archive, "--out", "both", "--val", VAL, *TRAIN, "--json")
+    assert json.loads(continued.stdout)["epochs"] == 2, "one process takes up what two have left"
+
+
+@pytest.mark.parametrize(
+    ("changed", "code", "words"),
+    [
+        (("synthetic?n=150&classes=8&seed=9",), 3, "no image of the data"),
+        (("synthetic?n=120&classes=8",), 3, "30 missing"),
+        ((DATA, "--student", "demo:tiny?num_classes=9"), 3, "9 classes"),
+        ((DATA, "--student", "demo:huge"), 2, "demo:huge"),
+        ((DATA, "--loss", "powr"), 2, "did you mean power?"),
+        ((DATA, "--epochs", "0"), 2, "--epochs"),
+        ((DATA, "--teacher-names", "other"), 3, "teachers: small"),
+        ((DATA, "--device", "cuda:7"), 3, "GPU"),
+        ((DATA, "--val", "synthetic?n=20&classes=9&split=val"), 3, "class"),
+        ((DATA, "--log", "paper"), 2, "paper"),
+        ((DATA, "--config", "nothing.toml"), 2, "no configuration"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path, archive: Path, changed: tuple, code: int, words: str
+):
+    """The program itself, in this process: a new one takes seconds to start."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", changed[0], "--archive", str(archive), "--out", "run", *TRAIN, *changed[1:]]
+    monkeypatch.setattr(sys, "argv", ["redistill", *arguments])
+    with pytest.raises(SystemExit) as left:
+        main()
+    said = capsys.readouterr().err
+    assert left.value.code == code, said
+    assert words in said
+    assert len([line for line in said.splitlines() if line.startswith("redistill:")]) == 1
+    assert not (tmp_path / "run" / "last.ckpt").exists()
+
+
+def test_a_damaged_archive_is_exit_code_four(run, tmp_path: Path):
+    path = cache(tmp_path / "b.redistill.zarr", views=1)
+    shard = next(path.glob("teachers/small/logits/q/c.*"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 3] ^= 1
+    shard.write_bytes(data)
+    done = run("train", DATA, "--archive", path, "--out", "run", *TRAIN)
+    assert done.returncode == 4, done.stderr
+    assert str(shard.relative_to(path)) in done.stderr
+
+
+def test_a_diverging_loss_stops_and_says_where(run, archive: Path):
+    done = run("train", DATA, "--archive", archive, "--out", "run", *TRAIN, "--lr", "1e30", "--loss", "ce")
+    assert done.returncode == 1, done.stderr
+    assert "no longer finite at epoch 1, batch" in done.stderr
+
+
+def test_help_has_examples(run):
+    for command in ("demo", "cache-teacher", "train", "evaluate", "report", "inspect", "verify", "doctor"):
+        done = run(command, "--help")
+        assert done.returncode == 0
+        assert "xample" in done.stdout, command
+
+
+def test_the_doctor_needs_nothing(run):
+    found = json.loads(run("doctor", "--json").stdout)
+    assert found["cores"] >= 1
+    assert found["limit"]
+    assert found["views_per_second_and_core"] > 0
