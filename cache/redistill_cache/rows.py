@@ -110,7 +110,10 @@ def read_rows(contents: Contents, part: str, array: ArrayLayout, view: int, rows
                 piece = scratch.take("piece", count * array.row_bytes).view(array.dtype)
                 piece = piece.reshape(count, *array.row_shape)
                 shard.read_chunk(chunk, scratch, piece)
-                out[which if order is None else order[which]] = piece[wanted - start]
+                if order is None:
+                    piece.take(wanted - start, axis=0, out=out[which], mode="clip")  # no other mode writes directly
+                else:
+                    out[order[which]] = piece.take(wanted - start, axis=0)
 
 
 def _runs(numbers: np.ndarray) -> Iterator[tuple[int, slice]]:
