@@ -45,7 +45,7 @@ def open_archive(path: str | Path, *, allow_partial: bool = False, verify: Liter
         raise UsageError(f"verify must be 'once' or 'full', found {verify!r}")
     if "://" in str(path):
         raise Refused(f"{path} is a URL; this version reads archives on a local disk, so copy it there first")
-    path = Path(path)
+    path = Path(path).absolute()  # the process, or another one, may go on elsewhere
     with disk_trouble("read", path):
         contents = read_contents(path, allow_partial=allow_partial)
         check_metadata_on_disk(contents)

@@ -26,8 +26,13 @@ WHOLE = "*"
 
 def cache_folder() -> Path:
     """Where things that can be made again are kept: $XDG_CACHE_HOME/redistill, or ~/.cache/redistill."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "redistill"
+    base = os.environ.get("XDG_CACHE_HOME")
+    if base:
+        return Path(base) / "redistill"
+    try:
+        return Path.home() / ".cache/redistill"
+    except RuntimeError:  # a container whose user has no home: nothing can be kept
+        return Path(os.devnull) / "redistill"
 
 
 class Stamps:
@@ -56,9 +61,12 @@ class Stamps:
         with self._lock:
             known = self._load()
             for path, entry, mtime_ns in found:
-                known[path] = (entry.sha256, entry.size, mtime_ns)
+                stamp = (entry.sha256, entry.size, mtime_ns)
+                if known.get(path) == stamp:
+                    continue
+                known[path] = stamp
                 lines.append(f"{entry.sha256} {entry.size} {mtime_ns} {path}\n")
-            with contextlib.suppress(OSError):  # a full or read-only home: hash again next time
+            with contextlib.suppress(OSError):  # a full, read-only or missing home: hash again next time
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 with self._path.open("a", encoding="ascii") as file:
                     file.write("".join(lines))

@@ -70,7 +70,7 @@ class ArchiveWriter:
     @classmethod
     def create(cls, path: str | Path, spec: ArchiveSpec, *, files: Files = LOCAL) -> ArchiveWriter:
         """Start a new archive. Refused when anything but an empty folder is at `path`."""
-        path = Path(path)
+        path = Path(path).absolute()
         spec = spec.resolved()
         layout.check_extent(spec, {})
         with disk_trouble("create", path):
@@ -89,7 +89,7 @@ class ArchiveWriter:
     @classmethod
     def resume(cls, path: str | Path, spec: ArchiveSpec | None = None, *, files: Files = LOCAL) -> ArchiveWriter:
         """Continue an archive, sealed or not. `SpecMismatch` names the field in which `spec` differs from it."""
-        path = Path(path)
+        path = Path(path).absolute()
         with disk_trouble("resume", path):
             root = read_root(path)
             if spec is not None:
@@ -111,7 +111,7 @@ class ArchiveWriter:
 
         Safe to repeat after a crash at any point. The id changes with the next seal.
         """
-        path = Path(path)
+        path = Path(path).absolute()
         with disk_trouble("extend", path):
             root = read_root(path)
             root.require_writable(path)

@@ -234,6 +234,21 @@ def test_an_archive_without_views_or_canaries(tmp_path: Path):
     refused(OutOfRange, "no canaries", lambda: archive.canaries(0))
 
 
+def test_a_relative_path_stays_the_same_place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(made.parent)
+    archive = open_archive(made.name)
+    monkeypatch.chdir(tmp_path)
+    assert np.array_equal(archive.logits(0), stored_logits(0))
+    assert pickle.loads(pickle.dumps(archive)).id == archive.id
+
+
+def test_a_machine_without_a_home_hashes_every_time(made: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", classmethod(lambda cls: (_ for _ in ()).throw(RuntimeError("no home"))))
+    assert np.array_equal(open_archive(made).logits(0), stored_logits(0))
+
+
 # -- processes and threads --------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from redistill_cache import ArchiveWriter, ArraySpec, SignalSpec, TeacherSpec, open_archive
 from redistill_cache.archive_files import read_root
 from redistill_cache.errors import Incomplete, NewerFormat, OutOfRange, Refused, SpecMismatch, UsageError
+from redistill_cache.files import Files
 from redistill_cache.layout import Block
 from redistill_cache.spec import ArchiveSpec
 from redistill_cache.strict_json import canonical
@@ -295,6 +298,39 @@ def test_notes_are_no_part_of_the_archive(archive: Path):
     assert writer.seal() == identity
     with pytest.raises(UsageError, match="short name"):
         writer.note("../run", {})
+
+
+# -- disks ------------------------------------------------------------------------------------------------------------
+
+
+class Broken(Files):
+    """A disk that cannot be written."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def write(self, path: Path, data: bytes | memoryview) -> None:  # noqa: ARG002
+        raise OSError(self._number, os.strerror(self._number), str(path))
+
+
+ADVICE = {
+    errno.ENOSPC: "free some space",
+    errno.EROFS: "choose a path that can be written",
+    errno.EIO: "check the disk",
+}
+
+
+@pytest.mark.parametrize("number", ADVICE)
+def test_a_disk_that_cannot_be_written_says_what_to_do(tmp_path: Path, number: int):
+    with pytest.raises(Refused, match=f"cannot create .*{os.strerror(number)}; {ADVICE[number]}") as error:
+        ArchiveWriter.create(tmp_path / "a", SPEC, files=Broken(number))
+    one_line(error)
+    start(tmp_path / "b")
+    writer = ArchiveWriter.resume(tmp_path / "b", files=Broken(number))
+    block = writer.missing("views")[0]
+    with pytest.raises(Refused, match="then run the same command again: committed blocks are kept") as error:
+        writer.write(block, *block_data(block))
+    one_line(error)
 
 
 # -- specifications ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,37 @@
+"""Columns come back as rows, whatever their number, type and place."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from redistill_cache.shards import Scratch
+from redistill_cache.untranspose import untranspose
+
+DTYPES = ("uint8", "int8", "uint16", "float16", "int32", "float32", "int64")
+
+
+@given(
+    width=st.integers(1, 40), chunk=st.integers(1, 50), rows=st.integers(0, 50),
+    dtype=st.sampled_from(DTYPES), shifted=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=300, deadline=None)
+def test_columns_become_rows(width: int, chunk: int, rows: int, dtype: str, shifted: bool, seed: int):
+    rows = min(rows, chunk)
+    itemsize = np.dtype(dtype).itemsize
+    columns = np.random.default_rng(seed).integers(0, 256, (width, chunk * itemsize), np.uint8).view(dtype)
+    room = np.zeros(rows * width * itemsize + itemsize, np.uint8)
+    out = room[itemsize * shifted :][: rows * width * itemsize].view(dtype).reshape(rows, width)
+    scratch = Scratch()
+    for _ in range(2):  # the second time with used buffers
+        out.view(np.uint8)[...] = 0xAA
+        untranspose(columns, out, scratch)
+        assert np.array_equal(out.view(np.uint8), np.ascontiguousarray(columns.T[:rows]).view(np.uint8))
+
+
+def test_rows_that_are_not_contiguous():
+    columns = np.arange(20 * 8, dtype=np.uint8).reshape(20, 8)
+    out = np.zeros((8, 40), np.uint8)
+    untranspose(columns, out[:, ::2], Scratch())
+    assert np.array_equal(out[:, ::2], columns.T)
+    assert not out[:, 1::2].any()
