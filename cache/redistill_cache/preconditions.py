@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from redistill_cache import limits
-from redistill_cache.errors import Damaged, Refused, SpecMismatch, UsageError
-from redistill_cache.journal import FILES, Record, parse_record
+from redistill_cache.errors import Damaged, SpecMismatch, UsageError
+from redistill_cache.journal import Record, parse_record
 from redistill_cache.keys import PackedKeys
 from redistill_cache.layout import ArrayLayout
 from redistill_cache.strict_json import Json, canonical
 
-__all__ = ["check_array", "check_keys", "check_manifest", "check_names", "check_record", "refuse_difference"]
+__all__ = ["check_array", "check_keys", "check_names", "check_record", "refuse_difference"]
 
 
 def refuse_difference(stored: Json, given: Json, where: str, free: Sequence[str] = ()) -> None:
@@ -80,13 +80,3 @@ def check_record(record: Record) -> None:
         parse_record(data, record.block, record.identity, "the record")
     except Damaged as error:
         raise UsageError(f"{record.block} cannot be committed with these stats: {error}; pass smaller ones") from None
-
-
-def check_manifest(data: bytes) -> None:
-    """The same for a manifest: its header holds the statistics of every signal."""
-    header = data.index(FILES)
-    if header > limits.MAX_METADATA_BYTES or len(data) > limits.MAX_MANIFEST_BYTES:
-        raise Refused(
-            f"the manifest would take {len(data)} bytes, {header} of them statistics; the limits are "
-            f"{limits.MAX_MANIFEST_BYTES} and {limits.MAX_METADATA_BYTES}: use fewer teachers or signals in one archive"
-        )

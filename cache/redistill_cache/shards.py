@@ -17,8 +17,8 @@ from numcodecs import zstd  # type: ignore[import-untyped]
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
+from redistill_cache.array_layout import CHECKSUM, ArrayLayout
 from redistill_cache.errors import Damaged
-from redistill_cache.layout import CHECKSUM, ArrayLayout
 from redistill_cache.strict_json import canonical
 from redistill_cache.untranspose import untranspose
 

@@ -12,7 +12,6 @@ Every call is durable when it returns. How a block is committed, and why two wri
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -26,24 +25,24 @@ from redistill_cache.blocks import all_blocks, part_blocks, parts, samples_block
 from redistill_cache.commits import Commits
 from redistill_cache.contents import read_committed
 from redistill_cache.errors import Incomplete, OutOfRange, Refused, SpecMismatch, UsageError
-from redistill_cache.fidelity import merge_stats
 from redistill_cache.files import LOCAL, Files, is_leftover
-from redistill_cache.journal import FileEntry, Manifest, Record, sha256
+from redistill_cache.journal import FileEntry, Record, sha256
 from redistill_cache.keys import PackedKeys, pack_keys
 from redistill_cache.layout import ArrayLayout, Block
 from redistill_cache.preconditions import (
     check_array,
     check_keys,
-    check_manifest,
     check_names,
     check_record,
     refuse_difference,
 )
 from redistill_cache.reader import Archive
+from redistill_cache.sealing import check_manifest, make_manifest
 from redistill_cache.shards import encode_shard
 from redistill_cache.spec import ArchiveSpec, TeacherSpec, archive_identity, teacher_identity
 from redistill_cache.storage import MOST_FILES, disk_trouble, read_small, walk_regular
 from redistill_cache.strict_json import Json, canonical
+from redistill_cache.tree import Tree
 
 __all__ = ["ArchiveWriter"]
 
@@ -63,6 +62,7 @@ class ArchiveWriter:
         self.teachers: dict[str, TeacherSpec] = {}
         self._files = files
         self._commits = Commits(path, files)
+        self._tree = Tree(path, files)
         self._identity = archive_identity(spec.to_json())
 
     # -- opening ------------------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ class ArchiveWriter:
             except FileExistsError:
                 raise Refused(f"{path}: another process has just created this archive; resume it") from None
             writer = cls(path, spec, files)
-            writer._write_metadata()
+            writer._tree.write_metadata(writer.spec, writer.teachers)
         return writer
 
     @classmethod
@@ -101,7 +101,7 @@ class ArchiveWriter:
             for document in documents.values():
                 document.require_writable(path)
             writer.teachers = {name: document.spec for name, document in documents.items()}
-            writer._write_metadata()
+            writer._tree.write_metadata(writer.spec, writer.teachers)
             writer._recover()
         return writer
 
@@ -128,35 +128,13 @@ class ArchiveWriter:
                 files.publish(path / "zarr.json", layout.root_metadata(spec))
         return cls.resume(path, files=files)
 
-    def _write_metadata(self) -> None:
-        """Make every folder and zarr.json what the specification says; files that are right are left alone."""
-        for folder in (layout.BLOCKS, layout.NOTES):
-            self._files.make_directories(self.path / folder)
-        self._files.make_directories(self.path / "samples/key_bytes")
-        for name, data in layout.expected_metadata(self.spec, self.teachers).items():
-            path = self.path / name
-            self._files.make_directories(path.parent)
-            if not path.exists() or read_small(path, limits.MAX_METADATA_BYTES) != data:
-                self._files.publish(path, data)
-
     def _recover(self) -> None:
         """Finish what dead writers left: settle their commits, and forget blocks whose files are gone or cut short."""
         present = self._commits.names()
         for block, names in self._all_blocks(self.spec.num_views):
             if block.record_path in present and not self._commits.settle(self._load(block, names)):
                 self._commits.forget(block)
-        self._sync_folders()
-
-    def _sync_folders(self) -> None:
-        """Make every name durable: a writer killed between a rename and its sync has left names that only look so."""
-        files = [*layout.expected_metadata(self.spec, self.teachers), *map(layout.teacher_path, self.teachers)]
-        folders = {Path(name).parent for name in files}
-        folders |= {Path(layout.BLOCKS), Path(layout.NOTES), Path("samples/key_bytes")}
-        folders |= {parent for folder in folders for parent in folder.parents}
-        for folder in sorted(folders):
-            self._files.sync_directory(self.path / folder)
-        with contextlib.suppress(PermissionError):  # the archive's own name; its folder may be somebody else's
-            self._files.sync_directory(self.path.parent)
+        self._tree.sync_folders(self.spec, self.teachers)
 
     # -- what is there ------------------------------------------------------------------------------------------------
 
@@ -253,7 +231,7 @@ class ArchiveWriter:
             stored = read_teachers(self.path, [teacher.name], read_root(self.path))[teacher.name].spec
             refuse_difference(stored.to_json(), teacher.to_json(), f"{self.path}: teacher {teacher.name!r}", ())
             self.teachers[teacher.name] = stored
-            self._write_metadata()
+            self._tree.write_metadata(self.spec, self.teachers)
         self._write_once(side_block(teacher), data, f"side data of teacher {teacher.name!r}")
         return teacher
 
@@ -338,11 +316,11 @@ class ArchiveWriter:
             for record in records:
                 if not self._commits.settle(record):
                     raise Incomplete(f"{self.path}: files of {record.block} are missing or cut short; resume it first")
-            self._write_metadata()
-            manifest = self._manifest(records, views).to_bytes()
+            self._tree.write_metadata(self.spec, self.teachers)
+            manifest = make_manifest(self.spec, self.teachers, records, views).to_bytes()
             check_manifest(manifest)
-            self._sweep()
-            self._sync_folders()
+            self._tree.sweep()
+            self._tree.sync_folders(self.spec, self.teachers)
             path = self.path / layout.MANIFEST
             if path.exists() and read_small(path, limits.MAX_MANIFEST_BYTES) == manifest:
                 self._files.sync_directory(path.parent)
@@ -359,29 +337,6 @@ class ArchiveWriter:
                 f"{self.path}: {len(missing)} of {len(blocks)} blocks are missing, the first is {missing[0]}; "
                 "finish them, or seal a prefix of the views"
             )
-
-    def _manifest(self, records: Sequence[Record], views: int) -> Manifest:
-        contents = layout.expected_metadata(self.spec, self.teachers)
-        contents["zarr.json"] = layout.root_metadata(self.spec)
-        for name, teacher in self.teachers.items():
-            contents[layout.teacher_path(name)] = layout.teacher_metadata(teacher)
-        contents |= {record.block.record_path: record.to_bytes() for record in records}
-        files = {path: FileEntry(len(data), sha256(data)) for path, data in contents.items()}
-        for record in records:
-            files |= record.files
-        stats = {
-            name: merge_stats(teacher, [r.stats for r in records if r.block.part == f"teachers/{name}"])
-            for name, teacher in self.teachers.items()
-        }
-        return Manifest(self._identity, views, stats, files)
-
-    def _sweep(self) -> None:
-        """Remove what dead writers left half-written: every block is committed, so nobody needs it."""
-        for name in walk_regular(self.path, most=4 * limits.MAX_FILES):
-            path = self.path / name
-            if is_leftover(path):
-                with contextlib.suppress(FileNotFoundError):  # another process sweeps as well
-                    self._files.remove(path)
 
 
 def _encode(layouts: Mapping[str, ArrayLayout], arrays: Mapping[str, np.ndarray]) -> dict[str, bytes]:
