@@ -101,7 +101,7 @@ def run(honest: Path, folder: Path, share: float) -> None:
 
 def test_one_value_replaced(honest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    run(honest, tmp_path, 0.03)
+    run(honest, tmp_path, 0.015)
 
 
 @pytest.mark.slow
