@@ -59,6 +59,7 @@ def test_some_operations_fail(ram: Path, failure: Failure, reference: tuple[str,
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("failure", FAILURES, ids=str)
 def test_every_operation_fails(ram: Path, failure: Failure, reference: tuple[str, dict[str, str]]):
     for nth in range(1, count_operations(ram / "count") + 1):

@@ -103,5 +103,6 @@ def test_killed_writers(ram: Path, reference: Reference):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_two_hundred_killed_writers(ram: Path, reference: Reference):
     kill_often(ram, 200, reference)

@@ -134,11 +134,13 @@ def test_what_a_killed_writer_never_synced_is_safe_once_sealed(ram: Path, run: R
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_whatever_a_killed_writer_never_synced_is_safe_once_sealed(ram: Path, run: Run, reference: Reference):
     finish_after_kills(ram, run, reference, range(len(run.operations) + 1))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("batch", range(20))
 def test_ten_thousand_power_cuts(ram: Path, run: Run, reference: Reference, batch: int):
     for seed in range(1000 + batch * 500, 1000 + (batch + 1) * 500):

@@ -71,6 +71,7 @@ def test_two_writers_race_for_one_block(ram: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_two_writers_race_a_hundred_times(ram: Path):
     race(ram, 100)
 
@@ -125,5 +126,6 @@ def test_three_writers_make_one_archive(ram: Path, reference: Reference):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_three_writers_make_one_archive_a_hundred_times(ram: Path, reference: Reference):
     write_together(ram, 100, reference)
