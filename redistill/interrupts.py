@@ -14,6 +14,7 @@ from redistill_cache.errors import RedistillError
 __all__ = ["Interrupted", "StopRequest", "stop_on_signals"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+AGAIN = "run the same command again to continue: what is finished is kept"
 
 
 class Interrupted(RedistillError):
@@ -33,14 +34,18 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.number is not None
 
-    def raise_if_set(self, advice: str) -> None:
+    def raise_if_set(self, advice: str = AGAIN) -> None:
         if self.number is not None:
             raise Interrupted(self.number, advice)
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Within the block, SIGINT and SIGTERM only set the request. In other threads than the main one it is never set."""
+def stop_on_signals(advice: str = AGAIN) -> Iterator[StopRequest]:
+    """Within the block, SIGINT and SIGTERM only set the request. In other threads than the main one it is never set.
+
+    A scheduler signals all processes of a job, workers included. So what fails once the request is set, fails because
+    of it, and leaves the block as `Interrupted` with this advice.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -55,6 +60,10 @@ def stop_on_signals() -> Iterator[StopRequest]:
         signal.signal(number, ask)
     try:
         yield request
+    except RedistillError as error:
+        if request.number is not None and not isinstance(error, Interrupted):
+            raise Interrupted(request.number, advice) from error
+        raise
     finally:
         for number in SIGNALS:
             signal.signal(number, before[number])

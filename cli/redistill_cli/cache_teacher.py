@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -81,12 +82,18 @@ def cache_teacher(
 
       torchrun --nproc-per-node=8 -m redistill_cli cache-teacher wds:'train-{0000..0146}.tar' --teacher ... --out ...
     """
+    # The encoder multiplies many small matrices, while the teacher needs the cores: with more threads than one it takes
+    # twice the processor time. Read when numpy is imported.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
     from redistill_cache.errors import UsageError
 
     from redistill.caching import CacheOptions, estimate_cache
     from redistill.caching import cache_teacher as cache
     from redistill.caching.ranks import Rank
 
+    if dry_run and not Rank.from_environment().first:
+        return  # the first rank speaks for all
     if on_bad_image not in ("fail", "exclude"):
         raise UsageError(f"expected --on-bad-image fail or exclude, found {on_bad_image!r}")
     options = CacheOptions(
@@ -157,9 +164,9 @@ class Terminal:
     def index(self, done: int, total: int) -> None:
         self.indexing.update(done, total)
 
-    def advance(self, images: int, total: int, blocks: int) -> None:
+    def advance(self, images: int, total: int, blocks: int, written: int) -> None:
         self.indexing.close()
-        self.asking.update(images, total, blocks=blocks)
+        self.asking.update(images, total, blocks=blocks, written=human_bytes(written))
 
 
 def show_estimate(found: Estimate) -> None:

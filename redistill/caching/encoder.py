@@ -5,36 +5,42 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
 
 import numpy as np
 import torch
-from redistill_cache import ArchiveWriter
-from redistill_cache.codecs import BlockStats, Codec, Encoded, NotFinite, join_encoded
-from redistill_cache.layout import Block
+from redistill_cache.codecs import BlockStats, Encoded, NotFinite, join_encoded
+from redistill_cache.layout import Block, part_arrays
 from torch import Tensor
 
+from redistill.caching.opening import Opened
+from redistill.caching.parameters import write_parameters
 from redistill.caching.pilot import refuse_row
-from redistill.caching.plan import Plan
+from redistill.devices import refuse_out_of_memory
 from redistill.signals import LOGITS
 
 __all__ = ["BlockEncoder", "Written"]
 
-# Rows encoded at once. A piece depends on the block alone, as batches do, so the bytes do not depend on the run.
-PIECE_ROWS = 1024
+# Rows encoded at once, and their values at most. A device is only busy with many; on a host more would be a longer
+# wait for the last of them. A piece depends on the block alone, as batches do, so that bytes do not depend on the run.
+PIECE_ROWS = {"cpu": 4096, "cuda": 16384}
+PIECE_VALUES = 1 << 24
 # Pieces that may wait for the thread: more would only take memory.
 WAITING = 2
 
 
 @dataclass
 class Written:
-    """What the thread has done so far."""
+    """What this process has committed so far."""
 
     blocks: int = 0
     rows: int = 0
+    bytes: int = 0
     labelled: int = 0
     right: int = 0
+    """Labelled rows of which the teacher's first guess is the label."""
 
     @property
     def top1(self) -> float | None:
@@ -49,6 +55,8 @@ class Piece:
     start: int
     answers: dict[str, list[Tensor]] = field(default_factory=dict)
     rows: int = 0
+    ready: torch.cuda.Event | None = None
+    """When the answers are there, for work on another stream."""
 
     def add(self, answers: Mapping[str, Tensor]) -> None:
         for name, rows in answers.items():
@@ -66,9 +74,15 @@ class BlockEncoder:
     A block whose rows did not all come is dropped. An error in the thread is raised by the next `add`, or at the end.
     """
 
-    def __init__(self, plan: Plan, writer: ArchiveWriter, codecs: Mapping[str, Codec]) -> None:
-        self.written = Written()
-        self._plan, self._writer, self._codecs = plan, writer, codecs
+    def __init__(self, there: Opened, written: Written) -> None:
+        self.written = written
+        self._plan, self._writer, self._codecs = there.plan, there.writer, there.codecs
+        self._device = there.plan.teacher.device
+        self._layouts = part_arrays(there.writer.spec, there.writer.teachers, there.plan.part)
+        self._drawn: set[int] = set()  # views whose parameters are written
+        self._most = piece_rows(self._device, max(codec.width for codec in there.codecs.values()))
+        # Of its own: on the teacher's stream every look at a result would wait for the batches queued before it.
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._piece: Piece | None = None
         self._waiting: queue.Queue[Piece | None] = queue.Queue(WAITING)
         self._error: BaseException | None = None
@@ -88,53 +102,69 @@ class BlockEncoder:
         """The next rows of a block, in order."""
         if self._error is not None:
             raise self._error
-        if self._piece is None:
-            self._piece = Piece(block, rows.start)
-        piece = self._piece
+        piece = self._piece = self._piece or Piece(block, rows.start)
         assert piece.block == block, f"{block} began before {piece.block} was whole"
         assert piece.stop == rows.start, f"expected row {piece.stop} of {block}, got {rows.start}"
         piece.add(answers)
-        if piece.rows >= PIECE_ROWS or piece.stop == block.stop:
+        if piece.rows >= self._most or piece.stop == block.stop:
+            if self._stream is not None:
+                piece.ready = torch.cuda.current_stream(self._device).record_event()
             self._waiting.put(piece)
             self._piece = None
 
     # -- in the thread ----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        pieces: list[tuple[Piece, dict[str, Encoded]]] = []
+        pieces: list[dict[str, Encoded]] = []
+        guesses: list[np.ndarray] = []
         while (piece := self._waiting.get()) is not None:
             if self._error is not None:
                 continue  # keep taking, so that nobody waits for room
             try:
-                pieces.append((piece, self._encode(piece)))
+                with self._beside(piece):
+                    guesses.append(torch.cat([rows.argmax(1) for rows in piece.answers[LOGITS]]).cpu().numpy())
+                    pieces.append(self._encode(piece))
                 if piece.stop == piece.block.stop:
-                    self._write(piece.block, [encoded for _, encoded in pieces])
-                    pieces.clear()
+                    self._write(piece.block, pieces, np.concatenate(guesses))
+                    pieces, guesses = [], []
             except BaseException as error:  # noqa: BLE001  raised again where the work was handed over
                 self._error = error
+
+    def _beside(self, piece: Piece) -> AbstractContextManager[object]:
+        """Work on the encoder's own stream, once the teacher has answered; on a CPU there is nothing to arrange."""
+        if self._stream is None or piece.ready is None:
+            return nullcontext()
+        self._stream.wait_event(piece.ready)
+        return torch.cuda.stream(self._stream)
 
     def _encode(self, piece: Piece) -> dict[str, Encoded]:
         encoded = {}
         for name, parts in piece.answers.items():
-            rows = torch.cat(parts)
-            if name == LOGITS:
-                self._count(piece, rows)
-            try:
-                encoded[name] = join_encoded([self._codecs[name].encode(rows)])
-            except NotFinite as error:
-                raise refuse_row(self._plan, name, piece.block.view, piece.start + error.rows[0]) from error
+            with refuse_out_of_memory(self._plan.options.batch_size, self._device):
+                rows = torch.cat(parts)
+                try:
+                    # numpy is several times faster than torch at the many small products of a row.
+                    part = self._codecs[name].encode(rows.numpy() if rows.device.type == "cpu" else rows)
+                except NotFinite as error:
+                    raise refuse_row(self._plan, name, piece.block.view, piece.start + error.rows[0]) from error
+                encoded[name] = join_encoded([part])  # on the host: all work on the device is done
         return encoded
 
-    def _count(self, piece: Piece, logits: Tensor) -> None:
-        labels = self._plan.index.labels[piece.start : piece.stop]
-        guesses = logits.argmax(1).cpu().numpy()
-        self.written.labelled += int((labels >= 0).sum())
-        self.written.right += int(((labels == guesses) & (labels >= 0)).sum())
-
-    def _write(self, block: Block, pieces: list[dict[str, Encoded]]) -> None:
+    def _write(self, block: Block, pieces: list[dict[str, Encoded]], guesses: np.ndarray) -> None:
+        if block.view not in self._drawn:
+            write_parameters(self._plan, self._writer, block.view)
+            self._drawn.add(block.view)
         whole = {name: join_encoded([piece[name] for piece in pieces]) for name in self._codecs}
         arrays = {f"{name}/{key}": np.asarray(a) for name, item in whole.items() for key, a in item.arrays.items()}
-        stats = {name: BlockStats.of(item).to_json() for name, item in whole.items()}
-        self._writer.write(block, arrays, stats)
-        self.written.blocks += 1
-        self.written.rows += block.stop - block.start
+        self._writer.write(block, arrays, {name: BlockStats.of(item).to_json() for name, item in whole.items()})
+        labels, written = self._plan.index.labels[block.start : block.stop], self.written
+        shards = (self._writer.path / array.shard_path(block.view, block.index) for array in self._layouts.values())
+        written.bytes += sum(shard.stat().st_size for shard in shards)
+        written.rows += len(labels)
+        written.labelled += int((labels >= 0).sum())
+        written.right += int(((labels == guesses) & (labels >= 0)).sum())
+        written.blocks += 1
+
+
+def piece_rows(device: torch.device, width: int) -> int:
+    return max(1024, min(PIECE_ROWS.get(device.type, 1024), PIECE_VALUES // width))

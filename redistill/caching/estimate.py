@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from redistill_cache import SignalSpec, TeacherSpec, layout
 from redistill_cache.codecs import BlockStats, Codec
+from redistill_cache.codecs.auto import Choice
 from redistill_cache.errors import Refused
 from redistill_cache.journal import FileEntry, Record
 from redistill_cache.keys import pack_keys
@@ -21,7 +22,7 @@ from redistill_cache.spec import ArchiveSpec
 from redistill.caching.pilot import Pilot
 from redistill.caching.plan import Plan
 
-__all__ = ["Estimate", "estimate", "refuse_small_disk", "teacher_spec"]
+__all__ = ["Estimate", "estimate", "existing_parent", "refuse_small_disk", "teacher_spec"]
 
 NO_ENTRY = FileEntry(100_000, "0" * 64)
 # A line of the manifest holds the path, the size and the hash of a file, with quotes, brackets and commas.
@@ -79,11 +80,13 @@ def teacher_spec(plan: Plan, codecs: Mapping[str, Codec]) -> TeacherSpec:
     )
 
 
-def estimate(plan: Plan, pilot: Pilot, codecs: Mapping[str, Codec], reasons: Mapping[str, str]) -> Estimate:
+def estimate(plan: Plan, pilot: Pilot, choices: Mapping[str, Choice]) -> Estimate:
+    """What the whole archive will cost, with these codecs."""
     spec = plan.spec.resolved()
+    codecs = {name: choice.codec for name, choice in choices.items()}
     teacher = teacher_spec(plan, codecs).resolved(spec.block_rows)
     everything = spec.num_samples * spec.num_views
-    per_view, stats = signal_bytes(spec, teacher, pilot, codecs)
+    per_view, stats = signal_bytes(spec, teacher, choices)
     data = {f"{name}/{key}": array for name, codec in codecs.items() for key, array in codec.side().items()}
     side = sum(len(encode_shard(array, data[name])) for name, array in layout.side_arrays(teacher).items())
     others, files = other_bytes(plan, spec, teacher, stats)
@@ -101,11 +104,15 @@ def estimate(plan: Plan, pilot: Pilot, codecs: Mapping[str, Codec], reasons: Map
         seconds=everything / pace,
         device=str(plan.teacher.device),
         device_hours=everything / pilot.images_per_second / 3600,
-        free_bytes=shutil.disk_usage(existing_parent(plan.options.out)).free,
+        free_bytes=free_bytes(plan.options.out),
         pilot_rows=len(pilot),
-        teacher_top1=pilot.top1,
-        codecs=dict(reasons),
+        teacher_top1=pilot.right / pilot.labelled if pilot.labelled else None,
+        codecs={name: choice.reason for name, choice in choices.items()},
     )
+
+
+def free_bytes(path: Path) -> int:
+    return shutil.disk_usage(existing_parent(path)).free
 
 
 def existing_parent(path: Path) -> Path:
@@ -116,19 +123,17 @@ def existing_parent(path: Path) -> Path:
 
 
 def signal_bytes(
-    spec: ArchiveSpec, teacher: TeacherSpec, pilot: Pilot, codecs: Mapping[str, Codec]
+    spec: ArchiveSpec, teacher: TeacherSpec, choices: Mapping[str, Choice]
 ) -> tuple[float, dict[str, Any]]:
-    """Bytes a view of the teacher's shards when the pilot is written as one block, and its statistics."""
-    total, stats, count = 0, {}, min(spec.block_rows, spec.num_samples)
-    for name, codec in codecs.items():
-        rows = pilot.rows[name][-count:]
-        encoded = codec.encode(rows)
+    """Bytes a view of the teacher's shards, if what was tried is written as one block; and its statistics."""
+    total, stats, layouts = 0.0, {}, layout.teacher_arrays(spec, teacher)
+    for name, choice in choices.items():
+        encoded = choice.best.encoded
         stats[name] = BlockStats.of(encoded).to_json()
-        arrays = layout.teacher_arrays(spec, teacher)
-        total += sum(
-            len(encode_shard(arrays[f"{name}/{key}"], np.asarray(array))) for key, array in encoded.arrays.items()
-        )
-    return total / len(rows), stats
+        rows = min(len(encoded), spec.block_rows, spec.num_samples)
+        for key, array in encoded.arrays.items():
+            total += len(encode_shard(layouts[f"{name}/{key}"], np.asarray(array)[:rows])) / rows
+    return total, stats
 
 
 def parameter_bytes(plan: Plan, spec: ArchiveSpec) -> float:
@@ -177,11 +182,11 @@ def other_bytes(plan: Plan, spec: ArchiveSpec, teacher: TeacherSpec, stats: dict
     return total + sum(len(path) + LINE_BYTES for path in paths), len(paths)
 
 
-def refuse_small_disk(found: Estimate, path: Path, written: int) -> None:
-    """`written` bytes of the archive are there already."""
-    wanted = int((found.total_bytes - written) * SLACK)
-    if wanted > found.free_bytes:
+def refuse_small_disk(path: Path, wanted: int) -> None:
+    """`wanted` bytes are still to be written."""
+    free = free_bytes(path)
+    if wanted * SLACK > free:
         raise Refused(
-            f"{path}: about {wanted / 2**30:.2f} GiB are still to be written, {found.free_bytes / 2**30:.2f} GiB are "
-            f"free; make room, choose another disk, fewer --views or a coarser --fidelity"
+            f"{path}: about {wanted / 2**30:.2f} GiB are still to be written, {free / 2**30:.2f} GiB are free; make "
+            "room, choose another disk, fewer --views or a coarser --fidelity"
         )

@@ -12,20 +12,23 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from redistill_cache.codecs import Codec, NotFinite, Options, explain_codec
+from redistill_cache.codecs import NotFinite, Options, explain_codec
+from redistill_cache.codecs.auto import Choice
 from redistill_cache.errors import RedistillError, Refused
 from torch import Tensor
 
-from redistill.caching.forward import pixels_of, rendered
+from redistill.caching.forward import Forward
 from redistill.caching.plan import Plan
 from redistill.signals import LOGITS
 from redistill.teacher_check import TeacherCheck, check_teacher
 from redistill.wording import first_line
 
-__all__ = ["Pilot", "check_first_batch", "fit_codecs", "run_pilot"]
+__all__ = ["Pilot", "check_first_batch", "fit_codecs", "refuse_row", "run_pilot"]
 
 ROWS_PER_CLASS = 8
 PILOT_ROWS = (512, 16384)
+# Codecs are weighed by the last rows of a pilot, so these are spread as evenly as all.
+SPREAD = 8
 CHECKED_IMAGES = 32
 # The axes of the head may take fewer bytes than those of the logits when classes are this many times the features;
 # where both are tried and weighed, it is worth a try much earlier.
@@ -38,42 +41,44 @@ class Pilot:
 
     rows: dict[str, np.ndarray]
     images_per_second: float
-    top1: float | None
-    """Of the rows that have a label."""
+    labelled: int
+    right: int
+    """Labelled rows of which the teacher's first guess is the label."""
 
     def __len__(self) -> int:
         return len(self.rows[LOGITS])
 
 
 def pilot_places(plan: Plan) -> np.ndarray:
-    """Indices of the dataset, evenly spread over the rows of all views."""
+    """Indices of the dataset, evenly spread over the rows of all views; so is every eighth of them."""
     everything = plan.spec.num_samples * plan.spec.num_views
     low, high = PILOT_ROWS
     count = min(everything, max(low, min(ROWS_PER_CLASS * plan.spec.num_classes, high)))
-    return np.arange(count) * everything // count
+    places = np.arange(count) * everything // count
+    return np.concatenate([places[start::SPREAD] for start in range(SPREAD)])
 
 
-def check_first_batch(plan: Plan) -> TeacherCheck:
+def check_first_batch(forward: Forward) -> TeacherCheck:
     """Refuse a teacher that cannot take these views or whose answers are not worth storing."""
-    dataset = plan.dataset
+    plan = forward.plan
     count = min(CHECKED_IMAGES, plan.options.batch_size, plan.spec.num_samples)
-    pixels = pixels_of(dataset.__getitems__([dataset.index(0, row) for row in range(count)]))
+    [(_, pixels)] = forward.rendered([(None, forward.indices(0, range(count)))])
     pixels = pixels.repeat(-(-4 // count), 1, 1, 1)  # a check needs neighbours to compare with
     try:
         return check_teacher(plan.teacher, pixels)
     except RedistillError:
         raise
     except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:  # from inside the network
-        wanted = plan.teacher.model.input_size
-        hint = f"--size {wanted}" if wanted not in (None, dataset.size) else "another --size or --recipe"
+        size, wanted = plan.recipe.size, plan.teacher.model.input_size
+        hint = f"--size {wanted}" if wanted not in (None, size) else "another --size or --recipe"
         raise Refused(
-            f"the teacher {plan.options.teacher!r} cannot take views of {dataset.size} px: {first_line(error)}; "
-            f"use {hint}"
+            f"the teacher {plan.options.teacher!r} cannot take views of {size} px: {first_line(error)}; use {hint}"
         ) from error
 
 
-def run_pilot(plan: Plan) -> Pilot:
+def run_pilot(forward: Forward) -> Pilot:
     """Ask the teacher about the pilot's views."""
+    plan = forward.plan
     places, size = pilot_places(plan), plan.options.batch_size
 
     def batches() -> Iterator[tuple[np.ndarray, list[int]]]:
@@ -82,57 +87,46 @@ def run_pilot(plan: Plan) -> Pilot:
             yield some, some.tolist()
 
     found: dict[str, list[Tensor]] = {}
-    labels, seen, begin, start = [], 0, time.perf_counter(), 0.0
-    for some, pixels in rendered(plan, plan.dataset, batches()):
-        for name, rows in plan.teacher(pixels).items():
-            found.setdefault(name, []).append(rows.cpu())
+    labels, start = [], time.perf_counter()
+    for some, _, said in forward.answers(batches()):
+        for name, answers in said.items():
+            found.setdefault(name, []).append(answers.cpu())
         labels.append(plan.index.labels[some % plan.spec.num_samples])
-        seen += len(some) if start else 0
-        start = start or time.perf_counter()  # the first batch waits for workers to start and kernels to be chosen
-    end = time.perf_counter()
-    pace = seen / (end - start) if seen else len(places) / (end - begin)
-    joined = {name: torch.cat(rows).numpy() for name, rows in found.items()}
-    return Pilot(joined, pace, accuracy(joined[LOGITS], np.concatenate(labels)))
+    seconds = time.perf_counter() - start
+    rows = {name: torch.cat(parts).numpy() for name, parts in found.items()}
+    truth = np.concatenate(labels)
+    right = (rows[LOGITS].argmax(1) == truth) & (truth >= 0)
+    return Pilot(rows, len(places) / seconds, int((truth >= 0).sum()), int(right.sum()))
 
 
-def accuracy(logits: np.ndarray, labels: np.ndarray) -> float | None:
-    here = labels >= 0
-    return float((logits[here].argmax(1) == labels[here]).mean()) if here.any() else None
+def fit_codecs(plan: Plan, pilot: Pilot) -> dict[str, Choice]:
+    """A codec for every signal, why it was chosen, and what it made of some of the rows."""
+    return {signal: fit_codec(plan, signal, rows) for signal, rows in pilot.rows.items()}
 
 
-def fit_codecs(plan: Plan, pilot: Pilot) -> tuple[dict[str, Codec], dict[str, str]]:
-    """A codec for every signal, and why it was chosen."""
-    codecs, reasons = {}, {}
-    for signal, rows in pilot.rows.items():
-        logits = signal == LOGITS
-        head = plan.teacher.head() if logits else None
-        if head is not None and head.weight.shape[1] * HEAD_PAYS[plan.options.codec == "auto"] > rows.shape[1]:
-            head = None
-        options = Options(
-            fidelity=plan.options.fidelity if logits else plan.options.feature_fidelity,
-            metric="kl" if logits else "relative",
-            keep_shift=logits and plan.options.keep_shift,
-            head=None if head is None else (head.weight.numpy(), head.bias.numpy()),
-        )
-        name = plan.options.codec if logits or plan.options.codec != "compander" else "linear"
-        try:
-            choice = explain_codec(name, rows, options)
-        except NotFinite as error:
-            raise not_finite(plan, signal, error) from error
-        codecs[signal], reasons[signal] = choice.codec, choice.reason
-    return codecs, reasons
-
-
-def not_finite(plan: Plan, signal: str, error: NotFinite) -> Refused:
-    """The same error, naming the views."""
-    place = int(pilot_places(plan)[error.rows[0]])
-    return refuse_row(plan, signal, *divmod(place, plan.spec.num_samples))
+def fit_codec(plan: Plan, signal: str, rows: np.ndarray) -> Choice:
+    options, logits = plan.options, signal == LOGITS
+    head = plan.teacher.head() if logits else None
+    if head is not None and head.weight.shape[1] * HEAD_PAYS[options.codec == "auto"] > rows.shape[1]:
+        head = None
+    settings = Options(
+        fidelity=options.fidelity if logits else options.feature_fidelity,
+        metric="kl" if logits else "relative",
+        keep_shift=logits and options.keep_shift,
+        head=None if head is None else (head.weight.numpy(), head.bias.numpy()),
+    )
+    name = options.codec if logits or options.codec != "compander" else "linear"
+    try:
+        return explain_codec(name, rows, settings)
+    except NotFinite as error:
+        place = int(pilot_places(plan)[error.rows[0]])
+        raise refuse_row(plan, signal, *divmod(place, plan.spec.num_samples)) from error
 
 
 def refuse_row(plan: Plan, signal: str, view: int, row: int) -> Refused:
-    key = plan.index.keys[row]
+    """The error of a row that is no numbers."""
     advice = "try --no-amp" if plan.teacher.amp is not None else "are its weights and normalisation right?"
     return Refused(
-        f"the teacher's {signal} hold NaN or infinity for view {view} of row {row} ({key!r}); such rows are never "
-        f"stored; {advice}"
+        f"the teacher's {signal} hold NaN or infinity for view {view} of row {row} ({plan.index.keys[row]!r}); such "
+        f"rows are never stored; {advice}"
     )

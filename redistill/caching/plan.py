@@ -23,13 +23,15 @@ from redistill.views import DrawnViews, Recipe, ViewDataset, parse_recipe
 from redistill.views.canaries import CANARIES_PER_VIEW
 from redistill.views.environment import view_environment
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["Plan", "following", "make_plan", "with_views"]
 
 # Networks made for images below this size are trained on padded crops, others on random resized crops.
 SMALL_INPUT = 64
-# A block is what a crash can cost. So many of them make a view, unless that would make very small or very large ones.
+# A block is what a crash can cost. So many of them make a view, unless that would make very small or very large ones:
+# committing one takes some tens of milliseconds, whatever it holds, and small views are answered for in much less.
 BLOCKS_PER_VIEW = 64
-BLOCK_ROWS = (1024, 65536)
+FEWEST_ROWS = {True: 4096, False: 1024}  # of small views, of others
+MOST_ROWS = 65536
 # One canary for so many samples, within bounds: rendering them must cost next to nothing.
 SAMPLES_PER_CANARY = 256
 FEWEST_CANARIES = 16
@@ -136,7 +138,7 @@ def archive_spec(
         num_views=options.views,
         num_classes=num_classes,
         class_names=index.class_names,
-        block_rows=options.block_rows or rows_of_block(count),
+        block_rows=options.block_rows or rows_of_block(count, small=recipe.size < SMALL_INPUT),
         recipe=recipe.to_json(),
         seed=options.seed,
         view_arrays=recipe.arrays(),
@@ -149,11 +151,10 @@ def archive_spec(
     )
 
 
-def rows_of_block(count: int) -> int:
+def rows_of_block(count: int, *, small: bool) -> int:
     """A power of two that makes at most `BLOCKS_PER_VIEW` blocks of a view, within bounds."""
-    low, high = BLOCK_ROWS
-    rows = low
-    while rows < high and rows * BLOCKS_PER_VIEW < count:
+    rows = FEWEST_ROWS[small]
+    while rows < MOST_ROWS and rows * BLOCKS_PER_VIEW < count:
         rows *= 2
     return rows
 
@@ -173,6 +174,19 @@ def describe_teacher(options: CacheOptions, teacher: Teacher) -> dict[str, Any]:
         "signals": list(options.signals),
     }
     return teacher.model.describe() | asked
+
+
+def following(plan: Plan, stored: ArchiveSpec) -> Plan:
+    """The plan for an archive that is there: in what was not said, and would be another archive's, it decides."""
+    options = plan.options
+    said = {
+        "num_views": not options.extend_views,
+        "block_rows": options.block_rows is not None,
+        "licence": bool(options.licence),
+        "citation": bool(options.citation),
+    }
+    kept = {name: getattr(stored, name) for name, is_said in said.items() if not is_said}
+    return replace(plan, spec=replace(plan.spec, **kept))
 
 
 def with_views(plan: Plan, views: int) -> Plan:

@@ -1,8 +1,8 @@
 """Several processes under torchrun: who creates, who waits, and which blocks are whose.
 
 There is no communication but the archive. Rank 0 creates it and declares the teacher; every rank then writes its own
-share and, when it is through, what others have not written yet, from the far end. A block that two ranks made is
-committed by the first and is the same anyway. So ranks may die, and come back as more or fewer.
+share and, when it is through, what others have not written yet. A block that two ranks made is committed by the first
+and is the same anyway. So ranks may die, and come back as more or fewer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ __all__ = ["Rank"]
 POLL_SECONDS = 0.25
 
 T = TypeVar("T")
-Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,8 @@ class Rank:
             local, local_world = int(texts[2] or 0), int(texts[3] or 1)
         except ValueError:
             raise UsageError(f"expected numbers in {', '.join(names)}, found {texts}; start with torchrun") from None
+        if not (0 <= rank < world and 0 <= local < local_world):
+            raise UsageError(f"expected a rank below its world size in {', '.join(names)}, found {texts}")
         return cls(rank, world, local, local_world)
 
     @property
@@ -53,14 +54,13 @@ class Rank:
         return self.rank == 0
 
     def order(self, blocks: Sequence[T]) -> list[T]:
-        """This rank's share of what is to be done, then everybody else's, last first."""
-        own = list(blocks[self.rank :: self.world])
-        others = [block for at, block in enumerate(blocks) if at % self.world != self.rank]
-        return own + others[::-1]
+        """This rank's share of what is to be done, then the shares of the next ranks, each from its far end."""
+        shares = [list(blocks[rank :: self.world]) for rank in range(self.world)]
+        after = [block for share in shares[self.rank + 1 :] + shares[: self.rank] for block in reversed(share)]
+        return shares[self.rank] + after
 
-    def wait_for(self, look: Callable[[], Found | None], stop: StopRequest, advice: str) -> Found:
-        """What `look` finds once another rank has made it. torchrun ends this process when the other fails."""
-        while (found := look()) is None:
-            stop.raise_if_set(advice)
+    def wait_until(self, done: Callable[[], bool], stop: StopRequest) -> None:
+        """Until the first rank has done it. torchrun ends this process when that one fails."""
+        while not done():
+            stop.raise_if_set()
             time.sleep(POLL_SECONDS)
-        return found

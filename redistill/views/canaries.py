@@ -17,7 +17,7 @@ from redistill.sources.join import Join
 from redistill.views.counter import Purpose, below, draw_words
 from redistill.views.dataset import ViewDataset
 from redistill.views.environment import view_environment
-from redistill.views.fingerprint import distance, explained, grid_positions
+from redistill.views.fingerprint import GRID, distance, explained, grid_positions
 from redistill.views.provider import ArchiveViews, Rows, ViewArchive, Views
 from redistill.views.suspects import suspect_renderings
 
@@ -64,14 +64,18 @@ def make_canaries(
 
 
 def fingerprints(dataset: ViewDataset, view: int, rows: npt.NDArray[Any]) -> Pixels:
-    """[n, 8, 8, 3]: pixels of the views at the centres of an 8 x 8 grid."""
-    at = grid_positions(dataset.size)
-    found = np.empty((len(rows), len(at), len(at), 3), np.uint8)
+    """[n, 8, 8, 3]: the fingerprint of each of these views."""
+    found = np.empty((len(rows), GRID, GRID, 3), np.uint8)
     with _one_thread():
         for position, row in enumerate(rows.tolist()):
-            pixels = dataset[dataset.index(view, row)].pixels.numpy()
-            found[position] = pixels[:, at[:, None], at].transpose(1, 2, 0)
+            found[position] = fingerprint(dataset[dataset.index(view, row)].pixels)
     return found
+
+
+def fingerprint(pixels: torch.Tensor) -> Pixels:
+    """[..., 8, 8, 3]: pixels of a view [..., 3, size, size] at the centres of an 8 x 8 grid."""
+    at = grid_positions(pixels.shape[-1])
+    return np.moveaxis(pixels.numpy()[..., at[:, None], at], -3, -1)
 
 
 @contextmanager

@@ -30,22 +30,28 @@ class Trial:
     label: str
     bytes_per_row: float
     stats: Mapping[str, float]
+    encoded: Encoded
+    """The last rows of the pilot, `TRIAL_ROWS` at most."""
 
 
 @dataclass(frozen=True)
 class Choice:
     """The codec that was chosen, and why, for a person to read."""
 
-    codec: Codec
+    best: Trial
     reason: str
     trials: tuple[Trial, ...]
+
+    @property
+    def codec(self) -> Codec:
+        return self.best.codec
 
 
 def try_codec(codec: Codec, label: str, rows: np.ndarray) -> Trial:
     """Encode some of the rows and weigh the result."""
     rows = rows[-TRIAL_ROWS:]
     encoded = codec.encode(rows)
-    return Trial(codec, label, compressed_size(codec, encoded), BlockStats.of(encoded).summary())
+    return Trial(codec, label, compressed_size(codec, encoded), BlockStats.of(encoded).summary(), encoded)
 
 
 def compressed_size(codec: Codec, encoded: Encoded) -> float:
@@ -73,4 +79,4 @@ def choose(trials: list[Trial]) -> Choice:
     reason = (
         f"{best.label}: {best.bytes_per_row:.1f} bytes a row with errors of at most {worst:.2g} (tried: {described})"
     )
-    return Choice(best.codec, reason, tuple(trials))
+    return Choice(best, reason, tuple(trials))

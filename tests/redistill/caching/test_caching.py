@@ -229,8 +229,7 @@ def test_nan_after_the_first_batch_is_named(tmp_path: Path):
     options = asked(tmp_path / "a.zarr", teacher=python_teacher("rarely_nan"), views=40, allow_python=True)
     with pytest.raises(Refused, match=r"view \d+ of row \d+ \('train/"):
         cache_teacher(options)
-    with pytest.raises(redistill_cache.errors.Incomplete):
-        redistill_cache.open_archive(options.out)
+    assert not options.out.exists(), "the pilot met one of them, so nothing was begun"
 
 
 def test_a_full_disk_is_refused_before_anything_is_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -242,7 +241,7 @@ def test_a_full_disk_is_refused_before_anything_is_spent(tmp_path: Path, monkeyp
 
 def test_bad_places(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(Refused, match="exists already"):
+    with pytest.raises(Refused, match="is a file"):
         cache_teacher(asked(tmp_path / "file"))
     with pytest.raises(UsageError, match="URL"):
         asked(Path("s3://bucket/a.zarr"))

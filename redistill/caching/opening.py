@@ -1,0 +1,119 @@
+"""The archive of a run: a new one, or one that is there and fits, with the codecs of its teacher.
+
+A new archive is created only when its teacher has been checked and its codecs are known, so that a refusal leaves
+nothing behind; one that is there is looked at from all sides before anything of it changes.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from redistill_cache import Archive, ArchiveWriter, TeacherSpec
+from redistill_cache.archive_files import read_root
+from redistill_cache.codecs import Codec
+from redistill_cache.errors import Refused, SpecMismatch
+from redistill_cache.layout import Block
+from redistill_cache.preconditions import refuse_difference
+
+from redistill.caching.estimate import existing_parent, refuse_small_disk, teacher_spec
+from redistill.caching.options import CacheOptions
+from redistill.caching.plan import Plan, following, with_views
+
+__all__ = ["Opened", "declare", "is_declared", "is_ready", "is_there", "open_existing", "refuse_place"]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An archive to write to. The plan follows it in what only a first run decides."""
+
+    plan: Plan
+    writer: ArchiveWriter
+    codecs: dict[str, Codec]
+    """Those its teacher was declared with; none where it does not have this teacher yet."""
+
+
+def is_there(options: CacheOptions) -> bool:
+    return (options.out / "zarr.json").exists()
+
+
+def is_ready(options: CacheOptions) -> bool:
+    """Whether the archive is there with all the views that are asked for: others than the first rank wait for that."""
+    return is_there(options) and (not options.extend_views or read_root(options.out).spec.num_views >= options.views)
+
+
+def is_declared(plan: Plan) -> bool:
+    """Whether the teacher has its place in the archive, with its side data."""
+    return (plan.options.out / Block(f"{plan.part}/side", 0, 0, 0, 0).record_path).exists()
+
+
+def refuse_place(options: CacheOptions) -> None:
+    """A path that cannot become an archive is refused before the teacher is asked anything."""
+    path, above = options.out, existing_parent(options.out)
+    if options.extend_views:
+        raise Refused(f"{path} does not exist, so there is nothing to extend; leave out --extend-views")
+    if path.is_dir() and any(path.iterdir()):
+        raise Refused(f"{path} holds files that are no archive; choose another --out")
+    if not above.is_dir():
+        raise Refused(f"{above} is a file; --out is a folder that does not exist yet")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise Refused(f"cannot write to {above}; check the permissions, or choose another --out")
+
+
+def open_existing(plan: Plan) -> Opened:
+    """The archive that is there. Refused unless all of it fits, before anything of it changes."""
+    options, path = plan.options, plan.options.out
+    plan = following(plan, read_root(path).spec)
+    writer = ArchiveWriter.resume(path, plan.spec)
+    write_samples(plan, writer)
+    archive = writer.read_back()
+    teacher = archive.teachers.get(plan.teacher_name)
+    if teacher is None and options.extend_views:
+        known = ", ".join(sorted(archive.teachers)) or "none"
+        raise Refused(
+            f"{path} has no teacher {plan.teacher_name!r} whose views could be extended (it has: {known}); extend it "
+            "with a teacher it has, then add this one"
+        )
+    if teacher is None:
+        return Opened(plan, writer, {})
+    refuse_other_teacher(path, teacher, plan)
+    codecs = {signal.name: archive.codec(teacher.name, signal.name) for signal in teacher.signals}
+    if options.extend_views:
+        plan = with_views(plan, options.views)
+    refuse_small_disk(path, bytes_to_come(plan, writer, archive))
+    if options.extend_views:
+        writer = ArchiveWriter.extend_views(path, options.views)
+    return Opened(plan, writer, codecs)
+
+
+def declare(plan: Plan, writer: ArchiveWriter | None, codecs: dict[str, Codec]) -> Opened:
+    """Give the teacher its place, in a new archive where there is none."""
+    if writer is None:
+        writer = ArchiveWriter.create(plan.options.out, plan.spec)
+        write_samples(plan, writer)
+    writer.add_teacher(teacher_spec(plan, codecs), {name: codec.side() for name, codec in codecs.items()})
+    return Opened(plan, writer, codecs)
+
+
+def write_samples(plan: Plan, writer: ArchiveWriter) -> None:
+    """The sample index; refused where the archive has another one."""
+    index = plan.index
+    writer.write_samples(index.keys, index.labels, index.digests, index.sizes)
+
+
+def refuse_other_teacher(path: Path, teacher: TeacherSpec, plan: Plan) -> None:
+    """An archive goes on only with the very teacher, asked in the very way, that it was begun with."""
+    try:
+        refuse_difference(dict(teacher.model), plan.model, f"{path}: teacher {teacher.name!r}")
+    except SpecMismatch as error:
+        raise SpecMismatch(f"{error}, or add it under another --teacher-name") from None
+
+
+def bytes_to_come(plan: Plan, writer: ArchiveWriter, archive: Archive) -> int:
+    """What the missing blocks of the teacher will take, if they are like those that are there."""
+    there = sum(entry.size for name, entry in archive.contents.files.items() if name.startswith(f"{plan.part}/"))
+    missing, per_view = len(writer.missing(plan.part)), writer.spec.blocks_per_view
+    done = writer.spec.num_views * per_view - missing
+    more = missing + (plan.spec.num_views - writer.spec.num_views) * per_view
+    return there * more // done if done else 0
