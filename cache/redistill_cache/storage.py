@@ -37,7 +37,9 @@ def disk_trouble(action: str, path: Path, after: str = "") -> Iterator[None]:
     except OSError as error:
         if isinstance(error, Refused):
             raise
-        where = error.filename or path
+        where = str(error.filename or path)
+        if not where.startswith(str(path)):  # a folder above it: the user knows it by the archive
+            where = str(path)
         reason = error.strerror or str(error)
         advice = ADVICE.get(error.errno or 0, "check the disk and the path")
         raise Refused(f"cannot {action} {where}: {reason}; {advice}{after}") from error

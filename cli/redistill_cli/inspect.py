@@ -38,7 +38,9 @@ def inspect(
 
 def _summary(found: dict[str, Any]) -> None:
     state = "complete" if found["complete"] else f"not finished: {found['committed_blocks']} blocks are committed"
-    ops = ", ".join(str(op.get("op", op)) if isinstance(op, dict) else str(op) for op in found["recipe"].get("ops", []))
+    listed = found["recipe"].get("ops", [])  # of a stranger: it may be anything
+    items = listed if isinstance(listed, list) else [listed]
+    ops = ", ".join(str(op.get("op", op)) if isinstance(op, dict) else str(op) for op in items)
     parameters = ", ".join(f"{name} {size:.1f}" for name, size in found["view_parameters"].items())
     key_values(
         [
