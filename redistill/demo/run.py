@@ -17,6 +17,7 @@ from redistill_cache import open_archive
 from redistill_cache.errors import Refused
 from redistill_cache.files import LOCAL
 from redistill_cache.inspect import describe
+from redistill_cache.storage import disk_trouble
 
 from redistill.caching import CacheOptions, cache_teacher
 from redistill.caching.watcher import Watcher as CacheWatcher
@@ -53,10 +54,11 @@ def run_demo(out: Path, watcher: DemoWatcher) -> Summary:
     start = time.monotonic()
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "teacher.safetensors").exists())):
         raise Refused(f"{out} is there and is no demo; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
     teacher = out / "teacher.safetensors"
-    if not teacher.exists():
-        shutil.copyfile(TEACHER_WEIGHTS, teacher)
+    with disk_trouble("write", out):
+        out.mkdir(parents=True, exist_ok=True)
+        if not teacher.exists():
+            LOCAL.publish(teacher, TEACHER_WEIGHTS.read_bytes())
     watcher.step(f"stage 1: the teacher answers once for {VIEWS} views of the students' images")
     cached(out, ARCHIVE, STUDENT_DATA, RECIPE, VIEWS, watcher)
     cached(out, VAL_ARCHIVE, VAL_DATA, "center", 1, watcher)

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from typing import Any
 
 from redistill_cache.errors import Refused
+from redistill_cache.storage import disk_trouble
 
 from redistill.evaluation import Metrics, Tally
 from redistill.interrupts import StopRequest, stop_on_signals
@@ -47,7 +48,8 @@ def train(options: TrainOptions, watcher: Watcher | None = None) -> list[Outcome
         run = prepare(options, world, watcher)
         place = load_checkpoint(options.out, run.members, options.deciding(), run.archive.id) or (0, 0)
         trainer = Training(options, world, run, watcher, stop)
-        return trainer.run_from(*place)
+        with disk_trouble("write", options.out, "; then run the same command again"):
+            return trainer.run_from(*place)
 
 
 class Training:

@@ -105,6 +105,7 @@ def test_two_processes_train_on_the_same_batches(run, tmp_path: Path, archive: P
         ((DATA, "--val", "synthetic?n=20&classes=9&split=val"), 3, "class"),
         ((DATA, "--log", "paper"), 2, "paper"),
         ((DATA, "--config", "nothing.toml"), 2, "no configuration"),
+        ((DATA, "--out", "/proc/run"), 3, "cannot write /proc/run"),
     ],
 )
 def test_what_does_not_fit_is_one_line(
