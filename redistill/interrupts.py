@@ -67,3 +67,5 @@ def stop_on_signals(advice: str = AGAIN) -> Iterator[StopRequest]:
     finally:
         for number in SIGNALS:
             signal.signal(number, before[number])
+    if request.number is not None:
+        signal.raise_signal(request.number)  # nobody in the block looked any more; whoever is around it will

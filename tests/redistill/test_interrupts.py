@@ -1,0 +1,42 @@
+"""A request to stop is looked at, or handed on: never swallowed."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+from redistill_cache.errors import Refused
+
+from redistill.interrupts import Interrupted, stop_on_signals
+
+
+def test_a_request_waits_until_it_is_looked_at():
+    with pytest.raises(Interrupted, match="SIGTERM; again") as left, stop_on_signals() as stop:
+        assert not stop
+        signal.raise_signal(signal.SIGTERM)
+        assert stop
+        stop.raise_if_set("again")
+    assert left.value.exit_code == 143
+
+
+def test_a_request_that_nobody_looked_at_reaches_the_one_around():
+    with pytest.raises(KeyboardInterrupt):
+        with stop_on_signals():
+            signal.raise_signal(signal.SIGINT)
+    with pytest.raises(Interrupted), stop_on_signals() as outer:
+        with stop_on_signals():
+            signal.raise_signal(signal.SIGINT)
+        outer.raise_if_set("again")
+
+
+def test_what_fails_after_a_request_fails_because_of_it():
+    with pytest.raises(Interrupted, match="then again"), stop_on_signals("then again"):
+        signal.raise_signal(signal.SIGINT)
+        raise Refused("a worker is gone")
+
+
+def test_handlers_are_put_back():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with stop_on_signals():
+        assert signal.getsignal(signal.SIGINT) != before[0]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
