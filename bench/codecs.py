@@ -67,10 +67,10 @@ def sets_of(path: Path, quick: bool) -> Iterator[Logits]:
 
 def demo_logits(quick: bool) -> Logits:
     """The demo's teacher over drawn images it has not seen."""
-    from redistill.demo.setting import STUDENT_DATA, TEACHER_NETWORK, TEACHER_WEIGHTS
+    from redistill.demo.setting import TEACHER_NETWORK, TEACHER_WEIGHTS, VAL_DATA
     from redistill.sources.opening import open_source
 
-    source = open_source(STUDENT_DATA)
+    source = open_source(VAL_DATA)
     count = 600 if quick else 2000
     pixels = np.stack([np.asarray(source.sample(i).payload) for i in range(count)]).transpose(0, 3, 1, 2)
     model = open_model(f"{TEACHER_NETWORK}&weights={TEACHER_WEIGHTS}")

@@ -14,6 +14,7 @@ from redistill_cache import Archive, ArchiveWriter, TeacherSpec
 from redistill_cache.archive_files import read_root
 from redistill_cache.codecs import Codec
 from redistill_cache.errors import Refused, SpecMismatch
+from redistill_cache.files import is_leftover
 from redistill_cache.layout import Block
 from redistill_cache.preconditions import refuse_difference
 
@@ -53,7 +54,7 @@ def refuse_place(options: CacheOptions) -> None:
     path, above = options.out, existing_parent(options.out)
     if options.extend_views:
         raise Refused(f"{path} does not exist, so there is nothing to extend; leave out --extend-views")
-    if path.is_dir() and any(path.iterdir()):
+    if path.is_dir() and not all(map(is_leftover, path.iterdir())):
         raise Refused(f"{path} holds files that are no archive; choose another --out")
     if not above.is_dir():
         raise Refused(f"{above} is a file; --out is a folder that does not exist yet")

@@ -177,9 +177,10 @@ def describe_teacher(options: CacheOptions, teacher: Teacher) -> dict[str, Any]:
 
 
 def following(plan: Plan, stored: ArchiveSpec) -> Plan:
-    """The plan for an archive that is there: in what was not said, and would be another archive's, it decides."""
+    """The plan for an archive that is there: in what nobody said now, it decides."""
     options = plan.options
     said = {
+        "canaries_per_view": False,
         "num_views": not options.extend_views,
         "block_rows": options.block_rows is not None,
         "licence": bool(options.licence),
