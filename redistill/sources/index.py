@@ -9,16 +9,11 @@ before they were indexed are read again next time, because a later edit might ca
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import multiprocessing
 import os
-import struct
 import time
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,35 +21,20 @@ from typing import Literal
 
 import numpy as np
 from redistill_cache.errors import Damaged, Refused
-from redistill_cache.files import LOCAL
 from redistill_cache.keys import PackedKeys, pack_keys
 
 from redistill.sources.base import ListedSource, Source, digest_of
 from redistill.sources.images import BadImage, decode_array, image_size
+from redistill.sources.keeping import default_cache_dir, keep, settled, take_up
 from redistill.sources.pairing import pair_up
 
-__all__ = ["SourceIndex", "default_cache_dir", "index_source"]
+__all__ = ["SourceIndex", "index_source"]
 
 CHUNK = 256
 # Below this many samples to read, starting processes takes longer than reading.
 WORTH_PROCESSES = 4096
-RACY_NS = 2_000_000_000
 CACHE_VERSION = 1
-# What reading a damaged .npz raises: zipfile has many words for it.
-ZIP_RAISES = (
-    OSError,
-    ValueError,
-    TypeError,
-    LookupError,
-    EOFError,
-    RuntimeError,
-    OverflowError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-    Damaged,
-)
-
+KEPT = ("version", "key_data", "key_offsets", "stamps", "digests", "sizes", "level")
 Progress = Callable[[int, int], None]
 Check = Literal["header", "full"]
 
@@ -136,12 +116,6 @@ def index_source(
         excluded=tuple(bad[i] for i in sorted(bad)),
         reused=reused,
     )
-
-
-def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/redistill`, by default `~/.cache/redistill`."""
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(home) if Path(home).is_absolute() else Path.home() / ".cache") / "redistill"
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -247,16 +221,16 @@ def _cache_file(directory: Path, source: ListedSource) -> Path:
 
 def _load(directory: Path, source: ListedSource, stamps: np.ndarray, table: _Table) -> None:
     """Fill the rows of `table` whose file has not changed. A cache that cannot be read is as good as none."""
-    names: Sequence[str] = ("key_data", "key_offsets", "stamps", "digests", "sizes", "level")
+    kept = take_up(_cache_file(directory, source), KEPT)
+    if kept is None or kept["version"].tolist() != CACHE_VERSION:
+        return
+    old_stamps, digests, sizes, level = (kept[name] for name in ("stamps", "digests", "sizes", "level"))
     try:
-        with _cache_file(directory, source).open("rb") as file, np.load(file, allow_pickle=False) as kept:
-            if int(kept["version"]) != CACHE_VERSION:
-                return
-            data, offsets, old_stamps, digests, sizes, level = (kept[name] for name in names)
-        old_keys = PackedKeys(data, offsets)
-        if {len(old_keys)} != {len(old_stamps), len(digests), len(sizes), len(level)}:
-            return
-    except ZIP_RAISES:
+        old_keys = PackedKeys(kept["key_data"], kept["key_offsets"])
+    except (Damaged, ValueError, TypeError):
+        return
+    n = len(old_keys)
+    if [part.shape for part in (old_stamps, digests, sizes, level)] != [(n, 2), (n, 32), (n, 2), (n,)]:
         return
     rows, old = pair_up(source.keys.hashes(), old_keys.hashes())
     same = (stamps[rows] == old_stamps[old]).all(axis=1) & source.keys.equal_at(rows, old_keys, old)
@@ -265,20 +239,14 @@ def _load(directory: Path, source: ListedSource, stamps: np.ndarray, table: _Tab
 
 
 def _store(directory: Path, source: ListedSource, stamps: np.ndarray, table: _Table, started_ns: int) -> None:
-    """Keep the table for next time. A cache folder that cannot be written costs that time and nothing else."""
-    level = np.where((stamps[:, 1] < started_ns - RACY_NS) & (stamps[:, 0] >= 0), table.level, 0).astype(np.uint8)
-    out = io.BytesIO()
-    np.savez(
-        out,
-        version=np.int64(CACHE_VERSION),
+    """Keep the table for next time."""
+    keep(
+        _cache_file(directory, source),
+        version=np.array(CACHE_VERSION),
         key_data=source.keys.data,
         key_offsets=source.keys.offsets,
         stamps=stamps,
         digests=table.digests,
         sizes=table.sizes,
-        level=level,
+        level=np.where(settled(stamps, started_ns), table.level, 0).astype(np.uint8),
     )
-    target = _cache_file(directory, source)
-    with contextlib.suppress(OSError):
-        LOCAL.make_directories(target.parent)
-        LOCAL.publish(target, out.getbuffer())

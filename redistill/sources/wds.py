@@ -18,47 +18,29 @@
 * A remote tar is downloaded once, whole, into `tars` in the user's cache folder ($XDG_CACHE_HOME/redistill, by default
   ~/.cache/redistill), checked against the length the server announced, and from then on read there without asking the
   server again; delete the file to fetch it anew.
-* Opening scans the headers of every tar once; samples are then read by offset, in any order.
+* The headers of a tar are read once and kept in the user's cache folder while its size and modification time stay;
+  samples are then read by offset, in any order.
 """
 
 from __future__ import annotations
 
-import hashlib
-import http.client
-import json
 import os
-import tarfile
-import urllib.error
-import urllib.request
-import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from itertools import chain
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import braceexpand  # webdataset's own
 import numpy as np
 from redistill_cache.errors import Refused, UsageError
-from redistill_cache.files import LEFTOVER, LOCAL
 from redistill_cache.keys import PackedKeys, pack_keys
 
-from redistill.sources.base import NO_LABEL, Sample
+from redistill.sources.base import Sample
 from redistill.sources.images import MAX_ENCODED_BYTES, BadImage
-from redistill.sources.index import default_cache_dir
 from redistill.sources.pairing import repeats
+from redistill.sources.remote import is_remote, local_copy
+from redistill.sources.tars import IMAGES, pread, samples_of, stamp_of
 from redistill.specs import Spec
 
 __all__ = ["WdsSource", "open_wds"]
-
-IMAGES = ("jpg", "jpeg", "png", "webp")
-LABELS = ("cls", "json")
-JSON_FIELDS = ("cls", "label", "class")
-MAX_LABEL_BYTES = 16 << 20
-MAX_LABEL = 1 << 31
-COPY_BYTES = 1 << 20
-TIMEOUT_S = 60
-# What tarfile raises on bytes that are not a tar.
-TARFILE_RAISES = (tarfile.TarError, ValueError, LookupError, OverflowError, EOFError, MemoryError, OSError)
 
 
 class WdsSource:
@@ -70,14 +52,14 @@ class WdsSource:
         self.tars = [_existing(tar).resolve() for tar in tars]
         self.spec = f"wds:{','.join(map(str, tars))}" if spec is None else spec
         self.description = {"kind": "wds"}
-        self._opened_as = [_stamp(tar) for tar in self.tars]
-        counts: list[int] = []
-        places: list[np.ndarray] = []
-        self.keys: PackedKeys = pack_keys(self._scan(labelled, counts, places))
+        found = [samples_of(tar, labelled=labelled) for tar in self.tars]
+        self._opened_as = [samples.stamp for samples in found]
+        self.keys: PackedKeys = pack_keys(chain.from_iterable(samples.keys for samples in found))
         if not len(self.keys):
             raise Refused(f"{self.spec!r} holds no images: expected members that end in .{' .'.join(IMAGES)}")
-        table = np.concatenate(places)
+        table = np.concatenate([samples.places for samples in found])
         self._offsets, self._sizes, self.labels = (np.ascontiguousarray(column) for column in table.T)
+        counts = [len(samples) for samples in found]
         self._tar_of = np.repeat(np.arange(len(self.tars), dtype=np.int32), counts)
         twice = repeats(self.keys.hashes())
         if len(twice):
@@ -96,23 +78,8 @@ class WdsSource:
         return Sample(self._read(place, int(self._offsets[i]), int(self._sizes[i]), key), int(self.labels[i]), key)
 
     def stamps(self) -> np.ndarray:
-        rows = np.array([_stamp(tar) for tar in self.tars], np.int64)
+        rows = np.array([stamp_of(tar) for tar in self.tars], np.int64)
         return rows[self._tar_of]
-
-    def _scan(self, labelled: bool, counts: list[int], places: list[np.ndarray]) -> Iterator[str]:
-        """All keys in order, tar by tar; `places` receives offset, size and label of each, `counts` their number."""
-        for tar in self.tars:
-            found, incomplete = [], None
-            for group in filter(_Group.matters, _groups(tar, labelled)):
-                try:
-                    found.append((group.key, *group.place(tar, labelled)))
-                except Refused as error:  # members that lie apart explain it better, if the scan finds any
-                    incomplete = incomplete or error
-            if incomplete is not None:
-                raise incomplete
-            counts.append(len(found))
-            places.append(np.array([place for _, *place in found], np.int64).reshape(-1, 3))
-            yield from (key for key, *_ in found)
 
     def _read(self, place: int, offset: int, size: int, key: str) -> bytes:
         tar = self.tars[place]
@@ -124,7 +91,7 @@ class WdsSource:
                 found = os.fstat(fd)
                 if (found.st_size, found.st_mtime_ns) != self._opened_as[place]:
                     raise Refused(f"{str(tar)!r} changed since it was opened; start again")
-                return _pread(fd, offset, size)
+                return pread(fd, offset, size)
             finally:
                 os.close(fd)
         except OSError as error:
@@ -137,7 +104,7 @@ def open_wds(spec: Spec) -> WdsSource:
     labels = spec.take("labels", "members")
     if labels not in ("members", "none"):
         raise UsageError(f"{spec.text!r}: labels={labels!r} is neither 'members' nor 'none'")
-    tars = [_local(name) for name in _expand(spec)]
+    tars = [local_copy(name) if is_remote(name) else Path(name).expanduser() for name in _expand(spec)]
     return WdsSource(tars, labelled=labels == "members", spec=spec.text)
 
 
@@ -167,191 +134,9 @@ def _expand(spec: Spec) -> list[str]:
     return names
 
 
-def _local(name: str) -> Path:
-    """The file to read for a path or an address; downloads what is remote and not there yet."""
-    if not name.startswith(("http://", "https://")):
-        return Path(name).expanduser()
-    digest = hashlib.sha256(name.encode()).hexdigest()[:32]
-    target = default_cache_dir() / "tars" / f"{digest}-{PurePosixPath(name).name[-100:]}"
-    if not target.is_file():
-        try:
-            LOCAL.make_directories(target.parent)
-            _download(name, target)
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise Refused(f"{name!r} could not be downloaded: {reason}; check the address, or try again") from error
-    return target
-
-
-def _download(address: str, target: Path) -> None:
-    """Stream `address` into a temporary file beside `target`; it gets the name once it is whole."""
-    partial = target.with_name(f"{target.name[:100]}.{uuid.uuid4().hex}{LEFTOVER}")
-    try:
-        with urllib.request.urlopen(address, timeout=TIMEOUT_S) as response, partial.open("xb") as file:
-            announced = response.headers.get("Content-Length")
-            while block := response.read(COPY_BYTES):
-                file.write(block)
-            got = file.tell()
-        if announced is not None and got != int(announced):
-            raise OSError(f"got {got} of {announced} bytes")
-        LOCAL.sync_file(partial)
-        LOCAL.rename(partial, target)
-        LOCAL.sync_directory(target.parent)
-    except urllib.error.HTTPError as error:
-        error.close()  # it is a response, too, and would keep its socket
-        raise
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _existing(tar: Path) -> Path:
     if not tar.is_file():
         raise Refused(f"{str(tar)!r} is not there, or not a file; expected a tar")
     if not os.access(tar, os.R_OK):
         raise Refused(f"{str(tar)!r} cannot be read: permission denied")
     return tar
-
-
-def _stamp(tar: Path) -> tuple[int, int]:
-    try:
-        found = tar.stat()
-    except OSError:
-        return -1, -1
-    return found.st_size, found.st_mtime_ns
-
-
-# -- what is in a tar -------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Group:
-    """Members next to each other that share a key: offset and size by extension, content of the labels."""
-
-    key: str
-    members: dict[str, tuple[int, int]] = field(default_factory=dict)
-    label_bytes: dict[str, bytes] = field(default_factory=dict)
-
-    def matters(self) -> bool:
-        """Whether this is a sample at all; a README is not."""
-        return any(extension in self.members for extension in (*IMAGES, *LABELS))
-
-    def place(self, tar: Path, labelled: bool) -> tuple[int, int, int]:
-        """Offset and size of the image, and the label."""
-        images = [extension for extension in IMAGES if extension in self.members]
-        if len(images) != 1:
-            found = f"{len(images)} images ({', '.join(images)})" if images else "no image"
-            raise Refused(f"the sample {self.key!r} in {str(tar)!r} has {found}; expected one of {', '.join(IMAGES)}")
-        return (*self.members[images[0]], self._label(tar) if labelled else NO_LABEL)
-
-    def _label(self, tar: Path) -> int:
-        where = f"the sample {self.key!r} in {str(tar)!r}"
-        label: object = None
-        try:
-            if "cls" in self.label_bytes:
-                label = int(self.label_bytes["cls"].decode("ascii"))
-            elif "json" in self.label_bytes:
-                fields = json.loads(self.label_bytes["json"])
-                if isinstance(fields, dict):
-                    label = next((fields[name] for name in JSON_FIELDS if name in fields), None)
-        except (ValueError, RecursionError) as error:
-            raise Refused(f"{where} has a label that cannot be read: {' '.join(str(error).split())[:100]}") from error
-        if label is None:
-            raise Refused(f"{where} has no label: expected 'cls', or 'json' with 'cls'; or add '?labels=none'")
-        if type(label) is not int or not 0 <= label < MAX_LABEL:
-            raise Refused(f"{where} has the label {str(label)[:50]!r}; expected a whole number from 0")
-        return label
-
-
-def _groups(tar: Path, labelled: bool) -> Iterator[_Group]:
-    """The samples of one tar in order."""
-    seen: set[str] = set()
-    group = None
-    with tar.open("rb") as file:
-        for member in _members(tar):
-            key, extension = _split(member.name, tar)
-            if not extension:
-                continue
-            if group is None or key != group.key:
-                if group is not None:
-                    yield group
-                if key in seen:
-                    raise Refused(f"the members of {key!r} in {str(tar)!r} do not lie together; pack the tar again")
-                seen.add(key)
-                group = _Group(key)
-            if extension in group.members:
-                raise Refused(f"{member.name!r} is in {str(tar)!r} twice; pack the tar again")
-            group.members[extension] = member.offset_data, member.size
-            if labelled and extension in LABELS:
-                group.label_bytes[extension] = _label_bytes(file.fileno(), member, tar)
-    if group is not None:
-        yield group
-
-
-def _label_bytes(fd: int, member: tarfile.TarInfo, tar: Path) -> bytes:
-    if member.size > MAX_LABEL_BYTES:
-        raise Refused(f"{member.name!r} in {str(tar)!r} has {member.size} bytes, too many for a label")
-    try:
-        return _pread(fd, member.offset_data, member.size)
-    except OSError as error:
-        raise Refused(f"{str(tar)!r} is cut short at {member.name!r}; get it again") from error
-
-
-def _split(name: str, tar: Path) -> tuple[str, str]:
-    """Key and lower-case extension; no extension for what is not part of a sample (hidden files, names with no dot)."""
-    folder, slash, last = name.rpartition("/")
-    stem, _, extension = last.partition(".")
-    if not stem or not extension:
-        return "", ""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        raise Refused(f"the name {name!r} in {str(tar)!r} is not UTF-8; pack the tar again") from None
-    return folder + slash + stem, extension.lower()
-
-
-def _members(tar: Path) -> Iterator[tarfile.TarInfo]:
-    """The plain files of a tar, to its very end: tarfile alone takes a damaged header for the end."""
-    end = 0
-    try:
-        with tarfile.open(tar, "r:") as archive:
-            while (member := archive.next()) is not None:
-                archive.members = []  # type: ignore[attr-defined]  # or it keeps a kilobyte for each
-                if member.size < 0 or member.offset_data <= end:
-                    raise tarfile.ReadError(f"{member.name!r} has an impossible size or place")
-                end = member.offset_data
-                if member.isdir():
-                    continue
-                if not member.isreg() or member.issparse():
-                    raise Refused(
-                        f"{member.name!r} in {str(tar)!r} is a link or a special file; only plain files are read"
-                    )
-                yield member
-            end = archive.offset
-        _check_end(tar, end)
-    except TARFILE_RAISES as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise Refused(f"{str(tar)!r} is not a tar, cut short or damaged: {reason}; get it again") from error
-
-
-def _check_end(tar: Path, end: int) -> None:
-    """The end mark is a block of zeros, and only zeros follow it."""
-    with tar.open("rb") as file:
-        file.seek(end)
-        first = file.read(tarfile.BLOCKSIZE)
-        if len(first) < tarfile.BLOCKSIZE:
-            raise tarfile.ReadError("the end mark is missing")
-        for block in chain([first], iter(lambda: file.read(COPY_BYTES), b"")):
-            if block.count(0) != len(block):
-                raise tarfile.ReadError("a damaged header, or more data after the end mark")
-
-
-def _pread(fd: int, offset: int, size: int) -> bytes:
-    """Exactly `size` bytes."""
-    parts, left = [], size
-    while left:
-        part = os.pread(fd, left, offset + size - left)
-        if not part:
-            raise OSError(f"ends {left} bytes too early")
-        parts.append(part)
-        left -= len(part)
-    return b"".join(parts)

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from redistill_cache.errors import Damaged, Refused
+from redistill_cache.errors import Damaged, Refused, UsageError
 
 from redistill.sources.base import Source
 from redistill.sources.join import Join
@@ -153,6 +153,8 @@ def check_canaries(
     """
     provider = ArchiveViews(archive, joined)
     asked = list(range(archive.num_views)) if views is None else list(views)
+    if not asked:
+        raise UsageError("expected at least one view whose canaries to check, found none")
     most = max(1, CHECKED // max(1, min(len(asked), CHECKED_VIEWS)))
     stored = {}
     for view in _spread(asked):

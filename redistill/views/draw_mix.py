@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from redistill.views.counter import Purpose, below, happens
-from redistill.views.exact import FULL_WEIGHT, beta_weights
+from redistill.views.exact import beta_weights
 from redistill.views.steps import Mix
 from redistill.views.units import EDGE_UNIT, WEIGHT_UNIT
 
@@ -49,6 +49,6 @@ def _cutmix_chance(step: Mix) -> float:
 
 def _cutmix_boxes(weights: Array, words: npt.NDArray[np.uint64], side: int) -> Array:
     """A square of share 1 - weight around a uniform pixel, clipped to the view: top, left, bottom, right in pixels."""
-    half = (0.5 * np.sqrt(1.0 - weights / FULL_WEIGHT) * side).astype(np.int64)
+    half = (0.5 * np.sqrt(1.0 - weights / WEIGHT_UNIT) * side).astype(np.int64)
     x, y = below(words[0], side), below(words[1], side)
     return np.column_stack([np.clip(edge, 0, side) for edge in (y - half, x - half, y + half, x + half)])

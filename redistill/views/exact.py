@@ -12,6 +12,8 @@ from math import floor
 import numpy as np
 import numpy.typing as npt
 
+from redistill.views.units import WEIGHT_UNIT
+
 __all__ = ["ENTRIES", "beta_weights", "log_uniform", "power"]
 
 Floats = npt.NDArray[np.float64]
@@ -19,7 +21,6 @@ Floats = npt.NDArray[np.float64]
 ENTRIES = 1 << 16
 EXPONENT_BITS = 24  # an exponent is taken to the nearest 2**-24
 SERIES_TERMS = 90  # x <= 1/2: the terms fall at least as fast as 2**-n once n passes the exponent
-FULL_WEIGHT = 65535
 
 
 def power(base: Floats, exponent: float) -> Floats:
@@ -53,7 +54,7 @@ def log_uniform(low: float, high: float) -> Floats:
 @lru_cache(maxsize=16)
 def beta_weights(alpha: float) -> npt.NDArray[np.int64]:
     """The quantiles of Beta(alpha, alpha), as weights in units of 1/65535, one for each of 65536 equal chances."""
-    edges = (np.arange(FULL_WEIGHT) + 0.5) / FULL_WEIGHT  # between neighbouring weights
+    edges = (np.arange(WEIGHT_UNIT) + 0.5) / WEIGHT_UNIT  # between neighbouring weights
     cumulative = _symmetric_beta_cdf(edges, alpha)
     chances = (np.arange(ENTRIES) + 0.5) / ENTRIES
     table = np.searchsorted(cumulative, chances, side="left").astype(np.int64)

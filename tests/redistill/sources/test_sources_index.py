@@ -19,7 +19,8 @@ import redistill
 from redistill.sources.base import Sample
 from redistill.sources.folder import FolderSource
 from redistill.sources.images import BadImage
-from redistill.sources.index import SourceIndex, default_cache_dir, index_source
+from redistill.sources.index import SourceIndex, index_source
+from redistill.sources.keeping import default_cache_dir
 
 RNG = np.random.default_rng(0)
 LONG_AGO = 1_000_000_000_000_000_000

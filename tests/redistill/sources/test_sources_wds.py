@@ -350,3 +350,25 @@ def test_json_labels_by_field(tmp_path: Path):
     fields = [{"cls": 1, "label": 2}, {"label": 2, "class": 3}, {"class": 3}]
     members = [m for i, f in enumerate(fields) for m in ((f"{i}.png", b"x"), (f"{i}.json", json.dumps(f).encode()))]
     assert redistill.open_source(f"wds:{pack(tmp_path / 'a.tar', members)}").labels.tolist() == [1, 2, 3]
+
+
+def test_headers_are_read_once_while_a_tar_stays_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    tar = shard(tmp_path / "a.tar", 0, 5)
+    hour_ago = tar.stat().st_mtime_ns - 3600 * 10**9
+    os.utime(tar, ns=(hour_ago, hour_ago))
+    first = redistill.open_source(f"wds:{tar}")
+    whole = tar.read_bytes()
+    tar.write_bytes(b"\xff" * 512 + whole[512:])  # no header any more
+    os.utime(tar, ns=(hour_ago, hour_ago))
+    again = redistill.open_source(f"wds:{tar}")
+    assert list(again.keys) == list(first.keys)
+    assert again.labels.tolist() == first.labels.tolist()
+    assert [again.sample(i).payload for i in range(5)] == [first.sample(i).payload for i in range(5)]
+    (kept,) = (tmp_path / "cache" / "redistill" / "tar-headers").iterdir()
+    for damaged in (b"", kept.read_bytes()[:-40], b"not a zip"):
+        kept.write_bytes(damaged)
+        assert "not a tar" in refusal(f"wds:{tar}")
+    tar.write_bytes(whole)  # its time is that of now, and a later edit may have the same: not kept
+    assert len(redistill.open_source(f"wds:{tar}")) == 5
+    assert kept.read_bytes() == b"not a zip"

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from redistill.views.exact import ENTRIES, FULL_WEIGHT, beta_weights, log_uniform, power
+from redistill.views.exact import ENTRIES, beta_weights, log_uniform, power
+from redistill.views.units import WEIGHT_UNIT
 
 CHANCES = (np.arange(ENTRIES) + 0.5) / ENTRIES
 
@@ -26,7 +27,7 @@ def test_log_uniform_quantiles(low, high):
 
 @pytest.mark.parametrize("alpha", [0.1, 0.2, 0.4, 0.8, 1.0, 1.5, 2.0, 8.0, 16.0])
 def test_beta_quantiles_are_the_nearest_weights(alpha):
-    wanted = scipy.stats.beta(alpha, alpha).ppf(CHANCES) * FULL_WEIGHT
+    wanted = scipy.stats.beta(alpha, alpha).ppf(CHANCES) * WEIGHT_UNIT
     assert np.abs(beta_weights(alpha) - wanted).max() <= 0.51
 
 
