@@ -104,20 +104,21 @@ def round_shaped(space: Space, shaping: Shaping, rows: Array, x: Array, level: A
     count = shaping.triangle.shape[0]
     quiet, x = space.rint(x[:, count:]), x[:, :count]
     directions = curvature(space, shaping, rows)
-    groups = Groups(space, shaping, x, space.lookup(shaping.first_bit, level), space.lookup(shaping.next_bit, level))
+    groups = Groups.of(space, shaping, x, level)
     remaining = space.inverse(space.identity(directions.shape[2]) + directions.swapaxes(1, 2) @ directions)
     answered = directions[:, 0] * 0.0  # s
     for stop in range(count, 0, -GROUP):
         start = max(0, stop - GROUP)
-        here = directions[:, start:stop]
+        here = space.contiguous(directions[:, start:stop])
         seen = here @ remaining
-        coupling = seen @ here.swapaxes(1, 2)
-        y = groups.round(start, stop, (seen @ answered[:, :, None])[:, :, 0], coupling)
+        wanted, coupling = (seen @ answered[:, :, None])[:, :, 0], seen @ here.swapaxes(1, 2)
+        rounded = groups.round(start, stop, space.contiguous(wanted.T), space.contiguous(coupling.swapaxes(0, 2)))
+        y, gains, weights = (part.swapaxes(0, -1) for part in rounded)
         answered = answered + (y[:, None, :] @ here)[:, 0]
         if start:
-            left = space.inverse(space.identity(stop - start) - coupling)
-            remaining = remaining + seen.swapaxes(1, 2) @ (left @ seen)
-    return space.concatenate([groups.k, quiet], 1)
+            gained = gains @ seen
+            remaining += gained.swapaxes(1, 2) @ (gained * weights[:, :, None])
+    return space.concatenate([groups.k.T, quiet], 1)
 
 
 def curvature(space: Space, shaping: Shaping, rows: Array) -> Array:
@@ -148,52 +149,65 @@ def cost_of_errors(space: Space, rows: Array, weight: float) -> Array:
 
 @dataclass
 class Groups:
-    """Rounding a few coefficients at a time, the last ones first."""
+    """Rounding a few coefficients at a time, the last ones first.
+
+    Everything here is [..., n], one number a row of the tile beside those of its neighbours: that is how the small
+    steps of every coefficient run at the speed of long vectors.
+    """
 
     space: Space
     shaping: Shaping
     x: Array
     first_bit: Array
     next_bit: Array
+    k: Array
+    errors: Array
 
-    def __post_init__(self) -> None:
-        self.k = self.x * 0.0
-        self.errors = self.x * 0.0
+    @classmethod
+    def of(cls, space: Space, shaping: Shaping, x: Array, level: Array) -> Groups:
+        first, following = (space.lookup(table, level) for table in (shaping.first_bit, shaping.next_bit))
+        x, first, following = (space.contiguous(part.T) for part in (x, first, following))
+        return cls(space, shaping, x, first, following, x * 0.0, x * 0.0)
 
-    def round(self, start: int, stop: int, wanted: Array, coupling: Array) -> Array:
-        """Round coefficients start to stop; returns their errors y in orthonormal coordinates.
+    def round(self, start: int, stop: int, wanted: Array, coupling: Array) -> tuple[Array, Array, Array]:
+        """Round coefficients start to stop; returns their errors y in orthonormal coordinates, and what S**-1 gains.
 
-        `wanted` is u_j' S**-1 s of each, `coupling` u_i' S**-1 u_j; both follow the rounding of every coefficient.
+        `wanted` is u_j' S**-1 s of each, `coupling` u_i' S**-1 u_j; both follow the rounding of every coefficient,
+        and are overwritten. Gains G [j, i, n] and weights w [i, n] are those of (1 - coupling)**-1 = G diag(w) G'.
         """
-        triangle = self.shaping.triangle
+        triangle, rows = self.shaping.triangle, self.shaping.triangle_rows
         # The triangle's share of y that comes from coefficients rounded before.
-        carried = self.errors[:, stop:] @ self.shaping.triangle_rows[start:stop, stop:].T
-        coupling = coupling * 1.0
+        carried = rows[start:stop, stop:] @ self.errors[stop:]
         y = wanted * 0.0
+        weights = wanted * 0.0
+        gains = coupling * 0.0
+        for j in range(stop - start):
+            gains[j, j] += 1.0
         for j in range(stop - start - 1, -1, -1):
             at = start + j
-            free = 1.0 / (1.0 - coupling[:, j, j])
+            weights[j] = free = 1.0 / (1.0 - coupling[j, j])
             scale = float(triangle[at, at])
-            target = self.x[:, at] - (wanted[:, j] + carried[:, j]) / scale
+            target = self.x[at] - (wanted[j] + carried[j]) / scale
             k = self._nearest(at, target, free * scale**2)
-            error = k - self.x[:, at]
-            self.k[:, at], self.errors[:, at] = k, error
-            y[:, j] = scale * error + carried[:, j]
+            error = k - self.x[at]
+            self.k[at], self.errors[at] = k, error
+            y[j] = scale * error + carried[j]
             if j:
-                carried[:, :j] += error[:, None] * self.shaping.triangle_rows[start:at, at]
-                column = coupling[:, :j, j]
-                answer = y[:, j] + free * (wanted[:, j] + coupling[:, j, j] * y[:, j])
-                wanted[:, :j] += column * answer[:, None]
-                coupling[:, :j, :j] += column[:, :, None] * (column * free[:, None])[:, None, :]
-        return y
+                carried[:j] += rows[start:at, at][:, None] * error
+                column = coupling[:j, j]
+                answer = column * free
+                wanted[:j] += column * (y[j] + free * (wanted[j] + coupling[j, j] * y[j]))
+                coupling[:j, :j] += column[:, None] * answer
+                gains[:, :j] += gains[:, j, None] * answer
+        return y, gains, weights
 
     def _nearest(self, at: int, target: Array, pivot: Array) -> Array:
         """The integer of least cost: squared distance times the pivot, and bits."""
         space, shaping = self.space, self.shaping
         price = shaping.bit_price / (2.0 * pivot)
         size = space.abs(target)
-        k = space.floor(size + 0.5 - space.clip(price * self.next_bit[:, at], 0.0, 0.5))
-        k = space.where((k == 1.0) & (size < 0.5 + price * self.first_bit[:, at]), k * 0.0, k)
+        k = space.floor(size + 0.5 - space.clip(price * self.next_bit[at], 0.0, 0.5))
+        k = space.where((k == 1.0) & (size < 0.5 + price * self.first_bit[at]), k * 0.0, k)
         k = space.where(target < 0, -k, k)
         low, high = float(shaping.lowest[at]), float(shaping.highest[at])
         if low == -np.inf:

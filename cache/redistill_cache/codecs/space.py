@@ -161,10 +161,13 @@ class Space:
     def concatenate(self, parts: list[Array], axis: int = 0) -> Array:
         return np.concatenate(parts, axis) if self.torch is None else self.torch.cat(parts, axis)
 
+    def contiguous(self, x: Array) -> Array:
+        return np.ascontiguousarray(x) if self.torch is None else x.contiguous()
+
     def pad_rows(self, x: Array, rows: int) -> Array:
         """x with zero rows below, to `rows` of them, contiguous."""
         if len(x) == rows:
-            return np.ascontiguousarray(x) if self.torch is None else x.contiguous()
+            return self.contiguous(x)
         padded = self.zeros((rows, *x.shape[1:]), str(x.dtype).removeprefix("torch."))
         padded[: len(x)] = x
         return padded
