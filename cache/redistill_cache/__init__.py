@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from redistill_cache.arrays import ArraySpec
+from redistill_cache.fetching import fetch_archive
 from redistill_cache.packed import PackedView, ViewLoader
 from redistill_cache.reader import Archive, open_archive
 from redistill_cache.spec import ArchiveSpec, SignalSpec, TeacherSpec
@@ -17,5 +18,6 @@ __all__ = [
     "SignalSpec",
     "TeacherSpec",
     "ViewLoader",
+    "fetch_archive",
     "open_archive",
 ]

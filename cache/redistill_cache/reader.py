@@ -21,7 +21,8 @@ from redistill_cache.arrays import ArraySpec
 from redistill_cache.claims import check_keys, require_memory
 from redistill_cache.codecs import Codec, open_codec
 from redistill_cache.contents import Contents, check_metadata_on_disk, check_sizes_on_disk, read_contents
-from redistill_cache.errors import Damaged, OutOfRange, Refused, UsageError
+from redistill_cache.errors import Damaged, OutOfRange, UsageError
+from redistill_cache.fetching import fetch_archive, is_url
 from redistill_cache.journal import FileEntry, sha256
 from redistill_cache.keys import PackedKeys
 from redistill_cache.layout import Block
@@ -40,11 +41,12 @@ def open_archive(path: str | Path, *, allow_partial: bool = False, verify: Liter
 
     Without `allow_partial` an archive must be sealed; with it, an unsealed one offers exactly its committed blocks.
     Every file is hashed when it is first read on this machine; `verify="full"` hashes all of them now.
+    Of an archive at a URL (http://, https://, or what fsspec opens) the verified local copy is opened, fetched once.
     """
     if verify not in ("once", "full"):
         raise UsageError(f"verify must be 'once' or 'full', found {verify!r}")
-    if "://" in str(path):
-        raise Refused(f"{path} is a URL; this version reads archives on a local disk, so copy it there first")
+    if is_url(path):
+        path = fetch_archive(str(path))
     path = Path(path).absolute()  # the process, or another one, may go on elsewhere
     with disk_trouble("read", path):
         contents = read_contents(path, allow_partial=allow_partial)

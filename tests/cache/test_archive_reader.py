@@ -168,7 +168,6 @@ def test_what_is_not_an_archive(tmp_path: Path):
         "other": "does not say so",
     }.items():
         refused(NotAnArchive, words, lambda name=name: open_archive(tmp_path / name))  # type: ignore[misc]
-    refused(Refused, "copy it there first", lambda: open_archive("https://example.org/a.zarr"))
     refused(UsageError, "'once' or 'full'", lambda: open_archive(tmp_path, verify="never"))  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""A web server on this machine, for what sources download."""
+"""A web server on this machine, for what is downloaded."""
 
 from __future__ import annotations
 

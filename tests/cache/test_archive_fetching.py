@@ -1,0 +1,131 @@
+"""Archives at a URL: fetched once, verified, refused when they are not what their manifest says."""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from redistill_cache import fetch_archive, open_archive
+from redistill_cache.errors import Damaged, Incomplete, Refused
+from redistill_cache.verify import verify
+
+from tests import tiny_archive
+
+Serve = Callable[[Path], tuple[str, list[str]]]
+NAME = "tiny.redistill.zarr"
+SHARD = "teachers/tiny/logits/exact/c.0.2.0"
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Path:
+    """A folder with an archive in it."""
+    (tmp_path / "shared").mkdir()
+    tiny_archive.make(tmp_path / "shared" / NAME)
+    return tmp_path / "shared"
+
+
+def copies(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "cache").rglob("manifest.json"))
+
+
+def test_a_url_is_fetched_once_and_whole(shared: Path, serve: Serve, tmp_path: Path):
+    address, requests = serve(shared)
+    here, there = open_archive(shared / NAME), open_archive(f"{address}/{NAME}/")
+    assert there.id == here.id
+    assert there.path.name == NAME
+    np.testing.assert_array_equal(there.logits(view=2, rows=[3, 49]), here.logits(view=2, rows=[3, 49]))
+    assert verify(there.path, full=True).ok
+    before = len(requests)
+    seen: list[tuple[int, int]] = []
+    assert fetch_archive(f"{address}/{NAME}", progress=lambda *step: seen.append(step)) == there.path
+    assert requests[before:] == [f"/{NAME}/_redistill/manifest.json"]
+    assert not seen
+
+
+def test_an_interrupted_copy_is_no_archive_and_goes_on(shared: Path, serve: Serve, tmp_path: Path):
+    address, requests = serve(shared)
+    gone = shared / NAME / SHARD
+    data = gone.read_bytes()
+    gone.unlink()
+    with pytest.raises(Refused, match=r"cannot fetch.*404"):
+        fetch_archive(f"{address}/{NAME}")
+    assert not copies(tmp_path)
+    assert not list((tmp_path / "cache").rglob("*.partial"))
+    gone.write_bytes(data)
+    before = len(requests)
+    steps: list[tuple[int, int]] = []
+    path = fetch_archive(f"{address}/{NAME}", progress=lambda *step: steps.append(step))
+    assert verify(path, full=True).ok
+    assert steps[-1][0] == steps[-1][1] == sum(size for _, size in sizes(path))
+    assert len(requests) - before < len(list(sizes(path))), "what was there already is not fetched again"
+
+
+def sizes(path: Path) -> list[tuple[str, int]]:
+    contents = open_archive(path).contents
+    return [(name, entry.size) for name, entry in contents.files.items()]
+
+
+@pytest.mark.parametrize("change", ["other bytes", "longer", "shorter"])
+def test_bytes_that_the_manifest_does_not_promise(shared: Path, serve: Serve, tmp_path: Path, change: str):
+    address, _ = serve(shared)
+    shard = shared / NAME / SHARD
+    data = shard.read_bytes()
+    flipped = data[:-1] + bytes([data[-1] ^ 1])
+    shard.write_bytes({"other bytes": flipped, "longer": data + b"x", "shorter": data[:-1]}[change])
+    with pytest.raises(Damaged, match=f"{SHARD}: not the bytes that the manifest promises"):
+        open_archive(f"{address}/{NAME}")
+    assert not copies(tmp_path)
+
+
+def test_another_archive_at_the_same_address_is_another_copy(shared: Path, serve: Serve):
+    address, _ = serve(shared)
+    first = fetch_archive(f"{address}/{NAME}")
+    shutil.rmtree(shared / NAME)
+    tiny_archive.make(shared / NAME, teachers=())
+    second = fetch_archive(f"{address}/{NAME}")
+    assert first != second
+    assert open_archive(first).id != open_archive(second).id
+
+
+def test_what_is_not_an_archive_there(shared: Path, serve: Serve):
+    address, _ = serve(shared)
+    for wrong in ("nothing", ""):
+        with pytest.raises(Incomplete, match=r"is no finished archive.*expected the address of a folder"):
+            open_archive(f"{address}/{wrong}")
+    with pytest.raises(Refused, match=r"cannot fetch.*check the address and the network"):
+        open_archive("http://127.0.0.1:9/a.redistill.zarr")
+    with pytest.raises(Refused, match="nonsense"):
+        open_archive("nonsense://a.redistill.zarr")
+
+
+def test_any_address_that_fsspec_opens(shared: Path):
+    fsspec = pytest.importorskip("fsspec", reason="torch brings it")
+    there = fsspec.filesystem("memory")
+    there.put(str(shared / NAME), f"/lab/{NAME}", recursive=True)
+    try:
+        assert open_archive(f"memory://lab/{NAME}").id == open_archive(shared / NAME).id
+        with pytest.raises(Incomplete):
+            open_archive("memory://lab/other.redistill.zarr")
+    finally:
+        there.rm("/lab", recursive=True)
+
+
+def _fetched(address: str) -> str:
+    return str(fetch_archive(address))
+
+
+def test_processes_that_fetch_at_once_share_a_copy(shared: Path, serve: Serve):
+    address, requests = serve(shared)
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        (path,) = set(pool.map(_fetched, [f"{address}/{NAME}"] * 3))
+    assert verify(Path(path), full=True).ok
+    assert sum(SHARD in request for request in requests) == 1
