@@ -24,6 +24,7 @@ __all__ = ["LAST", "PREVIOUS", "has_checkpoint", "load_checkpoint", "save_checkp
 
 LAST = "last.ckpt"
 PREVIOUS = "last.previous.ckpt"
+SET_ASIDE = "last.damaged.ckpt"
 VERSION = 2
 # Behind the file that torch wrote, where torch does not mind it: its own check sums are not looked at when it reads.
 SEAL = b"\nsha256:"
@@ -75,16 +76,10 @@ def load_checkpoint(
     out: Path, members: Sequence[Member], options: Options, archive: str | None, watcher: Watcher
 ) -> tuple[int, int]:
     """Put the members where the run in `out` was left: (epoch, batches done); the beginning where nothing was left."""
-    if not has_checkpoint(out):
+    found = newest_state(out, watcher)
+    if found is None:
         return 0, 0
-    path = out / (LAST if (out / LAST).exists() else PREVIOUS)
-    try:
-        state = read_state(path)
-    except Damaged as error:
-        if path.name == PREVIOUS or not (out / PREVIOUS).exists():
-            raise
-        state = read_state(out / PREVIOUS)
-        watcher.warn(f"{error}; goes on from {PREVIOUS}")
+    path, state = found
     if state["archive"] != archive:
         raise Refused(
             f"{path} was trained from the archive {state['archive']}, this one is {archive}; use another --out"
@@ -96,13 +91,33 @@ def load_checkpoint(
     return place
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """What was saved, once it is proven to be that."""
+def newest_state(out: Path, watcher: Watcher) -> tuple[Path, dict[str, Any]] | None:
+    """Of the last checkpoint, or of the one before where that is damaged."""
+    for path in (out / LAST, out / PREVIOUS):
+        try:
+            state = read_state(path)
+        except Damaged as error:
+            if path.name == PREVIOUS or not (out / PREVIOUS).exists():
+                raise Damaged(f"{error}; remove it to start the run again") from None
+            watcher.warn(f"{error}; goes on from {PREVIOUS}")
+            with contextlib.suppress(FileNotFoundError):  # else the next save would put it over the good one
+                LOCAL.rename(path, out / SET_ASIDE)
+            continue
+        if state is not None:
+            return path, state
+    return None
+
+
+def read_state(path: Path) -> dict[str, Any] | None:
+    """What was saved, once it is proven to be that; None where nothing is."""
     with disk_trouble("read", path):
-        data = memoryview(path.read_bytes())
+        try:
+            data = memoryview(path.read_bytes())
+        except FileNotFoundError:  # killed between two renames, or set aside by another process just now
+            return None
     inside, seal = data[: -len(SEAL) - 64], bytes(data[-len(SEAL) - 64 :])
     if seal != SEAL + hashlib.sha256(inside).hexdigest().encode():
-        raise Damaged(f"{path} is damaged: its bytes are not those that were written; remove it to start again")
+        raise Damaged(f"{path} is damaged: its bytes are not those that were written")
     try:
         state = torch.load(io.BytesIO(inside), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:

@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from redistill_cache.errors import Refused
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -69,7 +70,12 @@ class Member:
         parts = even_parts(len(pixels), self.options.grad_accum)
         for at in parts:
             part, last = at.stop - at.start, at is parts[-1]
-            with self._without_sync(last), self._own_noise(), refuse_out_of_memory(part, self.world.device):
+            with (
+                self._without_sync(last),
+                self._own_noise(),
+                refuse_out_of_memory(part, self.world.device),
+                refuse_too_few(part, self.spec.student),
+            ):
                 total, values = self._forward(
                     pixels[at],
                     None if teacher is None else teacher[at],
@@ -132,8 +138,8 @@ class Member:
 
     @property
     def finite(self) -> bool:
-        """Whether all its weights are."""
-        return all(bool(parameter.isfinite().all()) for parameter in self.module.parameters())
+        """Whether all its weights are, running statistics included."""
+        return all(bool(tensor.isfinite().all()) for tensor in self.module.state_dict().values())
 
     def counted(self) -> tuple[dict[str, float], int]:
         """Sums of every part of the loss since the last `forget`, and over how many rows."""
@@ -195,6 +201,20 @@ def even_parts(count: int, parts: int) -> list[slice]:
     parts = min(parts, count)
     edges = [count * i // parts for i in range(parts + 1)]
     return [slice(start, stop) for start, stop in pairwise(edges)]
+
+
+@contextmanager
+def refuse_too_few(rows: int, student: str) -> Iterator[None]:
+    """Batch norms of a network that ends in one pixel cannot be trained on one view at a time."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise Refused(
+            f"the batch norms of {student!r} cannot be trained on {rows} views at a time; use a larger --batch-size or "
+            "--size, or a smaller --grad-accum"
+        ) from None
 
 
 def averaging(decay: float) -> Any:  # noqa: ANN401  what AveragedModel takes

@@ -21,7 +21,7 @@ from redistill.training.distributed import World
 __all__ = ["Residence"]
 
 
-class Where(NamedTuple):
+class InFile(NamedTuple):
     """An array in a file, as one process tells another."""
 
     path: str
@@ -32,14 +32,14 @@ class Where(NamedTuple):
         return np.memmap(self.path, self.dtype, "r", shape=self.shape)
 
 
-class Told(NamedTuple):
+class SharedView(NamedTuple):
     """A `PackedView` whose arrays lie in files."""
 
-    arrays: dict[str, Where]
-    rare: dict[str, tuple[Where, Where]]
+    arrays: dict[str, InFile]
+    rare: dict[str, tuple[InFile, InFile]]
 
 
-class Files:
+class FileArrays:
     """Arrays in files without a name: in memory, or on the disk for temporary files.
 
     Another process of this machine opens them through this one. However the processes end, nothing is left behind.
@@ -58,12 +58,12 @@ class Files:
         self._kept.append((array, file))
         return array
 
-    def where(self, array: np.ndarray) -> Where:
+    def where(self, array: np.ndarray) -> InFile:
         """Where another process finds one of these arrays."""
         file = next(file for kept, file in self._kept if kept is array)
-        return Where(f"/proc/{os.getpid()}/fd/{file.fileno()}", array.dtype.str, array.shape)
+        return InFile(f"/proc/{os.getpid()}/fd/{file.fileno()}", array.dtype.str, array.shape)
 
-    def copy(self, array: np.ndarray) -> Where:
+    def copy(self, array: np.ndarray) -> InFile:
         inside = self(array.shape, array.dtype)
         inside[...] = array
         return self.where(inside)
@@ -105,9 +105,9 @@ class Residence:
         self.shared = world.rank.local_world > 1 and Path("/proc/self/fd").exists()
         needed = 2 * views_per_image * archive.num_samples * sum(map(row_bytes, self.codecs))
         self.spilled = needed > memory * 2**30
-        self._buffers = Files(on_disk=self.spilled)
-        self._passing = Files(on_disk=self.spilled)
-        self._opened: dict[Where, np.ndarray] = {}
+        self._buffers = FileArrays(on_disk=self.spilled)
+        self._passing = FileArrays(on_disk=self.spilled)
+        self._opened: dict[InFile, np.ndarray] = {}
         self._loaders: list[list[ViewLoader]] = []
         if world.rank.local == 0 or not self.shared:
             buffers = self._buffers if self.shared or self.spilled else np.empty
@@ -120,7 +120,11 @@ class Residence:
         """All processes must ask at the same point, and the views taken before are given up by all."""
         if not self.shared:
             return self._load(views, then)
-        loaded, told = self._load_and_tell(views, then) if self._loaders else ([], None)
+        self.world.wait()  # nobody looks any more at the buffers that are about to be filled again
+        loaded: list[list[PackedView]] = []
+        told: Any = None
+        if self._loaders:
+            loaded, told = self._load_and_tell(views, then)
         everybody = self.world.gather(told)
         for said in everybody:
             if isinstance(said, RedistillError):
@@ -156,19 +160,19 @@ class Residence:
         except RedistillError as error:
             return [], error
 
-    def _tell(self, view: PackedView) -> Told:
+    def _tell(self, view: PackedView) -> SharedView:
         arrays = {name: self._buffers.where(array) for name, array in view.arrays.items()}
         rare = {name: (self._passing.copy(at), self._passing.copy(rows)) for name, (at, rows) in view.rare.items()}
-        return Told(arrays, rare)
+        return SharedView(arrays, rare)
 
-    def _look(self, views: tuple[int, ...], told: Any) -> list[list[PackedView]]:  # noqa: ANN401  lists of Told
+    def _look(self, views: tuple[int, ...], told: list[list[SharedView]]) -> list[list[PackedView]]:
         """The same views through the files of the process that has loaded them."""
         return [
             [self._open(view, codec, one) for view, one in zip(views, of_teacher, strict=True)]
             for codec, of_teacher in zip(self.codecs, told, strict=True)
         ]
 
-    def _open(self, view: int, codec: Codec, told: Told) -> PackedView:
+    def _open(self, view: int, codec: Codec, told: SharedView) -> PackedView:
         for where in told.arrays.values():  # buffers are used again and again
             if where not in self._opened:
                 self._opened[where] = where.open()
