@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from redistill_cache.errors import Damaged, Refused, SpecMismatch
-from redistill_cache.files import LEFTOVER, LOCAL, Files, is_leftover
+from redistill_cache.files import LEFTOVER, LOCAL, is_leftover
 from redistill_cache.storage import disk_trouble
 
 from redistill.training.member import Member
@@ -42,7 +42,6 @@ def save_checkpoint(
     options: Options,
     archive: str | None,
     place: tuple[int, int],
-    files: Files = LOCAL,
 ) -> None:
     """The run after so many epochs, and so many batches of the next. At any moment a whole file of a save is there."""
     state = {
@@ -60,16 +59,16 @@ def save_checkpoint(
     last, fresh = out / LAST, out / f"{LAST}.{uuid.uuid4().hex}{LEFTOVER}"
     with disk_trouble("write", last, "; the checkpoint before it is untouched"):
         try:
-            files.write(fresh, buffer.getbuffer())
-            files.sync_file(fresh)
+            LOCAL.write(fresh, buffer.getbuffer())
+            LOCAL.sync_file(fresh)
             if last.exists():
-                files.rename(last, out / PREVIOUS)
-            files.rename(fresh, last)
+                LOCAL.rename(last, out / PREVIOUS)
+            LOCAL.rename(fresh, last)
         except OSError:
             with contextlib.suppress(OSError):
-                files.remove(fresh)
+                LOCAL.remove(fresh)
             raise
-        files.sync_directory(out)
+        LOCAL.sync_directory(out)
 
 
 def load_checkpoint(
