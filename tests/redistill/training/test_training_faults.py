@@ -174,3 +174,5 @@ def test_the_same_batches_for_any_number_of_processes(options, tmp_path: Path, b
     first = record(tmp_path, run, "first", before, stop_at=5)
     assert 5 <= len(first) < 19
     assert first + record(tmp_path, run, "second", after) == alone
+    for one, other in zip(history(tmp_path / "alone"), history(run.out), strict=True):
+        assert float(one["train_kl"]) == pytest.approx(float(other["train_kl"]), rel=1e-5), "of all processes"
