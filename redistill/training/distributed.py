@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from redistill_cache.errors import UsageError
+from redistill_cache.errors import Refused, UsageError
 from torch import Tensor, nn
 
 from redistill.caching.ranks import Rank
@@ -107,5 +107,12 @@ def joined_world(device: str) -> Iterator[World]:
     try:
         control: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
         yield World(rank, picked, control)
+    except RuntimeError as error:
+        if "by peer" not in str(error):
+            raise
+        raise Refused(
+            "another process of this run has ended, and has said why; run the same command again to go on from the "
+            "checkpoint"
+        ) from error
     finally:
         dist.destroy_process_group()

@@ -1,24 +1,22 @@
-"""A run that is killed, starved of disk, damaged, or spread over other processes comes out as if nothing had been."""
+"""A run that is killed, starved of disk or damaged comes out as if nothing had been."""
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 from redistill_cache.errors import Damaged
 
 from redistill.interrupts import Interrupted
-from redistill.training import TrainOptions, train
+from redistill.training import train
 from redistill.training.checkpoint import LAST, PREVIOUS, read_state
 from redistill.training.watcher import Silent
 from tests.redistill.training.test_training_runs import StopAt, history, weights
-from tests.redistill.training.train_process import start, start_ranks
+from tests.redistill.training.train_process import start
 from tests.small_archive import DATA, VAL
 
 SECONDS = 120
@@ -135,44 +133,3 @@ def test_a_flipped_bit_is_noticed(options, tmp_path: Path):
         flip(path, 0.3)
     with pytest.raises(Damaged, match=r"last\.previous\.ckpt is damaged"):
         train(broken)
-
-
-# -- other processes, the same batches --------------------------------------------------------------------------------
-
-
-def steps(records: Iterable[Path]) -> list[list[str]]:
-    """The images of each step, whichever process saw them."""
-    ranks = [[json.loads(line) for line in path.read_text().splitlines()] for path in records]
-    return [sorted(image for share in shares for image in share) for shares in zip(*ranks, strict=True)]
-
-
-def record(tmp_path: Path, options: TrainOptions, name: str, world: int, stop_at: int = 0) -> list[list[str]]:
-    plain = f"--epochs 2 --lr 0.05 --workers 0 --batch-size {options.batch_size} --loss kl --log csv"
-    student = "python:tests.recording_student:build?norm=half"
-    asked = ("train", DATA, "--archive", options.archive, "--out", options.out, "--student", student, *plain.split())
-    to = {"RECORD_TO": str(tmp_path / name), "STOP_AT": str(stop_at)}
-    said = tmp_path / f"{name}.txt"
-    processes = (
-        [start(*asked, said=said, environment=to)]
-        if world == 1
-        else start_ranks(world, *asked, said=said, environment=to)
-    )
-    for process in processes:
-        process.join(SECONDS)
-    codes = {process.exitcode for process in processes}
-    assert codes == {128 + signal.SIGTERM if stop_at else 0}, [p.read_text() for p in tmp_path.glob(f"{name}.txt*")]
-    return steps(sorted(tmp_path.glob(f"{name}-*.jsonl")))
-
-
-@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
-def test_the_same_batches_for_any_number_of_processes(options, tmp_path: Path, before: int, after: int):
-    """Stopped in the middle of an epoch, gone on by another number of processes: image by image, step by step."""
-    alone = record(tmp_path, options(batch_size=8, out=tmp_path / "alone"), "alone", 1)
-    assert [len(step) for step in alone[:19]].count(8) == 17, "150 images in 19 batches, no smaller than 7"
-    assert len({image for step in alone[:19] for image in step}) == 150
-    run = options(batch_size=8, out=tmp_path / "run")
-    first = record(tmp_path, run, "first", before, stop_at=5)
-    assert 5 <= len(first) < 19
-    assert first + record(tmp_path, run, "second", after) == alone
-    for one, other in zip(history(tmp_path / "alone"), history(run.out), strict=True):
-        assert float(one["train_kl"]) == pytest.approx(float(other["train_kl"]), rel=1e-5), "of all processes"
