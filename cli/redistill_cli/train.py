@@ -95,7 +95,7 @@ def train(
     order_seed: Annotated[int | None, typer.Option("--order-seed", help="Decides the order of images.")] = None,
     checkpoint_minutes: Annotated[float | None, typer.Option("--checkpoint-minutes", help="[default: 10]")] = None,
     resume: Annotated[str | None, typer.Option("--resume", help="auto or never. [default: auto]")] = None,
-    log: Annotated[str | None, typer.Option("--log", help="csv,tensorboard,wandb. [default: csv]")] = None,
+    log: Annotated[str | None, typer.Option("--log", help="csv,tensorboard,wandb. [default: csv,tensorboard]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Train students from an archive: the teacher's answers for exactly the views it saw, and no teacher.

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from redistill_cache.errors import UsageError
-from torch import nn
+from redistill_cache.errors import Refused, UsageError
+from torch import Tensor, nn
 
 from redistill.caching.ranks import Rank
 from redistill.devices import pick_device
@@ -19,6 +20,10 @@ __all__ = ["World", "joined_world"]
 
 Thing = TypeVar("Thing")
 
+# One process of a machine may read a million images before the first step while the others wait for it. A process that
+# has died is noticed at once, by torchrun and by gloo.
+PATIENCE = timedelta(hours=24)
+
 
 @dataclass(frozen=True)
 class World:
@@ -26,6 +31,8 @@ class World:
 
     rank: Rank
     device: torch.device
+    control: dist.ProcessGroup | None = None
+    """For words between processes, apart from gradients: over gloo, so that no GPU waits for them."""
 
     @property
     def size(self) -> int:
@@ -46,37 +53,66 @@ class World:
         ids = [self.device.index] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(module, device_ids=ids)
 
-    def any(self, mine: bool) -> bool:
-        """Whether it is so for any process; all of them must ask at the same point."""
+    def any(self, *mine: bool) -> list[bool]:
+        """For each question, whether it is so for any process; all of them must ask at the same point."""
         if self.size == 1:
-            return mine
-        flag = torch.tensor([float(mine)], device=self.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+            return list(mine)
+        flags = torch.tensor([float(flag) for flag in mine])
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.control)
+        return [bool(flag) for flag in flags]
 
     def gather(self, mine: Thing) -> list[Thing]:
         """What every process has, in the order of ranks."""
         if self.size == 1:
             return [mine]
         everybody: list[Any] = [None] * self.size
-        dist.all_gather_object(everybody, mine)
+        dist.all_gather_object(everybody, mine, group=self.control)
         return everybody
 
-    def wait(self) -> None:
+    def as_first_has(self, tensors: Iterable[Tensor]) -> None:
+        """Give every process the values that the first one has."""
         if self.size > 1:
-            dist.barrier()
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.any(False)
+
+    @contextmanager
+    def first_here_first(self) -> Iterator[None]:
+        """One process of each machine does the block before the others: what it reads and keeps, they find."""
+        if self.rank.local:
+            self.wait()
+        try:
+            yield
+        finally:
+            if not self.rank.local:
+                self.wait()
 
 
 @contextmanager
 def joined_world(device: str) -> Iterator[World]:
     """The world of this process, joined as torchrun describes it; alone without torchrun."""
     rank = Rank.from_environment()
-    world = World(rank, pick_device(device, local_rank=rank.local))
+    picked = pick_device(device, local_rank=rank.local)
     if rank.world == 1:
-        yield world
+        yield World(rank, picked)
         return
-    dist.init_process_group("nccl" if world.device.type == "cuda" else "gloo")
+    if picked.type == "cuda":
+        torch.cuda.set_device(picked)
+        dist.init_process_group("nccl", device_id=picked)
+    else:
+        dist.init_process_group("gloo")
     try:
-        yield world
+        control: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
+        yield World(rank, picked, control)
+    except RuntimeError as error:
+        if "by peer" not in str(error):
+            raise
+        raise Refused(
+            "another process of this run has ended, and has said why; run the same command again to go on from the "
+            "checkpoint"
+        ) from error
     finally:
         dist.destroy_process_group()

@@ -1,106 +1,103 @@
 """Stage 2 from beginning to end: `train(options)`.
 
-archive, data, students held against each other -> state of an earlier run, if any
--> batches: pixels from workers, teacher's rows from the resident view, one step of every member
--> end of an epoch: validation, logs, checkpoint -> weights and results
+archive, data and students, held against each other -> the state of an earlier run, if there is one
+-> batches: pixels from workers, the teacher's rows from the resident view, one step of every member
+-> the end of an epoch: validation, logs, checkpoint -> weights and results
 """
 
 from __future__ import annotations
 
 import time
-from importlib.metadata import version
-from typing import Any
+from contextlib import nullcontext
 
-from redistill_cache.errors import Refused
+from redistill_cache.errors import RedistillError, Refused
 from redistill_cache.storage import disk_trouble
 
 from redistill.evaluation import Metrics, Tally
 from redistill.interrupts import StopRequest, stop_on_signals
 from redistill.losses.objective import Mix
 from redistill.losses.schedule import Progress
-from redistill.models.weights import save_weights
-from redistill.optim import lr_at
-from redistill.training.checkpoint import LAST, load_checkpoint, save_checkpoint
-from redistill.training.config import write_config
+from redistill.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
+from redistill.training.clock import Clock, images_of_run
 from redistill.training.distributed import World, joined_world
 from redistill.training.feed import Batch
-from redistill.training.logs import Logs, open_logs
-from redistill.training.member import Member
 from redistill.training.options import TrainOptions
-from redistill.training.outcome import BEST, STUDENT, Outcome, headline, write_result
-from redistill.training.prepare import Run, parameters_of, prepare
+from redistill.training.outcome import Outcome
+from redistill.training.prepare import Run, prepare
+from redistill.training.records import Records
 from redistill.training.watcher import Silent, Watcher
 
-__all__ = ["train"]
+__all__ = ["Diverged", "train"]
 
 AGAIN = "run the same command again to go on from the checkpoint"
-# Steps between two looks at things that make a GPU wait, or processes wait for each other.
-LOOK = {"cpu": 1, "cuda": 20, "mps": 20}
+# Batches between two looks at what makes a GPU wait, or processes wait for each other.
+LOOK_ALONE = {"cpu": 1, "cuda": 10, "mps": 10}
+LOOK_TOGETHER = 10
+
+
+class Diverged(RedistillError):
+    """A loss that is not a number."""
+
+    exit_code = 1
 
 
 def train(options: TrainOptions, watcher: Watcher | None = None) -> list[Outcome]:
     """Train every member of the cohort, and return what came of them."""
-    with joined_world(options.device) as world, stop_on_signals() as stop:
+    with joined_world(options.device) as world, stop_on_signals(AGAIN) as stop:
         if watcher is None or not world.first:
             watcher = Silent()
-        if options.resume == "never" and (options.out / LAST).exists():
+        if options.resume == "never" and has_checkpoint(options.out):
             raise Refused(f"{options.out} holds a run; choose another --out, or --resume auto to go on with it")
         run = prepare(options, world, watcher)
-        place = load_checkpoint(options.out, run.members, options.deciding(), run.archive.id) or (0, 0)
-        trainer = Training(options, world, run, watcher, stop)
         with disk_trouble("write", options.out, "; then run the same command again"):
-            return trainer.run_from(*place)
+            start = load_checkpoint(options.out, run.members, options.deciding(), run.archive.id, watcher)
+            if start != (0, 0):
+                watcher.say(f"goes on at epoch {start[0] + 1}, batch {start[1] + 1}")
+            records = Records(options, run, first_epoch=start[0], writes=world.first)
+            return records.finish(Training(options, world, run, records, watcher, stop).from_place(*start))
 
 
 class Training:
     """A run under way."""
 
-    def __init__(self, options: TrainOptions, world: World, run: Run, watcher: Watcher, stop: StopRequest) -> None:
-        self.options, self.world, self.run, self.watcher, self.stop = options, world, run, watcher, stop
-        self.saved = time.monotonic()
+    def __init__(
+        self, options: TrainOptions, world: World, run: Run, records: Records, watcher: Watcher, stop: StopRequest
+    ) -> None:
+        self.options, self.world, self.run, self.records = options, world, run, records
+        self.watcher, self.stop = watcher, stop
         self.clock = Clock()
-        self.logs: list[Logs] = []
+        self.saved = time.monotonic()
+        self.look = LOOK_ALONE[world.device.type] if world.size == 1 else LOOK_TOGETHER
 
-    def run_from(self, epoch: int, batch: int) -> list[Outcome]:
-        """Train from a place to the end."""
-        if epoch or batch:
-            self.watcher.say(f"goes on at epoch {epoch + 1}, batch {batch + 1}")
-        if self.world.first:
-            self._start_folders(epoch)
-        found: list[Metrics | None] = [None] * len(self.run.members)
-        if epoch < self.run.feed.epochs:
-            found = self._epochs(epoch, batch)
-        elif self.run.validation is not None:
-            found = list(self._validate())
-        outcomes = [self._finish(member, metrics) for member, metrics in zip(self.run.members, found, strict=True)]
-        for logs in self.logs:
-            logs.close()
-        return outcomes
-
-    def _epochs(self, epoch: int, batch: int) -> list[Metrics | None]:
+    def from_place(self, epoch: int, batch: int) -> list[Metrics | None]:
+        """Train to the end; the metrics of every member after the last epoch."""
+        if epoch == self.run.feed.epochs:
+            return self._validate()
         found: list[Metrics | None] = []
-        with self.run.targets or Nothing():
-            self._begin(epoch)
-            self.clock.start()
+        resident = None
+        with self.run.targets or nullcontext():
             for item in self.run.feed.start(epoch, batch):
+                if item.place.epoch != resident:
+                    resident = item.place.epoch
+                    self._begin_epoch(resident)
                 self.clock.got()
                 self._step(item)
                 self.clock.done(item.global_rows)
-                if item.place.batch + 1 == item.place.batches:
-                    found = self._end_of_epoch(item.place.epoch)
-                else:
-                    self._pause_if_asked(item)
+                last = item.place.batch + 1 == item.place.batches
+                if last or item.place.batch % self.look == 0:
+                    self._look(item)
+                if last:
+                    found = self._end_epoch(item.place.epoch)
         return found
 
-    # -- a step -------------------------------------------------------------------------------------------------------
-
-    def _begin(self, epoch: int) -> None:
+    def _begin_epoch(self, epoch: int) -> None:
         """The teacher's rows of this epoch, and in the background those of the next."""
-        if self.run.targets is not None and epoch < self.run.feed.epochs:
+        if self.run.targets is not None:
             follows = epoch + 1 < self.run.feed.epochs
             self.run.targets.begin(self.run.feed.views(epoch), self.run.feed.views(epoch + 1) if follows else None)
 
     def _step(self, item: Batch) -> None:
+        """One batch to the device, and one step of every member on it."""
         device, carried, place = self.world.device, item.carried, item.place
         pixels = carried.pixels.to(device, non_blocking=True)
         labels = carried.labels.to(device, non_blocking=True)
@@ -110,76 +107,59 @@ class Training:
         teacher = None if self.run.targets is None else self.run.targets(item, pixels)
         progress = Progress(place.epoch + place.batch / place.batches, self.run.feed.epochs)
         share = len(pixels) * self.world.size / item.global_rows
-        look = place.batch % LOOK[device.type] == 0 or place.batch + 1 == place.batches
         for member in self.run.members:
             member.step(pixels, teacher, labels, mix, progress, share)
-            if look:
-                member.refuse_diverged(place.epoch, place.batch)
-        if look and self.world.first:
-            per_epoch = self.clock.images_of_epoch(place, item.global_rows)
-            first = self.run.members[0].means()
-            figures = {"epoch": place.epoch + 1, **{name: f"{value:.3f}" for name, value in first.items()}}
-            figures["wait"] = f"{self.clock.waiting:.0%}"
-            self.watcher.step(
-                round((place.epoch + (place.batch + 1) / place.batches) * per_epoch),
-                round(per_epoch * self.run.feed.epochs),
-                figures,
-            )
 
-    def _pause_if_asked(self, item: Batch) -> None:
-        """Between batches: save now and then, and when asked to stop."""
-        place = item.place
-        if self.world.size > 1 and place.batch % 10:
-            return  # processes agree every ten batches
+    def _look(self, item: Batch) -> None:
+        """Between batches, all processes at the same ones: is it going well, is it time to save, are we to stop?"""
+        self._show(item)
         due = time.monotonic() - self.saved > 60 * self.options.checkpoint_minutes
-        stop = self.world.any(bool(self.stop))
-        if stop or self.world.any(due):
-            self._save(place.epoch, place.batch + 1)
+        diverged = [member.diverged for member in self.run.members]
+        stop, due, *diverged = self.world.any(bool(self.stop), due, *diverged)
+        where = f"epoch {item.place.epoch + 1}, batch {item.place.batch + 1}"
+        self._refuse_where(diverged, "loss is", where)
+        if item.place.batch + 1 == item.place.batches:
+            return  # the end of the epoch saves anyway
+        if stop or due:
+            self._refuse_ruined(where)
+            self._save(item.place.epoch, item.place.batch + 1)
         if stop:
-            self.stop.number = self.stop.number or 15
-            self.stop.raise_if_set(AGAIN)
+            self._leave()
 
-    def _save(self, epoch: int, batch: int) -> None:
-        for member in self.run.members:
-            member.refuse_diverged(epoch, batch)
-        if self.world.first:
-            save_checkpoint(
-                self.options.out, self.run.members, self.options.deciding(), self.run.archive.id, epoch, batch
-            )
-        self.world.wait()
-        self.saved = time.monotonic()
+    def _show(self, item: Batch) -> None:
+        done, total = images_of_run(item, self.run.feed.epochs)
+        means = {name: f"{value:.3f}" for name, value in self.run.members[0].means().items()}
+        waiting = f"{self.clock.lap().waiting:.0%}"
+        self.watcher.step(done, total, {"epoch": item.place.epoch + 1, **means, "wait": waiting})
 
     # -- the end of an epoch ------------------------------------------------------------------------------------------
 
-    def _end_of_epoch(self, epoch: int) -> list[Metrics | None]:
-        seconds, pace, waiting = self.clock.lap()
-        found: list[Metrics | None] = list(self._validate()) if self.run.validation is not None else []
-        found = found or [None] * len(self.run.members)
-        rows = []
-        for member, metrics in zip(self.run.members, found, strict=True):
-            row = self._row(epoch, member, metrics, seconds, pace, waiting)
-            member.history.append(row)
+    def _end_epoch(self, epoch: int) -> list[Metrics | None]:
+        lap = self.clock.lap()
+        self._refuse_ruined(f"the end of epoch {epoch + 1}")
+        self._pool_counts()
+        found = self._validate()
+        rows = self.records.epoch(epoch, found, lap)
+        for member in self.run.members:
             member.forget()
-            rows.append({"name": member.spec.name, **row})
-            if self.world.first:
-                self._keep_best(member, metrics, epoch)
-        for member, logs in zip(self.run.members, self.logs, strict=False):
-            logs.epoch(member.history[-1], member.history)
         self.watcher.epoch(rows)
         self._save(epoch + 1, 0)
-        if self.world.any(bool(self.stop)) and epoch + 1 < self.run.feed.epochs:
-            self.stop.number = self.stop.number or 15
-            self.stop.raise_if_set(AGAIN)
-        self._begin(epoch + 1)
+        (stop,) = self.world.any(bool(self.stop))
+        if stop and epoch + 1 < self.run.feed.epochs:
+            self._leave()
         self.clock.start()
         return found
 
-    def _validate(self) -> list[Metrics]:
+    def _validate(self) -> list[Metrics | None]:
         """Every member over the validation images, each process its share of them."""
-        assert self.run.validation is not None
+        validation = self.run.validation
+        if validation is None:
+            return [None] * len(self.run.members)
+        for member in self.run.members:  # running statistics of batch norms are each process's own
+            self.world.as_first_has(member.student.buffers())
         students = [(member.student, member.normalise) for member in self.run.members]
-        mine = self.run.validation.tallies(students, self.world.device, self.run.members[0].amp)
-        found = []
+        mine = validation.tallies(students, self.world.device, self.run.members[0].amp)
+        found: list[Metrics | None] = []
         for tallies in zip(*self.world.gather(mine), strict=True):
             total: Tally = tallies[0]
             for other in tallies[1:]:
@@ -187,113 +167,42 @@ class Training:
             found.append(total.metrics())
         return found
 
-    def _row(
-        self, epoch: int, member: Member, metrics: Metrics | None, seconds: float, pace: float, waiting: float
-    ) -> dict[str, Any]:
-        """The figures of one member and one epoch, under the names of metrics.csv."""
-        means = member.means()
-        row: dict[str, Any] = {
-            "epoch": epoch + 1,
-            "view": "+".join(str(view) for view in self.run.feed.views(epoch)),
-            "seconds": round(seconds, 3),
-            "images_per_second": round(pace, 1),
-            "data_wait": round(waiting, 4),
-            "lr": lr_at(member.optim, float(epoch)),
-            **{f"train_{name}": value for name, value in means.items()},
-        }
-        for name, value in headline(metrics).items():
-            row[f"val_{name}"] = "" if value is None else value
-        row["val_kl_t1"] = "" if metrics is None or metrics.teacher is None else metrics.teacher.kl_t1
-        return row
+    # -- saving and stopping ------------------------------------------------------------------------------------------
 
-    def _keep_best(self, member: Member, metrics: Metrics | None, epoch: int) -> None:
-        if metrics is not None and metrics.top1 > member.best:
-            member.best, member.best_epoch = metrics.top1, epoch + 1
-            folder = self.options.folder(member.spec)
-            save_weights(member.student, folder / BEST, member.opened.metadata())
-
-    # -- the ends of a run --------------------------------------------------------------------------------------------
-
-    def _start_folders(self, epoch: int) -> None:
-        spec = self.run.archive.spec
-        facts: dict[str, dict[str, Any]] = {
-            "archive": {"id": self.run.archive.id, "samples": spec.num_samples, "views": self.run.archive.num_views},
-            "versions": {name: version(name) for name in ("redistill", "torch", "torchvision", "numpy", "zarr")},
-        }
-        for member in self.run.members:
-            folder = self.options.folder(member.spec)
-            folder.mkdir(parents=True, exist_ok=True)
-            own = {"students": [member.spec.student], "seeds": [member.spec.seed], "out": str(folder)}
-            own["losses"] = ["+".join(member.spec.losses)]
-            write_config(folder, self.options.to_json() | own, facts)
-            self.logs.append(open_logs(folder, self.options.log, first_epoch=epoch + 1))
-
-    def _finish(self, member: Member, metrics: Metrics | None) -> Outcome:
-        rows = member.history
-        seconds = sum(row["seconds"] for row in rows)
-        images = sum(row["seconds"] * row["images_per_second"] for row in rows)
-        validated = self.run.validation is not None
-        outcome = Outcome(
-            run=member.spec.name,
-            student=member.spec.student,
-            loss="+".join(member.spec.losses),
-            seed=member.spec.seed,
-            archive_id=self.run.archive.id,
-            epochs=len(rows),
-            best_epoch=member.best_epoch if validated else None,
-            best_top1=member.best if validated else None,
-            **headline(metrics),
-            images_per_second=images / seconds if seconds else 0.0,
-            seconds=seconds,
-            parameters=parameters_of(member.module),
-            evaluation=None if metrics is None else metrics.to_json(),
-        )
+    def _save(self, epoch: int, batch: int) -> None:
+        """The state after `batch` batches of `epoch`."""
+        self._pool_counts()
         if self.world.first:
-            folder = self.options.folder(member.spec)
-            save_weights(member.student, folder / STUDENT, member.opened.metadata())
-            write_result(folder, outcome)
-        return outcome
+            members, deciding = self.run.members, self.options.deciding()
+            save_checkpoint(self.options.out, members, deciding, self.run.archive.id, (epoch, batch))
+        self.world.wait()
+        self.saved = time.monotonic()
 
+    def _pool_counts(self) -> None:
+        """Move to the first process what all have counted of the losses."""
+        if self.world.size == 1:
+            return
+        everybody = self.world.gather([member.counted() for member in self.run.members])
+        for at, member in enumerate(self.run.members):
+            member.forget()
+            for counted in everybody if self.world.first else ():
+                member.add_counted(*counted[at])
 
-class Clock:
-    """How fast it goes, and which share of the time is spent waiting for data. Validation is not counted."""
+    def _refuse_ruined(self, where: str) -> None:
+        """The last step may have ruined weights, which the next loss would tell: those are not worth keeping."""
+        self._refuse_where(self.world.any(*(not member.finite for member in self.run.members)), "weights are", where)
 
-    def __init__(self) -> None:
-        self.start()
-        self.per_epoch = 0.0
+    def _refuse_where(self, diverged: list[bool], what: str, where: str) -> None:
+        for member, is_so in zip(self.run.members, diverged, strict=True):
+            if is_so:
+                out = self.options.out
+                kept = f"{out} keeps the checkpoint before it" if has_checkpoint(out) else "no checkpoint was made yet"
+                raise Diverged(
+                    f"{member.spec.name}: the {what} no longer finite at {where}; {kept}. Try a lower --lr, "
+                    "--clip-grad or more --warmup-epochs, with another --out"
+                )
 
-    def start(self) -> None:
-        self.begun = self.last = time.perf_counter()
-        self.waited = 0.0
-        self.images = 0
-
-    def got(self) -> None:
-        now = time.perf_counter()
-        self.waited += now - self.last
-
-    def done(self, images: int) -> None:
-        self.last = time.perf_counter()
-        self.images += images
-
-    @property
-    def waiting(self) -> float:
-        return self.waited / max(time.perf_counter() - self.begun, 1e-9)
-
-    def images_of_epoch(self, place: Any, rows: int) -> float:  # noqa: ANN401  a Place
-        """About how many images an epoch has: batches are equal but for one row."""
-        self.per_epoch = self.per_epoch or float(rows * place.batches)
-        return self.per_epoch
-
-    def lap(self) -> tuple[float, float, float]:
-        """Seconds, images per second and share of waiting since the start."""
-        seconds = time.perf_counter() - self.begun
-        return seconds, self.images / seconds, self.waited / seconds
-
-
-class Nothing:
-    """In place of targets where no loss asks for a teacher."""
-
-    def __enter__(self) -> Nothing:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
+    def _leave(self) -> None:
+        """All processes, though the signal may have reached one of them."""
+        self.stop.number = self.stop.number or 15
+        self.stop.raise_if_set(AGAIN)

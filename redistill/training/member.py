@@ -6,10 +6,11 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from itertools import pairwise
 from typing import Any
 
 import torch
-from redistill_cache.errors import RedistillError
+from redistill_cache.errors import Refused
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -21,13 +22,7 @@ from redistill.optim import clip_gradients, lr_at, make_optimizer, set_lr
 from redistill.training.distributed import World
 from redistill.training.options import MemberSpec, TrainOptions
 
-__all__ = ["Diverged", "Member"]
-
-
-class Diverged(RedistillError):
-    """A loss that is not a number."""
-
-    exit_code = 1
+__all__ = ["Member"]
 
 
 class Member:
@@ -52,8 +47,8 @@ class Member:
             else None
         )
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=amp is torch.float16)
-        trained = world.wrap(self.module, options.sync_bn)
-        self.network: Any = torch.compile(trained) if options.compile else trained
+        self.trained = world.wrap(self.module, options.sync_bn)
+        self.network: Any = torch.compile(self.trained) if options.compile else self.trained
         self.noise = first_noise(spec.seed, world.rank.rank, world.device)
         self.history: list[dict[str, Any]] = []
         self.best = -math.inf
@@ -72,11 +67,15 @@ class Member:
         self.network.train()
         self.objective.train()
         self.optimizer.zero_grad(set_to_none=True)
-        parts = torch.arange(len(pixels)).tensor_split(self.options.grad_accum)
-        for number, part in enumerate(parts):
-            at = slice(int(part[0]), int(part[-1]) + 1)
-            last = number == len(parts) - 1
-            with self._without_sync(last), self._own_noise(), refuse_out_of_memory(len(part), self.world.device):
+        parts = even_parts(len(pixels), self.options.grad_accum)
+        for at in parts:
+            part, last = at.stop - at.start, at is parts[-1]
+            with (
+                self._without_sync(last),
+                self._own_noise(),
+                refuse_out_of_memory(part, self.world.device),
+                refuse_too_few(part, self.spec.student),
+            ):
                 total, values = self._forward(
                     pixels[at],
                     None if teacher is None else teacher[at],
@@ -84,8 +83,8 @@ class Member:
                     None if mix is None else Mix(mix.partner_labels[at], mix.weights[at]),
                     progress,
                 )
-                self.scaler.scale(total * (share * len(part) / len(pixels))).backward()  # type: ignore[no-untyped-call]
-            self._count(values | {"loss": total.detach()}, len(part))
+                self.scaler.scale(total * (share * part / len(pixels))).backward()
+            self._count(values | {"loss": total.detach()}, part)
         self.objective.synchronise()
         self.scaler.unscale_(self.optimizer)
         clip_gradients([p for group in self.optimizer.param_groups for p in group["params"]], self.optim)
@@ -105,10 +104,10 @@ class Member:
     @contextmanager
     def _without_sync(self, last: bool) -> Iterator[None]:
         """Gradients of all but the last part stay here."""
-        if last or not isinstance(self.network, nn.parallel.DistributedDataParallel):
+        if last or not isinstance(self.trained, nn.parallel.DistributedDataParallel):
             yield
             return
-        with self.network.no_sync():
+        with self.trained.no_sync():
             yield
 
     @contextmanager
@@ -132,13 +131,24 @@ class Member:
             self.sums[name] = self.sums.get(name, torch.zeros((), device=value.device)) + value.float() * rows
         self.rows += rows
 
-    def refuse_diverged(self, epoch: int, batch: int) -> None:
-        """Stop at a loss that is not finite, which every later loss then would be."""
-        if self.rows and not bool(self.sums["loss"].isfinite()):
-            raise Diverged(
-                f"{self.spec.name}: the loss is no longer finite at epoch {epoch + 1}, batch {batch + 1}; the last "
-                "checkpoint is from before that. Try a lower --lr, --clip-grad, or more --warmup-epochs"
-            )
+    @property
+    def diverged(self) -> bool:
+        """Whether a loss was not finite, which every later one then would be."""
+        return bool(self.rows) and not bool(self.sums["loss"].isfinite())
+
+    @property
+    def finite(self) -> bool:
+        """Whether all its weights are, running statistics included."""
+        return all(bool(tensor.isfinite().all()) for tensor in self.module.state_dict().values())
+
+    def counted(self) -> tuple[dict[str, float], int]:
+        """Sums of every part of the loss since the last `forget`, and over how many rows."""
+        return {name: float(total) for name, total in self.sums.items()}, self.rows
+
+    def add_counted(self, sums: Mapping[str, float], rows: int) -> None:
+        for name, total in sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + torch.tensor(total, device=self.world.device)
+        self.rows += rows
 
     def means(self) -> dict[str, float]:
         """Of every part of the loss since the last `forget`."""
@@ -184,6 +194,27 @@ class Member:
         if self.world.first:
             self.sums = {name: total.to(self.world.device) for name, total in state["sums"].items()}
             self.rows = state["rows"]
+
+
+def even_parts(count: int, parts: int) -> list[slice]:
+    """`count` items in so many parts that differ by one at most; fewer where there are fewer items."""
+    parts = min(parts, count)
+    edges = [count * i // parts for i in range(parts + 1)]
+    return [slice(start, stop) for start, stop in pairwise(edges)]
+
+
+@contextmanager
+def refuse_too_few(rows: int, student: str) -> Iterator[None]:
+    """Batch norms of a network that ends in one pixel cannot be trained on one view at a time."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise Refused(
+            f"the batch norms of {student!r} cannot be trained on {rows} views at a time; use a larger --batch-size or "
+            "--size, or a smaller --grad-accum"
+        ) from None
 
 
 def averaging(decay: float) -> Any:  # noqa: ANN401  what AveragedModel takes

@@ -96,9 +96,7 @@ class TrainOptions:
         for name in PATHS:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, Path(getattr(self, name)))
-        for name in ("batch_size", "grad_accum", "views_per_image"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} must be at least 1, found {getattr(self, name)}")
+        self._check_numbers()
         if self.batch_size < self.views_per_image * self.grad_accum:
             raise UsageError(
                 f"--batch-size {self.batch_size} cannot be cut into {self.grad_accum} parts of {self.views_per_image} "
@@ -107,13 +105,29 @@ class TrainOptions:
         for name in ("students", "losses", "seeds"):
             if not getattr(self, name):
                 raise UsageError(f"expected at least one of --{name[:-1] if name != 'losses' else 'loss'}")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise UsageError(f"--ema is a decay between 0 and 1 such as 0.999, found {self.ema:g}")
+        if self.val_archive is not None and self.val is None:
+            raise UsageError(f"--val-archive {self.val_archive} needs the images it was made from: give --val as well")
+        if self.archive.resolve() in (self.out.resolve(), *self.out.resolve().parents):
+            raise UsageError(f"--out {self.out} lies in the archive {self.archive}; choose a folder of its own")
+        if len(set(self.teachers)) < len(self.teachers):
+            raise UsageError(f"--teacher-names {','.join(self.teachers)} has a name twice; give each once")
         if self.resume not in ("auto", "never"):
             raise UsageError(f"--resume must be auto or never, found {self.resume!r}")
         for kind in self.log:
             if kind not in LOGS:
                 raise UsageError(f"--log {kind!r} is not known; {did_you_mean(kind, LOGS)}")
+
+    def _check_numbers(self) -> None:
+        for name in ("batch_size", "grad_accum", "views_per_image"):
+            within(name, getattr(self, name), 1, "at least 1")
+        within("size", self.size, 2, "at least 2 pixels")
+        for name in ("workers", "cache_memory", "checkpoint_minutes"):
+            within(name, getattr(self, name), 0, "0 or more")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise UsageError(f"--ema is a decay between 0 and 1 such as 0.999, found {self.ema:g}")
+        for name, seed in (("order-seed", self.order_seed), *(("seed", seed) for seed in self.seeds)):
+            if not 0 <= seed < 2**63:
+                raise UsageError(f"--{name} must be a number from 0 to 2^63 - 1, found {seed}")
 
     # -- members ------------------------------------------------------------------------------------------------------
 
@@ -180,6 +194,11 @@ class TrainOptions:
         if "decay_milestones" in optim:
             optim["decay_milestones"] = tuple(optim["decay_milestones"])
         return cls(**own, optim=replace(base, **optim))
+
+
+def within(name: str, value: float | None, least: float, words: str) -> None:
+    if value is not None and not value >= least:  # so that not-a-number is refused, too
+        raise UsageError(f"--{name.replace('_', '-')} must be {words}, found {value:g}")
 
 
 def plain_value(value: Any) -> Any:  # noqa: ANN401  whatever an option holds

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from redistill_cache import Archive, open_archive
-from redistill_cache.errors import Refused
+from redistill_cache.errors import Refused, UsageError
 from torch import nn
 
 from redistill.devices import pick_amp
 from redistill.loading import default_workers
-from redistill.losses.objective import Objective
+from redistill.losses.objective import Mix, Objective
 from redistill.models import OpenedModel, open_model
 from redistill.signals import LOGITS
 from redistill.sources.index import index_source
@@ -22,11 +23,13 @@ from redistill.training.distributed import World
 from redistill.training.feed import Feed
 from redistill.training.member import Member
 from redistill.training.options import MemberSpec, TrainOptions
+from redistill.training.residence import Residence
 from redistill.training.targets import CachedTargets, OnlineTargets
 from redistill.training.validate import Validation
 from redistill.training.watcher import Watcher
 from redistill.views import ArchiveViews, ViewDataset
 from redistill.views.canaries import check_canaries
+from redistill.views.provider import archive_recipe
 from redistill.wording import first_line
 
 __all__ = ["Run", "prepare"]
@@ -45,17 +48,21 @@ class Run:
 
 
 def prepare(options: TrainOptions, world: World, watcher: Watcher) -> Run:
-    archive = open_archive(options.archive)
-    workers = default_workers(world.rank.local_world) if options.workers is None else options.workers
-    dataset = aligned_dataset(options, archive, workers, watcher)
+    """What is quick to find out comes first: nobody should wait for a million images to read of a typing error."""
+    with world.first_here_first():
+        archive = open_archive(options.archive)
     specs = options.members()
-    for spec in specs:
-        refuse_objective(spec, archive, options)
+    size = archive_recipe(archive).size if options.size is None else options.size
+    refuse_options(options, specs, archive)
+    students = [open_student(spec, archive, size, options) for spec in specs]
     amp = pick_amp(world.device, options.amp)
-    members = []
-    for spec in specs:
-        opened = open_student(spec, archive, dataset.size, options)
-        members.append(Member(spec, options, opened, world, amp))
+    targets = make_targets(options, specs, archive, world, amp)
+    if isinstance(targets, CachedTargets) and targets.residence.spilled:
+        watcher.say("the teacher's rows of two views exceed --cache-memory; they lie in a temporary file")
+    workers = default_workers(world.rank.local_world) if options.workers is None else options.workers
+    with world.first_here_first():
+        dataset = aligned_dataset(options, archive, workers, watcher)
+        validation = open_validation(options, archive, size, workers, world)
     feed = Feed(
         dataset,
         epochs=options.optim.epochs,
@@ -67,23 +74,27 @@ def prepare(options: TrainOptions, world: World, watcher: Watcher) -> Run:
         workers=workers,
         pin=world.device.type == "cuda",
     )
-    targets = make_targets(options, archive, world, amp) if any(m.objective.needs.teacher for m in members) else None
-    if isinstance(targets, CachedTargets) and targets.spilled:
-        watcher.say("the teacher's rows of two views exceed --cache-memory; they lie in a temporary file")
-    validation = None
-    if options.val is not None:
-        validation = Validation.open(
-            options.val,
-            class_names=archive.class_names,
-            num_classes=archive.num_classes,
-            size=dataset.size,
-            archive=options.val_archive,
-            teachers=options.teachers,
-            workers=workers,
-            rank=world.rank.rank,
-            world=world.size,
-        )
+    feed.batches(0)
+    members = [Member(spec, options, opened, world, amp) for spec, opened in zip(specs, students, strict=True)]
     return Run(archive, feed, members, targets, validation)
+
+
+def open_validation(
+    options: TrainOptions, archive: Archive, size: int, workers: int, world: World
+) -> Validation | None:
+    if options.val is None:
+        return None
+    return Validation.open(
+        options.val,
+        class_names=archive.class_names,
+        num_classes=archive.num_classes,
+        size=size,
+        archive=options.val_archive,
+        teachers=options.teachers,
+        workers=workers,
+        rank=world.rank.rank,
+        world=world.size,
+    )
 
 
 def aligned_dataset(options: TrainOptions, archive: Archive, workers: int, watcher: Watcher) -> ViewDataset:
@@ -107,9 +118,20 @@ def aligned_dataset(options: TrainOptions, archive: Archive, workers: int, watch
     return ViewDataset(source, ArchiveViews(archive, joined), size=options.size)
 
 
+def refuse_options(options: TrainOptions, specs: Sequence[MemberSpec], archive: Archive) -> None:
+    if options.views_per_image > archive.num_views:
+        raise Refused(
+            f"--views-per-image {options.views_per_image} needs that many views, the archive has {archive.num_views}"
+        )
+    for spec in specs:
+        refuse_objective(spec, archive, options)
+
+
 def refuse_objective(spec: MemberSpec, archive: Archive, options: TrainOptions) -> None:
-    """A loss must get what it asks for: labels, whole rows, unshifted rows."""
+    """A loss must get what it asks for: labels, whole rows, unshifted rows, one label a row."""
     objective = Objective(spec.losses)
+    if archive_recipe(archive).mixes:
+        try_mixing(objective, archive.num_classes)
     if objective.needs.labels and int(archive.labels.min()) < 0:
         raise Refused(
             f"loss {'+'.join(spec.losses)} needs labels, and the archive has samples without; use ce?weight=0"
@@ -122,6 +144,13 @@ def refuse_objective(spec: MemberSpec, archive: Archive, options: TrainOptions) 
         objective.refuse_codec(signal.codec, keeps_shift=keeps_shift)
 
 
+def try_mixing(objective: Objective, num_classes: int) -> None:
+    """Some losses have no value for two labels of a row; they say so themselves."""
+    logits, labels = torch.zeros(2, num_classes), torch.zeros(2, dtype=torch.int64)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        objective(logits, logits, labels, mix=Mix(labels, torch.ones(2)))
+
+
 def chosen_teachers(options: TrainOptions, archive: Archive) -> tuple[str, ...]:
     for name in options.teachers:
         archive.teacher(name)
@@ -131,11 +160,16 @@ def chosen_teachers(options: TrainOptions, archive: Archive) -> tuple[str, ...]:
 
 
 def make_targets(
-    options: TrainOptions, archive: Archive, world: World, amp: torch.dtype | None
-) -> CachedTargets | OnlineTargets:
+    options: TrainOptions, specs: Sequence[MemberSpec], archive: Archive, world: World, amp: torch.dtype | None
+) -> CachedTargets | OnlineTargets | None:
+    if not any(Objective(spec.losses).needs.teacher for spec in specs):
+        if options.online_teacher is not None:
+            raise UsageError(f"--online-teacher {options.online_teacher} is asked for, but no --loss needs a teacher")
+        return None
     if options.online_teacher is None:
         names = chosen_teachers(options, archive)
-        return CachedTargets(archive, names, world.device, options.views_per_image, options.cache_memory)
+        residence = Residence(archive, names, options.views_per_image, options.cache_memory, world)
+        return CachedTargets(residence, world.device)
     model = open_model(options.online_teacher, num_classes=archive.num_classes, allow_python=options.allow_python)
     if model.num_classes != archive.num_classes:
         raise Refused(f"the online teacher has {model.num_classes} classes, the archive {archive.num_classes}")

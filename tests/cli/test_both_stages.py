@@ -88,7 +88,9 @@ def test_two_processes_train_on_the_same_batches(run, tmp_path: Path, archive: P
     assert two["nll"] == pytest.approx(one["nll"], rel=0.1)
     assert two["evaluation"]["rows"] == one["evaluation"]["rows"] == 64
     continued = run("train", DATA, "--archive", archive, "--out", "both", "--val", VAL, *TRAIN, "--json")
-    assert json.loads(continued.stdout)["epochs"] == 2, "one process takes up what two have left"
+    taken_up = json.loads(continued.stdout)
+    assert taken_up["epochs"] == 2, "one process takes up what two have left"
+    assert taken_up["nll"] == pytest.approx(two["nll"], rel=1e-5), "two have validated the network that was saved"
 
 
 @pytest.mark.parametrize(
@@ -106,6 +108,17 @@ def test_two_processes_train_on_the_same_batches(run, tmp_path: Path, archive: P
         ((DATA, "--log", "paper"), 2, "paper"),
         ((DATA, "--config", "nothing.toml"), 2, "no configuration"),
         ((DATA, "--out", "/proc/run"), 3, "cannot write /proc/run"),
+        ((DATA, "--out", "{archive}/run"), 2, "lies in the archive"),
+        ((DATA, "--order-seed", "-1"), 2, "--order-seed must be a number from 0"),
+        ((DATA, "--seed", "99999999999999999999"), 2, "--seed must be a number from 0"),
+        ((DATA, "--workers", "-1"), 2, "--workers must be 0 or more"),
+        ((DATA, "--cache-memory", "nan"), 2, "--cache-memory must be 0 or more, found nan"),
+        ((DATA, "--checkpoint-minutes", "-1"), 2, "--checkpoint-minutes must be 0 or more"),
+        ((DATA, "--val-archive", "{archive}"), 2, "give --val as well"),
+        ((DATA, "--teacher-names", "small,small"), 2, "a name twice"),
+        ((DATA, "--views-per-image", "4"), 3, "the archive has 3"),
+        ((DATA, "--size", "1"), 2, "--size must be at least 2"),
+        ((DATA, "--size", "8", "--grad-accum", "32"), 3, "a smaller --grad-accum"),
     ],
 )
 def test_what_does_not_fit_is_one_line(
@@ -113,7 +126,8 @@ def test_what_does_not_fit_is_one_line(
 ):
     """The program itself, in this process: a new one takes seconds to start."""
     monkeypatch.chdir(tmp_path)
-    arguments = ["train", changed[0], "--archive", str(archive), "--out", "run", *TRAIN, *changed[1:]]
+    arguments = ["train", changed[0], "--archive", str(archive), "--out", "run", *TRAIN]
+    arguments += [word.format(archive=archive) for word in changed[1:]]
     monkeypatch.setattr(sys, "argv", ["redistill", *arguments])
     with pytest.raises(SystemExit) as left:
         main()

@@ -68,9 +68,15 @@ def test_every_number_has_its_script():
         assert (ROOT / script).exists(), script
 
 
-def test_the_ordinary_loop_runs(tmp_path: Path):
+@pytest.mark.filterwarnings("ignore:.*treespec.*:FutureWarning")  # of Lightning, about torch
+@pytest.mark.parametrize("name", ["plain_torch", "timm_loop", "lightning_loop"])
+def test_the_loops_of_the_examples_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str):
     import runpy
 
-    cache(tmp_path / "a.redistill.zarr", views=1)
-    module = runpy.run_path(str(ROOT / "examples" / "plain_torch.py"))
-    module["main"](str(tmp_path / "a.redistill.zarr"), DATA, 1)
+    package = name.partition("_loop")[0]
+    if package != name:
+        pytest.importorskip(package, reason=f"examples/{name}.py is for users of {package}: pip install {package}")
+    cache(tmp_path / "a.redistill.zarr", views=2)
+    module = runpy.run_path(str(ROOT / "examples" / f"{name}.py"))
+    module["main"](str(tmp_path / "a.redistill.zarr"), DATA, 2)
+    assert "epoch 2: loss 0." in capsys.readouterr().out

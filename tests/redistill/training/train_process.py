@@ -1,0 +1,59 @@
+"""The command in processes of its own: something to kill, to starve of disk, and to let talk to each other.
+
+They are forked from a server that has imported torch, so that fifty of them cost no start-up time.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import socket
+import sys
+from collections.abc import Mapping
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+from redistill_cli.__main__ import main
+
+__all__ = ["start", "start_ranks"]
+
+
+def command(arguments: list[str], said: Path, environment: Mapping[str, str], largest_file: int | None) -> None:
+    os.environ.update(environment)
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    with said.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = ["redistill", *arguments]
+    main()
+
+
+def start(
+    *arguments: object, said: Path, environment: Mapping[str, str] | None = None, largest_file: int | None = None
+) -> ForkServerProcess:
+    """A running `redistill ...`; what it prints goes to the file `said`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["redistill.training", "redistill_cli.app"])
+    process = context.Process(
+        target=command, args=([str(part) for part in arguments], said, environment or {}, largest_file)
+    )
+    process.start()
+    return process
+
+
+def start_ranks(world: int, *arguments: object, said: Path, environment: Mapping[str, str]) -> list[ForkServerProcess]:
+    """The processes that torchrun would start on one machine, with what it would tell them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    return [
+        start(
+            *arguments,
+            said=said.with_name(f"{said.name}-{rank}"),
+            environment={**shared, **environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(world)
+    ]
