@@ -132,18 +132,19 @@ def fidelity_chart(archive: Archive, teacher: str, signal: str) -> str:
     charts = []
     for temperature in (1, 4):
         kept = errors.get(f"kl_t{temperature}")
-        counts = {} if kept is None else by_quarter_decade(kept.histogram)
+        counts = {} if kept is None else by_quarter_decade(kept.histogram, kept.worst)
         title = f"{teacher}, {signal}: rows by KL at T = {temperature}"
         charts.append(figure(title, histogram(title, counts, mark=mark), "lost by encoding, of every view"))
     return "".join(charts)
 
 
-def by_quarter_decade(histogram: Mapping[int, int]) -> dict[int, int]:
+def by_quarter_decade(histogram: Mapping[int, int], worst: float) -> dict[int, int]:
     """Counts of the archive's bins (eighths of an octave) in wider ones; what is very small is drawn together."""
+    most = math.log10(worst) if worst > 0 else math.inf  # a bin reaches beyond its largest row, perhaps over the bound
     counts: dict[int, int] = {}
     for bin_, count in histogram.items():
         middle = (LOWEST_OCTAVE + (bin_ - 0.5) / BINS_PER_OCTAVE) * math.log10(2)
-        quarter = math.floor(middle * BINS_PER_DECADE)
+        quarter = math.floor(min(middle, most) * BINS_PER_DECADE)
         counts[quarter] = counts.get(quarter, 0) + count
     lowest = max(counts, default=0) - DECADES * BINS_PER_DECADE
     for quarter in [quarter for quarter in counts if quarter < lowest]:

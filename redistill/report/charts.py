@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from redistill.report.groups import Look
 from redistill.report.markup import text
 
-__all__ = ["Curve", "Scale", "lines", "nice_ticks"]
+__all__ = ["MOST_NAMED", "Curve", "Scale", "lines", "nice_ticks"]
 
 WIDTH, HEIGHT = 330, 190
 LEFT, TOP, BOTTOM = 36, 10, 24
 # Width of a letter and height of a line of labels, in units of the drawing.
 LETTER, LABEL = 5.8, 12.0
 LONGEST = 20
+# Curves that have room for their names beside each other.
+MOST_NAMED = 14
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ def lines(title: str, curves: Sequence[Curve], *, percent: bool = False) -> str:
     values = [value for curve in curves for _, many in curve.points for value in many]
     epochs = [epoch for curve in curves for epoch, _ in curve.points]
     ticks = nice_ticks(min(values), max(values))
-    longest = max(min(len(curve.name), LONGEST) for curve in curves)
+    named = len(curves) <= MOST_NAMED
+    longest = max(min(len(curve.name), LONGEST) for curve in curves) if named else 0
     x = Scale(min(epochs), max(epochs), LEFT, WIDTH - 12 - LETTER * longest)
     y = Scale(ticks[0], ticks[-1], HEIGHT - BOTTOM, TOP)
     parts = [
@@ -77,7 +80,7 @@ def lines(title: str, curves: Sequence[Curve], *, percent: bool = False) -> str:
         *axes(x, y, ticks, percent),
         *(band(curve, x, y) for curve in curves),
         *(stroke(curve, x, y) for curve in curves),
-        *labels(curves, x, y),
+        *(labels(curves, x, y) if named else ()),
     ]
     return "".join([*parts, "</svg>"])
 

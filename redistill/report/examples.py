@@ -73,10 +73,10 @@ def find_examples(archive: Archive, data: str, groups: Sequence[Group]) -> Examp
     names = [name for name, teacher in archive.teachers.items() if any(s.name == LOGITS for s in teacher.signals)]
     teachers = {name: archive.logits(VIEW, rows, teacher=name) for name in names}
     students, notes = ask(groups, torch.stack([item.pixels for item in items]), archive.num_classes)
-    said = [(f"teacher {name}", "teacher", logits) for name, logits in teachers.items()]
+    said = [(f"teacher {name}" if len(teachers) > 1 else "teacher", "teacher", of) for name, of in teachers.items()]
     for group in groups:
         if group.name in students:
-            said.append((group.name, f"ink c{group.look.colour % 8}", students[group.name]))
+            said.append((group.short, f"ink c{group.look.colour % 8}", students[group.name]))
 
     def example(at: int) -> Example:
         answers = tuple(Answer(who, kind, *answer(logits[at])) for who, kind, logits in said)

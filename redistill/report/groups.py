@@ -14,6 +14,7 @@ from redistill.training.options import FREE, loss_name
 
 __all__ = ["Group", "Look", "group_runs", "pooled_bins", "spread"]
 
+SEPARATOR = " · "
 # Options that do not tell groups apart: they vary with the seed, are named in another way, or decide nothing.
 UNNAMED = {*FREE, "seeds", "order_seed", "losses", "students"}
 
@@ -34,6 +35,8 @@ class Group:
     """The seeds of one student, loss, archive and set of options."""
 
     name: str
+    short: str
+    """As much of the name as no other group has, for where room is scarce."""
     look: Look
     runs: tuple[Run, ...]
 
@@ -111,11 +114,22 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
             notes.append(f"{run.folder} is the same run as {first.folder}, seed and all; only the first is counted")
     groups = [tuple(found.values()) for found in members.values()]
     names, looks = group_names(groups), group_looks(groups)
-    return [Group(*parts) for parts in zip(names, looks, groups, strict=True)], notes
+    full = [SEPARATOR.join(parts) for parts in names]
+    return [Group(*parts) for parts in zip(full, shortened(names), looks, groups, strict=True)], notes
 
 
-def group_names(groups: Sequence[tuple[Run, ...]]) -> list[str]:
-    """The loss, and of everything else what is not the same in all groups."""
+def shortened(names: Sequence[Sequence[str]]) -> list[str]:
+    """The names cut after the first part by which all are different."""
+    heads: list[str] = []
+    for count in range(1, max(map(len, names), default=0) + 1):
+        heads = [SEPARATOR.join(parts[:count]) for parts in names]
+        if len(set(heads)) == len(heads):
+            break
+    return heads
+
+
+def group_names(groups: Sequence[tuple[Run, ...]]) -> list[list[str]]:
+    """The parts of each name: the loss, and of everything else what is not the same in all groups."""
     firsts = [runs[0] for runs in groups]
     losses, archives = loss_names(firsts), archive_names(firsts)
     several_students = len({run.student for run in firsts}) > 1
@@ -127,7 +141,7 @@ def group_names(groups: Sequence[tuple[Run, ...]]) -> list[str]:
         if len(archives) > 1:
             parts.append(archives[run.archive_id])
         parts += [f"{name} {run.options.get(name, 'default')}" for name in differing]
-        names.append(" · ".join(parts))
+        names.append(parts)
     return names
 
 
@@ -156,9 +170,10 @@ def differing_options(runs: Sequence[Run]) -> list[str]:
 
 
 def group_looks(groups: Sequence[tuple[Run, ...]]) -> list[Look]:
-    firsts = [runs[0] for runs in groups]
-    losses = list(dict.fromkeys(run.loss for run in firsts))
-    others = list(dict.fromkeys((run.student, run.archive_id, key_of(run)[3]) for run in firsts))
+    """A colour for each loss and a kind of line for each setting; where all share a loss, a colour for each setting."""
+    keys = [key_of(runs[0]) for runs in groups]
+    losses = list(dict.fromkeys(loss for _, loss, _, _ in keys))
     if len(losses) == 1:
-        return [Look(colour=at) for at in range(len(firsts))]
-    return [Look(losses.index(run.loss), others.index((run.student, run.archive_id, key_of(run)[3]))) for run in firsts]
+        return [Look(colour=at) for at in range(len(keys))]
+    settings = list(dict.fromkeys((student, *rest) for student, _, *rest in keys))
+    return [Look(losses.index(loss), settings.index((student, *rest))) for student, loss, *rest in keys]

@@ -7,7 +7,25 @@ from html import escape
 
 from redistill.report.groups import Group, spread
 
-__all__ = ["NOTHING", "definition_list", "figure", "missing", "name_cell", "section", "share", "table", "text", "value"]
+__all__ = [
+    "DOT",
+    "LINE",
+    "NOTHING",
+    "definition_list",
+    "figure",
+    "missing",
+    "name_list",
+    "named",
+    "section",
+    "share",
+    "table",
+    "text",
+    "value",
+]
+
+# What stands beside the name of a group.
+LINE = '<path class="curve {}" d="M1 4H21"/>'
+DOT = '<circle class="dot {}" cx="17" cy="4" r="3.2"/>'
 
 NOTHING = '<span class="soft">–</span>'
 
@@ -41,7 +59,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "")
     """Cells are HTML already. The first of a row is its heading; on a phone each row stands by itself."""
     top = "".join(f'<th scope="col">{text(name)}</th>' for name in columns)
     body = "".join(f"<tr>{table_row(columns, row)}</tr>" for row in rows)
-    return f'<table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
+    head = f"<thead><tr>{top}</tr></thead>"
+    return f'<div class="scroll"><table class="{kind}">{head}<tbody>{body}</tbody></table></div>'
 
 
 def table_row(columns: Sequence[str], row: Sequence[str]) -> str:
@@ -56,10 +75,15 @@ def definition_list(items: Sequence[tuple[str, str]]) -> str:
     return f"<dl>{''.join(f'<dt>{text(name)}</dt><dd>{found}</dd>' for name, found in items)}</dl>"
 
 
-def name_cell(group: Group) -> str:
-    """The name of a group in its colour, beside a piece of its line."""
-    key = f'<svg class="key" viewBox="0 0 22 8" aria-hidden="true"><path class="curve {group.look}" d="M1 4H21"/></svg>'
+def named(group: Group, mark: str) -> str:
+    """The name of a group in its colour, beside what it looks like in a drawing."""
+    key = f'<svg class="key" viewBox="0 0 22 8" aria-hidden="true">{mark.format(group.look)}</svg>'
     return f'{key}<span class="ink c{group.look.colour % 8}">{text(group.name)}</span>'
+
+
+def name_list(groups: Sequence[Group], mark: str) -> str:
+    """All names, for drawings that have no room for them."""
+    return f'<ul class="keys">{"".join(f"<li>{named(group, mark)}</li>" for group in groups)}</ul>'
 
 
 def value(values: Sequence[float], digits: int = 3) -> str:

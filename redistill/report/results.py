@@ -5,10 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from redistill.report.charts import Curve, lines
+from redistill.report.charts import MOST_NAMED, Curve, lines
 from redistill.report.diagrams import class_dots, reliability, seeds
 from redistill.report.groups import Group, Look, pooled_bins
-from redistill.report.markup import figure, missing, name_cell, section, share, table, value
+from redistill.report.markup import DOT, LINE, figure, missing, name_list, named, section, share, table, value
 
 __all__ = ["accuracy", "beside_teacher", "calibration", "classes", "learning", "terms"]
 
@@ -21,7 +21,7 @@ def accuracy(groups: Sequence[Group]) -> str:
     columns = ("loss", "seeds", "top-1 %", "each seed", "top-5 %", "NLL", "ECE", "images/s")
     rows = [
         [
-            name_cell(group),
+            named(group, LINE),
             str(len(group.runs)),
             share(group.values("top1")),
             seeds(group.values("top1"), min(top1, default=0), max(top1, default=1), group.look),
@@ -44,6 +44,8 @@ def learning(groups: Sequence[Group]) -> str:
         curve_chart("Training loss", groups, "train_loss", caption="each loss has a scale of its own"),
     ]
     body = grid(charts) or missing("No run kept figures of its epochs; give --log csv to redistill train.")
+    if len(groups) > MOST_NAMED:
+        body = name_list(groups, LINE) + body
     return section("How they learned", body, "Lines are means, bands reach from the lowest to the highest seed.")
 
 
@@ -57,7 +59,7 @@ def beside_teacher(groups: Sequence[Group]) -> str:
     columns = ("loss", "agreement %", "KL, T = 1", f"KL, T = {at}", "where right %", "where wrong %", "copied %")
     rows = [
         [
-            name_cell(group),
+            named(group, LINE),
             share(group.values("agreement")),
             value(group.values("kl_t1")),
             value(group.values("kl")),
@@ -109,11 +111,11 @@ def classes(groups: Sequence[Group], names: Sequence[str] | None) -> str:
     for some in parts:
         shown = [str(k) if names is None else names[k] for k in some]
         drawn.append(figure("", class_dots(shown, known, some, (base, best)), "", "plain"))
-    sorted_by = f"Sorted by what {known[best].name} gains over {known[base].name}, in points. " if best != base else ""
+    sorted_by = f"Sorted by what {known[best].short} gains over {known[base].short}, in points. "
     left_out = f"{2 * CLASSES} of {len(order)} classes, from both ends. " if len(order) > 2 * CLASSES else ""
     unnamed = "Names of classes need --archive. " if names is None else ""
-    lead = f"Mean accuracy over seeds. {sorted_by}{left_out}{unnamed}"
-    return section(title, key_of(known) + f'<div class="grid">{"".join(drawn)}</div>', lead.strip())
+    lead = f"Mean accuracy over seeds. {sorted_by if best != base else ''}{left_out}{unnamed}"
+    return section(title, name_list(known, DOT) + f'<div class="grid">{"".join(drawn)}</div>', lead.strip())
 
 
 def best_beside(groups: Sequence[Group]) -> int:
@@ -138,20 +140,10 @@ def terms(groups: Sequence[Group]) -> str:
 
 
 def curve_chart(title: str, groups: Sequence[Group], column: str, *, percent: bool = False, caption: str = "") -> str:
-    curves = [Curve(group.name, group.curve(column), group.look) for group in groups]
+    curves = [Curve(group.short, group.curve(column), group.look) for group in groups]
     return figure(title, lines(title, curves, percent=percent), caption)
 
 
 def grid(charts: Sequence[str]) -> str:
     drawn = "".join(charts)
     return f'<div class="grid">{drawn}</div>' if drawn else ""
-
-
-def key_of(groups: Sequence[Group]) -> str:
-    """Names in their colours, for drawings that cannot be labelled directly."""
-    dots = "".join(
-        f'<li><svg class="key" viewBox="0 0 10 8" aria-hidden="true"><circle class="dot {group.look}" cx="5" cy="4" '
-        f'r="3.2"/></svg>{name_cell(group).partition("</svg>")[2]}</li>'
-        for group in groups
-    )
-    return f'<ul class="keys">{dots}</ul>'

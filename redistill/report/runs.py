@@ -14,6 +14,7 @@ from redistill_cache.errors import RedistillError, Refused
 
 from redistill.calibration import Bin
 from redistill.training.config import CONFIG, read_config
+from redistill.training.options import loss_name
 from redistill.training.outcome import RESULT
 
 __all__ = ["METRICS", "Found", "Run", "Unfinished", "read_runs"]
@@ -124,7 +125,7 @@ def run_of(folder: Path, result: Any, options: Mapping[str, Any], history: tuple
     return Run(
         folder=folder,
         student=expect(result["student"], str, "student"),
-        loss=expect(result["loss"], str, "loss"),
+        loss=readable_loss(expect(result["loss"], str, "loss")),
         seed=expect(result["seed"], int, "seed"),
         archive_id=None if archive is None else expect(archive, str, "archive_id"),
         epochs=expect(result["epochs"], int, "epochs"),
@@ -135,6 +136,11 @@ def run_of(folder: Path, result: Any, options: Mapping[str, Any], history: tuple
         options=options,
         history=history,
     )
+
+
+def readable_loss(spec: str) -> str:
+    loss_name(spec)  # or an error: groups are named after it
+    return spec
 
 
 def expect(value: Any, kind: type, name: str) -> Any:  # noqa: ANN401  JSON of anybody
