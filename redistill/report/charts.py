@@ -19,7 +19,7 @@ __all__ = ["MOST_NAMED", "Curve", "Scale", "lines", "nice_ticks"]
 WIDTH, HEIGHT = 330, 190
 LEFT, TOP, BOTTOM = 36, 10, 24
 # Width of a letter and height of a line of labels, in units of the drawing.
-LETTER, LABEL = 5.8, 12.0
+LETTER, LABEL = 6.4, 12.0
 LONGEST = 20
 # Curves that have room for their names beside each other.
 MOST_NAMED = 14
