@@ -91,6 +91,6 @@ def test_an_archive_without_teachers_is_said_to_be_one(tmp_path: Path, monkeypat
 
 
 def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path):
-    with pytest.raises(Refused, match="cannot look at .*missing") as error:
+    with pytest.raises(Refused, match="cannot look at") as error:
         examine(folder=tmp_path / "missing")
     assert "\n" not in str(error.value)
