@@ -61,6 +61,7 @@ def write_report(runs: Sequence[Path], out: Path, *, archive: Path | None = None
     notes = [*map(str, found.unfinished), *twice, *doubts(groups, opened)]
     page = compose(found, groups, opened, examples, notes)
     with disk_trouble("write", out):
+        out.parent.mkdir(parents=True, exist_ok=True)
         LOCAL.publish(out, page.encode())
     return Written(sum(len(group.runs) for group in groups), len(groups), tuple(notes))
 

@@ -82,7 +82,8 @@ def read_runs(folders: Sequence[Path]) -> Found:
     for folder in folders:
         inner = [folder] if is_run(folder) else sorted(path for path in children(folder) if is_run(path))
         if not inner:
-            raise Refused(f"{folder} is no run: expected a folder with {RESULT}, as redistill train leaves it")
+            found = "is no run" if folder.exists() else "is not there"
+            raise Refused(f"{folder} {found}: expected a folder with {RESULT}, as redistill train leaves it")
         for path in inner:
             members.setdefault(path.resolve(), path)
     runs = tuple(read_run(path) for path in members.values() if (path / RESULT).is_file())
@@ -188,7 +189,7 @@ def read_history(path: Path) -> tuple[Mapping[str, float], ...]:
             raise ValueError(f"{METRICS} ends in the middle of a line")
         table = csv.DictReader(io.StringIO(lines, newline=""), strict=True)
         return tuple(read_line(row, at) for at, row in enumerate(table, start=2))
-    except csv.Error as error:
+    except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{METRICS} is no table: {error}") from None
 
 
