@@ -15,22 +15,32 @@ from typing import Any
 
 import numpy as np
 import torch
-from redistill_cache import open_archive
+from redistill_cache import Archive, open_archive
+from redistill_cache.errors import Refused
 from redistill_cache.files import LOCAL
+from redistill_cache.storage import disk_trouble
 
 from redistill.devices import pick_device
 from redistill.loading import default_workers, worker_context
+from redistill.machine import usable_cores, usable_memory
 from redistill.models import open_model
+from redistill.signals import LOGITS
+from redistill.sources.base import ObjectSource, Sample, Source
 from redistill.sources.index import index_source
 from redistill.sources.opening import open_source
 from redistill.training.targets import decode_on
 from redistill.views import DrawnViews, ViewDataset, parse_recipe
+from redistill.views.provider import archive_recipe
 
 __all__ = ["Diagnosis", "examine"]
 
 PACKAGES = ("redistill", "torch", "torchvision", "zarr", "numcodecs", "numpy", "pillow", "webdataset")
 EXTRAS = ("timm", "wandb", "tensorboard")
 DRAWN = "synthetic?n=64"
+# Images that are looked at: rates need no more, and a large set should not be read for them.
+IMAGES = 64
+# Images below this side are shown as they are, others cropped and scaled.
+SMALL = 64
 SECONDS = 1.0
 WRITTEN = 32 << 20
 ROWS = 4096
@@ -44,6 +54,8 @@ class Diagnosis:
     python: str
     system: str
     cores: int
+    """That may be kept busy: a container may be given the time of fewer than the machine has."""
+    machine_cores: int
     memory_gib: float | None
     devices: list[str]
     worker_start: str
@@ -68,19 +80,21 @@ def examine(data: str | None = None, archive: Path | None = None, folder: Path |
     """Look at this machine for some seconds; `folder` is where archives would be written."""
     device = pick_device("auto")
     where = folder or Path.cwd()
-    dataset = views_of(data or DRAWN, archive)
+    opened = None if archive is None else open_archive(archive)
+    dataset = views_of(data or DRAWN, opened if data is not None else None)
     size = dataset.size
     student = "demo:small" if size < 64 else "torchvision:resnet18"
     found = Diagnosis(
         versions={name: version_of(name) for name in (*PACKAGES, *EXTRAS)},
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
-        cores=len(os.sched_getaffinity(0)),
-        memory_gib=memory_gib(),
+        cores=usable_cores(),
+        machine_cores=os.cpu_count() or 1,
+        memory_gib=None if (memory := usable_memory()) is None else memory / 2**30,
         devices=devices(),
         worker_start=worker_context().get_start_method(),
         workers=default_workers(),
-        disk_free_gib=shutil.disk_usage(where).free / 2**30,
+        disk_free_gib=free_gib(where),
         disk_write_mib_per_second=write_rate(where),
         data=data or "drawn images, as no --data was given",
         view_size=size,
@@ -88,8 +102,8 @@ def examine(data: str | None = None, archive: Path | None = None, folder: Path |
         student=student,
         student_images_per_second=student_rate(student, size, device),
     )
-    if archive is not None:
-        found.archive_load_rows_per_second, found.archive_decode_rows_per_second = archive_rates(archive, device)
+    if opened is not None:
+        measure_archive(found, opened, device)
     conclude(found)
     return found
 
@@ -102,18 +116,6 @@ def version_of(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def memory_gib() -> float | None:
-    """What this process may use: the container's limit where it has one."""
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return None
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and (text := limit.read_text().strip()) != "max":
-        total = min(total, int(text))
-    return total / 2**30
 
 
 def devices() -> list[str]:
@@ -134,29 +136,47 @@ def pace(work: Callable[[], int]) -> float:
     return done / (time.perf_counter() - start)
 
 
+def free_gib(folder: Path) -> float:
+    with disk_trouble("look at", folder):
+        return shutil.disk_usage(folder).free / 2**30
+
+
 def write_rate(folder: Path) -> float:
     """MiB/s of a durable write."""
     block = np.random.default_rng(0).integers(0, 256, WRITTEN, np.uint8).data
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".redistill-doctor-") as inside:
+    with disk_trouble("write", folder), tempfile.TemporaryDirectory(dir=folder, prefix=".redistill-doctor-") as inside:
         start = time.perf_counter()
         LOCAL.publish(Path(inside) / "block", block)
         return WRITTEN / 2**20 / (time.perf_counter() - start)
 
 
-def views_of(data: str, archive: Path | None) -> ViewDataset:
-    """Views as training would render them: the archive's, or the usual recipe."""
-    source = open_source(data)
-    if archive is not None and data != DRAWN:
-        return ViewDataset(source, open_archive(archive))
-    recipe = parse_recipe("cifar" if data == DRAWN else "rrc")
-    return ViewDataset(source, DrawnViews(index_source(source), recipe, seed=0, num_views=1))
+@dataclass(frozen=True)
+class Some:
+    """A few samples of a source, from all over it."""
+
+    source: Source
+
+    def __len__(self) -> int:
+        return min(IMAGES, len(self.source))
+
+    def sample(self, i: int) -> Sample:
+        return self.source.sample(i * len(self.source) // len(self))
+
+
+def views_of(data: str, archive: Archive | None) -> ViewDataset:
+    """Views as training would render them: by the archive's recipe, or the usual one for images of their size."""
+    source = ObjectSource(Some(open_source(data)))
+    if not len(source):
+        raise Refused(f"{data} holds no image to measure with; name another --data, or none")
+    index = index_source(source, workers=0)
+    usual = "cifar" if index.sizes.max() < SMALL else "rrc"
+    recipe = parse_recipe(usual) if archive is None else archive_recipe(archive)
+    return ViewDataset(source, DrawnViews(index, recipe, seed=0, num_views=1))
 
 
 def render_rate(dataset: ViewDataset) -> float:
     """Views a second on one core, as in a worker."""
-    rows = dataset.indices(0)
-    step = max(1, len(rows) // 64)
-    some = iter(np.resize(rows[::step], 1 << 20).tolist())
+    some = iter(np.resize(dataset.indices(0), 1 << 20).tolist())
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -179,13 +199,16 @@ def student_rate(student: str, size: int, device: torch.device) -> float:
     return pace(step)
 
 
-def archive_rates(path: Path, device: torch.device) -> tuple[float, float]:
+def measure_archive(found: Diagnosis, archive: Archive, device: torch.device) -> None:
     """Rows a second: loading a view from disk, and decoding rows of it on the device."""
-    archive = open_archive(path)
-    name = next(iter(archive.teachers))
+    signals = [(name, signal.name) for name, teacher in archive.teachers.items() for signal in teacher.signals]
+    if not signals:
+        found.advice.append(f"{archive.path} holds no teacher's answers yet: redistill cache-teacher adds them")
+        return
+    name, signal = min(signals, key=lambda pair: pair[1] != LOGITS)  # logits where there are any
     start = time.perf_counter()
-    view = archive.load_view(0, name)
-    loaded = len(view) / (time.perf_counter() - start)
+    view = archive.load_view(0, name, signal)
+    found.archive_load_rows_per_second = len(view) / (time.perf_counter() - start)
     rows = np.random.default_rng(0).permutation(len(view))[:ROWS]
 
     def decode() -> int:
@@ -194,7 +217,7 @@ def archive_rates(path: Path, device: torch.device) -> tuple[float, float]:
             torch.cuda.synchronize(device)
         return len(rows)
 
-    return loaded, pace(decode)
+    found.archive_decode_rows_per_second = pace(decode)
 
 
 # -- conclusions ------------------------------------------------------------------------------------------------------
@@ -212,6 +235,8 @@ def conclude(found: Diagnosis) -> None:
     if slowest == "the loader":
         advice.append("the loader limits training: train several students in one pass (--seed 0 --seed 1 ...)")
         advice.append("or show several views of a decoded image (--views-per-image 2), or store smaller images")
+    if found.cores < found.machine_cores:
+        advice.append(f"{found.cores} of {found.machine_cores} cores may be used here: more --workers would not help")
     if found.devices == ["cpu"]:
         advice.append("no GPU: stage 1 with a large teacher belongs on a machine that has one; archives travel")
     if found.memory_gib is not None and found.memory_gib < 4:

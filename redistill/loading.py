@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from redistill_cache.errors import RedistillError, Refused
 
+from redistill.machine import usable_cores
 from redistill.wording import first_line
 
 __all__ = ["Batches", "batch_loader", "default_workers", "worker_context"]
@@ -25,7 +25,7 @@ PREFETCH = 4
 
 def default_workers(processes_here: int = 1) -> int:
     """Worker processes for one of `processes_here` training processes on this machine."""
-    return max(1, min(len(os.sched_getaffinity(0)) // processes_here, MOST_WORKERS))
+    return max(1, min(usable_cores() // processes_here, MOST_WORKERS))
 
 
 def worker_context() -> BaseContext:

@@ -6,18 +6,24 @@ import os
 import signal
 import sys
 
-from redistill_cache.errors import RedistillError
-
 INTERRUPTED = 130
 
 
 def main() -> None:
-    from redistill_cli.app import app
+    patient = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if patient:  # Ctrl-C while modules are loaded: nothing has begun, so there is nothing to say
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from redistill_cache.errors import RedistillError
 
+    from redistill_cli.app import app
+    from redistill_cli.rendering import safe
+
+    if patient:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         app()
     except RedistillError as error:
-        print(f"redistill: {error}", file=sys.stderr)
+        print(f"redistill: {safe(error)}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("redistill: interrupted", file=sys.stderr)

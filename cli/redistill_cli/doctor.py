@@ -29,10 +29,11 @@ def doctor(
         return
     versions = ", ".join(f"{name} {text}" for name, text in found.versions.items() if text is not None)
     memory = "" if found.memory_gib is None else f", {found.memory_gib:.1f} GiB of memory"
+    cores = found.cores if found.cores == found.machine_cores else f"{found.cores} of {found.machine_cores}"
     disk = f"{found.disk_free_gib:.1f} GiB free, {found.disk_write_mib_per_second:.0f} MiB/s durable writes here"
     rows: list[tuple[str, object]] = [
         ("versions", f"python {found.python}, {versions}"),
-        ("machine", f"{found.system}, {found.cores} cores{memory}"),
+        ("machine", f"{found.system}, {cores} cores{memory}"),
         ("devices", ", ".join(found.devices)),
         ("disk", disk),
         ("workers", f"{found.workers} by default, started by {found.worker_start}"),

@@ -11,7 +11,7 @@ from redistill_cli.rendering import safe
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or of cohorts.")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or of cohorts.", metavar="RUN...")],
     out: Annotated[Path, typer.Option("--out", help="The page to write.")] = Path("report.html"),
     archive: Annotated[Path | None, typer.Option("--archive", help="Show this archive's card.")] = None,
     data: Annotated[str | None, typer.Option("--data", help="Its images: show views with everybody's answers.")] = None,
@@ -22,13 +22,14 @@ def report(
 
     Examples:
 
-      redistill report runs/losses --archive resnet50.redistill.zarr --out losses.html
-    """
-    from redistill_cache.errors import UsageError
+      redistill report runs/losses --out losses.html
 
+      redistill report runs/* --archive resnet50.redistill.zarr --data folder:imagenet/train
+    """
     from redistill.report import write_report
 
-    if data is not None and archive is None:
-        raise UsageError("--data shows views of an archive; add --archive")
-    write_report(runs, out, archive=archive, data=data)
-    typer.echo(f"wrote {safe(out)}")
+    written = write_report(runs, out, archive=archive, data=data)
+    for note in written.notes:
+        typer.echo(f"note: {safe(note)}", err=True)
+    groups = "" if written.runs == written.groups else f" in {written.groups} groups"
+    typer.echo(f"wrote {safe(out)}: {written.runs} {'run' if written.runs == 1 else 'runs'}{groups}")

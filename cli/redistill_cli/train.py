@@ -12,7 +12,7 @@ from rich.table import Table
 from redistill_cli.rendering import Ticker, console, print_json, safe
 
 if TYPE_CHECKING:
-    from redistill.training import Outcome
+    from redistill.training import Outcome, TrainOptions
 
 
 def train(
@@ -113,6 +113,7 @@ def train(
 
       torchrun --nproc-per-node=8 -m redistill_cli train ...
     """
+    from redistill.caching.ranks import Rank
     from redistill.training import TrainOptions
     from redistill.training import train as run
     from redistill.training.config import read_config
@@ -170,7 +171,9 @@ def train(
     options = TrainOptions.read(said | {"allow_python": config is None}, preset_name=preset)
     with Terminal() as watcher:
         outcomes = run(options, watcher)
-    show(outcomes, as_json=as_json)
+    if Rank.from_environment().first:
+        show(outcomes, as_json=as_json)
+        leave_report(options)
 
 
 def split(text: str | None) -> list[str] | None:
@@ -248,10 +251,6 @@ class Terminal:
 
 
 def show(outcomes: Sequence[Outcome], *, as_json: bool) -> None:
-    from redistill.caching.ranks import Rank
-
-    if not Rank.from_environment().first:
-        return
     if as_json:
         found = [outcome.to_json() for outcome in outcomes]
         print_json(found[0] if len(found) == 1 else {"runs": found})
@@ -266,6 +265,22 @@ def show(outcomes: Sequence[Outcome], *, as_json: bool) -> None:
         rest = [percent(outcome.agreement), percent(outcome.best_top1), f"{outcome.images_per_second:.0f}"]
         table.add_row(safe(outcome.run), *shares, *plain, *rest)
     console.print(table)
+
+
+def leave_report(options: TrainOptions) -> None:
+    """The page about these runs, beside them. They are finished, whatever becomes of it."""
+    from redistill_cache.errors import RedistillError
+
+    from redistill.report import write_report
+
+    page = options.out / "report.html"
+    try:
+        write_report([options.folder(member) for member in options.members()], page, archive=options.archive)
+    except Exception as error:  # noqa: BLE001  even a fault of the page takes nothing from the runs
+        why = error if isinstance(error, RedistillError) else repr(error)
+        typer.echo(f"warning: the training is finished, but {safe(page)} was not written: {safe(why)}", err=True)
+    else:
+        typer.echo(f"report: {safe(page)}", err=True)
 
 
 def percent(value: float | None) -> str:

@@ -23,6 +23,7 @@ import numpy as np
 from redistill_cache.errors import Damaged, Refused
 from redistill_cache.keys import PackedKeys, pack_keys
 
+from redistill.machine import usable_cores
 from redistill.sources.base import ListedSource, Source, digest_of
 from redistill.sources.images import BadImage, decode_array, image_size
 from redistill.sources.keeping import default_cache_dir, keep, settled, take_up
@@ -158,7 +159,7 @@ def _read_chunk_in_process(rows: np.ndarray, check: Check) -> _Chunk:
 def _processes(workers: int | None, todo: int) -> int:
     if workers is not None:
         return workers
-    return len(os.sched_getaffinity(0)) if todo >= WORTH_PROCESSES else 0
+    return usable_cores() if todo >= WORTH_PROCESSES else 0
 
 
 def _chunks(source: Source, todo: np.ndarray, check: Check, processes: int) -> Iterator[_Chunk]:

@@ -58,6 +58,8 @@ def test_from_a_teacher_to_a_page(run, tmp_path: Path):
     runs = json.loads(done.stdout)["runs"]
     assert [found["run"] for found in runs] == ["power-0", "power-1", "ce-0", "ce-1"]
     assert {"top1", "top5", "nll", "ece", "agreement", "images_per_second"} <= set(runs[0])
+    assert "report: runs/report.html" in done.stderr
+    assert cached["id"] in (tmp_path / "runs/report.html").read_text()
     done = run("evaluate", "runs/power-1", "--data", VAL, "--json", "--workers", "0")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["top1"] == runs[1]["top1"]
@@ -72,8 +74,10 @@ def test_from_a_teacher_to_a_page(run, tmp_path: Path):
 def test_a_run_is_repeated_from_its_configuration(run, tmp_path: Path, archive: Path):
     first = run("train", DATA, "--archive", archive, "--out", "one", *TRAIN)
     assert first.returncode == 0, first.stderr
+    (tmp_path / "two" / "report.html").mkdir(parents=True)  # a page that cannot be written takes nothing from the run
     again = run("train", "--config", "one/config.toml", "--out", "two")
     assert again.returncode == 0, again.stderr
+    assert "the training is finished, but two/report.html was not written" in again.stderr
     assert (tmp_path / "one/student.safetensors").read_bytes() == (tmp_path / "two/student.safetensors").read_bytes()
 
 

@@ -14,8 +14,9 @@ from redistill_cache.errors import Refused
 from redistill.demo.summary import accuracies
 from redistill.optim import OptimConfig
 from redistill.report import write_report
-from redistill.report.charts import Line, lines, nice_ticks
-from redistill.report.runs import group_runs, read_runs
+from redistill.report.charts import Curve, lines, nice_ticks
+from redistill.report.groups import Look, group_runs
+from redistill.report.runs import read_runs
 from redistill.training import TrainOptions, train
 from tests.small_archive import DATA, VAL, cache
 
@@ -44,7 +45,7 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Page(HTMLParser):
     """What a browser would see: tags, and that they are closed."""
 
-    VOID = ("meta", "br", "img", "rect", "line", "circle", "polygon", "polyline")
+    VOID = ("meta", "br", "img", "rect", "line", "circle", "polygon", "polyline", "path")
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -82,9 +83,11 @@ def test_everything_is_on_the_page(cohort: Path, tmp_path: Path):
     text = " ".join(page.words)
     for words in (
         "How good they are",
+        "How they learned",
+        "Do they know what they know?",
         "Class by class",
         "What they minimised",
-        "Some views",
+        "What they say",
         "The archive",
         "The runs",
     ):
@@ -110,9 +113,53 @@ def test_text_from_outside_is_text(cohort: Path, tmp_path: Path):
     assert "alert(" not in re.sub(r"&lt;script&gt;alert\(", "", (tmp_path / "p.html").read_text())
 
 
-def test_seeds_belong_together_and_names_tell_groups_apart(cohort: Path):
-    groups = group_runs(read_runs([cohort / "runs"]))
-    assert [(group.name, len(group.runs)) for group in groups] == [("ce", 2), ("power", 2)]
+def copy_of(run: Path, to: Path, *changes: tuple[str, str]) -> Path:
+    """A run under another name, some text of its config.toml replaced."""
+    shutil.copytree(run, to)
+    config = (to / "config.toml").read_text()
+    for old, new in changes:
+        assert old in config
+        config = config.replace(old, new)
+    (to / "config.toml").write_text(config)
+    return to
+
+
+def test_seeds_belong_together_and_other_settings_do_not(cohort: Path, tmp_path: Path):
+    longer = copy_of(
+        cohort / "runs" / "ce-0", tmp_path / "longer", ("epochs = 2", "epochs = 9"), ("lr = 0.05", "lr = 0.4")
+    )
+    groups, notes = group_runs(read_runs([cohort / "runs", longer]).runs)
+    assert [(group.name, len(group.runs)) for group in groups] == [
+        ("ce · epochs 2 · lr 0.05", 2),
+        ("power · epochs 2 · lr 0.05", 2),
+        ("ce · epochs 9 · lr 0.4", 1),
+    ]
+    assert not notes
+    ce, power, other = (group.look for group in groups)
+    assert ce.colour == other.colour != power.colour
+    assert ce.dash == power.dash != other.dash
+
+
+def test_a_run_given_twice_is_counted_once(cohort: Path, tmp_path: Path):
+    runs = cohort / "runs"
+    assert len(read_runs([runs, runs / "ce-0", runs / ".." / "runs"]).runs) == 4
+    again = copy_of(runs / "ce-0", tmp_path / "again")
+    written = write_report([runs, again], tmp_path / "p.html")
+    assert (written.runs, written.groups) == (4, 2)
+    assert [note.partition(" is the same run as ")[0] for note in written.notes] == [str(again)]
+
+
+def test_members_that_are_not_finished_are_named(cohort: Path, tmp_path: Path):
+    """Also one whose files were cut: it says nothing that could be shown."""
+    runs = tmp_path / "runs"
+    shutil.copytree(cohort / "runs", runs)
+    for name in ("ce-1", "power-1"):
+        (runs / name / "result.json").unlink()
+    metrics = runs / "power-1" / "metrics.csv"
+    metrics.write_text(metrics.read_text()[:-9])
+    page = page_of([runs], tmp_path / "p.html")
+    assert f"{runs / 'ce-1'} is not finished (2 of 2 epochs)" in page.words
+    assert f"{runs / 'power-1'} is not finished, and its files cannot be read" in page.words
 
 
 def test_a_run_without_validation_has_its_loss(cohort: Path, tmp_path: Path):
@@ -128,14 +175,25 @@ def test_a_run_without_validation_has_its_loss(cohort: Path, tmp_path: Path):
     train(options)
     text = " ".join(page_of([tmp_path / "bare"], tmp_path / "p.html").words)
     assert "No run was validated" in text
+    (tmp_path / "bare" / "metrics.csv").unlink()
+    assert (
+        f"no metrics.csv, so no curves: {tmp_path / 'bare'}" in page_of([tmp_path / "bare"], tmp_path / "p.html").words
+    )
+
+
+def cut(file: Path, characters: int, end: str = "") -> None:
+    file.write_text(file.read_text()[:-characters] + end)
 
 
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
         (lambda run: (run / "result.json").unlink(), "not finished"),
-        (lambda run: (run / "metrics.csv").unlink(), "metrics.csv is missing"),
-        (lambda run: (run / "metrics.csv").write_text("a,b\n1,2\n"), "without an epoch"),
+        (lambda run: cut(run / "metrics.csv", 3), "in the middle of a line"),
+        (lambda run: cut(run / "metrics.csv", 30, "\n"), "line 3, is longer or shorter"),
+        (lambda run: (run / "metrics.csv").write_text("epoch,val_top1\n1,1e300\n"), "line 2: val_top1 is 1e.300"),
+        (lambda run: (run / "metrics.csv").write_text("a,b\n1,2\n"), "line 2, has no epoch"),
+        (lambda run: (run / "config.toml").write_text("options = 3"), "readable run"),
         (lambda run: (run / "result.json").write_text("{"), "readable run"),
         (lambda run: (run / "result.json").write_text("{}"), "readable run"),
     ],
@@ -153,7 +211,7 @@ def test_half_a_run_is_refused_by_name(cohort: Path, tmp_path: Path, damage, wor
 
 def test_charts_of_nothing_and_of_one_point():
     assert lines("t", []) == ""
-    assert lines("t", [Line("a", [(1.0, [float("nan")])], 0)]) == ""
-    assert "circle" in lines("t", [Line("a", [(1.0, [0.5])], 0)])
-    assert nice_ticks(0.0, 1.0) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert "circle" in lines("t", [Curve("a", [(1.0, [0.5])], Look())])
+    assert "polyline" in lines("t", [Curve("a", [(1.0, [0.0]), (2.0, [5e-324])], Look())])
+    assert nice_ticks(0.0, 1.0) == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert len(nice_ticks(3.0, 3.0)) >= 2
