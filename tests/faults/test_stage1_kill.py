@@ -1,4 +1,4 @@
-"""kill -9 of `redistill cache-teacher`, whole groups of processes or one of them, and what the same command makes of it.
+"""kill -9 of `redistill cache-teacher` with all its processes, and what the same command makes of what is left.
 
 Most runs are forked from a server that has imported everything, some are started as a user would, with workers.
 """
@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,6 @@ from tests.stage1 import asked, command, files_of, started
 SECONDS = 120
 BLOCKS = {"block_rows": 8, "views": 2}
 PER_ARCHIVE = 10
-Process = subprocess.Popen[bytes]
 Place = dict[str, tuple[int, int]]
 
 
@@ -87,7 +86,7 @@ def moment_of(rng: random.Random, path: Path, whole: Path, pace: float) -> tuple
 
     def sealing() -> bool:
         with contextlib.suppress(FileNotFoundError):
-            if not seen and len(os.listdir(path / "_redistill/blocks")) >= records:
+            if not seen and len(list((path / "_redistill/blocks").iterdir())) >= records:
                 seen.append(time.monotonic())
         return bool(seen) and time.monotonic() > seen[0] + delay
 
