@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -93,12 +94,17 @@ class Batches:
                 if isinstance(batch, RedistillError):
                     raise batch
                 yield batch
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, EOFError, OSError) as error:  # the latter two while it hands its last batch over
+            if not self._has_lost_a_worker(batches):
                 raise
             raise Refused(
                 f"a process that renders images has died ({first_line(error)}); if memory ran out, use fewer --workers"
             ) from error
+
+    @staticmethod
+    def _has_lost_a_worker(batches: object) -> bool:
+        """Whether one is gone, or goes within a second: its pipes may close before it does."""
+        return bool(wait([worker.sentinel for worker in getattr(batches, "_workers", ())], timeout=1))
 
     def close(self) -> None:
         """End the workers now: left to the end of the interpreter, each may take seconds."""

@@ -79,7 +79,10 @@ def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 def refuse_train_mode(teacher: Teacher) -> None:
     stuck = [plain(name) for name, part in teacher.network.named_modules() if part.training]
     if stuck:
-        raise Refused(f"the teacher stays in train mode after eval(): {listed(stuck)}")
+        raise Refused(
+            f"the teacher stays in train mode after eval(): {listed(stuck)}; its train() must reach all of it, or "
+            "dropout and the statistics of the batch decide what is stored"
+        )
 
 
 def plain(name: str) -> str:
@@ -98,7 +101,10 @@ def refuse_not_finite(teacher: Teacher, answers: dict[str, Tensor]) -> None:
 def refuse_changed(before: dict[str, str], after: dict[str, str]) -> None:
     changed = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
     if changed:
-        raise Refused(f"the teacher changes its own state when it answers: {listed(sorted(map(plain, changed)))}")
+        raise Refused(
+            f"the teacher changes its own state when it answers: {listed(sorted(map(plain, changed)))}; in eval mode a "
+            "teacher must only read its parameters and buffers"
+        )
 
 
 def state_digests(network: nn.Module) -> dict[str, str]:

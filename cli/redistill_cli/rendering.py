@@ -82,7 +82,8 @@ class Ticker:
     def __init__(self, what: str, unit: str) -> None:
         self._what, self._unit = what, unit
         self._bar: Any = None
-        self._said = self._began = time.monotonic()
+        self._said = time.monotonic()
+        self._began: tuple[float, int] | None = None
 
     def update(self, done: int, total: int, **extra: object) -> None:
         if not sys.stderr.isatty():
@@ -98,10 +99,11 @@ class Ticker:
 
     def _line(self, done: int, total: int, extra: dict[str, object]) -> None:
         now = time.monotonic()
-        if now - self._said < self.SECONDS:
+        began, before = self._began = self._began or (now, done)  # pace counts from here: what came before took its own
+        if now - self._said < self.SECONDS or now == began:
             return
         self._said = now
-        pace = done / (now - self._began)
+        pace = (done - before) / (now - began)
         left = human_seconds((total - done) / pace) if pace else "unknown"
         more = "".join(f", {name} {value}" for name, value in extra.items())
         self.write(f"{self._what}: {done:,} of {total:,}, {pace:.1f} {self._unit}s/s, {left} left{more}")

@@ -65,8 +65,8 @@ class Estimate:
     def break_even(self) -> str:
         """Against a teacher that runs beside every student, in epochs of training."""
         return (
-            f"costs as much teacher time as {self.views} epochs of online distillation; every epoch, student, seed and "
-            f"loss after that is free"
+            f"costs as much teacher time as {self.views} epoch{'s' * (self.views > 1)} of online distillation; every "
+            "epoch, student, seed and loss after that is free"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -187,6 +187,6 @@ def refuse_small_disk(path: Path, wanted: int) -> None:
     free = free_bytes(path)
     if wanted * SLACK > free:
         raise Refused(
-            f"{path}: about {wanted / 2**30:.2f} GiB are still to be written, {free / 2**30:.2f} GiB are free; make "
+            f"{path}: about {wanted / 2**20:,.1f} MiB are still to be written, {free / 2**20:,.1f} MiB are free; make "
             "room, choose another disk, fewer --views or a coarser --fidelity"
         )

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from redistill_cache.codecs import CODECS
 from redistill_cache.errors import UsageError
+from redistill_cache.requirements import check_name, check_text
 
 from redistill.signals import LOGITS
 from redistill.specs import did_you_mean
@@ -58,20 +59,26 @@ class CacheOptions:
         object.__setattr__(self, "out", Path(self.out))
         layers = dict.fromkeys((LOGITS, *self.signals))  # logits always, and nothing twice
         object.__setattr__(self, "signals", tuple(layers))
-        for name in ("views", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"expected {name} of at least 1, found {getattr(self, name)}")
+        for name in ("views", "batch_size", "size", "block_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"expected {name} of at least 1, found {value}")
         if self.workers is not None and self.workers < 0:
             raise UsageError(f"expected workers of at least 0, found {self.workers}")
-        if self.codec not in ("auto", *CODECS):
-            raise UsageError(f"unknown codec {self.codec!r}; {did_you_mean(self.codec, ('auto', *CODECS))}")
         if self.codec == "topk":
             raise UsageError("topk keeps a part of each row and is for importing other formats; use --codec auto")
+        known = ("auto", *(name for name in CODECS if name != "topk"))
+        if self.codec not in known:
+            raise UsageError(f"unknown codec {self.codec!r}; {did_you_mean(self.codec, known)}")
         if re.match("[a-z0-9]{2,}:/", str(self.out)):
             raise UsageError(f"{self.out} is a URL; archives are written to a local disk and copied from there")
         for name in ("fidelity", "feature_fidelity"):
             if not 1e-9 <= getattr(self, name) <= 1:
                 raise UsageError(f"expected {name} from 1e-9 to 1, found {getattr(self, name):g}")
+        if self.teacher_name is not None:
+            check_name(self.teacher_name, "--teacher-name")
+        check_text(self.licence, "--licence")
+        check_text(self.citation, "--citation")
 
     @property
     def layers(self) -> tuple[str, ...]:

@@ -74,12 +74,6 @@ def make_plan(options: CacheOptions, rank: Rank, progress: Callable[[int, int], 
     model = open_model(options.teacher, allow_python=options.allow_python)
     recipe = choose_recipe(options, model)
     device = pick_device(options.device, local_rank=rank.local)
-    source = open_source(options.data)
-    if not len(source):
-        raise Refused(f"{options.data} holds no images")
-    workers = default_workers(rank.local_world) if options.workers is None else options.workers
-    index = index_source(source, workers=None if workers else 0, progress=progress, on_bad_image=options.on_bad_image)
-    check_classes(index, model)
     teacher = Teacher(
         model,
         device=device,
@@ -88,6 +82,14 @@ def make_plan(options: CacheOptions, rank: Rank, progress: Callable[[int, int], 
         compile=options.compile,
         layers=options.layers,
     )
+    source = open_source(options.data)
+    if not len(source):
+        raise Refused(f"{options.data} holds no images")
+    check_classes(source.class_names, model)
+    # This takes long in a large set: so only now, when whatever can be refused without it has been.
+    workers = default_workers(rank.local_world) if options.workers is None else options.workers
+    index = index_source(source, workers=None if workers else 0, progress=progress, on_bad_image=options.on_bad_image)
+    check_labels(index, model)
     return Plan(
         options=options,
         rank=rank,
@@ -115,16 +117,23 @@ def choose_recipe(options: CacheOptions, model: OpenedModel) -> Recipe:
     return parse_recipe(text)
 
 
-def check_classes(index: SourceIndex, model: OpenedModel) -> None:
+def check_classes(names: tuple[str, ...] | None, model: OpenedModel) -> None:
     """A teacher of other classes answers just as confidently, so this is looked at before it is asked."""
-    names, highest = index.class_names, int(index.labels.max(initial=-1))
     if names is not None and len(names) != model.num_classes:
         raise Refused(
             f"the data has {len(names)} classes, the teacher {model.spec!r} answers for {model.num_classes}; "
             "use the teacher of these classes, or data without labels"
         )
+
+
+def check_labels(index: SourceIndex, model: OpenedModel) -> None:
+    """The same for data that does not name its classes."""
+    highest = int(index.labels.max(initial=-1))
     if highest >= model.num_classes:
-        raise Refused(f"the data has the label {highest}, the teacher answers for {model.num_classes} classes")
+        raise Refused(
+            f"the data has the label {highest}, the teacher {model.spec!r} answers for {model.num_classes} classes; "
+            "use the teacher of these classes, or data without labels"
+        )
 
 
 def archive_spec(

@@ -1,0 +1,161 @@
+"""kill -9 of `redistill cache-teacher` with all its processes, and what the same command makes of what is left.
+
+Most runs are forked from a server that has imported everything, some are started as a user would, with workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import redistill_cache
+from redistill_cache.errors import Incomplete
+from redistill_cache.verify import verify
+
+from redistill.caching import cache_teacher
+from tests.stage1 import asked, command, files_of, started
+
+SECONDS = 120
+BLOCKS = {"block_rows": 8, "views": 2}
+PER_ARCHIVE = 10
+Place = dict[str, tuple[int, int]]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("uninterrupted") / "a.zarr"
+    cache_teacher(asked(path, **BLOCKS))
+    return path
+
+
+# -- whole groups, at random ------------------------------------------------------------------------------------------
+
+
+class Run:
+    """The command in a group of its own."""
+
+    def __init__(self, path: Path, real: bool) -> None:
+        self.output = path.with_suffix(".txt")
+        if real:
+            with self.output.open("w") as file:
+                words = [sys.executable, "-m", "redistill_cli", *command(path, **BLOCKS | {"workers": 1})]
+                self.popen = subprocess.Popen(words, stdout=file, stderr=file, start_new_session=True)
+            self.pid, self.code = self.popen.pid, self.popen.poll
+            self.wait: Callable[[], object] = lambda: self.popen.wait(SECONDS)
+        else:
+            forked = started(command(path, **BLOCKS), self.output, XDG_CACHE_HOME=os.environ["XDG_CACHE_HOME"])
+            assert forked.pid is not None
+            self.pid, self.code, self.wait = forked.pid, lambda: forked.exitcode, lambda: forked.join(SECONDS)
+
+    def kill_when(self, due: Callable[[], bool]) -> bool:
+        """Whether it lived until then."""
+        while self.code() is None and not due():
+            time.sleep(0.0005)
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # gone, or not a group of its own yet
+            os.killpg(self.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        self.wait()
+        assert self.code() in (0, -signal.SIGKILL), self.output.read_text()
+        return self.code() != 0
+
+
+def moment_of(rng: random.Random, path: Path, whole: Path, pace: float) -> tuple[str, Callable[[], bool]]:
+    """A moment to kill, in words and as a question: before anything is there, at so many files, or at the end."""
+    began, there, total = time.monotonic(), entries(path), entries(whole)
+    kind = rng.choices(["time", "files", "seal"], [2, 6, 2])[0]
+    if kind == "time":
+        delay = rng.random() * pace
+        return f"{delay:.3f} s", lambda: time.monotonic() > began + delay
+    if kind == "files":
+        count = min(there + rng.randint(1, total // 4), total - 2)
+        return f"{count} of {total} files", lambda: entries(path) >= count
+    records = len(list((whole / "_redistill/blocks").iterdir()))
+    delay = rng.random() * 0.02
+    seen: list[float] = []
+
+    def sealing() -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            if not seen and len(list((path / "_redistill/blocks").iterdir())) >= records:
+                seen.append(time.monotonic())
+        return bool(seen) and time.monotonic() > seen[0] + delay
+
+    return f"{delay:.3f} s after the last block", sealing
+
+
+def entries(path: Path) -> int:
+    return sum(1 for _ in path.rglob("*"))
+
+
+def check_killed(path: Path, whole: Path, kept: Place) -> None:
+    """Every row that may be read is right, and what was committed is where it was."""
+    now = committed(path)
+    assert kept.items() <= now.items(), "a committed file has been lost or made again"
+    kept |= now
+    with contextlib.suppress(Incomplete, redistill_cache.errors.Refused):  # too early for any reader
+        archive, right = redistill_cache.open_archive(path, allow_partial=True), redistill_cache.open_archive(whole)
+        for view in range(archive.num_views):
+            rows = archive.rows_available(view)
+            if len(rows):
+                assert np.array_equal(archive.logits(view, rows), right.logits(view, rows))
+
+
+def committed(path: Path) -> Place:
+    """Where the files of committed blocks lie, and since when."""
+    places = {}
+    for record in (path / "_redistill/blocks").glob("*.json"):
+        for name in [str(record.relative_to(path)), *(item[0] for item in json.loads(record.read_bytes())["files"])]:
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # recorded, and not yet in its place: that comes at the next run
+                found = (path / name).stat()
+                places[name] = found.st_ino, found.st_mtime_ns
+    return places
+
+
+def kill_often(folder: Path, whole: Path, kills: int, real_every: int | None = None) -> None:
+    seed = int(os.environ.get("REDISTILL_SEED", "20261121"))
+    print(f"replay with REDISTILL_SEED={seed}")
+    rng, killed, archives = random.Random(seed), 0, 0
+    start = time.monotonic()
+    assert not Run(folder / "pace.zarr", real=False).kill_when(lambda: False)
+    pace = time.monotonic() - start
+    assert files_of(folder / "pace.zarr") == files_of(whole)
+    while killed < kills:
+        path, kept = folder / f"{archives}.zarr", Place()
+        for _ in range(min(PER_ARCHIVE, kills - killed)):
+            real = real_every is not None and rng.randrange(real_every) == 0
+            words, due = moment_of(rng, path, whole, pace)
+            lived = Run(path, real).kill_when(due)
+            print(f"archive {archives}: {'killed' if lived else 'done before'} at {words}{', with workers' * real}")
+            check_killed(path, whole, kept)
+            killed += lived
+            if not lived:
+                break
+        assert not Run(path, real=False).kill_when(lambda: False)
+        check_killed(path, whole, kept)
+        assert files_of(path) == files_of(whole)
+        assert not list(path.rglob("*.partial"))
+        assert verify(path, full=True).ok
+        archives += 1
+    print(f"{killed} kills, {archives} archives, all as if nothing had happened")
+
+
+def test_killed_runs(ram: Path, uninterrupted: Path):
+    kill_often(ram, uninterrupted, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_two_hundred_killed_runs(ram: Path, uninterrupted: Path):
+    kill_often(ram, uninterrupted, 200, real_every=10)

@@ -1,0 +1,134 @@
+"""`redistill cache-teacher` when one of its processes is killed, or when all are asked to stop, as schedulers do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from redistill.caching import cache_teacher
+from tests.stage1 import OTHER_TEACHER, asked, command, files_of
+
+SECONDS = 200
+# Many small blocks, so that most of the work is still to come when the first of them is there.
+MANY = {"data": "synthetic?classes=10&n=400", "teacher": OTHER_TEACHER, "batch_size": 8, "block_rows": 8}
+TORCHRUN = ("torch.distributed.run", "--master-port=0", "--nproc-per-node={}", "-m", "redistill_cli")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("uninterrupted") / "a.zarr"
+    cache_teacher(asked(path, **MANY))
+    return path
+
+
+@contextmanager
+def running(path: Path, module: tuple[str, ...] = ("redistill_cli",), **changed: object) -> Iterator[subprocess.Popen]:
+    """The command as a user starts it, in a group of its own, with its first block of the teacher committed."""
+    words = [sys.executable, "-m", *module, *command(path, **MANY | changed)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        wait_for(lambda: process.poll() is not None or any(path.glob("_redistill/blocks/teachers.tiny.0.*")))
+        assert process.poll() is None, process.communicate()
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_for(done: Callable[[], object]) -> None:
+    end = time.monotonic() + SECONDS
+    while not done():
+        assert time.monotonic() < end, "nothing happens any more"
+        time.sleep(0.002)
+
+
+def last_words(process: subprocess.Popen) -> str:
+    """The one line that begins with the program's name, once the process has ended by itself."""
+    said = process.communicate(timeout=SECONDS)[1]
+    lines = [line for line in said.splitlines() if line.startswith("redistill: ")]
+    assert len(lines) == 1, said
+    assert "Traceback" not in said
+    return lines[0]
+
+
+def children(pid: int) -> dict[int, str]:
+    """Processes whose parent this is, and how they were started."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == pid:
+                found[int(folder.name)] = (folder / "cmdline").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # gone meanwhile
+    return found
+
+
+def workers(pid: int) -> list[int]:
+    """The processes that render: children of the server they are forked from."""
+    return [worker for server, words in children(pid).items() if "forkserver" in words for worker in children(server)]
+
+
+def assert_continues(path: Path, uninterrupted: Path) -> None:
+    assert not (path / "_redistill/manifest.json").exists(), "it was over before it was stopped"
+    cache_teacher(asked(path, **MANY))
+    assert files_of(path) == files_of(uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
+def test_a_signal_to_all_processes_ends_the_run_in_one_line(
+    ram: Path, uninterrupted: Path, number: signal.Signals, code: int
+):
+    with running(ram / "a.zarr", workers=2) as process:
+        rendering = workers(process.pid)
+        assert len(rendering) == 2
+        os.killpg(process.pid, number)
+        assert f"interrupted by {number.name}; run the same command again to continue" in last_words(process)
+        assert process.returncode == code
+        wait_for(lambda: not any(Path(f"/proc/{worker}").exists() for worker in rendering))
+    assert_continues(ram / "a.zarr", uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_ends_the_run_in_one_line(ram: Path, uninterrupted: Path):
+    with running(ram / "a.zarr", workers=2) as process:
+        os.kill(workers(process.pid)[0], signal.SIGKILL)
+        assert "a process that renders images has died" in last_words(process)
+        assert process.returncode == 3
+    assert_continues(ram / "a.zarr", uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("killed", "then"), [(0, 1), (1, 1), (1, 3)])
+def test_a_killed_rank_is_made_up_for_by_any_number(ram: Path, uninterrupted: Path, killed: int, then: int):
+    path, torchrun = ram / "a.zarr", [word.format(2) for word in TORCHRUN]
+    with running(path, module=tuple(torchrun)) as process:
+        [rank] = [pid for pid in children(process.pid) if rank_of(pid) == str(killed)]
+        os.kill(rank, signal.SIGKILL)
+        process.communicate(timeout=SECONDS)
+        assert process.returncode == 1, "torchrun ends the others, and says so"
+    if then == 1:
+        assert_continues(path, uninterrupted)
+        return
+    words = [sys.executable, "-m", *(word.format(then) for word in TORCHRUN), *command(path, **MANY)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert done.returncode == 0, done.stderr
+    assert files_of(path) == files_of(uninterrupted)
+
+
+def rank_of(pid: int) -> str | None:
+    environment = (Path("/proc") / str(pid) / "environ").read_text().split("\0")
+    return next((word.removeprefix("RANK=") for word in environment if word.startswith("RANK=")), None)
