@@ -63,7 +63,7 @@ class Reader(Protocol):
         """Every row once, an epoch a view: in the order of the files, or as users of the format shuffle."""
 
     def batch(self, view: int, images: np.ndarray) -> Values | None:
-        """These rows of a view, nothing having been read before; None where a format cannot."""
+        """These rows of a view that is not in memory; None where a format cannot."""
 
     def close(self) -> None: ...
 
