@@ -1,13 +1,14 @@
 """Our archive beside what others keep logits in: python bench/peers.py [--quick] [--json PATH] [--logits PATH.npz]
 
-Every format writes the same rows (1,000 classes) and reads them in batches of 256 in this one process, on one core, in
+Every format writes the same rows (1,000 classes) and reads them in batches of 256 in one process, arithmetic in one thread, in
 turns with np.memmap of float16: `x ...` is its speed as a share of np.memmap's (for bytes: its bytes as a share), and
-`ratio` is the shuffled epochs'. The page cache is warm throughout: nobody waits for a disk, only the archive syncs.
+`ratio` is the shuffled epochs'. np.memmap is measured against itself as well: its shares are 1 but for the noise. The
+page cache is warm throughout: nobody waits for a disk, only the archive syncs.
 
 bytes a view    all files over all views, eight of an image; what an archive writes once, the basis of its codec, is
                 spread over a million views, and its sample index (64 bytes an image) is not
-write           from float32 rows in memory; the archive's time holds the encoding on this core, not the fitting
-sequential      all epochs in the order of the files
+write           from float32 rows in memory; the archive's time holds the encoding in one thread, not the fitting
+sequential      all epochs in the order of the files; rows arrive as they are stored
 shuffled        all epochs as users of the format shuffle; the archive's time holds loading every view, too
 random batch    256 rows of a view that is not in memory
 dense           from a batch as it is stored to float32 rows as a loss takes them
@@ -191,7 +192,7 @@ def main() -> None:
     logits = make_logits(pilot + known, CLASSES, 1) if args.logits is None else real_logits(args.logits, CLASSES)
     folder = Path(tempfile.mkdtemp(prefix="redistill-peers-", dir=args.disk))
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")  # so that the archive is new to this machine
-    print(f"{views} views of {images} images in {folder.parent}, warm page cache, one core\n", flush=True)
+    print(f"{views} views of {images} images in {folder.parent}, warm page cache, one thread\n", flush=True)
     found, missing = [], []
     try:
         course = Course(folder, Rows.drawn(logits[-known:], views, images))

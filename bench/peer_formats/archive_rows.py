@@ -45,7 +45,7 @@ class ArchiveRows:
         for block in writer.missing("teachers/net"):
             wanted = slice(block.start, block.stop)
             if known:
-                arrays = {name: drawn(values, rows.pick[block.view, wanted]) for name, values in known.items()}
+                arrays: Values = {name: drawn(values, rows.pick[block.view, wanted]) for name, values in known.items()}
             else:
                 arrays = self._encode(rows.logits[block.view, wanted])
             writer.write(block, {f"logits/{name}": values for name, values in arrays.items()})

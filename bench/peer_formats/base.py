@@ -47,7 +47,7 @@ class Rows:
 
     @property
     def images(self) -> int:
-        return self.logits.shape[1]
+        return len(self.logits[0])
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class Hdf5Reader:
         self._file, self._rows = file, file["logits"]
 
     def epochs(self, shuffle: np.random.Generator | None) -> Iterator[Batch]:
-        for view, images in schedule(*self._rows.shape[:2], shuffle):
+        for view, images in schedule(self._rows.shape[0], self._rows.shape[1], shuffle):
             if shuffle is None:
                 yield view, images, {"logits": self._rows[view, images[0] : images[-1] + 1]}
             else:

@@ -37,7 +37,7 @@ class MemmapReader:
         self._rows = np.asarray(mapped)
 
     def epochs(self, shuffle: np.random.Generator | None) -> Iterator[Batch]:
-        for view, images in schedule(*self._rows.shape[:2], shuffle):
+        for view, images in schedule(len(self._rows), len(self._rows[0]), shuffle):
             if shuffle is None:
                 yield view, images, {"logits": self._rows[view, images[0] : images[-1] + 1].copy()}
             else:

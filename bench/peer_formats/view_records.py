@@ -60,7 +60,8 @@ class RecordReader:
     def __init__(self, folder: Path, k: int) -> None:
         self._folder, self._k, self._type = folder, k, record_type(k)
         self._views = len(list(folder.glob("logits_top*")))
-        self._view, self._places, self._values = -1, {}, -1
+        self._view, self._values = -1, -1
+        self._places: dict[str, int] = {}
         self._turn_to(0)
 
     def _turn_to(self, view: int) -> None:
