@@ -54,6 +54,11 @@ def _cell(value: Any) -> str:  # noqa: ANN401  a table takes anything JSON takes
 def report(name: str, rows: Sequence[Row], args: argparse.Namespace) -> None:
     """Print the table, and write the JSON when asked."""
     print(table(rows))
+    save(name, rows, args)
+
+
+def save(name: str, rows: Sequence[Row], args: argparse.Namespace) -> None:
+    """Write the JSON when asked."""
     if args.json is None:
         return
     args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -15,14 +15,14 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 # Short ones first, so that a mistake shows early.
-NAMES = ("sources", "views", "canaries", "archive", "codecs", "losses", "stage1", "stage2", "accuracy")
+NAMES = ("sources", "views", "canaries", "archive", "codecs", "peers", "losses", "stage1", "stage2", "accuracy")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smaller measurements, for a first look")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=", ".join(NAMES))
-    parser.add_argument("--logits", type=Path, default=None, help="an .npz of real logits, for codecs")
+    parser.add_argument("--logits", type=Path, default=None, help="an .npz of real logits, for codecs and peers")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="where the JSON goes")
     args = parser.parse_args()
     outcomes = [run(name, args) for name in args.only]
@@ -36,6 +36,7 @@ def run(name: str, args: argparse.Namespace) -> str:
     command = [sys.executable, str(HERE / f"{name}.py"), "--json", str(target)]
     command += ["--quick"] if args.quick else []
     command += [str(args.logits)] if args.logits is not None and name == "codecs" else []
+    command += ["--logits", str(args.logits)] if args.logits is not None and name == "peers" else []
     print(f"\n== {name} ==", flush=True)
     start = time.monotonic()
     code = subprocess.run(command, check=False).returncode
