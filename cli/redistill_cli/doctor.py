@@ -7,12 +7,16 @@ from typing import Annotated
 
 import typer
 
+from redistill_cli.archives import PLACE, archive_at
 from redistill_cli.rendering import key_values, print_json, safe
 
 
 def doctor(
     data: Annotated[str | None, typer.Option("--data", help="Measure with these images.")] = None,
-    archive: Annotated[Path | None, typer.Option("--archive", help="Measure reading this archive, too.")] = None,
+    archive: Annotated[
+        Path | None,
+        typer.Option("--archive", parser=archive_at, metavar=PLACE, help="Measure reading this archive, too."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Say what this machine has, how fast its parts are, what will limit training, and what to do about it.

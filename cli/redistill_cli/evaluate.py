@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from redistill_cli.archives import PLACE, archive_at
 from redistill_cli.rendering import console, key_values, print_json, safe
 
 if TYPE_CHECKING:
@@ -25,7 +26,10 @@ def evaluate(
         typer.Option("--student", help="The network, for weights that do not say it: torchvision:resnet18"),
     ] = None,
     archive: Annotated[
-        Path | None, typer.Option("--archive", help="The teacher over the same images: agreement and KL.")
+        Path | None,
+        typer.Option(
+            "--archive", parser=archive_at, metavar=PLACE, help="The teacher over the same images: agreement and KL."
+        ),
     ] = None,
     teacher_names: Annotated[
         str | None,

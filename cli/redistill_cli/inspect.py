@@ -8,11 +8,15 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from redistill_cli.archives import archive_at
 from redistill_cli.rendering import console, human_bytes, key_values, print_json, safe
 
 
 def inspect(
-    archive: Annotated[Path, typer.Argument(help="The archive, a folder like name.redistill.zarr.")],
+    archive: Annotated[
+        Path,
+        typer.Argument(parser=archive_at, metavar="ARCHIVE", help="A folder like name.redistill.zarr, or its URL."),
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Say what an archive is: id, samples, views, teachers, codecs, bytes, fidelity, recipe, licence.

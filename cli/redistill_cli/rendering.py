@@ -61,11 +61,11 @@ def key_values(rows: list[tuple[str, object]]) -> None:
 
 
 @contextmanager
-def progress_line(what: str) -> Iterator[Any]:
+def progress_line(what: str, unit: str = "file") -> Iterator[Any]:
     """A tqdm bar as a callback (done, total); silent when stderr is not a terminal."""
     from tqdm import tqdm
 
-    with tqdm(desc=what, unit="file", disable=None, leave=False) as bar:
+    with tqdm(desc=what, unit=unit, unit_scale=unit == "B", disable=None, leave=False) as bar:
 
         def update(done: int, total: int) -> None:
             bar.total = total

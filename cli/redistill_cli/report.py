@@ -7,13 +7,16 @@ from typing import Annotated
 
 import typer
 
+from redistill_cli.archives import PLACE, archive_at
 from redistill_cli.rendering import safe
 
 
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or of cohorts.", metavar="RUN...")],
     out: Annotated[Path, typer.Option("--out", help="The page to write.")] = Path("report.html"),
-    archive: Annotated[Path | None, typer.Option("--archive", help="Show this archive's card.")] = None,
+    archive: Annotated[
+        Path | None, typer.Option("--archive", parser=archive_at, metavar=PLACE, help="Show this archive's card.")
+    ] = None,
     data: Annotated[str | None, typer.Option("--data", help="Its images: show views with everybody's answers.")] = None,
 ) -> None:
     """Write one self-contained page about finished runs: accuracy, curves, calibration, classes, views, the archive.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from redistill_cli.archives import PLACE, archive_at
 from redistill_cli.rendering import Ticker, console, print_json, safe
 
 if TYPE_CHECKING:
@@ -19,7 +20,9 @@ def train(
     data: Annotated[
         str | None, typer.Argument(help="The images the archive was made from: folder:PATH, cifar100:PATH, ...")
     ] = None,
-    archive: Annotated[Path | None, typer.Option("--archive", help="What cache-teacher wrote.")] = None,
+    archive: Annotated[
+        Path | None, typer.Option("--archive", parser=archive_at, metavar=PLACE, help="What cache-teacher wrote.")
+    ] = None,
     student: Annotated[
         list[str] | None,
         typer.Option("--student", help="torchvision:resnet18, cifar:resnet8x4, ...; several: a cohort."),
@@ -29,7 +32,13 @@ def train(
     ] = None,
     val: Annotated[str | None, typer.Option("--val", help="Held-out images, validated on after every epoch.")] = None,
     val_archive: Annotated[
-        Path | None, typer.Option("--val-archive", help="The teacher over --val: agreement and KL on held-out views.")
+        Path | None,
+        typer.Option(
+            "--val-archive",
+            parser=archive_at,
+            metavar=PLACE,
+            help="The teacher over --val: agreement and KL on held-out views.",
+        ),
     ] = None,
     loss: Annotated[
         list[str] | None,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from redistill_cli.archives import archive_at
 from redistill_cli.rendering import print_json, progress_line, safe
 
 if TYPE_CHECKING:
@@ -18,7 +19,10 @@ REFUSED = 3
 
 
 def verify(
-    archive: Annotated[Path, typer.Argument(help="The archive, a folder like name.redistill.zarr.")],
+    archive: Annotated[
+        Path,
+        typer.Argument(parser=archive_at, metavar="ARCHIVE", help="A folder like name.redistill.zarr, or its URL."),
+    ],
     full: Annotated[bool, typer.Option("--full", help="Hash every file, also those verified here before.")] = False,
     quarantine: Annotated[
         bool, typer.Option("--quarantine", help="Move damaged blocks aside, so that they can be made again.")

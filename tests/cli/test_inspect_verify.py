@@ -135,3 +135,16 @@ def test_errors_are_one_line(run, tmp_path: Path, command: str):
         assert words in done.stderr
         assert done.stderr.count("\n") == 1
     assert run(command).returncode == 2
+
+
+def test_archives_at_a_url(tmp_path: Path, run, serve, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_archive(tmp_path / "a.redistill.zarr")
+    address, _ = serve(tmp_path)
+    there = json.loads(run("inspect", f"{address}/a.redistill.zarr", "--json").stdout)
+    here = json.loads(run("inspect", tmp_path / "a.redistill.zarr", "--json").stdout)
+    assert there.pop("path") != here.pop("path")
+    assert there == here
+    assert run("verify", f"{address}/a.redistill.zarr", "--full").returncode == 0
+    found = run("inspect", f"{address}/b.redistill.zarr")
+    assert (found.returncode, found.stderr.count("\n")) == (3, 1)
