@@ -16,7 +16,7 @@ __all__ = ["Group", "Look", "group_runs", "pooled_bins", "spread"]
 
 SEPARATOR = " · "
 # Options that do not tell groups apart: they vary with the seed, are named in another way, or decide nothing.
-UNNAMED = {*FREE, "seeds", "order_seed", "losses", "students"}
+UNNAMED = {*FREE, "seeds", "order_seed", "losses", "students", "device", "compile", "channels_last"}
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def beside_teacher(groups: Sequence[Group]) -> str:
     of_teacher = [found for group in groups for found in group.values("teacher_top1")]
     warm = sorted({found for group in groups for found in group.values("temperature")})
     at = f"{warm[0]:g}" if len(warm) == 1 else "high"
-    columns = ("loss", "agreement %", "KL, T = 1", f"KL, T = {at}", "where right %", "where wrong %", "copied %")
+    columns = ("loss", "agreement %", "KL, T = 1", f"KL, T = {at}", "if right %", "if wrong %", "copied %")
     rows = [
         [
             named(group, LINE),
@@ -73,7 +73,7 @@ def beside_teacher(groups: Sequence[Group]) -> str:
         curve_chart("Agreement", groups, "val_agreement", percent=True, caption="same answer as the teacher"),
         curve_chart("KL(teacher ‖ student)", groups, "val_kl_t1", caption="at T = 1"),
     ]
-    lead = "Top-1 is given where it is right and where it is wrong; copied: the share of its errors repeated."
+    lead = "Then: top-1 if it is right, top-1 if it is wrong, and the share of its errors that were copied."
     if of_teacher:
         lead = f"The teacher is right on {100 * statistics.fmean(of_teacher):.1f} % of the held-out views. {lead}"
     return section(title, table(columns, rows, "figures") + grid(charts), lead)

@@ -181,7 +181,7 @@ def read_bin(item: Any) -> Bin:  # noqa: ANN401  JSON of anybody
 
 def read_history(path: Path) -> tuple[Mapping[str, float], ...]:
     """The figures of every line of metrics.csv; a measure that was not taken is left out."""
-    if not path.exists():
+    if not path.is_file():
         return ()
     try:
         lines = path.read_text(encoding="utf-8")

@@ -141,9 +141,10 @@ def test_seeds_belong_together_and_other_settings_do_not(cohort: Path, tmp_path:
 
 
 def test_a_run_given_twice_is_counted_once(cohort: Path, tmp_path: Path):
+    """Also as a copy, wherever it says it ran."""
     runs = cohort / "runs"
     assert len(read_runs([runs, runs / "ce-0", runs / ".." / "runs"]).runs) == 4
-    again = copy_of(runs / "ce-0", tmp_path / "again")
+    again = copy_of(runs / "ce-0", tmp_path / "again", ('device = "auto"', 'device = "cuda:1"'))
     written = write_report([runs, again], tmp_path / "p.html")
     assert (written.runs, written.groups) == (4, 2)
     assert [note.partition(" is the same run as ")[0] for note in written.notes] == [str(again)]
