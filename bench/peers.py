@@ -1,9 +1,9 @@
 """Our archive beside what others keep logits in: python bench/peers.py [--quick] [--json PATH] [--logits PATH.npz]
 
-Every format writes the same rows (1,000 classes) and reads them in batches of 256 in one process, arithmetic in one thread, in
-turns with np.memmap of float16: `x ...` is its speed as a share of np.memmap's (for bytes: its bytes as a share), and
-`ratio` is the shuffled epochs'. np.memmap is measured against itself as well: its shares are 1 but for the noise. The
-page cache is warm throughout: nobody waits for a disk, only the archive syncs.
+Every format writes the same rows (1,000 classes) and reads them in batches of 256 in one process, arithmetic in one
+thread, in turns with np.memmap of float16: `x ...` is its speed as a share of np.memmap's (for bytes: its bytes as a
+share), and `ratio` is the shuffled epochs'. np.memmap is measured against itself as well: its shares are 1 but for the
+noise. The page cache is warm throughout: nobody waits for a disk, only the archive syncs.
 
 bytes a view    all files over all views, eight of an image; what an archive writes once, the basis of its codec, is
                 spread over a million views, and its sample index (64 bytes an image) is not
