@@ -88,8 +88,8 @@ def declare_teacher(forward: Forward, there: Opened | None, run: Run, watcher: W
     for signal, choice in choices.items():
         watcher.say(f"{signal}: {choice.reason}")
     watcher.say(
-        f"{found.samples:,} samples x {found.views} views: about {found.total_bytes / 2**20:.1f} MiB, "
-        f"{found.seconds / 60:.1f} minutes at {found.images_per_second:.0f} images/s"
+        f"{found.samples:,} samples x {found.views} views: about {max(found.total_bytes / 2**20, 0.1):,.1f} MiB, "
+        f"{max(found.seconds / 60, 0.1):,.1f} minutes at {found.images_per_second:.0f} images/s"
     )
     forward.stop.raise_if_set()
     codecs = {signal: choice.codec for signal, choice in choices.items()}
