@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,8 +13,8 @@ from redistill_cli.rendering import key_values, print_json, safe
 def doctor(
     data: Annotated[str | None, typer.Option("--data", help="Measure with these images.")] = None,
     archive: Annotated[
-        Path | None,
-        typer.Option("--archive", parser=archive_at, metavar=PLACE, help="Measure reading this archive, too."),
+        str | None,
+        typer.Option("--archive", metavar=PLACE, help="Measure reading this archive, too."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
@@ -27,7 +26,7 @@ def doctor(
     """
     from redistill.doctor import examine
 
-    found = examine(data, archive)
+    found = examine(data, archive_at(archive))
     if as_json:
         print_json(found.to_json())
         return

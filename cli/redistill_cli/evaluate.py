@@ -20,16 +20,14 @@ SHOWN = 12
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="The folder of a run, or a file of weights.")],
-    data: Annotated[str, typer.Option("--data", help="Labelled images: folder:PATH, cifar100:PATH?split=test, ...")],
+    data: Annotated[str, typer.Option("--data", help="Labelled images: folder:PATH, cifar100:PATH?split=val, ...")],
     student: Annotated[
         str | None,
         typer.Option("--student", help="The network, for weights that do not say it: torchvision:resnet18"),
     ] = None,
     archive: Annotated[
-        Path | None,
-        typer.Option(
-            "--archive", parser=archive_at, metavar=PLACE, help="The teacher over the same images: agreement and KL."
-        ),
+        str | None,
+        typer.Option("--archive", metavar=PLACE, help="The teacher over the same images: agreement and KL."),
     ] = None,
     teacher_names: Annotated[
         str | None,
@@ -46,7 +44,7 @@ def evaluate(
 
     Examples:
 
-      redistill evaluate runs/r8x4 --data 'cifar100:data?split=test'
+      redistill evaluate runs/r8x4 --data 'cifar100:data?split=val'
 
       redistill evaluate resnet18.pt --student torchvision:resnet18 --data folder:imagenet/val --json
     """
@@ -56,7 +54,7 @@ def evaluate(
         run,
         data,
         student=student,
-        archive=archive,
+        archive=archive_at(archive),
         teachers=[] if teacher_names is None else teacher_names.split(","),
         size=size,
         device=device,

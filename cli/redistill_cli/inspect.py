@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,8 +13,8 @@ from redistill_cli.rendering import console, human_bytes, key_values, print_json
 
 def inspect(
     archive: Annotated[
-        Path,
-        typer.Argument(parser=archive_at, metavar="ARCHIVE", help="A folder like name.redistill.zarr, or its URL."),
+        str,
+        typer.Argument(metavar="ARCHIVE", help="A folder like name.redistill.zarr, or its URL."),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
@@ -32,7 +31,7 @@ def inspect(
     from redistill_cache.inspect import describe
     from redistill_cache.reader import open_archive
 
-    found = describe(open_archive(archive, allow_partial=True))
+    found = describe(open_archive(archive_at(archive), allow_partial=True))
     if as_json:
         print_json(found)
         return

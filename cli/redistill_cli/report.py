@@ -14,9 +14,7 @@ from redistill_cli.rendering import safe
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or of cohorts.", metavar="RUN...")],
     out: Annotated[Path, typer.Option("--out", help="The page to write.")] = Path("report.html"),
-    archive: Annotated[
-        Path | None, typer.Option("--archive", parser=archive_at, metavar=PLACE, help="Show this archive's card.")
-    ] = None,
+    archive: Annotated[str | None, typer.Option("--archive", metavar=PLACE, help="Show this archive's card.")] = None,
     data: Annotated[str | None, typer.Option("--data", help="Its images: show views with everybody's answers.")] = None,
 ) -> None:
     """Write one self-contained page about finished runs: accuracy, curves, calibration, classes, views, the archive.
@@ -31,7 +29,7 @@ def report(
     """
     from redistill.report import write_report
 
-    written = write_report(runs, out, archive=archive, data=data)
+    written = write_report(runs, out, archive=archive_at(archive), data=data)
     for note in written.notes:
         typer.echo(f"note: {safe(note)}", err=True)
     groups = "" if written.runs == written.groups else f" in {written.groups} groups"

@@ -20,9 +20,7 @@ def train(
     data: Annotated[
         str | None, typer.Argument(help="The images the archive was made from: folder:PATH, cifar100:PATH, ...")
     ] = None,
-    archive: Annotated[
-        Path | None, typer.Option("--archive", parser=archive_at, metavar=PLACE, help="What cache-teacher wrote.")
-    ] = None,
+    archive: Annotated[str | None, typer.Option("--archive", metavar=PLACE, help="What cache-teacher wrote.")] = None,
     student: Annotated[
         list[str] | None,
         typer.Option("--student", help="torchvision:resnet18, cifar:resnet8x4, ...; several: a cohort."),
@@ -32,10 +30,9 @@ def train(
     ] = None,
     val: Annotated[str | None, typer.Option("--val", help="Held-out images, validated on after every epoch.")] = None,
     val_archive: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--val-archive",
-            parser=archive_at,
             metavar=PLACE,
             help="The teacher over --val: agreement and KL on held-out views.",
         ),
@@ -115,7 +112,7 @@ def train(
     Examples:
 
       redistill train cifar100:data --archive r32x4.redistill.zarr --student cifar:resnet8x4 --preset cifar-kd
-      --val 'cifar100:data?split=test' --out runs/r8x4
+      --val 'cifar100:data?split=val' --out runs/r8x4
 
       redistill train folder:imagenet/train --archive resnet50.redistill.zarr --student torchvision:resnet18
       --loss power --loss kl --loss ce --seed 0 --seed 1 --epochs 100 --out runs/losses
@@ -177,6 +174,9 @@ def train(
     if cohort is not None:
         said |= read_cohort(cohort)
     refuse_unsaid(said)
+    for name in ("archive", "val_archive"):
+        if name in said:
+            said[name] = archive_at(str(said[name]))
     options = TrainOptions.read(said | {"allow_python": config is None}, preset_name=preset)
     with Terminal() as watcher:
         outcomes = run(options, watcher)

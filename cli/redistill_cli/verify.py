@@ -20,8 +20,8 @@ REFUSED = 3
 
 def verify(
     archive: Annotated[
-        Path,
-        typer.Argument(parser=archive_at, metavar="ARCHIVE", help="A folder like name.redistill.zarr, or its URL."),
+        str,
+        typer.Argument(metavar="ARCHIVE", help="A folder like name.redistill.zarr, or its URL."),
     ],
     full: Annotated[bool, typer.Option("--full", help="Hash every file, also those verified here before.")] = False,
     quarantine: Annotated[
@@ -44,18 +44,19 @@ def verify(
     """
     from redistill_cache import verify as verification
 
+    path = archive_at(archive)
     with progress_line("verify") as progress:
-        report = verification.verify(archive, full=full, progress=progress)
-    moved = verification.quarantine(archive, report.damaged) if quarantine and report.damaged else []
+        report = verification.verify(path, full=full, progress=progress)
+    moved = verification.quarantine(path, report.damaged) if quarantine and report.damaged else []
     aligned = True
     if data is not None and report.ok:
-        alignment = _align(archive, data)
+        alignment = _align(path, data)
         aligned = alignment["verdict"] != "refused"
         report = replace(report, ok=aligned, alignment=alignment)
     if as_json:
         print_json(report.to_json() | {"quarantined": moved})
     else:
-        _show(archive, report, moved)
+        _show(path, report, moved)
     if report.damaged:
         raise typer.Exit(DAMAGED)
     if not aligned:
