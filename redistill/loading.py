@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,9 +40,20 @@ def worker_context() -> BaseContext:
 
 
 def start_worker(worker: int) -> None:
-    """Ctrl-C in a terminal reaches the whole group; the main process decides what it means."""
+    """Ctrl-C in a terminal reaches the whole group; the main process decides what it means.
+
+    Where that is killed, workers go as well. torch looks for it in the parent, which here is the server they come from.
+    """
     del worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_main, daemon=True).start()
+
+
+def end_with_main() -> None:
+    main = multiprocessing.parent_process()
+    if main is not None:
+        main.join()
+        os._exit(1)
 
 
 def batch_loader(

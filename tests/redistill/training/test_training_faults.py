@@ -66,7 +66,7 @@ def kill_often(folder: Path, archive: Path, times: int) -> None:
 
 
 def test_killed_runs_are_taken_up(tmp_path: Path, archive: Path):
-    kill_often(tmp_path, archive, 3)
+    kill_often(tmp_path, archive, 2)
 
 
 @pytest.mark.slow
@@ -133,3 +133,30 @@ def test_a_flipped_bit_is_noticed(options, tmp_path: Path):
         flip(path, 0.3)
     with pytest.raises(Damaged, match=r"last\.previous\.ckpt is damaged"):
         train(broken)
+
+
+def descendants(pid: int) -> set[int]:
+    try:
+        children = {int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+    except FileNotFoundError:
+        return set()
+    return children.union(*map(descendants, children))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="asks Linux which processes there are")
+def test_nobody_is_left_when_the_main_process_is_killed(tmp_path: Path, archive: Path):
+    """Rendering processes hold memory; those of a run that was killed must not stay beside those that take it up."""
+    out = tmp_path / "run"
+    process = start(*arguments(archive, out), "--epochs", 500, "--workers", 2, said=tmp_path / "said.txt")
+    while process.is_alive() and not (out / LAST).exists():
+        time.sleep(0.01)
+    assert process.pid is not None
+    others = descendants(process.pid)
+    process.kill()
+    process.join(SECONDS)
+    assert len(others) >= 3, "a server and the two that render"
+    until = time.monotonic() + 20
+    while (left := [pid for pid in others if Path(f"/proc/{pid}").exists()]) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not left
