@@ -53,7 +53,7 @@ def end_with_main() -> None:
     main = multiprocessing.parent_process()
     if main is not None:
         main.join()
-        os._exit(1)
+        signal.raise_signal(signal.SIGKILL)
 
 
 def batch_loader(
