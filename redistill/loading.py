@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,9 +41,20 @@ def worker_context() -> BaseContext:
 
 
 def start_worker(worker: int) -> None:
-    """Ctrl-C in a terminal reaches the whole group; the main process decides what it means."""
+    """Ctrl-C in a terminal reaches the whole group; the main process decides what it means.
+
+    Where that is killed, workers go as well. torch looks for it in the parent, which here is the server they come from.
+    """
     del worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_main, daemon=True).start()
+
+
+def end_with_main() -> None:
+    main = multiprocessing.parent_process()
+    if main is not None:
+        main.join()
+        signal.raise_signal(signal.SIGKILL)
 
 
 def batch_loader(
