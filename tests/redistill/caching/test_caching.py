@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +27,7 @@ from redistill.interrupts import Interrupted
 from redistill.models import open_model
 from redistill.teachers import Teacher
 from tests import odd_teachers
-from tests.stage1 import OTHER_TEACHER
+from tests.stage1 import OTHER_TEACHER, command, started
 
 DATA = "synthetic?n=90&classes=5"
 TEACHER = "demo:small?num_classes=5&weights=random"
@@ -122,15 +120,13 @@ def test_an_interrupted_archive_is_continued_to_the_same_bytes(whole: Path, tmp_
 def test_workers_and_ranks_do_not_change_a_byte(whole: Path, tmp_path: Path):
     cache_teacher(asked(tmp_path / "workers.zarr", workers=2))
     assert manifest(tmp_path / "workers.zarr") == manifest(whole)
-    arguments = ["--teacher", TEACHER, "--views", "2", "--batch-size", "16", "--workers", "0", "--block-rows", "32"]
-    out = tmp_path / "ranks.zarr"
-    command = [sys.executable, "-m", "redistill_cli", "cache-teacher", DATA, *arguments, "--out", str(out)]
-    ranks = [
-        subprocess.Popen(command, env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"}, stderr=subprocess.PIPE)
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=120)[1].decode() for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], said
+    out, plain = tmp_path / "ranks.zarr", {"data": DATA, "teacher": TEACHER, "batch_size": 16, "codec": "auto"}
+    said = [tmp_path / f"{rank}.txt" for rank in range(2)]
+    ranks = [started(command(out, **plain), said[rank], RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
+    for rank in ranks:
+        rank.join(120)
+    assert [rank.exitcode for rank in ranks] == [0, 0], [text.read_text() for text in said]
+    assert said[1].read_text() == "", "the first rank speaks for all"
     assert manifest(out) == manifest(whole)
 
 
