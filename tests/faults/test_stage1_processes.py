@@ -16,6 +16,8 @@ import pytest
 from redistill.caching import cache_teacher
 from tests.stage1 import OTHER_TEACHER, asked, command, files_of
 
+# Real commands with real workers: each takes seconds to start.
+pytestmark = pytest.mark.slow
 SECONDS = 200
 # Many small blocks, so that most of the work is still to come when the first of them is there.
 MANY = {"data": "synthetic?classes=10&n=400", "teacher": OTHER_TEACHER, "batch_size": 8, "block_rows": 8}
@@ -84,10 +86,7 @@ def assert_continues(path: Path, uninterrupted: Path) -> None:
     assert files_of(path) == files_of(uninterrupted)
 
 
-@pytest.mark.parametrize(
-    ("number", "code"),
-    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_to_all_processes_ends_the_run_in_one_line(
     ram: Path, uninterrupted: Path, number: signal.Signals, code: int
 ):
@@ -101,7 +100,6 @@ def test_a_signal_to_all_processes_ends_the_run_in_one_line(
     assert_continues(ram / "a.zarr", uninterrupted)
 
 
-@pytest.mark.slow
 def test_a_killed_worker_ends_the_run_in_one_line(ram: Path, uninterrupted: Path):
     with running(ram / "a.zarr", workers=2) as process:
         os.kill(workers(process.pid)[0], signal.SIGKILL)
@@ -110,7 +108,6 @@ def test_a_killed_worker_ends_the_run_in_one_line(ram: Path, uninterrupted: Path
     assert_continues(ram / "a.zarr", uninterrupted)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("killed", "then"), [(0, 1), (1, 1), (1, 3)])
 def test_a_killed_rank_is_made_up_for_by_any_number(ram: Path, uninterrupted: Path, killed: int, then: int):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,18 +11,23 @@ import numpy as np
 import pytest
 import redistill_cache
 import torch
+from PIL import Image
 from redistill_cache.codecs import kl_rows
 from redistill_cache.errors import Refused, SpecMismatch, UsageError
 from redistill_cache.verify import verify
 
 import redistill
 from redistill.caching import CacheOptions, cache_teacher, estimate_cache
+from redistill.caching.outcome import ENOUGH_LABELS
+from redistill.caching.ranks import Rank
 from redistill.caching.watcher import Silent
+from redistill.demo.setting import DIFFICULTY, TEACHER_NETWORK, TEACHER_WEIGHTS
 from redistill.devices import pick_device
 from redistill.interrupts import Interrupted
 from redistill.models import open_model
 from redistill.teachers import Teacher
 from tests import odd_teachers
+from tests.stage1 import OTHER_TEACHER, command, started
 
 DATA = "synthetic?n=90&classes=5"
 TEACHER = "demo:small?num_classes=5&weights=random"
@@ -117,15 +120,13 @@ def test_an_interrupted_archive_is_continued_to_the_same_bytes(whole: Path, tmp_
 def test_workers_and_ranks_do_not_change_a_byte(whole: Path, tmp_path: Path):
     cache_teacher(asked(tmp_path / "workers.zarr", workers=2))
     assert manifest(tmp_path / "workers.zarr") == manifest(whole)
-    arguments = ["--teacher", TEACHER, "--views", "2", "--batch-size", "16", "--workers", "0", "--block-rows", "32"]
-    out = tmp_path / "ranks.zarr"
-    command = [sys.executable, "-m", "redistill_cli", "cache-teacher", DATA, *arguments, "--out", str(out)]
-    ranks = [
-        subprocess.Popen(command, env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"}, stderr=subprocess.PIPE)
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=120)[1].decode() for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], said
+    out, plain = tmp_path / "ranks.zarr", {"data": DATA, "teacher": TEACHER, "batch_size": 16, "codec": "auto"}
+    said = [tmp_path / f"{rank}.txt" for rank in range(2)]
+    ranks = [started(command(out, **plain), said[rank], RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
+    for rank in ranks:
+        rank.join(120)
+    assert [rank.exitcode for rank in ranks] == [0, 0], [text.read_text() for text in said]
+    assert said[1].read_text() == "", "the first rank speaks for all"
     assert manifest(out) == manifest(whole)
 
 
@@ -173,6 +174,11 @@ def test_a_second_teacher_interrupted_on_a_sealed_archive_is_continued(tmp_path:
     [
         ({"batch_size": 32}, "batch_size"),
         ({"fidelity": 1e-2}, "fidelity"),
+        ({"feature_fidelity": 0.1}, "feature_fidelity"),
+        ({"compile": True}, "compile"),
+        ({"citation": "me"}, "citation"),
+        ({"views": 3, "extend_views": True, "seed": 1}, "seed"),
+        ({"views": 3, "extend_views": True, "batch_size": 32}, "batch_size"),
         ({"codec": "float16"}, "codec"),
         ({"signals": ("logits", "layer2")}, "signals"),
         ({"keep_shift": True}, "keep_shift"),
@@ -211,6 +217,12 @@ def test_another_option_is_refused_by_name_and_changes_nothing(whole: Path, chan
         ({"teacher": python_teacher("says_nan")}, "NaN"),
         ({"teacher": python_teacher("always_training")}, "train mode"),
         ({"teacher": python_teacher("counts_calls")}, "state"),
+        ({"teacher": python_teacher("says_nan"), "amp": True}, "try --no-amp"),
+        ({"teacher": python_teacher("moody")}, "different answers for the same images"),
+        ({"teacher": python_teacher("gregarious")}, "depends on the other images of the batch"),
+        ({"teacher": python_teacher("greedy")}, "ran out of memory on a batch of 16; try --batch-size 8"),
+        ({"teacher": python_teacher("moody"), "allow_python": False}, "command line only"),
+        ({"recipe": "center?size=32", "size": 32}, "both say how large views are"),
         ({"signals": ("logits", "layer9")}, "layer9"),
         ({"extend_views": True}, "--extend-views"),
     ],
@@ -222,6 +234,7 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path, changed: dict,
         cache_teacher(options)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+    assert not options.out.exists()
 
 
 def test_nan_after_the_first_batch_is_named(tmp_path: Path):
@@ -230,6 +243,65 @@ def test_nan_after_the_first_batch_is_named(tmp_path: Path):
     with pytest.raises(Refused, match=r"view \d+ of row \d+ \('train/"):
         cache_teacher(options)
     assert not options.out.exists(), "the pilot met one of them, so nothing was begun"
+
+
+def test_nan_that_no_check_has_seen_is_named_and_costs_one_block(tmp_path: Path):
+    more = {"data": "synthetic?n=400&classes=5", "teacher": python_teacher("tired"), "allow_python": True}
+    options = asked(tmp_path / "a.zarr", **more)
+    with pytest.raises(Refused, match=r"NaN or infinity for view \d of row \d+ \('train/"):
+        cache_teacher(options)
+    partial = redistill_cache.open_archive(options.out, allow_partial=True)
+    rows = partial.rows_available(0)
+    assert 0 < len(rows) < 400
+    assert np.isfinite(partial.logits(0, rows)).all()
+
+
+def test_images_that_changed_are_refused(tmp_path: Path):
+    def paint(i: int, seed: int) -> None:
+        path = tmp_path / "images" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)
+
+    for i in range(6):
+        paint(i, i)
+    data, teacher = f"folder:{tmp_path / 'images'}", "demo:tiny?num_classes=2&weights=random"
+    options = asked(tmp_path / "a.zarr", data=data, teacher=teacher, views=1)
+    cache_teacher(options)
+    before = manifest(options.out)
+    paint(1, 99)
+    for changed in (options, replace(options, views=2, extend_views=True)):
+        with pytest.raises(SpecMismatch, match="the sample index was written before and differs"):
+            cache_teacher(changed)
+    paint(6, 6)
+    with pytest.raises(SpecMismatch, match="num_samples = 6, now it is 7"):
+        cache_teacher(options)
+    assert manifest(options.out) == before
+
+
+class Heard(Silent):
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+def test_a_teacher_that_guesses_is_warned_of(tmp_path: Path):
+    trained = f"synthetic?{DIFFICULTY}&n={ENOUGH_LABELS}"
+    for teacher, warnings in ((f"{TEACHER_NETWORK}&weights={TEACHER_WEIGHTS}", 0), (OTHER_TEACHER, 1)):
+        heard = Heard()
+        options = asked(tmp_path / f"{warnings}.zarr", data=trained, teacher=teacher, views=1, batch_size=64)
+        cache_teacher(options, heard)
+        assert len(heard.warnings) == warnings
+        assert all("chance is 10.0%" in text for text in heard.warnings)
+
+
+@pytest.mark.parametrize("rank", ["one", "2", "-1"])
+def test_ranks_that_make_no_sense(monkeypatch: pytest.MonkeyPatch, rank: str):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="RANK"):
+        Rank.from_environment()
 
 
 def test_a_full_disk_is_refused_before_anything_is_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -243,8 +315,21 @@ def test_bad_places(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(Refused, match="is a file"):
         cache_teacher(asked(tmp_path / "file"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+    with pytest.raises(Refused, match="holds files that are no archive"):
+        cache_teacher(asked(tmp_path / "full"))
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
     with pytest.raises(UsageError, match="URL"):
         asked(Path("s3://bucket/a.zarr"))
+
+
+@pytest.mark.parametrize(
+    "option", [{"views": 0}, {"block_rows": 0}, {"size": 0}, {"workers": -1}, {"codec": "zip"}, {"fidelity": 2.0}]
+)
+def test_options_that_make_no_sense(tmp_path: Path, option: dict):
+    with pytest.raises(UsageError, match="|".join(option)):
+        asked(tmp_path / "a.zarr", **option)
 
 
 # -- estimates --------------------------------------------------------------------------------------------------------
