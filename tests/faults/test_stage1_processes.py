@@ -108,6 +108,15 @@ def test_a_killed_worker_ends_the_run_in_one_line(ram: Path, uninterrupted: Path
     assert_continues(ram / "a.zarr", uninterrupted)
 
 
+def test_workers_do_not_outlive_a_killed_run(ram: Path, uninterrupted: Path):
+    with running(ram / "a.zarr", workers=2) as process:
+        rendering = workers(process.pid)
+        process.kill()
+        process.wait(SECONDS)
+        wait_for(lambda: not any(Path(f"/proc/{worker}").exists() for worker in rendering))
+    assert_continues(ram / "a.zarr", uninterrupted)
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("killed", "then"), [(0, 1), (1, 1), (1, 3)])
 def test_a_killed_rank_is_made_up_for_by_any_number(ram: Path, uninterrupted: Path, killed: int, then: int):
