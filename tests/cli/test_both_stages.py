@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer.main
 from redistill_cli.__main__ import main
+from redistill_cli.app import app
 
 from tests.small_archive import DATA, TEACHER, VAL, cache
 
@@ -81,6 +83,7 @@ def test_a_run_is_repeated_from_its_configuration(run, tmp_path: Path, archive: 
     assert (tmp_path / "one/student.safetensors").read_bytes() == (tmp_path / "two/student.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_train_on_the_same_batches(run, tmp_path: Path, archive: Path):
     """Under torchrun with gloo; batch norms see half of a batch each, so weights are near and not equal."""
     alone = run("train", DATA, "--archive", archive, "--out", "alone", "--val", VAL, *TRAIN, "--json")
@@ -159,11 +162,11 @@ def test_a_diverging_loss_stops_and_says_where(run, archive: Path):
     assert "no longer finite at epoch 1, batch" in done.stderr
 
 
-def test_help_has_examples(run):
-    for command in ("demo", "cache-teacher", "train", "evaluate", "report", "inspect", "verify", "doctor"):
-        done = run(command, "--help")
-        assert done.returncode == 0
-        assert "xample" in done.stdout, command
+def test_help_has_examples():
+    commands = typer.main.get_command(app).commands
+    assert commands.keys() >= {"demo", "cache-teacher", "train", "evaluate", "report", "inspect", "verify", "doctor"}
+    for name, command in commands.items():
+        assert "xample" in (command.help or ""), name
 
 
 def test_the_doctor_needs_nothing(run):
