@@ -26,9 +26,9 @@ WHOLE = "*"
 
 def cache_folder() -> Path:
     """Where things that can be made again are kept: $XDG_CACHE_HOME/redistill, or ~/.cache/redistill."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    if base:
-        return Path(base) / "redistill"
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if base.is_absolute():  # anything else is to be ignored, says its specification
+        return base / "redistill"
     try:
         return Path.home() / ".cache/redistill"
     except RuntimeError:  # a container whose user has no home: nothing can be kept

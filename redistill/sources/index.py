@@ -21,11 +21,12 @@ from typing import Literal
 import numpy as np
 from redistill_cache.errors import Damaged, Refused
 from redistill_cache.keys import PackedKeys, pack_keys
+from redistill_cache.stamps import cache_folder
 
 from redistill.machine import usable_cores
 from redistill.sources.base import ListedSource, Source, digest_of
 from redistill.sources.images import BadImage, decode_array, image_size
-from redistill.sources.keeping import default_cache_dir, keep, settled, take_up
+from redistill.sources.keeping import keep, settled, take_up
 from redistill.sources.pairing import pair_up
 
 __all__ = ["SourceIndex", "index_source"]
@@ -83,13 +84,13 @@ def index_source(
 
     `workers` processes read (None: one per core where there is enough to read, 0: none; a script that uses processes
     needs the usual `if __name__ == "__main__":`). `progress(done, total)` is called as samples are done.
-    `cache_dir` holds kept indices (None: `default_cache_dir()`). With `on_bad_image="exclude"`, bad images are left
+    `cache_dir` holds kept indices (None: `cache_folder()`). With `on_bad_image="exclude"`, bad images are left
     out and listed, and every image is decoded in full to find them, since an archive fixes its rows before it meets
     their pixels; `check` ("header" or "full") overrides that.
     """
     check = check or ("full" if on_bad_image == "exclude" else "header")
     wanted = 2 if check == "full" else 1
-    directory = default_cache_dir() if cache_dir is None else cache_dir
+    directory = cache_folder() if cache_dir is None else cache_dir
     table = _Table.empty(len(source))
     stamps = None
     if isinstance(source, ListedSource):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import struct
 import zipfile
 import zlib
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from redistill_cache.files import LOCAL
 
-__all__ = ["default_cache_dir", "keep", "settled", "take_up"]
+__all__ = ["keep", "settled", "take_up"]
 
 # An edit within this time of another may carry the same modification time.
 RACY_NS = 2_000_000_000
@@ -33,12 +32,6 @@ NPZ_RAISES = (
     zipfile.BadZipFile,
     zlib.error,
 )
-
-
-def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/redistill`, by default `~/.cache/redistill`."""
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(home) if Path(home).is_absolute() else Path.home() / ".cache") / "redistill"
 
 
 def settled(stamps: np.ndarray, started_ns: int) -> np.ndarray:

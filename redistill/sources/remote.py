@@ -11,8 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from redistill_cache.errors import Refused
 from redistill_cache.files import LEFTOVER, LOCAL
-
-from redistill.sources.keeping import default_cache_dir
+from redistill_cache.stamps import cache_folder
 
 __all__ = ["is_remote", "local_copy"]
 
@@ -27,7 +26,7 @@ def is_remote(name: str) -> bool:
 def local_copy(address: str) -> Path:
     """The file of an http(s) address; it is fetched if it is not there yet."""
     digest = hashlib.sha256(address.encode()).hexdigest()[:32]
-    target = default_cache_dir() / "tars" / f"{digest}-{PurePosixPath(address).name[-100:]}"
+    target = cache_folder() / "tars" / f"{digest}-{PurePosixPath(address).name[-100:]}"
     if not target.is_file():
         try:
             LOCAL.make_directories(target.parent)

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 from redistill_cache.errors import Damaged, Refused
 from redistill_cache.keys import PackedKeys, pack_keys
+from redistill_cache.stamps import cache_folder
 
 from redistill.sources.base import NO_LABEL
-from redistill.sources.keeping import default_cache_dir, keep, settled, take_up
+from redistill.sources.keeping import keep, settled, take_up
 
 __all__ = ["IMAGES", "TarSamples", "pread", "samples_of", "stamp_of"]
 
@@ -48,7 +49,7 @@ def samples_of(tar: Path, *, labelled: bool) -> TarSamples:
     """What a tar holds: from its headers, or, while size and modification time stay, from what was kept of them."""
     stamp, started = stamp_of(tar), time.time_ns()
     name = f"{SCAN_VERSION} {labelled} {tar}"
-    path = default_cache_dir() / "tar-headers" / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.npz"
+    path = cache_folder() / "tar-headers" / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.npz"
     kept = _kept(path, stamp)
     if kept is not None:
         return kept

@@ -51,7 +51,9 @@ def train(options: TrainOptions, watcher: Watcher | None = None) -> list[Outcome
         run = prepare(options, world, watcher)
         with disk_trouble("write", options.out, "; then run the same command again"):
             start = load_checkpoint(options.out, run.members, options.deciding(), run.archive.id, watcher)
-            if start != (0, 0):
+            if start[0] == run.feed.epochs:
+                watcher.say(f"{options.out} is finished already; this is what came of it")
+            elif start != (0, 0):
                 watcher.say(f"goes on at epoch {start[0] + 1}, batch {start[1] + 1}")
             records = Records(options, run, first_epoch=start[0], writes=world.first)
             return records.finish(Training(options, world, run, records, watcher, stop).from_place(*start))

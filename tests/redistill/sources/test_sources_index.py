@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from redistill_cache.errors import Refused, UsageError
+from redistill_cache.stamps import cache_folder
 
 import redistill
 from redistill.sources.base import Sample
 from redistill.sources.folder import FolderSource
 from redistill.sources.images import BadImage
 from redistill.sources.index import SourceIndex, index_source
-from redistill.sources.keeping import default_cache_dir
 
 RNG = np.random.default_rng(0)
 LONG_AGO = 1_000_000_000_000_000_000
@@ -131,10 +131,10 @@ def test_moved_data_and_a_lost_or_broken_cache_cost_time_only(root: Path, cache:
 
 def test_the_cache_lies_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache_dir() == tmp_path / "redistill"
+    assert cache_folder() == tmp_path / "redistill"
     for nothing in ("", "relative"):
         monkeypatch.setenv("XDG_CACHE_HOME", nothing)
-        assert default_cache_dir() == Path.home() / ".cache" / "redistill"
+        assert cache_folder() == Path.home() / ".cache" / "redistill"
 
 
 def test_processes_change_nothing(cache: Path):
