@@ -20,6 +20,9 @@ __all__ = ["encode_linear", "search_coefficients"]
 
 # Rows of a slab are searched together: tiles of rows that still need another step stay full.
 TILES_OF_SLAB = 16
+# Attempts at a coarser step for rows that have passed. The second takes a sixth of the time and saves 6 % of the bytes of
+# 1,000 classes at 1e-4, and 0.2 % at 1e-3.
+COARSER_TRIES = 2
 
 
 def encode_linear(synthesis: Synthesis, policy: Policy, rows: Array) -> Encoded:
@@ -90,19 +93,19 @@ class Search:
                 self.best.put(active, trial, np.arange(len(active)))
 
     def _coarsen(self) -> None:
-        """Rows that lose much less than they may get a coarser step, if they pass with it.
-
-        Once: a second try would save 0.2 % of the bytes for a sixth of the time.
-        """
-        down = levels_of(1.0 / np.maximum(self.best.worst(self.policy.limit), 1e-12), up=False)
-        target = np.maximum(self.level - down, self.failed + 1)
-        active = np.flatnonzero(~self.exact & (target < self.level))
-        if len(active):
+        """Rows that lose much less than they may get a coarser step, if they pass with it."""
+        for _ in range(COARSER_TRIES):
+            down = levels_of(1.0 / np.maximum(self.best.worst(self.policy.limit), 1e-12), up=False)
+            target = np.maximum(self.level - down, self.failed + 1)
+            active = np.flatnonzero(~self.exact & (target < self.level))
+            if not len(active):
+                return
             trial = self._attempt(target, active)
             passed = trial.worst(self.policy.limit) <= 1.0
-            better = active[passed]
+            better, worse = active[passed], active[~passed]
             self.best.put(better, trial, np.flatnonzero(passed))
             self.level[better] = target[better]
+            self.failed[worse] = target[worse]
 
     def _assembled(self) -> Encoded:
         space, packing, exact = self.measure.space, self.measure.synthesis.packing, self.exact
