@@ -113,9 +113,9 @@ def main() -> None:
     repeats, teacher = 1 if args.quick else 3, "demo:large?num_classes=10&weights=random"
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        small = {"data": f"synthetic?classes=10&n={4096 if args.quick else 16384}", "teacher": teacher, "views": 2}
+        small = {"data": f"synthetic?classes=10&n={4096 if args.quick else 8192}", "teacher": teacher, "views": 2}
         rows = over_bare("32 px", folder, repeats, **small)
-        rows += resnet50(folder, repeats, classes=10, n=64 if args.quick else 256, batch_size=8)
+        rows += resnet50(folder, repeats, classes=10, n=64 if args.quick else 128, batch_size=8)
         if not args.quick:  # many classes are encoded in large pieces, or at a high price: a quarter of an hour
             rows += resnet50(folder, 1, classes=1000, n=512, batch_size=16)
         rows.append(estimated(folder, "synthetic?classes=10&n=2048", teacher))
