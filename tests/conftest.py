@@ -5,16 +5,20 @@ from __future__ import annotations
 import functools
 import http.server
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 
 class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    """Serves files; the log of its requests is kept, not printed. A name that ends in '.short' breaks off early."""
+    """Serves files; the log of its requests is kept, not printed.
+
+    A name that ends in '.short' breaks off early, and so does one of `fragile`, the first time it is asked for.
+    """
 
     requests: list[str]
+    fragile: set[str]
 
     def log_message(self, *_: object) -> None:
         return
@@ -22,9 +26,10 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
     def do_GET(self) -> None:
         self.requests.append(self.path)
         cut = self.path.removesuffix(".short")
-        if cut == self.path:
+        if cut == self.path not in self.fragile:
             super().do_GET()
             return
+        self.fragile.discard(cut)
         data = Path(self.translate_path(cut)).read_bytes()
         self.send_response(200)
         self.send_header("Content-Length", str(len(data)))
@@ -33,13 +38,13 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[[Path], tuple[str, list[str]]]]:
+def serve() -> Iterator[Callable[..., tuple[str, list[str]]]]:
     """Call with a folder: the address it is served under, and the growing list of requests."""
     servers: list[http.server.ThreadingHTTPServer] = []
 
-    def start(folder: Path) -> tuple[str, list[str]]:
+    def start(folder: Path, fragile: Sequence[str] = ()) -> tuple[str, list[str]]:
         requests: list[str] = []
-        handler = type("Handler", (QuietHandler,), {"requests": requests})
+        handler = type("Handler", (QuietHandler,), {"requests": requests, "fragile": set(fragile)})
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(folder)))
         servers.append(server)
         threading.Thread(target=server.serve_forever, daemon=True).start()

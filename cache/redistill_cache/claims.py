@@ -11,6 +11,7 @@ from collections.abc import Callable
 from redistill_cache import layout, limits
 from redistill_cache.errors import Refused, UsageError
 from redistill_cache.spec import ArchiveSpec, TeacherSpec
+from redistill_cache.wording import human_bytes
 
 __all__ = ["check_digests", "check_keys", "check_side", "require_memory"]
 
@@ -54,4 +55,4 @@ def require_memory(nbytes: int, what: str) -> None:
     """`Refused` when something takes more memory than the machine has: said now, not by the kernel later."""
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if nbytes > have:
-        raise Refused(f"{what} takes {nbytes / 2**30:.1f} GiB of memory, this machine has {have / 2**30:.1f} GiB")
+        raise Refused(f"{what} takes {human_bytes(nbytes)} of memory, this machine has {human_bytes(have)}")

@@ -4,36 +4,28 @@ The manifest says which archive it is, and what every other file of it must be; 
 its id, so that an archive that is replaced at its address becomes another copy and never a mixture. Files come in any
 order, each under its final name only once its hash is right; the manifest comes last, so a copy that was interrupted is
 no archive yet, and the next call fetches what is missing.
-
-http(s) is read by the standard library, anything else (s3://, hf://, gs://) by fsspec and the package it asks for.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
-import hashlib
-import http.client
 import io
 import re
 import shutil
 import threading
-import urllib.error
-import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import BinaryIO, cast
 
 from redistill_cache import layout, limits
 from redistill_cache.contents import read_contents
+from redistill_cache.downloads import is_missing, pull
 from redistill_cache.errors import Damaged, Incomplete, Refused
 from redistill_cache.files import LEFTOVER, LOCAL
 from redistill_cache.journal import FileEntry, parse_header, sha256
-from redistill_cache.requirements import is_name
 from redistill_cache.stamps import cache_folder
 from redistill_cache.storage import disk_trouble
 
@@ -42,13 +34,6 @@ __all__ = ["fetch_archive", "is_url"]
 Progress = Callable[[int, int], None]
 
 AT_ONCE = 8
-PIECE = 1 << 20
-TIMEOUT_S = 60
-WAITS = (1.0, 4.0)  # seconds before another try
-# Errors of our own disk, not of the network.
-DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-# Extras of this project that bring the packages of a scheme.
-EXTRAS = {"s3": "s3", "hf": "hub"}
 
 
 def is_url(text: object) -> bool:
@@ -61,7 +46,7 @@ def fetch_archive(url: str, *, progress: Progress | None = None) -> Path:
     try:
         manifest = _small(f"{address}/{layout.MANIFEST}", limits.MAX_MANIFEST_BYTES)
     except Refused as error:
-        if not _is_missing(error.__cause__):
+        if not is_missing(error.__cause__):
             raise
         raise Incomplete(
             f"{address} is no finished archive: it has no {layout.MANIFEST}; expected the address of a folder like "
@@ -83,8 +68,6 @@ def fetch_archive(url: str, *, progress: Progress | None = None) -> Path:
 def _files(address: str, manifest: bytes, folder: Path) -> dict[str, FileEntry]:
     """What the archive consists of, once its documents have been found to agree with its manifest."""
     header = parse_header(manifest, f"{address}/{layout.MANIFEST}")
-    if not all(map(is_name, header.teachers)):
-        raise Refused(f"{address}: the manifest has a teacher of an impossible name; it was made to mislead")
     with TemporaryDirectory(dir=folder) as temporary:
         documents = Path(temporary)
         names = ["zarr.json", *(layout.teacher_path(name) for name in header.teachers)]
@@ -133,7 +116,7 @@ def _fetch(address: str, target: Path, entry: FileEntry, stop: threading.Event) 
     temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}{LEFTOVER}")
     try:
         with temporary.open("xb") as file:
-            found = _pull(address, file, entry.size, stop)
+            found = pull(address, file, most=entry.size, stop=stop)
         if stop.is_set():
             return
         if found != entry:
@@ -148,56 +131,9 @@ def _fetch(address: str, target: Path, entry: FileEntry, stop: threading.Event) 
 def _small(address: str, cap: int) -> bytes:
     """A document, refused above `cap`."""
     data = io.BytesIO()
-    if _pull(address, data, cap, threading.Event()).size > cap:
+    if pull(address, data, most=cap).size > cap:
         raise Refused(f"{address}: more than the limit of {cap} bytes for this file; not read")
     return data.getvalue()
-
-
-def _pull(address: str, file: BinaryIO, most: int, stop: threading.Event) -> FileEntry:
-    """Copy what lies at `address` into `file`, `most` bytes and one more; size and hash of what came."""
-    for wait in (*WAITS, None):
-        try:
-            file.seek(0)
-            file.truncate()
-            digest, size = hashlib.sha256(), 0
-            with _stream(address) as stream:
-                while size <= most and not stop.is_set() and (piece := stream.read(min(PIECE, most + 1 - size))):
-                    digest.update(piece)
-                    size += file.write(piece)
-            return FileEntry(size, digest.hexdigest())
-        except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, OSError) and error.errno in DISK_TROUBLE:
-                raise
-            if wait is None or _is_final(error):
-                raise Refused(
-                    f"cannot fetch {address}: {_line(error)}; check the address and the network, and run it again"
-                ) from error
-            stop.wait(wait)
-    raise AssertionError("the last try returns or raises")
-
-
-@contextmanager
-def _stream(address: str) -> Iterator[BinaryIO]:
-    scheme = address.partition("://")[0].lower()
-    if scheme in ("http", "https"):
-        try:
-            with urllib.request.urlopen(address, timeout=TIMEOUT_S) as response:
-                yield response
-        except urllib.error.HTTPError as error:
-            error.close()  # it is a response, too, and would keep its socket
-            raise
-        return
-    try:
-        import fsspec  # type: ignore[import-untyped]
-
-        opened = fsspec.open(address, "rb")
-    except ImportError as error:
-        extra = f"; pip install 'redistill[{EXTRAS[scheme]}]'" if scheme in EXTRAS else ""
-        raise Refused(f"{address}: {scheme}:// needs a package that is not installed: {_line(error)}{extra}") from error
-    except ValueError as error:
-        raise Refused(f"{address}: {_line(error)}; expected http(s)://, or what fsspec can open") from error
-    with opened as stream:
-        yield cast(BinaryIO, stream)
 
 
 @contextmanager
@@ -206,16 +142,3 @@ def _alone(lock: Path) -> Iterator[None]:
     with lock.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _is_missing(error: BaseException | None) -> bool:
-    return isinstance(error, FileNotFoundError) or (isinstance(error, urllib.error.HTTPError) and error.code == 404)
-
-
-def _is_final(error: Exception) -> bool:
-    """Whether asking again is no use."""
-    return _is_missing(error) or (isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -18,6 +18,7 @@ from redistill_cache import limits
 from redistill_cache.errors import Damaged, Refused
 from redistill_cache.layout import Block
 from redistill_cache.parsing import parse_version
+from redistill_cache.requirements import is_name
 from redistill_cache.spec import VERSION
 from redistill_cache.strict_json import Fields, Json, canonical, parse
 
@@ -209,6 +210,8 @@ def parse_header(data: bytes, where: str) -> Header:
     teachers = fields.mapping("teachers")
     if len(teachers) > limits.MAX_TEACHERS or not all(isinstance(item, dict) for item in teachers.values()):
         fields.refuse("teachers", "a short mapping of names to statistics")
+    if not all(map(is_name, teachers)):  # they become parts of paths
+        raise Refused(f"{where}: the manifest has a teacher of an impossible name; it was made to mislead")
     header = Header(
         identity=fields.text("identity", 64),
         views=fields.integer("views", 1, limits.MAX_VIEWS),

@@ -14,16 +14,16 @@ def main() -> None:
     if patient:  # Ctrl-C while modules are loaded: nothing has begun, so there is nothing to say
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from redistill_cache.errors import RedistillError
+    from redistill_cache.wording import harmless
 
     from redistill_cli.app import app
-    from redistill_cli.rendering import safe
 
     if patient:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         app()
     except RedistillError as error:
-        print(f"redistill: {safe(error)}", file=sys.stderr)
+        print(f"redistill: {harmless(error)}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("redistill: interrupted", file=sys.stderr)

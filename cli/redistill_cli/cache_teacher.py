@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from redistill_cache.wording import harmless, human_bytes
 
-from redistill_cli.rendering import Ticker, human_bytes, human_seconds, key_values, print_json, safe
+from redistill_cli.rendering import Ticker, human_seconds, key_values, print_json
 
 if TYPE_CHECKING:
     from redistill.caching import CacheResult
@@ -156,10 +157,10 @@ class Terminal:
         self.asking.close()
 
     def say(self, text: str) -> None:
-        self.asking.write(safe(text))
+        self.asking.write(harmless(text))
 
     def warn(self, text: str) -> None:
-        self.asking.write(f"warning: {safe(text)}")
+        self.asking.write(f"warning: {harmless(text)}")
 
     def index(self, done: int, total: int) -> None:
         self.indexing.update(done, total)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from redistill_cache.wording import harmless
 
 from redistill_cli.archives import PLACE, archive_at
-from redistill_cli.rendering import key_values, print_json, safe
+from redistill_cli.rendering import key_values, print_json
 
 
 def doctor(
@@ -42,7 +43,7 @@ def doctor(
         ("workers", f"{found.workers} by default, started by {found.worker_start}"),
         (
             "views",
-            f"{found.views_per_second_and_core:.0f} of {found.view_size} px a second and core ({safe(found.data)})",
+            f"{found.views_per_second_and_core:.0f} of {found.view_size} px a second and core ({harmless(found.data)})",
         ),
         ("student", f"{found.student_images_per_second:.0f} images/s forward and backward, {found.student}"),
     ]

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from redistill_cache.wording import harmless
 from rich.table import Table
 
 from redistill_cli.archives import PLACE, archive_at
-from redistill_cli.rendering import console, key_values, print_json, safe
+from redistill_cli.rendering import console, key_values, print_json
 
 if TYPE_CHECKING:
     from redistill.evaluate import Evaluation
@@ -95,7 +96,7 @@ def show(found: Evaluation) -> None:
     table.add_column(f"hardest of {len(metrics.per_class)} classes")
     table.add_column("top-1", justify="right")
     for value, label in worst:
-        table.add_row(safe(label if found.class_names is None else found.class_names[label]), f"{value:.2%}")
+        table.add_row(harmless(label if found.class_names is None else found.class_names[label]), f"{value:.2%}")
     console.print()
     console.print(table)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
+from redistill_cache.wording import harmless, human_bytes
 from rich.table import Table
 
 from redistill_cli.archives import archive_at
-from redistill_cli.rendering import console, human_bytes, key_values, print_json, safe
+from redistill_cli.rendering import console, key_values, print_json
 
 
 def inspect(
@@ -73,6 +74,8 @@ def _teachers(found: dict[str, Any]) -> None:
             fidelity = what["fidelity"] or {}
             keys = ("bound", "mean_kl_t1", "mean_kl_t4", "max_kl_t1", "max_kl_t4")
             numbers = [f"{fidelity[key]:.2g}" if fidelity.get(key) is not None else "-" for key in keys]
-            table.add_row(safe(name), safe(signal), safe(what["codec"]), f"{what['bytes_per_view']:.1f}", *numbers)
+            table.add_row(
+                harmless(name), harmless(signal), harmless(what["codec"]), f"{what['bytes_per_view']:.1f}", *numbers
+            )
     console.print()
     console.print(table)

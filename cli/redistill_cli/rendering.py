@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import typer
+from redistill_cache.wording import harmless
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -17,32 +18,17 @@ from rich.text import Text
 __all__ = [
     "Ticker",
     "console",
-    "human_bytes",
     "human_seconds",
     "key_values",
     "print_json",
     "progress_line",
-    "safe",
 ]
 
 console = Console()
 
 
-def safe(text: object) -> str:
-    """Text from an archive or a file name without control characters: it must not drive the reader's terminal."""
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(text))
-
-
 def print_json(value: Any) -> None:  # noqa: ANN401  anything JSON holds
     typer.echo(json.dumps(value, indent=1))
-
-
-def human_bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
 
 
 def human_seconds(seconds: float) -> str:
@@ -56,7 +42,7 @@ def key_values(rows: list[tuple[str, object]]) -> None:
     """Two columns: a name and what it is."""
     table = Table.grid(padding=(0, 2))
     for name, value in rows:
-        table.add_row(Text(name, style="bold"), Text(safe(value), overflow="fold"))
+        table.add_row(Text(name, style="bold"), Text(harmless(value), overflow="fold"))
     console.print(table)
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from redistill_cache.wording import harmless
 
 from redistill_cli.archives import PLACE, archive_at
-from redistill_cli.rendering import safe
 
 
 def report(
@@ -31,6 +31,6 @@ def report(
 
     written = write_report(runs, out, archive=archive_at(archive), data=data)
     for note in written.notes:
-        typer.echo(f"note: {safe(note)}", err=True)
+        typer.echo(f"note: {harmless(note)}", err=True)
     groups = "" if written.runs == written.groups else f" in {written.groups} groups"
-    typer.echo(f"wrote {safe(out)}: {written.runs} {'run' if written.runs == 1 else 'runs'}{groups}")
+    typer.echo(f"wrote {harmless(out)}: {written.runs} {'run' if written.runs == 1 else 'runs'}{groups}")

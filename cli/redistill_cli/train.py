@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from redistill_cache.wording import harmless
 from rich.table import Table
 
 from redistill_cli.archives import PLACE, archive_at
-from redistill_cli.rendering import Ticker, console, print_json, safe
+from redistill_cli.rendering import Ticker, console, print_json
 
 if TYPE_CHECKING:
     from redistill.training import Outcome, TrainOptions
@@ -239,10 +240,10 @@ class Terminal:
         self.training.close()
 
     def say(self, text: str) -> None:
-        self.training.write(safe(text))
+        self.training.write(harmless(text))
 
     def warn(self, text: str) -> None:
-        self.training.write(f"warning: {safe(text)}")
+        self.training.write(f"warning: {harmless(text)}")
 
     def index(self, done: int, total: int) -> None:
         self.indexing.update(done, total)
@@ -272,7 +273,7 @@ def show(outcomes: Sequence[Outcome], *, as_json: bool) -> None:
         shares = [percent(outcome.top1), percent(outcome.top5)]
         plain = ["-" if value is None else f"{value:.3f}" for value in (outcome.nll, outcome.ece)]
         rest = [percent(outcome.agreement), percent(outcome.best_top1), f"{outcome.images_per_second:.0f}"]
-        table.add_row(safe(outcome.run), *shares, *plain, *rest)
+        table.add_row(harmless(outcome.run), *shares, *plain, *rest)
     console.print(table)
 
 
@@ -287,9 +288,11 @@ def leave_report(options: TrainOptions) -> None:
         write_report([options.folder(member) for member in options.members()], page, archive=options.archive)
     except Exception as error:  # noqa: BLE001  even a fault of the page takes nothing from the runs
         why = error if isinstance(error, RedistillError) else repr(error)
-        typer.echo(f"warning: the training is finished, but {safe(page)} was not written: {safe(why)}", err=True)
+        typer.echo(
+            f"warning: the training is finished, but {harmless(page)} was not written: {harmless(why)}", err=True
+        )
     else:
-        typer.echo(f"report: {safe(page)}", err=True)
+        typer.echo(f"report: {harmless(page)}", err=True)
 
 
 def percent(value: float | None) -> str:

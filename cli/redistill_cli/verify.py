@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from redistill_cache.wording import harmless
 
 from redistill_cli.archives import archive_at
-from redistill_cli.rendering import print_json, progress_line, safe
+from redistill_cli.rendering import print_json, progress_line
 
 if TYPE_CHECKING:
     from redistill_cache.verify import Report
@@ -78,13 +79,13 @@ def _align(archive: Path, data: str) -> dict[str, Any]:
 
 def _show(archive: Path, report: Report, moved: list[str]) -> None:
     for item in report.damaged:
-        typer.echo(f"damaged: {safe(item)}", err=True)
+        typer.echo(f"damaged: {harmless(item)}", err=True)
     for block in moved:
-        typer.echo(f"moved aside: {safe(block)}", err=True)
+        typer.echo(f"moved aside: {harmless(block)}", err=True)
     if report.damaged:
         advice = "run the command that wrote the archive again" if moved else "--quarantine lets them be made again"
-        typer.echo(f"{safe(archive)}: {len(report.damaged)} of {report.checked_files} files are damaged; {advice}")
+        typer.echo(f"{harmless(archive)}: {len(report.damaged)} of {report.checked_files} files are damaged; {advice}")
         return
-    typer.echo(f"{safe(archive)}: {report.checked_files} files are what was committed")
+    typer.echo(f"{harmless(archive)}: {report.checked_files} files are what was committed")
     if report.alignment is not None:
-        typer.echo(safe(report.alignment["message"]))
+        typer.echo(harmless(report.alignment["message"]))

@@ -18,6 +18,7 @@ from redistill_cache.keys import pack_keys
 from redistill_cache.layout import Block
 from redistill_cache.shards import encode_shard
 from redistill_cache.spec import ArchiveSpec
+from redistill_cache.wording import human_bytes
 
 from redistill.caching.pilot import Pilot
 from redistill.caching.plan import Plan
@@ -187,6 +188,6 @@ def refuse_small_disk(path: Path, wanted: int) -> None:
     free = free_bytes(path)
     if wanted * SLACK > free:
         raise Refused(
-            f"{path}: about {wanted / 2**20:,.1f} MiB are still to be written, {free / 2**20:,.1f} MiB are free; make "
-            "room, choose another disk, fewer --views or a coarser --fidelity"
+            f"{path}: about {human_bytes(wanted)} are still to be written, {human_bytes(free)} are free; make room, "
+            "choose another disk, fewer --views or a coarser --fidelity"
         )

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from redistill_cache import ArchiveWriter
 from redistill_cache.layout import Block
+from redistill_cache.wording import human_bytes
 
 from redistill.caching.encoder import BlockEncoder
 from redistill.caching.estimate import Estimate, estimate, refuse_small_disk
@@ -88,7 +89,7 @@ def declare_teacher(forward: Forward, there: Opened | None, run: Run, watcher: W
     for signal, choice in choices.items():
         watcher.say(f"{signal}: {choice.reason}")
     watcher.say(
-        f"{found.samples:,} samples x {found.views} views: about {max(found.total_bytes / 2**20, 0.1):,.1f} MiB, "
+        f"{found.samples:,} samples x {found.views} views: about {human_bytes(found.total_bytes)}, "
         f"{max(found.seconds / 60, 0.1):,.1f} minutes at {found.images_per_second:.0f} images/s"
     )
     forward.stop.raise_if_set()

@@ -9,6 +9,7 @@ from typing import Any
 from redistill_cache import Archive
 from redistill_cache.codecs.stats import BINS_PER_OCTAVE, LOWEST_OCTAVE, BlockStats
 from redistill_cache.inspect import describe
+from redistill_cache.wording import human_bytes
 
 from redistill.report.diagrams import BINS_PER_DECADE, histogram
 from redistill.report.groups import Group
@@ -34,7 +35,7 @@ def archive_card(archive: Archive | None, groups: Sequence[Group]) -> str:
 
 
 def identity(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    total = f"{size(found['total_bytes'])} in all, {found['bytes_per_view']:.1f} bytes a view"
+    total = f"{human_bytes(found['total_bytes'])} in all, {found['bytes_per_view']:.1f} bytes a view"
     excluded = f", {len(found['excluded']):,} left out" if found["excluded"] else ""
     return [
         ("id", f"<code>{text(found['id'])}</code>"),
@@ -80,14 +81,6 @@ def recipe_text(recipe: Mapping[str, Any]) -> str:
 
 def plain(found: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in found.items() if value is not None)
-
-
-def size(count: float) -> str:
-    for unit in ("bytes", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
 
 
 # -- what the codecs lost ---------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from redistill_cache.wording import harmless
+
 from redistill.report.groups import Group, spread
 
 __all__ = [
@@ -32,7 +34,7 @@ NOTHING = '<span class="soft">–</span>'
 
 def text(found: object) -> str:
     """Text from anywhere as HTML: no markup, and nothing invisible that turns the direction of what follows."""
-    return escape("".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(found)))
+    return escape(harmless(found))
 
 
 def section(title: str, body: str, lead: str = "") -> str:

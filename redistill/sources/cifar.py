@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from redistill_cache.errors import Refused, UsageError
 from redistill_cache.keys import PackedKeys, pack_keys
+from redistill_cache.wording import one_line
 
 from redistill.sources.base import Sample
 from redistill.sources.cifar_files import read_batch, read_class_names
@@ -153,8 +154,7 @@ def _download(root: Path, published: _Published) -> None:
     try:
         download_and_extract_archive(published.url, root, filename=published.archive, md5=published.archive_md5)
     except (OSError, RuntimeError, EOFError, tarfile.TarError, http.client.HTTPException) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise Refused(
-            f"{published.url} could not be downloaded to {str(root)!r}: {reason}; "
+            f"{published.url} could not be downloaded to {str(root)!r}: {one_line(error)}; "
             f"put {published.folder!r} there by hand, or try again"
         ) from error

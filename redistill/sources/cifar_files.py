@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from redistill_cache.errors import Refused
+from redistill_cache.wording import one_line
 
 __all__ = ["Batch", "read_batch", "read_class_names"]
 
@@ -81,8 +82,7 @@ def _unpickle(data: bytes, path: Path) -> dict[object, object]:
     try:
         content = _Unpickler(io.BytesIO(data), path).load()
     except UNPICKLING_RAISES as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise Refused(f"{str(path)!r} is not a CIFAR file, or damaged: {reason}; get it again") from error
+        raise Refused(f"{str(path)!r} is not a CIFAR file, or damaged: {one_line(error)}; get it again") from error
     if not isinstance(content, dict):
         raise Refused(f"{str(path)!r} is not a CIFAR file: expected a dictionary, found a {type(content).__name__}")
     return content

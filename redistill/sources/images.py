@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 from redistill_cache.errors import Refused
+from redistill_cache.wording import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -167,7 +168,7 @@ def _open(payload: bytes, name: str) -> Image.Image:
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return f"not an image in any of the formats {', '.join(FORMATS)}"
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return one_line(error)
 
 
 def _has_its_end(payload: bytes, kind: str | None) -> bool:

@@ -16,6 +16,7 @@ import numpy as np
 from redistill_cache.errors import Damaged, Refused
 from redistill_cache.keys import PackedKeys, pack_keys
 from redistill_cache.stamps import cache_folder
+from redistill_cache.wording import one_line
 
 from redistill.sources.base import NO_LABEL
 from redistill.sources.keeping import keep, settled, take_up
@@ -205,8 +206,7 @@ def _members(tar: Path) -> Iterator[tarfile.TarInfo]:
             end = archive.offset
         _check_end(tar, end)
     except TARFILE_RAISES as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise Refused(f"{str(tar)!r} is not a tar, cut short or damaged: {reason}; get it again") from error
+        raise Refused(f"{str(tar)!r} is not a tar, cut short or damaged: {one_line(error)}; get it again") from error
 
 
 def _check_end(tar: Path, end: int) -> None:

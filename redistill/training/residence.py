@@ -14,6 +14,7 @@ import numpy as np
 from redistill_cache import Archive, PackedView, ViewLoader
 from redistill_cache.codecs import Codec
 from redistill_cache.errors import RedistillError, Refused
+from redistill_cache.wording import human_bytes
 
 from redistill.signals import LOGITS
 from redistill.training.distributed import World
@@ -85,7 +86,7 @@ def reserve(file: IO[bytes], nbytes: int) -> None:
     except OSError as error:
         file.close()
         raise Refused(
-            f"no room for {nbytes / 2**30:.2f} GiB of the teacher's rows in {tempfile.gettempdir()}: {error.strerror}; "
+            f"no room for {human_bytes(nbytes)} of the teacher's rows in {tempfile.gettempdir()}: {error.strerror}; "
             "set TMPDIR to a disk with room, or give more --cache-memory"
         ) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import shutil
 from collections.abc import Callable
@@ -9,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from redistill_cache import fetch_archive, open_archive
+from redistill_cache import downloads, fetch_archive, open_archive
 from redistill_cache.errors import Damaged, Incomplete, Refused
 from redistill_cache.verify import verify
 
 from tests import tiny_archive
 
-Serve = Callable[[Path], tuple[str, list[str]]]
+Serve = Callable[..., tuple[str, list[str]]]
 NAME = "tiny.redistill.zarr"
 SHARD = "teachers/tiny/logits/exact/c.0.2.0"
 
@@ -67,6 +68,21 @@ def test_an_interrupted_copy_is_no_archive_and_goes_on(shared: Path, serve: Serv
     assert verify(path, full=True).ok
     assert steps[-1][0] == steps[-1][1] == sum(size for _, size in sizes(path))
     assert len(requests) - before < len(list(sizes(path))), "what was there already is not fetched again"
+
+
+def test_a_connection_that_breaks_off_is_made_again(shared: Path, serve: Serve):
+    shard = f"/{NAME}/{SHARD}"
+    address, requests = serve(shared, fragile=[shard])
+    assert verify(fetch_archive(f"{address}/{NAME}"), full=True).ok
+    assert requests.count(shard) == 2
+
+
+def test_one_that_always_breaks_off_is_said_to(shared: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(downloads, "WAITS", (0.0, 0.0))
+    address, requests = serve(shared)
+    with pytest.raises(Refused, match=r"cannot fetch .*: it broke off after \d+ of \d+ bytes; check the address"):
+        downloads.pull(f"{address}/{NAME}/{SHARD}.short", io.BytesIO())
+    assert len(requests) == 3
 
 
 def sizes(path: Path) -> list[tuple[str, int]]:

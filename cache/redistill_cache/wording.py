@@ -1,0 +1,25 @@
+"""Words for people: one line of an error, text from strangers made harmless, bytes in units."""
+
+from __future__ import annotations
+
+__all__ = ["harmless", "human_bytes", "one_line"]
+
+LONGEST = 200
+
+
+def one_line(error: BaseException) -> str:
+    """What a library says, all of it in one line."""
+    return " ".join(str(error).split())[:LONGEST] or type(error).__name__
+
+
+def harmless(text: object) -> str:
+    """Text from anywhere without control characters: it must not drive a terminal, nor turn what stands beside it."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(text))
+
+
+def human_bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
