@@ -34,6 +34,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+def peak_memory() -> int:
+    """The most bytes this process has held at once. Not ru_maxrss: a process is started with that of its parent."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+
+
 def table(rows: Sequence[Row]) -> str:
     """The rows as an aligned text table; columns in order of first appearance."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
