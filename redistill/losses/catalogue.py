@@ -71,9 +71,9 @@ class Entry:
     def is_module(self) -> bool:
         return isinstance(self.make, type)
 
-    @property
+    @functools.cached_property
     def labels(self) -> bool:
-        """Needs the labels of the batch."""
+        """Needs the labels of the batch; asked at every step."""
         call = getattr(self.make, "forward") if self.is_module else self.make  # noqa: B009  a class of modules
         return "labels" in inspect.signature(call).parameters
 

@@ -71,9 +71,9 @@ def check_matrix(who: str, logits: Tensor) -> None:
 
 
 def refuse_non_finite(teacher_logits: Tensor) -> None:
-    """A row with an inf or a NaN is refused by its index: it would turn the whole step into NaN without a word."""
-    if torch.compiler.is_compiling():
-        return  # a branch on data would break the graph; the NaN then shows in the loss
+    """On the CPU, a row with an inf or a NaN is refused by its index: it would turn the whole step into NaN."""
+    if teacher_logits.device.type != "cpu" or torch.compiler.is_compiling():
+        return  # asking would cost a synchronisation per step, or break the graph; the NaN then shows in the loss
     # A row sum is finite only if all its values are, and costs one read and no [batch, classes] temporary. The reverse
     # does not hold (a float16 sum may overflow), so the rows themselves have the last word.
     sums = teacher_logits.detach().sum(dim=1)
