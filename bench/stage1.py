@@ -25,10 +25,10 @@ from redistill.caching import CacheOptions, cache_teacher, estimate_cache
 from redistill.caching.forward import Forward
 from redistill.caching.outcome import Run
 from redistill.caching.plan import Plan, make_plan
-from redistill.caching.ranks import Rank
 from redistill.caching.run import batches, declare_teacher, write_teacher
 from redistill.caching.watcher import Silent
 from redistill.interrupts import StopRequest
+from redistill.ranks import Rank
 
 MEASURED = "measure-memory"
 

@@ -7,7 +7,8 @@ cohort of four          seconds of four students in one pass over seconds of one
 many views over few     images/s, and peak memory, from an archive of 16 views over one of 2
 
 Runs take turns, the first epoch of each (workers start, kernels are chosen) is not counted, and ratios are of medians.
-JPEG images are 500 x 375; rendered at 64 px for a small student, the loader is what limits.
+Batches are of 128, as `redistill train` makes them. JPEG images are 500 x 375; rendered at 64 px for a small student,
+the loader is what limits.
 """
 
 from __future__ import annotations
@@ -75,7 +76,6 @@ class Bench:
             "archive": archive,
             "students": ("demo:small",),
             "out": out,
-            "batch_size": 64,
             "optim": OptimConfig(lr=0.01, epochs=3 if self.quick else 4),
             "log": ("csv",),
         }
@@ -94,7 +94,7 @@ class Bench:
     def in_turns(self, *kinds: dict[str, object]) -> list[float]:
         """The median pace of each kind of run, all of them taking turns."""
         paces: list[list[float]] = [[] for _ in kinds]
-        for _ in range(1 if self.quick else 3):
+        for _ in range(1 if self.quick else 5):
             for kind, found in zip(kinds, paces, strict=True):
                 found.append(self.pace(**kind))  # type: ignore[arg-type]  # a table of options
         return [statistics.median(found) for found in paces]
@@ -129,7 +129,7 @@ def over_online(bench: Bench, name: str, data: str, archive: Path, size: int, **
 def teacher_seconds(spec: str, size: int, device: torch.device) -> float:
     """Of one image, in batches as they are in training."""
     teacher = Teacher(open_model(spec), device=device)
-    pixels = torch.zeros(64, 3, size, size, dtype=torch.uint8)
+    pixels = torch.zeros(128, 3, size, size, dtype=torch.uint8)
     times = []
     for _ in range(30):
         start = time.perf_counter()

@@ -7,8 +7,8 @@ epoch. `sgd` is torch's plain momentum, as the distillation literature uses it; 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -73,16 +73,6 @@ class OptimConfig:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"decay_milestones": list(self.decay_milestones)}
-
-    @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> OptimConfig:
-        """From a configuration file; an unknown key is an error."""
-        known = {f.name for f in fields(cls)}
-        for key in found:
-            if key not in known:
-                raise UsageError(f"unknown optimiser setting {key!r}; {did_you_mean(key, known)}")
-        milestones = {"decay_milestones": tuple(found["decay_milestones"])} if "decay_milestones" in found else {}
-        return cls(**{**found, **milestones})
 
 
 def flag(name: str) -> str:

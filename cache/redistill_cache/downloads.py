@@ -92,8 +92,13 @@ def _stream(address: str) -> Iterator[tuple[BinaryIO, int | None]]:
         ) from error
     except ValueError as error:
         raise Refused(f"{address}: {one_line(error)}; expected http(s)://, or what fsspec can open") from error
-    with opened as stream:
-        yield cast(BinaryIO, stream), None
+    try:
+        with opened as stream:
+            yield cast(BinaryIO, stream), None
+    except OSError:
+        raise
+    except Exception as error:  # the packages for buckets have errors of their own
+        raise ConnectionError(one_line(error)) from error
 
 
 def _is_final(error: Exception) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from redistill_cache.errors import RedistillError
+from typer.core import TyperGroup
 
 from redistill_cli.cache_teacher import cache_teacher
 from redistill_cli.demo import demo
@@ -15,8 +17,26 @@ from redistill_cli.report import report
 from redistill_cli.train import train
 from redistill_cli.verify import verify
 
+
+class Stopped(RedistillError):
+    """Ctrl-C where nothing was to be kept."""
+
+    exit_code = 130
+
+
+class Commands(TyperGroup):
+    """Says so when a command is interrupted, as typer would leave without a word."""
+
+    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401  a context of the click that typer brings; what a command returns
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Stopped("interrupted") from None
+
+
 app = typer.Typer(
     name="redistill",
+    cls=Commands,
     help="Knowledge distillation without paying for the teacher twice.",
     no_args_is_help=True,
     rich_markup_mode="rich",

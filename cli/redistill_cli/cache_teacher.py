@@ -91,7 +91,7 @@ def cache_teacher(
 
     from redistill.caching import CacheOptions, estimate_cache
     from redistill.caching import cache_teacher as cache
-    from redistill.caching.ranks import Rank
+    from redistill.ranks import Rank
 
     if dry_run and not Rank.from_environment().first:
         return  # the first rank speaks for all

@@ -120,7 +120,7 @@ def train(
 
       torchrun --nproc-per-node=8 -m redistill_cli train ...
     """
-    from redistill.caching.ranks import Rank
+    from redistill.ranks import Rank
     from redistill.training import TrainOptions
     from redistill.training import train as run
     from redistill.training.config import read_config

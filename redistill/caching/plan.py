@@ -11,10 +11,10 @@ from redistill_cache import ArchiveSpec
 from redistill_cache.errors import Refused, UsageError
 
 from redistill.caching.options import CacheOptions
-from redistill.caching.ranks import Rank
 from redistill.devices import pick_amp, pick_device
 from redistill.loading import default_workers
 from redistill.models import OpenedModel, open_model
+from redistill.ranks import Rank
 from redistill.sources.base import Source
 from redistill.sources.index import SourceIndex, index_source
 from redistill.sources.opening import open_source

@@ -22,10 +22,10 @@ from redistill.caching.outcome import CacheResult, Run, leave_note, result, seal
 from redistill.caching.parameters import is_committed, write_canaries, write_parameters
 from redistill.caching.pilot import check_first_batch, fit_codecs, run_pilot
 from redistill.caching.plan import Plan, make_plan
-from redistill.caching.ranks import Rank
 from redistill.caching.selftest import SelfTest
 from redistill.caching.watcher import Silent, Watcher
 from redistill.interrupts import StopRequest, stop_on_signals
+from redistill.ranks import Rank
 
 __all__ = ["cache_teacher", "estimate_cache"]
 

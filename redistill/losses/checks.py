@@ -19,6 +19,8 @@ A loss with parameters or state is an `nn.Module`: options in `__init__`, and
 
 from __future__ import annotations
 
+import math
+
 import torch
 from redistill_cache.errors import Refused, UsageError
 from torch import Tensor
@@ -74,14 +76,15 @@ def refuse_non_finite(teacher_logits: Tensor) -> None:
     """On the CPU, a row with an inf or a NaN is refused by its index: it would turn the whole step into NaN."""
     if teacher_logits.device.type != "cpu" or torch.compiler.is_compiling():
         return  # asking would cost a synchronisation per step, or break the graph; the NaN then shows in the loss
-    # A row sum is finite only if all its values are, and costs one read and no [batch, classes] temporary. The reverse
-    # does not hold (a float16 sum may overflow), so the rows themselves have the last word.
-    sums = teacher_logits.detach().sum(dim=1)
-    if bool(sums.isfinite().all()):
+    # The sum is finite only if all values are, and costs one read and no [batch, classes] temporary. The reverse does
+    # not hold (a float16 sum may overflow), so the rows themselves have the last word.
+    if math.isfinite(float(teacher_logits.detach().sum())):
         return
     bad = torch.nonzero(~teacher_logits.isfinite().all(dim=1)).flatten().tolist()
     if bad:
-        raise Refused(f"{len(bad)} of {len(sums)} teacher rows are not finite, the first is row {bad[0]} of the batch")
+        raise Refused(
+            f"{len(bad)} of {len(teacher_logits)} teacher rows are not finite, the first is row {bad[0]} of the batch"
+        )
 
 
 def check_labels(labels: Tensor | None, logits: Tensor) -> Tensor:

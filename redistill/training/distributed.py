@@ -13,8 +13,8 @@ import torch.distributed as dist
 from redistill_cache.errors import Refused, UsageError
 from torch import Tensor, nn
 
-from redistill.caching.ranks import Rank
 from redistill.devices import pick_device
+from redistill.ranks import Rank
 
 __all__ = ["World", "joined_world"]
 

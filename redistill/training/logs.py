@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -67,7 +68,10 @@ class WandbLog:
             import wandb
         except ImportError:
             raise UsageError("--log wandb needs an extra: pip install 'redistill[wandb]'") from None
-        self.run = wandb.init(project="redistill", name=name, dir=str(folder), id=None, resume="allow")
+        kept = folder / "wandb-id.txt"  # a run that goes on is the same run there
+        if not kept.exists():
+            LOCAL.publish(kept, uuid.uuid4().hex.encode())
+        self.run = wandb.init(project="redistill", name=name, dir=str(folder), id=kept.read_text(), resume="allow")
 
     def epoch(self, row: Row, history: Sequence[Row]) -> None:
         del history

@@ -12,6 +12,7 @@ from redistill_cache.errors import UsageError
 
 from redistill.optim import OptimConfig, preset
 from redistill.specs import did_you_mean, parse_spec
+from redistill.training.given import check_types
 
 __all__ = ["POWER", "MemberSpec", "TrainOptions"]
 
@@ -175,10 +176,12 @@ class TrainOptions:
     @classmethod
     def read(cls, given: Mapping[str, Any], *, preset_name: str | None = None) -> TrainOptions:
         """From flat names, as on the command line or in config.toml; a preset says what is not given."""
-        known, optim_names = {f.name for f in fields(cls)}, {f.name for f in fields(OptimConfig)}
+        known, optim_names = {f.name for f in fields(cls)} - {"optim"}, {f.name for f in fields(OptimConfig)}
         for key in given:
-            if key not in known | optim_names or (key in ("optim", "allow_python") and key not in given):
+            if key not in known | optim_names:
                 raise UsageError(f"unknown option {key!r}; {did_you_mean(key, known | optim_names)}")
+        check_types(given, cls)
+        check_types(given, OptimConfig)
         own = {key: value for key, value in given.items() if key in known}
         optim = {key: value for key, value in given.items() if key in optim_names}
         base = OptimConfig()

@@ -135,6 +135,21 @@ def test_any_address_that_fsspec_opens(shared: Path):
         there.rm("/lab", recursive=True)
 
 
+def test_errors_of_a_package_for_buckets_are_one_line_too(monkeypatch: pytest.MonkeyPatch):
+    fsspec = pytest.importorskip("fsspec", reason="torch brings it")
+
+    class Bucket(fsspec.AbstractFileSystem):  # type: ignore[misc]  # it has no types
+        protocol = "bucket"
+
+        def _open(self, path: str, **_: object) -> None:
+            raise RuntimeError(f"no credentials\nfor {path}")
+
+    monkeypatch.setattr(downloads, "WAITS", (0.0, 0.0))
+    fsspec.register_implementation("bucket", Bucket, clobber=True)
+    with pytest.raises(Refused, match=r"cannot fetch bucket://a\.zarr/.*: no credentials for a\.zarr/.*; check the"):
+        open_archive("bucket://a.zarr")
+
+
 def _fetched(address: str) -> str:
     return str(fetch_archive(address))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -148,3 +150,15 @@ def test_archives_at_a_url(tmp_path: Path, run, serve, monkeypatch: pytest.Monke
     assert run("verify", f"{address}/a.redistill.zarr", "--full").returncode == 0
     found = run("inspect", f"{address}/b.redistill.zarr")
     assert (found.returncode, found.stderr.count("\n")) == (3, 1)
+
+
+def test_ctrl_c_in_the_middle_is_said_in_a_line():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/a.redistill.zarr"
+        command = [sys.executable, "-m", "redistill_cli", "inspect", address]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            asking, _ = silent.accept()  # it waits for an answer now
+            with asking:
+                process.send_signal(signal.SIGINT)
+                said, complained = process.communicate(timeout=60)
+    assert (process.returncode, said, complained) == (130, "", "redistill: interrupted\n")

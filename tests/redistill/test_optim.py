@@ -125,13 +125,6 @@ def test_clipping_scales_the_whole_gradient():
     assert parameters[0].grad.tolist() == pytest.approx([1.0, 1.5], rel=1e-5)
 
 
-def test_a_configuration_survives_json():
-    config = preset("cifar-kd", model="ShuffleV2").optim
-    assert OptimConfig.from_json(config.to_json()) == config
-    with pytest.raises(UsageError, match="did you mean momentum"):
-        OptimConfig.from_json({"momentun": 0.9})
-
-
 @pytest.mark.parametrize(
     ("settings", "says"),
     [

@@ -19,12 +19,12 @@ from redistill_cache.verify import verify
 import redistill
 from redistill.caching import CacheOptions, cache_teacher, estimate_cache
 from redistill.caching.outcome import ENOUGH_LABELS
-from redistill.caching.ranks import Rank
 from redistill.caching.watcher import Silent
 from redistill.demo.setting import DIFFICULTY, TEACHER_NETWORK, TEACHER_WEIGHTS
 from redistill.devices import pick_device
 from redistill.interrupts import Interrupted
 from redistill.models import open_model
+from redistill.ranks import Rank
 from redistill.teachers import Teacher
 from tests import odd_teachers
 from tests.stage1 import OTHER_TEACHER, command, started

@@ -1,6 +1,6 @@
-"""Several processes under torchrun: who creates, who waits, and which blocks are whose.
+"""Several processes under torchrun: which this is; and in stage 1, who creates, who waits, and which blocks are whose.
 
-There is no communication but the archive. Rank 0 creates it and declares the teacher; every rank then writes its own
+Stage 1 has no communication but the archive. Rank 0 creates it and declares the teacher; every rank then writes its own
 share and, when it is through, what others have not written yet. A block that two ranks made is committed by the first
 and is the same anyway. So ranks may die, and come back as more or fewer.
 """
