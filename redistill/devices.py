@@ -1,4 +1,4 @@
-"""Devices, precision and memory, as asked for on the command line."""
+"""Devices, precision, threads and memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from redistill_cache.errors import Refused, UsageError
 
-__all__ = ["pick_amp", "pick_device", "refuse_out_of_memory"]
+__all__ = ["one_thread", "pick_amp", "pick_device", "refuse_out_of_memory"]
 
 # What torch says when the host, not a GPU, has no memory left; it has no class of its own.
 HOST_MEMORY = ("DefaultCPUAllocator", "not enough memory", "can't allocate memory")
@@ -60,3 +60,14 @@ def refuse_out_of_memory(batch_size: int, device: torch.device) -> Iterator[None
             raise
         advice = f"try --batch-size {batch_size // 2}" if batch_size > 1 else "not even one image fits"
         raise Refused(f"{device} ran out of memory on a batch of {batch_size}; {advice}") from error
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """As in a worker of a DataLoader: small work is not worth sharing out, and on a busy machine waiting costs most."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

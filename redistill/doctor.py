@@ -20,7 +20,7 @@ from redistill_cache.errors import Refused
 from redistill_cache.files import LOCAL
 from redistill_cache.storage import disk_trouble
 
-from redistill.devices import pick_device
+from redistill.devices import one_thread, pick_device
 from redistill.loading import default_workers, worker_context
 from redistill.machine import usable_cores, usable_memory
 from redistill.models import open_model
@@ -177,12 +177,8 @@ def views_of(data: str, archive: Archive | None) -> ViewDataset:
 def render_rate(dataset: ViewDataset) -> float:
     """Views a second on one core, as in a worker."""
     some = iter(np.resize(dataset.indices(0), 1 << 20).tolist())
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         return pace(lambda: len(dataset.__getitems__([next(some) for _ in range(4)])))
-    finally:
-        torch.set_num_threads(before)
 
 
 def student_rate(student: str, size: int, device: torch.device) -> float:

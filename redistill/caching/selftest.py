@@ -13,8 +13,7 @@ from torch import Tensor
 from redistill.caching.forward import pixels_of
 from redistill.caching.plan import Plan
 from redistill.signals import LOGITS
-from redistill.sources.join import join
-from redistill.views import ArchiveViews, ViewDataset
+from redistill.views import ArchiveViews, ViewDataset, join_archive
 
 __all__ = ["SelfTest"]
 
@@ -65,14 +64,7 @@ class SelfTest:
 
 def replayed(plan: Plan, archive: Archive, view: int, rows: range) -> Tensor:
     """These views as a student will see them."""
-    joined = join(
-        plan.index,
-        keys=archive.keys,
-        labels=archive.labels,
-        digests=archive.digests,
-        class_names=archive.class_names,
-    )
-    dataset = ViewDataset(plan.source, ArchiveViews(archive, joined))
+    dataset = ViewDataset(plan.source, ArchiveViews(archive, join_archive(plan.index, archive)))
     return pixels_of(dataset.__getitems__([dataset.index(view, row) for row in rows]))
 
 

@@ -6,9 +6,8 @@ import json
 import multiprocessing
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -23,6 +22,7 @@ from redistill.caching import CacheOptions, cache_teacher
 from redistill.caching.watcher import Watcher as CacheWatcher
 from redistill.demo.setting import STUDENT_DATA, STUDENT_NETWORK, TEACHER_NETWORK, TEACHER_WEIGHTS, VAL_DATA
 from redistill.demo.summary import LOSSES, Speed, Storage, Summary, accuracies
+from redistill.devices import one_thread
 from redistill.evaluate import evaluate
 from redistill.optim import OptimConfig
 from redistill.report import write_report
@@ -67,7 +67,7 @@ def run_demo(out: Path, watcher: DemoWatcher) -> Summary:
         "stage 2: nine students from the archive in one pass over the images; beside them, six whose teacher is "
         "confidently wrong about a fifth of what it is asked"
     )
-    with one_thread():
+    with one_thread():  # two trainings of tiny networks share the cores better than the threads of one
         clean, astray = train_both(run_options(out, ARCHIVE, "runs", LOSSES), misled_options(out), watcher)
         watcher.step("the speed of training with the archive, and with the teacher beside the student")
         paces = speed(out, watcher)
@@ -129,17 +129,6 @@ def run_options(out: Path, archive: str, folder: str, losses: Sequence[str]) -> 
 def misled_options(out: Path) -> TrainOptions:
     """Labels do not hear the teacher, so they are not trained again."""
     return run_options(out, MISLED, "runs-misled", LOSSES[1:])
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Two trainings of tiny networks share the cores better than the threads of one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def train_both(here: TrainOptions, beside: TrainOptions, watcher: DemoWatcher) -> tuple[list[Outcome], list[Outcome]]:

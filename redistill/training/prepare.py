@@ -16,7 +16,6 @@ from redistill.losses.objective import Mix, Objective
 from redistill.models import OpenedModel, open_model
 from redistill.signals import LOGITS
 from redistill.sources.index import index_source
-from redistill.sources.join import join
 from redistill.sources.opening import open_source
 from redistill.teachers import Teacher
 from redistill.training.distributed import World
@@ -27,7 +26,7 @@ from redistill.training.residence import Residence
 from redistill.training.targets import CachedTargets, OnlineTargets
 from redistill.training.validate import Validation
 from redistill.training.watcher import Watcher
-from redistill.views import ArchiveViews, ViewDataset
+from redistill.views import ArchiveViews, ViewDataset, join_archive
 from redistill.views.canaries import check_canaries
 from redistill.views.provider import archive_recipe
 from redistill.wording import first_line
@@ -101,14 +100,7 @@ def aligned_dataset(options: TrainOptions, archive: Archive, workers: int, watch
     """The archive's views from the data at hand, which are proven to be those the teacher saw."""
     source = open_source(options.data)
     index = index_source(source, workers=None if workers else 0, progress=watcher.index)
-    joined = join(
-        index,
-        keys=archive.keys,
-        labels=archive.labels,
-        digests=archive.digests,
-        class_names=archive.class_names,
-        allow_missing=options.allow_missing,
-    )
+    joined = join_archive(index, archive, allow_missing=options.allow_missing)
     if not joined.exact:
         watcher.say(f"data and archive: {joined.summary()}")
     if archive.spec.canaries_per_view:

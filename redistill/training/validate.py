@@ -18,10 +18,9 @@ from redistill.evaluation import Tally, tally
 from redistill.loading import batch_loader
 from redistill.models.opened import Normalise
 from redistill.sources.index import SourceIndex, index_source
-from redistill.sources.join import join
 from redistill.sources.opening import open_source
 from redistill.training.feed import carry
-from redistill.views import ArchiveViews, DrawnViews, ViewDataset, parse_recipe
+from redistill.views import ArchiveViews, DrawnViews, ViewDataset, join_archive, parse_recipe
 from redistill.views.canaries import check_canaries
 
 __all__ = ["Validation", "labels_by_name"]
@@ -75,13 +74,7 @@ class Validation:
             dataset = ViewDataset(source, DrawnViews(index, recipe, seed=0, num_views=1))
         else:
             opened = open_archive(archive)
-            joined = join(
-                index,
-                keys=opened.keys,
-                labels=opened.labels,
-                digests=opened.digests,
-                class_names=opened.class_names,
-            )
+            joined = join_archive(index, opened)
             check_canaries(source, opened, joined).require()
             dataset = ViewDataset(source, ArchiveViews(opened, joined), size=size)
             if (opened.class_names, opened.num_classes) != (class_names, num_classes):

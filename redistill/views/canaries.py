@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -12,6 +11,7 @@ import numpy.typing as npt
 import torch
 from redistill_cache.errors import Damaged, Refused, UsageError
 
+from redistill.devices import one_thread
 from redistill.sources.base import Source
 from redistill.sources.join import Join
 from redistill.views.counter import Purpose, below, draw_words
@@ -66,7 +66,7 @@ def make_canaries(
 def fingerprints(dataset: ViewDataset, view: int, rows: npt.NDArray[Any]) -> Pixels:
     """[n, 8, 8, 3]: the fingerprint of each of these views."""
     found = np.empty((len(rows), GRID, GRID, 3), np.uint8)
-    with _one_thread():
+    with one_thread():
         for position, row in enumerate(rows.tolist()):
             found[position] = fingerprint(dataset[dataset.index(view, row)].pixels)
     return found
@@ -76,17 +76,6 @@ def fingerprint(pixels: torch.Tensor) -> Pixels:
     """[..., 8, 8, 3]: pixels of a view [..., 3, size, size] at the centres of an 8 x 8 grid."""
     at = grid_positions(pixels.shape[-1])
     return np.moveaxis(pixels.numpy()[..., at[:, None], at], -3, -1)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """As in a worker of a DataLoader: images are too small to share out, and on a busy machine waiting costs most."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

@@ -119,10 +119,10 @@ def archive_recipe(archive: ViewArchive) -> Recipe:
     return recipe
 
 
-def join_archive(source: Source, archive: ViewArchive, *, allow_missing: bool = False) -> Join:
-    """Index the source (or take up its kept index) and find the sample of each row of the archive."""
+def join_archive(images: Source | SourceIndex, archive: ViewArchive, *, allow_missing: bool = False) -> Join:
+    """The sample behind each row of the archive; of a source, its index is made or taken up first."""
     return join(
-        index_source(source),
+        images if isinstance(images, SourceIndex) else index_source(images),
         keys=archive.keys,
         labels=np.asarray(archive.labels),
         digests=np.asarray(archive.digests),

@@ -156,9 +156,13 @@ def test_ctrl_c_in_the_middle_is_said_in_a_line():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}/a.redistill.zarr"
         command = [sys.executable, "-m", "redistill_cli", "inspect", address]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        listening = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # else not behind &
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **listening)
+        try:
             asking, _ = silent.accept()  # it waits for an answer now
             with asking:
                 process.send_signal(signal.SIGINT)
                 said, complained = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert (process.returncode, said, complained) == (130, "", "redistill: interrupted\n")
