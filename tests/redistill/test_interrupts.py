@@ -4,11 +4,20 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 
 import pytest
 from redistill_cache.errors import Refused
 
 from redistill.interrupts import Interrupted, stop_on_signals
+
+
+@pytest.fixture(autouse=True)
+def _python_handles_ctrl_c() -> Iterator[None]:
+    """As it does in a terminal; what a shell starts behind & ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_request_waits_until_it_is_looked_at():
