@@ -21,7 +21,7 @@ __all__ = ["CachedTargets", "OnlineTargets", "decode_on"]
 
 def decode_on(codec: Codec, packed: Mapping[str, np.ndarray], device: torch.device) -> Tensor:
     """Packed rows to the device, decoded there: float32 [n, width]. The host never holds full rows for a GPU."""
-    if device.type == "cpu":  # numpy starts its small operations six times as fast as torch, and multiplies as fast
+    if device.type == "cpu":  # numpy starts small operations sooner than torch, and multiplies as fast
         return torch.from_numpy(np.asarray(codec.decode(packed)))
     moved = {}
     for name, array in packed.items():
