@@ -6,8 +6,8 @@ cached over online      images/s with the archive over images/s with the teacher
 cohort of four          seconds of four students in one pass over seconds of one
 many views over few     images/s, and peak memory, from an archive of 16 views over one of 2
 
-Runs take turns, the first epoch of each (workers start, kernels are chosen) is not counted; a ratio is the median of those
-of the turns: machines drift. How far such a ratio is to be believed, labels over labels says: that is 1.
+Runs take turns, the first epoch of each (workers start, kernels are chosen) is not counted; a ratio is the median of
+those of the turns: machines drift. How far it is to be believed, labels over labels says: that is 1.
 Batches are of 128, as `redistill train` makes them. JPEG images are 500 x 375; rendered at 64 px for a small student,
 the loader is what limits.
 """
