@@ -20,7 +20,7 @@ __all__ = ["encode_linear", "search_coefficients"]
 
 # Rows of a slab are searched together: tiles of rows that still need another step stay full.
 TILES_OF_SLAB = 16
-# Attempts at a coarser step for rows that have passed. The second saves little at a loose bound, and pays at a tight one.
+# Attempts at a coarser step for rows that passed. The second saves little at a loose bound, and pays at a tight one.
 COARSER_TRIES = 2
 
 
