@@ -15,7 +15,19 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 # Short ones first, so that a mistake shows early.
-NAMES = ("sources", "views", "canaries", "archive", "codecs", "peers", "losses", "stage1", "stage2", "accuracy")
+NAMES = (
+    "sources",
+    "views",
+    "canaries",
+    "archive",
+    "codecs",
+    "peers",
+    "losses",
+    "memory",
+    "stage1",
+    "stage2",
+    "accuracy",
+)
 
 
 def main() -> None:

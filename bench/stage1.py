@@ -5,7 +5,6 @@ blocks over a bare loop    images/s of rendering, asking, encoding and writing b
                            dropped; the first batch counts twice, as it is asked about again when it is read back
 whole command over it      the same for everything: index, check, pilot, canaries and seal, which are paid once
 estimated over written     bytes of --dry-run over bytes of the archive
-memory, 50 views over 10   peak memory of a process that writes so many views; a few of them fill its buffers
 
 The two loops take turns over the same views; ratios are of medians. Threads are what torch finds.
 """
@@ -13,8 +12,6 @@ The two loops take turns over the same views; ratios are of medians. Threads are
 from __future__ import annotations
 
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -29,8 +26,6 @@ from redistill.caching.run import batches, declare_teacher, write_teacher
 from redistill.caching.watcher import Silent
 from redistill.interrupts import StopRequest
 from redistill.ranks import Rank
-
-MEASURED = "measure-memory"
 
 
 def bare_and_blocks(plan: Plan, *, blocks_first: bool) -> tuple[float, float]:
@@ -101,12 +96,6 @@ def estimated(folder: Path, data: str, teacher: str) -> dict[str, object]:
     }
 
 
-def peak_memory(folder: Path, views: int, data: str, teacher: str) -> int:
-    """Bytes, of a process of its own."""
-    command = [sys.executable, __file__, MEASURED, str(folder / f"memory-{views}.zarr"), str(views), data, teacher]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
 def main() -> None:
     args = harness.arguments(__doc__ or "").parse_args()
     repeats, teacher = 1 if args.quick else 3, "demo:large?num_classes=10&weights=random"
@@ -118,16 +107,8 @@ def main() -> None:
         if not args.quick:  # many classes are encoded in large pieces, or at a high price: a quarter of an hour
             rows += resnet50(folder, 1, classes=1000, n=512, batch_size=16)
         rows.append(estimated(folder, "synthetic?classes=10&n=2048", teacher))
-        wide = "synthetic?classes=1000&n=1024", "demo:large?num_classes=1000&weights=random"  # 4 MB of answers a view
-        few, many = (peak_memory(folder, views, *wide) for views in (10, 50))
-        rows.append({"name": "peak memory, 50 views over 10", "ratio": many / few, "goal": 1.0})
     harness.report("stage1", rows, args)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == [MEASURED]:
-        _, _, out, count, images, network = sys.argv
-        cache_teacher(CacheOptions(data=images, teacher=network, views=int(count), out=Path(out), codec="float16"))
-        print(harness.peak_memory())
-    else:
-        main()
+    main()

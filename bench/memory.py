@@ -1,0 +1,42 @@
+"""Whether the memory of stage 1 grows with the views it writes: python bench/memory.py [--quick] [--json PATH]
+
+Each row is the most memory that a process of its own held while it wrote so many views of 1,024 images and 1,000
+classes, 4 MB of answers a view; the ratio is over the first row, which has enough views to fill every buffer.
+Stage 2 is measured beside its pace, in bench/stage2.py.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import harness
+
+from redistill.caching import CacheOptions, cache_teacher
+
+DATA, TEACHER = "synthetic?classes=1000&n=1024", "demo:large?num_classes=1000&weights=random"
+
+
+def peak(out: Path, views: int) -> int:
+    cache_teacher(CacheOptions(data=DATA, teacher=TEACHER, views=views, out=out, codec="float16"))
+    return harness.peak_memory()
+
+
+def main() -> None:
+    args = harness.arguments(__doc__ or "").parse_args()
+    found: dict[int, int] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for views in (10, 25) if args.quick else (10, 25, 50):
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
+                found[views] = alone.submit(peak, Path(folder) / f"{views}.redistill.zarr", views).result()
+    rows = [
+        {"name": f"stage 1, {views} views", "ratio": most / found[10], "goal": 1.0, "mebibytes": most / 2**20}
+        for views, most in found.items()
+    ]
+    harness.report("memory", rows, args)
+
+
+if __name__ == "__main__":
+    main()
