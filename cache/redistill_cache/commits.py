@@ -67,9 +67,13 @@ class Commits:
             folders.add(final.parent)
         for folder in sorted(folders):
             self._files.sync_directory(folder)
-        return all(self.in_place(path, entry) for path, entry in record.files.items())
+        return self.in_place(record)
 
-    def in_place(self, path: str, entry: FileEntry) -> bool:
+    def in_place(self, record: Record) -> bool:
+        """Whether every file of a block has its final name, and its size."""
+        return all(self._is_final(path, entry) for path, entry in record.files.items())
+
+    def _is_final(self, path: str, entry: FileEntry) -> bool:
         try:
             found = os.lstat(self._root / path)
         except FileNotFoundError:

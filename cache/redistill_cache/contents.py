@@ -64,13 +64,13 @@ def read_contents(path: Path, *, allow_partial: bool) -> Contents:
                 f"{path} is not finished: it was never sealed; run the command that wrote it again, "
                 "or open it with allow_partial=True for the blocks it has"
             ) from None
-        return _partial(path, root)
+        return _partial(path, root, Commits(path, LOCAL), settle=False)
     return _sealed(path, root, data)
 
 
-def read_committed(path: Path) -> Contents:
-    """What is committed by now, sealed or not: also of a teacher that is being added to a sealed archive."""
-    return _partial(path, read_root(path))
+def read_committed(path: Path, commits: Commits) -> Contents:
+    """What is committed by now, for its writer: also of a teacher that is being added to a sealed archive."""
+    return _partial(path, read_root(path), commits, settle=True)
 
 
 # -- sealed -----------------------------------------------------------------------------------------------------------
@@ -144,10 +144,11 @@ def _check_claims(contents: Contents) -> None:
 # -- not sealed -------------------------------------------------------------------------------------------------------
 
 
-def _partial(path: Path, root: Document[ArchiveSpec]) -> Contents:
-    """The blocks that are committed and in place. What a dead writer left unsettled waits for the next writer."""
+def _partial(path: Path, root: Document[ArchiveSpec], commits: Commits, *, settle: bool) -> Contents:
+    """The blocks that are committed and in place. One that its writer has not settled yet, or died before, is settled
+    by other writers in passing; readers change nothing and leave it out."""
     walk_regular(path, most=MOST_FILES)
-    commits = Commits(path, LOCAL)
+    is_there = commits.settle if settle else commits.in_place
     present = commits.names() if (path / layout.BLOCKS).is_dir() else set()
     documents = read_teachers(path, list_teachers(path), root)
     teachers = {name: item.spec for name, item in documents.items()}
@@ -157,7 +158,7 @@ def _partial(path: Path, root: Document[ArchiveSpec]) -> Contents:
             continue
         identity = documents[block.part.split("/")[1]].identity if block.part.startswith("teachers/") else root.identity
         record = commits.load(block, identity, files)
-        if all(commits.in_place(name, entry) for name, entry in record.files.items()):
+        if is_there(record):
             records.append(record)
     committed = frozenset((r.block.part, r.block.view, r.block.index) for r in records)
     if ("samples", 0, 0) not in committed:

@@ -152,9 +152,12 @@ class ArchiveWriter:
         return [block for block in blocks if block.record_path not in present]
 
     def read_back(self) -> Archive:
-        """An archive of exactly what is committed by now: to test what was written, or to go on with its codecs."""
+        """An archive of exactly what is committed by now: to test what was written, or to go on with its codecs.
+
+        Blocks that another process is just committing are part of it: they are settled here.
+        """
         with disk_trouble("read", self.path):
-            return Archive(read_committed(self.path))
+            return Archive(read_committed(self.path, self._commits))
 
     @property
     def sealed(self) -> bool:

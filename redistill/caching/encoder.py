@@ -156,7 +156,9 @@ class BlockEncoder:
             self._drawn.add(block.view)
         whole = {name: join_encoded([piece[name] for piece in pieces]) for name in self._codecs}
         arrays = {f"{name}/{key}": np.asarray(a) for name, item in whole.items() for key, a in item.arrays.items()}
-        self._writer.write(block, arrays, {name: BlockStats.of(item).to_json() for name, item in whole.items()})
+        stats = {name: BlockStats.of(item).to_json() for name, item in whole.items()}
+        if not self._writer.write(block, arrays, stats):
+            return  # another process had it first, and counts it
         labels, written = self._plan.index.labels[block.start : block.stop], self.written
         shards = (self._writer.path / array.shard_path(block.view, block.index) for array in self._layouts.values())
         written.bytes += sum(shard.stat().st_size for shard in shards)

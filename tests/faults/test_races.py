@@ -29,7 +29,9 @@ def contend(folder: Path, rounds: int, me: int, barrier: Barrier, parent: Connec
         rows = len(block.rows)
         arrays = {"crop": np.full((rows, 4), me, np.int32), "flip": np.full(rows, me, np.uint8)}
         barrier.wait(SECONDS)
-        parent.send((number, me, writer.write(block, arrays)))
+        won = writer.write(block, arrays)
+        assert writer.read_back().contents.holds(block), "a writer that is told of a block can read it"
+        parent.send((number, me, won))
         barrier.wait(SECONDS)
 
 

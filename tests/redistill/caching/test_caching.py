@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -128,6 +130,28 @@ def test_workers_and_ranks_do_not_change_a_byte(whole: Path, tmp_path: Path):
     assert [rank.exitcode for rank in ranks] == [0, 0], [text.read_text() for text in said]
     assert said[1].read_text() == "", "the first rank speaks for all"
     assert manifest(out) == manifest(whole)
+
+
+class AnotherIsFaster(Silent):
+    """After our first batch another process has committed view 0, and was not yet in time to name its files."""
+
+    def __init__(self, path: Path, finished: Path) -> None:
+        self.path, self.finished = path, finished
+
+    def advance(self, *_) -> None:
+        for record in (self.finished / "_redistill" / "blocks").glob("*.0.?.json"):
+            if (self.path / "_redistill" / "blocks" / record.name).exists():
+                continue
+            for name, _, sha256 in json.loads(record.read_text())["files"]:
+                shutil.copy(self.finished / name, self.path / f"{name}.{sha256}.partial")
+            shutil.copy(record, self.path / "_redistill" / "blocks")
+
+
+def test_a_process_that_is_overtaken_goes_on(whole: Path, tmp_path: Path):
+    path = tmp_path / "a.redistill.zarr"
+    result = cache_teacher(asked(path), AnotherIsFaster(path, whole))
+    assert manifest(path) == manifest(whole)
+    assert result.images == 90, "the second view is its own, the first is not"
 
 
 def test_a_second_run_does_nothing(whole: Path):
