@@ -81,6 +81,19 @@ def test_going_on_is_bit_for_bit(options, tmp_path: Path, step: int):
     assert history(broken.out) == history(straight.out)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # wandb's own
+def test_a_run_that_goes_on_is_one_run_for_wandb(options, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("wandb", reason="needs wandb: pip install 'redistill[wandb]'")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    asked = options(log=("csv", "wandb"))
+    with pytest.raises(Interrupted):
+        train(asked, StopAt(7))
+    train(asked)
+    [identity] = {path.name.rpartition("-")[2] for path in (asked.out / "wandb").glob("offline-run-*")}
+    assert identity == (asked.out / "wandb-id.txt").read_text()
+
+
 def test_workers_do_not_change_a_bit(options, tmp_path: Path):
     train(options(out=tmp_path / "none", epochs=2))
     train(options(out=tmp_path / "two", epochs=2, workers=2))
