@@ -25,6 +25,7 @@ NAMES = (
     "losses",
     "memory",
     "stage1",
+    "steps",
     "stage2",
     "accuracy",
 )

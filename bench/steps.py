@@ -1,0 +1,107 @@
+"""What the archive adds to a step of a student: python bench/steps.py [--quick] [--json PATH]
+
+bench/stage2.py compares whole runs, which a busy machine makes uncertain. Here students of the power divergence and of
+labels alone take the same batch of 128 in turns of milliseconds, in one process and one thread, so that both meet the
+same machine; times are medians over the turns, each in an order of its own. Loading costs both the same, so images/s of
+one over the other lie between 1 and
+
+steps       a step with labels alone over one with the archive, its rows gathered and decoded, if loading cost nothing
+with views  the same with the rendering of the batch added to both, as where the processors limit
+control     labels alone over labels alone: 1, were the machine quiet
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import harness
+import torch
+from stage2 import DRAWN, Bench
+
+from redistill.losses.schedule import Progress
+from redistill.training import TrainOptions
+from redistill.training.distributed import World, joined_world
+from redistill.training.feed import Batch
+from redistill.training.prepare import Run, prepare
+from redistill.training.watcher import Silent
+
+LOSSES = ("power", "ce", "ce")
+START = Progress(0.0, 1)
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def step(run: Run, item: Batch, world: World) -> None:
+    """As the loop of training takes it."""
+    pixels, labels = item.carried.pixels.to(world.device), item.carried.labels.to(world.device)
+    teacher = None if run.targets is None else run.targets(item, pixels)
+    for member in run.members:
+        member.step(pixels, teacher, labels, None, START, 1.0)
+
+
+def measure(data: str, archive: Path, student: str, turns: int) -> dict[str, object]:
+    out = archive.parent / "run"
+    with joined_world("auto") as world:
+        runs = [
+            prepare(
+                TrainOptions(data=data, archive=archive, students=(student,), losses=(loss,), out=out, workers=0),
+                world,
+                Silent(),
+            )
+            for loss in LOSSES
+        ]
+        feed = runs[0].feed
+        item = next(iter(feed.start(0, 0)))
+        for run in runs:
+            if run.targets is not None:
+                run.targets.begin(item.views, None)
+        indices = [feed.dataset.index(item.views[0], row) for row in range(item.global_rows)]
+        render = statistics.median(
+            seconds(lambda: feed.dataset.__getitems__(indices), torch.device("cpu")) for _ in range(5)
+        )
+        times: list[list[float]] = [[] for _ in runs]
+        order = random.Random(0)
+        for _ in range(turns):
+            for at in order.sample(range(len(runs)), len(runs)):
+                times[at].append(seconds(lambda at=at: step(runs[at], item, world), world.device))  # type: ignore[misc]
+    power, labels, again = (statistics.median(found[turns // 10 :]) for found in times)
+    return {
+        "name": f"{student}, {archive.name.partition('.')[0]}",
+        "steps": labels / power,
+        "with views": (labels + render) / (power + render),
+        "control": labels / again,
+        "goal": 0.98,
+        "ms of a step": 1e3 * labels,
+        "ms added": 1e3 * (power - labels),
+        "ms of rendering": 1e3 * render,
+    }
+
+
+def main() -> None:
+    args = harness.arguments(__doc__ or "").parse_args()
+    turns = 30 if args.quick else 200
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), args.quick)
+        drawn, jpeg = f"{DRAWN}&n=512", bench.jpegs(256)
+        small = bench.archive("32 px drawn", drawn, 2)
+        rows = [measure(drawn, small, "demo:small", turns), measure(drawn, small, "cifar:resnet8", turns // 2)]
+        for size, most in ((64, turns // 2), (224, turns // 10)):
+            archive = bench.archive(f"JPEG at {size} px", jpeg, 2, recipe=f"rrc?size={size}")
+            rows.append(measure(jpeg, archive, "demo:small", most))
+    harness.report("steps", rows, args)
+
+
+if __name__ == "__main__":
+    main()
