@@ -81,7 +81,6 @@ def test_going_on_is_bit_for_bit(options, tmp_path: Path, step: int):
     assert history(broken.out) == history(straight.out)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # wandb's own
 def test_a_run_that_goes_on_is_one_run_for_wandb(options, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("wandb", reason="needs wandb: pip install 'redistill[wandb]'")
     monkeypatch.setenv("WANDB_MODE", "offline")
