@@ -3,8 +3,8 @@
     python bench/losses.py [--quick] [--json PATH]
 
 One step is forward and backward of the loss alone, from float32 logits to the gradient of the student's. The two
-losses take turns, so that whatever else the machine does meets both; `ratio` is that of the medians. `memory` is the
-ratio of the peaks of what a step allocates beyond its inputs.
+losses take turns, so that whatever else the machine does meets both, in one thread; `ratio` is that of the medians.
+`memory` is the ratio of the peaks of what a step allocates beyond its inputs.
 """
 
 from __future__ import annotations
@@ -125,6 +125,7 @@ def _finish(tensor: Tensor) -> None:
 
 def main() -> None:
     args = harness.arguments(__doc__.splitlines()[0]).parse_args()
+    torch.set_num_threads(1)
     sizes, repeats = ((100, 1000), 40) if args.quick else ((100, 1000, 21_843), 300)
     rows = []
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
