@@ -26,9 +26,17 @@ from redistill_cache import open_archive
 from scipy.stats import ttest_rel
 
 from redistill.caching import CacheOptions, cache_teacher
-from redistill.demo.run import BATCH_SIZE, OPTIM, RECIPE
-from redistill.demo.setting import STUDENT_DATA, STUDENT_NETWORK, TEACHER_NETWORK, TEACHER_WEIGHTS, VAL_DATA
-from redistill.rewriting import mislead, rewrite_logits
+from redistill.demo.rewriting import mislead, rewrite_logits
+from redistill.demo.run import (
+    BATCH_SIZE,
+    OPTIM,
+    RECIPE,
+    STUDENT_DATA,
+    STUDENT_NETWORK,
+    TEACHER_NETWORK,
+    TEACHER_WEIGHTS,
+    VAL_DATA,
+)
 from redistill.training import TrainOptions, train
 
 TEACHER = f"{TEACHER_NETWORK}&weights={TEACHER_WEIGHTS}"

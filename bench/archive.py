@@ -39,7 +39,7 @@ from redistill_cache import (
     open_archive,
 )
 from redistill_cache.codecs import Codec, fit_codec
-from redistill_cache.files import LOCAL, Files
+from redistill_cache.storage import LOCAL, Files
 
 REPEATS = 5
 

@@ -26,10 +26,9 @@ from PIL import Image
 
 from redistill.sources.base import Sample
 from redistill.sources.index import index_source
-from redistill.sources.opening import open_source
+from redistill.sources.open_source import open_source
 from redistill.views import DrawnViews, Recipe, ViewDataset, parse_recipe
-from redistill.views.canaries import align, make_canaries
-from redistill.views.suspects import AlteredViews
+from redistill.views.canaries import AlteredViews, align, make_canaries
 
 try:
     import simplejpeg

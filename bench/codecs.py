@@ -67,8 +67,8 @@ def sets_of(path: Path, quick: bool) -> Iterator[Logits]:
 
 def demo_logits(quick: bool) -> Logits:
     """The demo's teacher over drawn images it has not seen."""
-    from redistill.demo.setting import TEACHER_NETWORK, TEACHER_WEIGHTS, VAL_DATA
-    from redistill.sources.opening import open_source
+    from redistill.demo.run import TEACHER_NETWORK, TEACHER_WEIGHTS, VAL_DATA
+    from redistill.sources.open_source import open_source
 
     source = open_source(VAL_DATA)
     count = 600 if quick else 2000

@@ -19,11 +19,10 @@ from pathlib import Path
 import harness
 
 from redistill.caching import CacheOptions, cache_teacher, estimate_cache
-from redistill.caching.forward import Forward
-from redistill.caching.outcome import Run
+from redistill.caching.options import Silent
+from redistill.caching.pilot import Forward
 from redistill.caching.plan import Plan, make_plan
-from redistill.caching.run import batches, declare_teacher, write_teacher
-from redistill.caching.watcher import Silent
+from redistill.caching.run import CacheProgress, batches, declare_teacher, write_teacher
 from redistill.interrupts import StopRequest
 from redistill.ranks import Rank
 
@@ -35,7 +34,7 @@ def bare_and_blocks(plan: Plan, *, blocks_first: bool) -> tuple[float, float]:
     """
     seconds: dict[str, float] = {}
     with Forward(plan, StopRequest()) as forward:
-        there = declare_teacher(forward, None, run := Run(), Silent())
+        there = declare_teacher(forward, None, run := CacheProgress(), Silent())
         wanted = list(batches(forward, there.writer, there.writer.missing(plan.part)))
 
         def bare() -> None:

@@ -30,7 +30,7 @@ from redistill.caching import CacheOptions, cache_teacher
 from redistill.devices import pick_device
 from redistill.models import open_model
 from redistill.optim import OptimConfig
-from redistill.sources.opening import open_source
+from redistill.sources.open_source import open_source
 from redistill.teachers import Teacher
 from redistill.training import TrainOptions, train
 

@@ -24,15 +24,15 @@ import harness
 import torch
 from stage2 import DRAWN, Bench
 
-from redistill.losses.schedule import Progress
+from redistill.losses.schedule import TrainingProgress
+from redistill.ranks import World, joined_world
 from redistill.training import TrainOptions
-from redistill.training.distributed import World, joined_world
-from redistill.training.feed import Batch
-from redistill.training.prepare import Run, prepare
-from redistill.training.watcher import Silent
+from redistill.training.feed import TrainBatch
+from redistill.training.options import Silent
+from redistill.training.prepare import TrainSetup, prepare
 
 LOSSES = ("power", "ce", "ce")
-START = Progress(0.0, 1)
+START = TrainingProgress(0.0, 1)
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -43,7 +43,7 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def step(run: Run, item: Batch, world: World) -> None:
+def step(run: TrainSetup, item: TrainBatch, world: World) -> None:
     """As the loop of training takes it."""
     pixels, labels = item.carried.pixels.to(world.device), item.carried.labels.to(world.device)
     teacher = None if run.targets is None else run.targets(item, pixels)

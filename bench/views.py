@@ -27,7 +27,7 @@ from torchvision.transforms import v2
 
 from redistill.sources.base import Sample
 from redistill.sources.index import index_source
-from redistill.sources.opening import open_source
+from redistill.sources.open_source import open_source
 from redistill.views import DrawnViews, ViewDataset, draw_params, parse_recipe
 
 DISTINCT = 64  # encoded pictures, used again and again

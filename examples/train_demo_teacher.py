@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from redistill.demo.setting import TEACHER_DATA, TEACHER_NETWORK, VAL_DATA
+from redistill.demo.run import TEACHER_DATA, TEACHER_NETWORK, VAL_DATA
 from redistill.models import OpenedModel, open_model
 from redistill.models.weights import save_weights
-from redistill.sources.opening import open_source
+from redistill.sources.open_source import open_source
 
 EPOCHS, BATCH, LR, WARMUP, SHIFT = 5, 64, 0.1, 200, 3
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from redistill.sources.opening import open_source
+from redistill.sources.open_source import open_source
 
 if TYPE_CHECKING:
     from redistill import losses
     from redistill.cached_teacher import CachedTeacher
     from redistill.models import open_model
-    from redistill.views.dataset import ViewDataset
-    from redistill.views.replay import render
+    from redistill.views.dataset import ViewDataset, render
 
 __all__ = ["CachedTeacher", "ViewDataset", "losses", "open_model", "open_source", "render"]
 

@@ -17,20 +17,19 @@ import numpy as np
 import torch
 from redistill_cache import Archive, open_archive
 from redistill_cache.errors import Refused
-from redistill_cache.files import LOCAL
-from redistill_cache.storage import disk_trouble
+from redistill_cache.machine import usable_cores, usable_memory
+from redistill_cache.storage import LOCAL, disk_trouble
 
 from redistill.devices import one_thread, pick_device
 from redistill.loading import default_workers, worker_context
-from redistill.machine import usable_cores, usable_memory
 from redistill.models import open_model
 from redistill.signals import LOGITS
 from redistill.sources.base import ObjectSource, Sample, Source
 from redistill.sources.index import index_source
-from redistill.sources.opening import open_source
+from redistill.sources.open_source import open_source
 from redistill.training.targets import decode_on
 from redistill.views import DrawnViews, ViewDataset, parse_recipe
-from redistill.views.provider import archive_recipe
+from redistill.views.view_params import archive_recipe
 
 __all__ = ["Diagnosis", "examine"]
 

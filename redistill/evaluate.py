@@ -12,12 +12,12 @@ from redistill_cache import open_archive
 from redistill_cache.errors import Refused, UsageError
 
 from redistill.devices import pick_amp, pick_device
-from redistill.evaluation import Metrics
 from redistill.loading import default_workers
+from redistill.metrics import Metrics
 from redistill.models import OpenedModel, open_model, open_weights
 from redistill.sources.index import index_source
-from redistill.sources.opening import open_source
-from redistill.training.outcome import STUDENT, headline
+from redistill.sources.open_source import open_source
+from redistill.training.run_files import STUDENT, headline
 from redistill.training.validate import Validation
 
 __all__ = ["Evaluation", "evaluate"]

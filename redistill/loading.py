@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from redistill_cache.errors import RedistillError, Refused
+from redistill_cache.machine import usable_cores
 
-from redistill.machine import usable_cores
-from redistill.wording import first_line
+from redistill.specs import first_line
 
 __all__ = ["Batches", "batch_loader", "default_workers", "worker_context"]
 

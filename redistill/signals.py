@@ -14,8 +14,7 @@ from redistill_cache.errors import Refused, UsageError
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from redistill.specs import did_you_mean
-from redistill.wording import first_line
+from redistill.specs import did_you_mean, first_line
 
 __all__ = ["LOGITS", "PENULTIMATE", "Head", "Signals", "find_head", "pool"]
 

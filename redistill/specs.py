@@ -17,7 +17,29 @@ from urllib.parse import unquote
 
 from redistill_cache.errors import UsageError
 
-__all__ = ["Spec", "did_you_mean", "parse_spec"]
+__all__ = ["Spec", "did_you_mean", "first_line", "listed", "parse_spec"]
+
+
+# -- wording ----------------------------------------------------------------------------------------------------------
+#
+# Words for error messages, which are one line each.
+
+NAMED = 3
+
+
+def listed(words: Iterable[str], separator: str = ", ") -> str:
+    """The first few, and how many more."""
+    words = list(words)
+    rest = [f"and {len(words) - NAMED} more"] if len(words) > NAMED else []
+    return separator.join(words[:NAMED] + rest)
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says, cut to its first line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+
+
+# -- specs ------------------------------------------------------------------------------------------------------------
 
 T = TypeVar("T", str, int, float, bool)
 

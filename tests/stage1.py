@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from redistill.caching import CacheOptions
-from redistill.demo.setting import DIFFICULTY, TEACHER_NETWORK, TEACHER_WEIGHTS
+from redistill.demo.run import DIFFICULTY, TEACHER_NETWORK, TEACHER_WEIGHTS
 
 __all__ = ["DATA", "OTHER_TEACHER", "TEACHER", "asked", "command", "files_of", "note_of", "started"]
 

@@ -79,7 +79,7 @@ IMPORTS = {name: imports(name, ast.parse(file.read_text()), MODULES) for name, f
 
 
 def test_there_is_something_to_look_at():
-    assert {"redistill_cache.files", "redistill.specs", "redistill_cli.app"} <= MODULES.keys()
+    assert {"redistill_cache.storage", "redistill.specs", "redistill_cli.app"} <= MODULES.keys()
     assert "redistill_cache.errors" in IMPORTS["redistill.specs"]
 
 
@@ -93,7 +93,7 @@ def test_imports_run_one_way():
 def test_the_archive_library_needs_numpy_and_zarr_only():
     allowed = CACHE_THIRD_PARTIES | sys.stdlib_module_names | {"redistill_cache"}
     for module in module_files("redistill_cache"):
-        here = allowed | ({"fsspec"} if module == "redistill_cache.downloads" else set())  # only when a URL needs it
+        here = allowed | ({"fsspec"} if module == "redistill_cache.fetching" else set())  # only when a URL needs it
         foreign = {name for name in IMPORTS[module] if name.split(".")[0] not in here}
         assert not foreign, f"{module} imports {sorted(foreign)}; redistill_cache may use {CACHE_THIRD_PARTIES}"
 

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from redistill_cache.arrays import ArraySpec
 from redistill_cache.codecs import open_codec
 from redistill_cache.codecs.stats import BlockStats
-from redistill_cache.files import LOCAL, Files
 from redistill_cache.layout import Block
-from redistill_cache.spec import ArchiveSpec, SignalSpec, TeacherSpec
+from redistill_cache.spec import ArchiveSpec, ArraySpec, SignalSpec, TeacherSpec
+from redistill_cache.storage import LOCAL, Files
 from redistill_cache.writer import ArchiveWriter
 
 CLASSES = 6

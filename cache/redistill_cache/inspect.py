@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from redistill_cache import layout
-from redistill_cache.fidelity import summarise
+from redistill_cache.codecs.stats import summarise
 from redistill_cache.reader import Archive
 from redistill_cache.spec import SignalSpec, TeacherSpec
 

@@ -17,9 +17,8 @@ from typing import NamedTuple
 from redistill_cache import limits
 from redistill_cache.errors import Damaged, Refused
 from redistill_cache.layout import Block
-from redistill_cache.parsing import parse_version
-from redistill_cache.requirements import is_name
-from redistill_cache.spec import VERSION
+from redistill_cache.spec import VERSION, is_name
+from redistill_cache.spec_files import parse_version
 from redistill_cache.strict_json import Fields, Json, canonical, parse
 
 __all__ = [

@@ -7,33 +7,166 @@ that came with an archive is never interpreted, so it cannot lie.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from redistill_cache import limits
-from redistill_cache.array_layout import ArrayLayout
-from redistill_cache.arrays import CHUNK_BYTES, ArraySpec, SideArray
 from redistill_cache.errors import UsageError
-from redistill_cache.spec import ArchiveSpec, SignalSpec, TeacherSpec
+from redistill_cache.spec import CHUNK_BYTES, ArchiveSpec, ArraySpec, SideArray, SignalSpec, TeacherSpec
 from redistill_cache.strict_json import Json, canonical
 
 __all__ = [
     "BLOCKS",
     "CANARY_SHAPE",
+    "CHECKSUM",
     "MANIFEST",
     "ArrayLayout",
     "Block",
+    "all_blocks",
     "canary_arrays",
     "check_extent",
     "count_files",
+    "expected_files",
     "expected_metadata",
     "part_arrays",
+    "part_blocks",
+    "parts",
     "sample_arrays",
+    "samples_block",
     "side_arrays",
+    "side_block",
     "teacher_arrays",
     "view_arrays",
 ]
+
+
+# -- array layout -----------------------------------------------------------------------------------------------------
+#
+# One zarr array of an archive: its folder, its shape, how it is cut into files and chunks, and its zarr.json.
+
+INDEX_ENTRY = 16  # offset and length, little-endian uint64
+CHECKSUM = 4  # CRC-32C, of the index and of chunks that are not compressed
+
+
+@dataclass(frozen=True)
+class ArrayLayout:
+    """One zarr array: its folder, shape, and cut into shards (files) and inner chunks.
+
+    `row_axis` is 1 for arrays [view, sample, ...] and 0 for arrays without views. Axes after it are never cut, and the
+    axis before it is cut one by one, so a shard is `shard_rows` consecutive rows and a chunk is `chunk_rows` of them.
+    """
+
+    path: str
+    dtype: str
+    shape: tuple[int, ...]
+    row_axis: int
+    shard_rows: int
+    chunk_rows: int
+    transpose: bool = False
+    level: int | None = 3  # zstd's; None stores chunks as they are, with a CRC-32C
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        return self.shape[self.row_axis + 1 :]
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.row_shape) * np.dtype(self.dtype).itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return self.row_bytes * math.prod(self.shape[: self.row_axis + 1])
+
+    @property
+    def chunk_bytes(self) -> int:
+        return self.chunk_rows * self.row_bytes
+
+    @property
+    def chunks_per_shard(self) -> int:
+        return self.shard_rows // self.chunk_rows
+
+    @property
+    def index_bytes(self) -> int:
+        return self.chunks_per_shard * INDEX_ENTRY + CHECKSUM
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of the one shard of an array that is not compressed."""
+        assert self.level is None
+        used = self.used_chunks(self.shape[self.row_axis])
+        return used * (self.chunk_bytes + CHECKSUM) + self.index_bytes
+
+    def used_chunks(self, rows: int) -> int:
+        """Chunks of a shard that hold at least one of its first `rows` rows."""
+        return -(-rows // self.chunk_rows)
+
+    @property
+    def metadata_path(self) -> str:
+        return f"{self.path}/zarr.json"
+
+    def shard_path(self, view: int, index: int) -> str:
+        coordinates = [view] * self.row_axis + [index] + [0] * len(self.row_shape)
+        return f"{self.path}/c.{'.'.join(map(str, coordinates))}"
+
+    def metadata(self, shape: tuple[int, ...] | None = None) -> dict[str, Json]:
+        """The zarr.json of this array as a value; `shape` stands in for the array's own when one shard is encoded."""
+        lead = [1] * self.row_axis
+        names = [*["view"] * self.row_axis, "sample", *[None] * len(self.row_shape)]
+        if self.row_axis == 0:
+            names[0] = None  # offsets and side data have rows that are not samples
+        return {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": list(shape or self.shape),
+            "data_type": self.dtype,
+            "chunk_grid": _regular([*lead, self.shard_rows, *self.row_shape]),
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+            "fill_value": 0.0 if np.dtype(self.dtype).kind == "f" else 0,
+            "codecs": [
+                {
+                    "name": "sharding_indexed",
+                    "configuration": {
+                        "chunk_shape": [*lead, self.chunk_rows, *self.row_shape],
+                        "codecs": self._inner_codecs(),
+                        "index_codecs": [_bytes_codec(8), {"name": "crc32c"}],
+                        "index_location": "end",
+                    },
+                }
+            ],
+            "dimension_names": names,
+            "attributes": {},
+        }
+
+    def _inner_codecs(self) -> list[dict[str, Json]]:
+        codecs: list[dict[str, Json]] = []
+        if self.transpose:
+            axes = list(range(self.row_axis + 1 + len(self.row_shape)))
+            order = [*axes[: self.row_axis], *axes[self.row_axis + 1 :], self.row_axis]
+            codecs.append({"name": "transpose", "configuration": {"order": order}})
+        codecs.append(_bytes_codec(np.dtype(self.dtype).itemsize))
+        if self.level is None:
+            return [*codecs, {"name": "crc32c"}]
+        return [*codecs, {"name": "zstd", "configuration": {"level": self.level, "checksum": True}}]
+
+    def metadata_bytes(self) -> bytes:
+        return canonical(self.metadata())
+
+
+def _regular(shape: list[int]) -> dict[str, Json]:
+    return {"name": "regular", "configuration": {"chunk_shape": shape}}
+
+
+def _bytes_codec(itemsize: int) -> dict[str, Json]:
+    return {"name": "bytes", "configuration": {"endian": "little"}} if itemsize > 1 else {"name": "bytes"}
+
+
+# -- layout -----------------------------------------------------------------------------------------------------------
 
 JOURNAL = "_redistill"
 BLOCKS = f"{JOURNAL}/blocks"
@@ -222,3 +355,63 @@ def check_extent(spec: ArchiveSpec, teachers: dict[str, TeacherSpec]) -> None:
             f"{len(teachers)} teachers with {arrays} arrays, more than the limit of {limits.MAX_ARRAYS_IN_ALL}; "
             "use another archive for some of them"
         )
+
+
+# -- blocks -----------------------------------------------------------------------------------------------------------
+#
+# Which blocks an archive has, and which files each of them: from the specification alone.
+
+Teachers = Mapping[str, TeacherSpec]
+
+
+def samples_block(spec: ArchiveSpec) -> Block:
+    return Block("samples", 0, 0, 0, spec.num_samples)
+
+
+def side_block(teacher: TeacherSpec) -> Block:
+    return Block(f"teachers/{teacher.name}/side", 0, 0, 0, 0)
+
+
+def parts(spec: ArchiveSpec, teachers: Teachers) -> list[str]:
+    """The parts that are written in blocks of rows or of canaries."""
+    found = ["views"] if spec.view_arrays else []
+    found += ["canaries"] if spec.canaries_per_view else []
+    return found + [f"teachers/{name}" for name in sorted(teachers)]
+
+
+def part_blocks(spec: ArchiveSpec, part: str, views: int) -> Iterator[Block]:
+    """All blocks of a part for views [0, views), view-major: any prefix of views is a prefix of the blocks."""
+    for view in range(views):
+        if part == "canaries":
+            yield Block(part, view, 0, 0, spec.canaries_per_view)
+            continue
+        for index in range(spec.blocks_per_view):
+            start = index * spec.block_rows
+            yield Block(part, view, index, start, min(start + spec.block_rows, spec.num_samples))
+
+
+def all_blocks(spec: ArchiveSpec, teachers: Teachers, views: int) -> Iterator[tuple[Block, list[str]]]:
+    """Every block that a complete archive has, and its files besides its record: the shards of its arrays."""
+    samples = sample_arrays(spec, 1)
+    # And the one zarr.json that depends on what is written, not on the specification alone.
+    yield samples_block(spec), [*_shards(samples), samples["key_bytes"].metadata_path]
+    for teacher in teachers.values():
+        yield side_block(teacher), _shards(side_arrays(teacher))
+    for part in parts(spec, teachers):
+        arrays = part_arrays(spec, dict(teachers), part)
+        for block in part_blocks(spec, part, views):
+            yield block, _shards(arrays, block.view, block.index)
+
+
+def _shards(arrays: Mapping[str, ArrayLayout], view: int = 0, index: int = 0) -> list[str]:
+    return [array.shard_path(view, index) for array in arrays.values()]
+
+
+def expected_files(spec: ArchiveSpec, teachers: Teachers, views: int) -> set[str]:
+    """Every file that a sealed archive has besides its manifest, and no other."""
+    names = {"zarr.json", *(teacher_path(name) for name in teachers)}
+    names.update(expected_metadata(spec, dict(teachers)))
+    for block, files in all_blocks(spec, teachers, views):
+        names.add(block.record_path)
+        names.update(files)
+    return names

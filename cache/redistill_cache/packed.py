@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from redistill_cache import layout
-from redistill_cache.claims import require_memory
 from redistill_cache.codecs import Codec
-from redistill_cache.contents import Contents
+from redistill_cache.open_state import ArchiveState, require_memory
 from redistill_cache.rows import opened_shard, read_rows, row_block
 from redistill_cache.shards import Scratch
 from redistill_cache.spec import SignalSpec, TeacherSpec
@@ -64,7 +63,7 @@ class PackedView:
     @classmethod
     def load(
         cls,
-        contents: Contents,
+        contents: ArchiveState,
         teacher: TeacherSpec,
         signal: SignalSpec,
         codec: Codec,
@@ -101,7 +100,7 @@ class PackedView:
         return cls(view, codec, arrays, rare)
 
 
-def _read_view(contents: Contents, part: str, array: layout.ArrayLayout, view: int, out: np.ndarray) -> None:
+def _read_view(contents: ArchiveState, part: str, array: layout.ArrayLayout, view: int, out: np.ndarray) -> None:
     """All rows of a view, chunk after chunk straight into their place."""
     scratch = Scratch()
     for index in range(contents.spec.blocks_per_view):

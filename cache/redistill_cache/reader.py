@@ -17,19 +17,24 @@ from typing import Any, Literal
 import numpy as np
 
 from redistill_cache import layout
-from redistill_cache.arrays import ArraySpec
-from redistill_cache.claims import check_keys, require_memory
 from redistill_cache.codecs import Codec, open_codec
-from redistill_cache.contents import Contents, check_metadata_on_disk, check_sizes_on_disk, read_contents
 from redistill_cache.errors import Damaged, OutOfRange, UsageError
 from redistill_cache.fetching import fetch_archive, is_url
 from redistill_cache.journal import FileEntry, sha256
 from redistill_cache.keys import PackedKeys
 from redistill_cache.layout import Block
+from redistill_cache.open_state import (
+    ArchiveState,
+    check_keys_size,
+    check_metadata_on_disk,
+    check_sizes_on_disk,
+    read_state,
+    require_memory,
+)
 from redistill_cache.packed import Buffers, PackedView
 from redistill_cache.rows import check_rows, check_view, opened_shard, read_rows, read_whole
 from redistill_cache.shards import Scratch
-from redistill_cache.spec import ArchiveSpec, SignalSpec, TeacherSpec
+from redistill_cache.spec import ArchiveSpec, ArraySpec, SignalSpec, TeacherSpec
 from redistill_cache.storage import disk_trouble
 from redistill_cache.verify import damaged_files
 
@@ -49,7 +54,7 @@ def open_archive(path: str | Path, *, allow_partial: bool = False, verify: Liter
         path = fetch_archive(str(path))
     path = Path(path).absolute()  # the process, or another one, may go on elsewhere
     with disk_trouble("read", path):
-        contents = read_contents(path, allow_partial=allow_partial)
+        contents = read_state(path, allow_partial=allow_partial)
         check_metadata_on_disk(contents)
         check_sizes_on_disk(contents)
     if verify == "full":
@@ -69,7 +74,7 @@ def _reopen(path: Path, identity: str | None) -> Archive:
 class Archive:
     """An open archive: a description in memory, and rows read on demand. Share it between threads and processes."""
 
-    def __init__(self, contents: Contents) -> None:
+    def __init__(self, contents: ArchiveState) -> None:
         """Use `open_archive`."""
         self.contents = contents
         self._codecs: dict[tuple[str, str], Codec] = {}
@@ -134,7 +139,7 @@ class Archive:
         total = int(offsets[-1])
         array = layout.sample_arrays(self.spec, max(total, 1))["key_bytes"]
         try:
-            check_keys(self.spec, total, self.contents.files[array.shard_path(0, 0)].size)
+            check_keys_size(self.spec, total, self.contents.files[array.shard_path(0, 0)].size)
         except UsageError as error:
             raise Damaged(f"{self.path}: {error}") from None
         metadata = array.metadata_bytes()

@@ -13,10 +13,9 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from redistill_cache.claims import require_memory
-from redistill_cache.contents import Contents
 from redistill_cache.errors import Damaged, Incomplete, OutOfRange, UsageError
 from redistill_cache.layout import ArrayLayout, Block
+from redistill_cache.open_state import ArchiveState, require_memory
 from redistill_cache.shards import Scratch, ShardReader
 from redistill_cache.storage import file_sha256, open_regular
 
@@ -27,7 +26,7 @@ Rows = np.ndarray
 DAMAGED = "'redistill verify' lists everything that is damaged"
 
 
-def check_view(contents: Contents, view: int) -> int:
+def check_view(contents: ArchiveState, view: int) -> int:
     try:
         view = operator.index(view)
     except TypeError:
@@ -37,7 +36,7 @@ def check_view(contents: Contents, view: int) -> int:
     return view
 
 
-def check_rows(contents: Contents, rows: object | None) -> Rows:
+def check_rows(contents: ArchiveState, rows: object | None) -> Rows:
     """Row numbers as int64 [n]; None is all of them."""
     count = contents.spec.num_samples
     if rows is None:
@@ -53,7 +52,7 @@ def check_rows(contents: Contents, rows: object | None) -> Rows:
     return wanted.astype(np.int64)
 
 
-def row_block(contents: Contents, part: str, view: int, index: int) -> Block:
+def row_block(contents: ArchiveState, part: str, view: int, index: int) -> Block:
     """Block number `index` of one view; `Incomplete` where it is not committed."""
     start = index * contents.spec.block_rows
     block = Block(part, view, index, start, min(start + contents.spec.block_rows, contents.spec.num_samples))
@@ -66,7 +65,7 @@ def row_block(contents: Contents, part: str, view: int, index: int) -> Block:
 
 
 @contextmanager
-def opened_shard(contents: Contents, array: ArrayLayout, path: str, rows: int) -> Iterator[ShardReader]:
+def opened_shard(contents: ArchiveState, array: ArrayLayout, path: str, rows: int) -> Iterator[ShardReader]:
     """A shard whose bytes are known to be the committed ones; its first `rows` rows are data."""
     entry = contents.files.get(path)
     assert entry is not None, "the list of files was held against the specification"
@@ -88,7 +87,7 @@ def opened_shard(contents: Contents, array: ArrayLayout, path: str, rows: int) -
         os.close(fd)
 
 
-def read_rows(contents: Contents, part: str, array: ArrayLayout, view: int, rows: Rows, out: np.ndarray) -> None:
+def read_rows(contents: ArchiveState, part: str, array: ArrayLayout, view: int, rows: Rows, out: np.ndarray) -> None:
     """out[i] = row rows[i] of one view of an array. Every chunk that is touched is decoded once."""
     if not len(rows):
         return
@@ -125,7 +124,7 @@ def _runs(numbers: np.ndarray) -> Iterator[tuple[int, slice]]:
         start = end
 
 
-def read_whole(contents: Contents, array: ArrayLayout) -> np.ndarray:
+def read_whole(contents: ArchiveState, array: ArrayLayout) -> np.ndarray:
     """An array without views (the sample index, side data), which is one shard."""
     require_memory(array.nbytes, f"{contents.path}: {array.path}")
     out = np.empty(array.shape, array.dtype)

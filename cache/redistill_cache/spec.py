@@ -7,24 +7,197 @@ parses: zarr never sees a document that came with an archive.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from redistill_cache import limits
-from redistill_cache.arrays import ArraySpec, SideArray, check_array, resolve_chunk
-from redistill_cache.requirements import check_int, check_name, check_signal_name, check_text, check_unique, require
+from redistill_cache.errors import UsageError
 from redistill_cache.strict_json import Json, canonical, json_copy
 
 __all__ = [
+    "CHUNK_BYTES",
     "FORMAT",
     "VERSION",
     "ArchiveSpec",
+    "ArraySpec",
+    "SideArray",
     "SignalSpec",
     "TeacherSpec",
     "archive_identity",
+    "check_array",
+    "check_int",
+    "check_name",
+    "check_signal_name",
+    "check_text",
+    "check_unique",
+    "chunks_fit",
+    "is_name",
+    "require",
+    "resolve_chunk",
     "teacher_identity",
 ]
+
+
+# -- requirements -----------------------------------------------------------------------------------------------------
+#
+# The rules that names, numbers and texts of a specification keep, and the one form of saying which was broken.
+#
+# They hold for a caller (`UsageError`) and for a file (`Refused`, see parsing.py) alike.
+
+# Names become folders on any file system, so: lower case only, and nothing a zarr hierarchy already uses.
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+SIGNAL_NAME = re.compile(r"(?!.*\.\.)[a-z0-9](?:[a-z0-9_.-]{0,62}[a-z0-9_])?")
+RESERVED = ("zarr.json", "side", "c")
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a pair: no UTF-8 can hold it
+
+
+def require(condition: bool, where: str, expected: str, found: object) -> None:
+    """`UsageError` unless the condition holds."""
+    if not condition:
+        raise UsageError(f"{where} must be {expected}, found {ascii(found)[:80]}")
+
+
+def is_name(text: str) -> bool:
+    """Can this be the name of a teacher, an array or side data? Only then may it become part of a path."""
+    return bool(NAME.fullmatch(text)) and text not in RESERVED
+
+
+def check_name(name: str, where: str) -> None:
+    fits = isinstance(name, str) and is_name(name)
+    require(fits, where, "1 to 64 of a-z, 0-9, '_' and '-', starting with a letter or digit", name)
+
+
+def check_signal_name(name: str, where: str) -> None:
+    """Layers of networks have dots in their names."""
+    fits = isinstance(name, str) and SIGNAL_NAME.fullmatch(name) and name not in RESERVED
+    require(bool(fits), where, "1 to 64 of a-z, 0-9, '_', '-' and single dots inside", name)
+
+
+def check_int(value: int, where: str, low: int, high: int) -> None:
+    fits = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    require(fits, where, f"an integer from {low} to {high}", value)
+
+
+def check_text(value: str, where: str) -> None:
+    fits = isinstance(value, str) and len(value) <= limits.MAX_TEXT and not SURROGATE.search(value)
+    require(fits, where, f"a text of at most {limits.MAX_TEXT} characters", value)
+
+
+def check_unique(names: Iterable[str], where: str, most: int) -> None:
+    names = list(names)
+    require(len(names) <= most, where, f"at most {most} entries", len(names))
+    require(len(set(names)) == len(names), where, "without duplicates", names)
+
+
+# -- arrays -----------------------------------------------------------------------------------------------------------
+#
+# What one array of an archive looks like: the shared word of codecs, view recipes and the writer.
+
+INTEGERS = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
+DTYPES = (*INTEGERS, "float16", "float32", "float64")
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """An array of shape [views, samples, *row_shape], one row per view and sample.
+
+    `chunk_rows` rows are compressed together (None: the writer picks about a mebibyte); with `transpose` the bytes
+    of a chunk lie column by column, which is what makes columns of small integers compress; `level` is zstd's.
+    """
+
+    name: str
+    dtype: str
+    row_shape: tuple[int, ...] = ()
+    chunk_rows: int | None = None
+    transpose: bool = False
+    level: int = 3
+
+    @property
+    def row_bytes(self) -> int:
+        return np.dtype(self.dtype).itemsize * math.prod(self.row_shape)
+
+    def to_json(self) -> dict[str, Json]:
+        return asdict(self) | {"row_shape": list(self.row_shape)}
+
+
+@dataclass(frozen=True)
+class SideArray:
+    """An array written once for a signal: the basis of a codec, an offset."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))
+        check_name(self.name, "name of a side array")
+        where = f"side array {self.name!r}:"
+        require(self.dtype in DTYPES, f"{where} dtype", f"one of {', '.join(DTYPES)}", self.dtype)
+        require(1 <= len(self.shape) <= 6, f"{where} shape", "of 1 to 6 dimensions", self.shape)
+        for size in self.shape:
+            check_int(size, f"{where} shape", 1, limits.MAX_SIDE_BYTES)
+        require(self.nbytes <= limits.MAX_SIDE_BYTES, where, f"<= {limits.MAX_SIDE_BYTES} bytes", self.nbytes)
+
+    @property
+    def nbytes(self) -> int:
+        return np.dtype(self.dtype).itemsize * math.prod(self.shape)
+
+    def to_json(self) -> dict[str, Json]:
+        return asdict(self) | {"shape": list(self.shape)}
+
+
+def check_array(array: ArraySpec, where: str) -> None:
+    """Refuse an ArraySpec that cannot be stored. Products are taken of checked factors only."""
+    check_name(array.name, f"{where}: name of an array")
+    where = f"{where}: array {array.name!r}:"
+    require(array.dtype in DTYPES, f"{where} dtype", f"one of {', '.join(DTYPES)}", array.dtype)
+    require(len(array.row_shape) <= 6, f"{where} row_shape", "of at most 6 dimensions", array.row_shape)
+    for size in array.row_shape:
+        check_int(size, f"{where} row_shape", 1, limits.MAX_ROW_BYTES)
+    require(
+        array.row_bytes <= limits.MAX_ROW_BYTES, f"{where} a row", f"<= {limits.MAX_ROW_BYTES} bytes", array.row_bytes
+    )
+    if array.chunk_rows is not None:
+        check_int(array.chunk_rows, f"{where} chunk_rows", 1, limits.MAX_BLOCK_ROWS)
+    check_int(array.level, f"{where} zstd level", 1, 22)
+    require(isinstance(array.transpose, bool), f"{where} transpose", "true or false", array.transpose)
+    require(bool(array.row_shape) or not array.transpose, f"{where} transpose", "false for rows of one value", True)
+
+
+# -- chunk sizes ------------------------------------------------------------------------------------------------------
+
+CHUNK_BYTES = 1 << 20
+
+
+def resolve_chunk(array: ArraySpec, block_rows: int) -> ArraySpec:
+    """Decide how many rows are compressed together: a divisor of `block_rows`, near the wish or near a mebibyte."""
+    wish = array.chunk_rows or max(1, CHUNK_BYTES // array.row_bytes)
+    wish = min(wish, block_rows, max(1, limits.MAX_CHUNK_BYTES // array.row_bytes))
+    rows = min(_divisors(block_rows), key=lambda rows: (abs(math.log(rows / wish)), rows))
+    if not chunks_fit(array, rows, block_rows):
+        raise UsageError(
+            f"array {array.name!r}: block_rows={block_rows} gives chunks of {rows * array.row_bytes} bytes, "
+            f"{block_rows // rows} a block; expected at most {limits.MAX_CHUNK_BYTES} and {limits.MAX_CHUNKS}: "
+            "choose fewer rows, and a power of two"
+        )
+    return replace(array, chunk_rows=rows, row_shape=tuple(array.row_shape))
+
+
+def chunks_fit(array: ArraySpec, rows: int, block_rows: int) -> bool:
+    return rows * array.row_bytes <= limits.MAX_CHUNK_BYTES and block_rows // rows <= limits.MAX_CHUNKS
+
+
+def _divisors(number: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
+# -- spec -------------------------------------------------------------------------------------------------------------
 
 FORMAT = "redistill-archive"
 VERSION = (1, 0)

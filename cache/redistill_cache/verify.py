@@ -9,17 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from redistill_cache import layout
-from redistill_cache.blocks import all_blocks
-from redistill_cache.contents import Contents, check_metadata_on_disk, read_contents
 from redistill_cache.errors import Damaged, RedistillError, Refused
-from redistill_cache.files import LOCAL, Files, is_leftover
 from redistill_cache.journal import FileEntry
-from redistill_cache.layout import Block
-from redistill_cache.storage import MOST_FILES, disk_trouble, file_sha256, open_regular, walk_regular
+from redistill_cache.layout import Block, all_blocks
+from redistill_cache.open_state import ArchiveState, check_metadata_on_disk, read_state
+from redistill_cache.storage import (
+    LOCAL,
+    MOST_FILES,
+    Files,
+    disk_trouble,
+    file_sha256,
+    is_leftover,
+    open_regular,
+    walk_regular,
+)
 
-__all__ = ["DamagedFile", "Report", "damaged_files", "quarantine", "verify"]
+__all__ = ["DamagedFile", "VerifyReport", "damaged_files", "quarantine", "verify"]
 
-Progress = Callable[[int, int], None]
+VerifyProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class DamagedFile:
 
 
 @dataclass(frozen=True)
-class Report:
+class VerifyReport:
     """What `redistill verify` found."""
 
     ok: bool
@@ -47,7 +54,7 @@ class Report:
         return asdict(self) | {"damaged": [asdict(item) for item in self.damaged]}
 
 
-def verify(path: str | Path, *, full: bool = False, progress: Progress | None = None) -> Report:
+def verify(path: str | Path, *, full: bool = False, progress: VerifyProgress | None = None) -> VerifyReport:
     """Check every file of an archive: its presence, size and SHA-256.
 
     A file that this machine verified before and that has not changed since is not hashed again, unless `full`.
@@ -56,16 +63,16 @@ def verify(path: str | Path, *, full: bool = False, progress: Progress | None = 
     path = Path(path)
     with disk_trouble("read", path):
         try:
-            contents = read_contents(path, allow_partial=True)
+            contents = read_state(path, allow_partial=True)
             if contents.id is None:  # no manifest has the hashes of the metadata
                 check_metadata_on_disk(contents)
         except Damaged as error:
-            return Report(False, 0, (DamagedFile(str(path), None, str(error)),))
+            return VerifyReport(False, 0, (DamagedFile(str(path), None, str(error)),))
         damaged = damaged_files(contents, full=full, progress=progress)
-    return Report(not damaged, len(contents.files), tuple(damaged))
+    return VerifyReport(not damaged, len(contents.files), tuple(damaged))
 
 
-def damaged_files(contents: Contents, *, full: bool, progress: Progress | None = None) -> list[DamagedFile]:
+def damaged_files(contents: ArchiveState, *, full: bool, progress: VerifyProgress | None = None) -> list[DamagedFile]:
     """Every file that is missing, of another size, of another hash, or that nothing accounts for."""
     owner = _owners(contents)
     damaged = []
@@ -81,7 +88,7 @@ def damaged_files(contents: Contents, *, full: bool, progress: Progress | None =
 
 
 def _problem(
-    contents: Contents, name: str, entry: FileEntry, full: bool, verified: list[tuple[str, FileEntry, int]]
+    contents: ArchiveState, name: str, entry: FileEntry, full: bool, verified: list[tuple[str, FileEntry, int]]
 ) -> str | None:
     path = contents.path / name
     try:
@@ -106,7 +113,7 @@ def _problem(
         os.close(fd)
 
 
-def _owners(contents: Contents) -> dict[str, str]:
+def _owners(contents: ArchiveState) -> dict[str, str]:
     """The block of every file that belongs to one."""
     owners: dict[str, str] = {}
     for block, names in all_blocks(contents.spec, contents.teachers, contents.num_views):
@@ -115,7 +122,7 @@ def _owners(contents: Contents) -> dict[str, str]:
     return owners
 
 
-def _strangers(contents: Contents) -> list[DamagedFile]:
+def _strangers(contents: ArchiveState) -> list[DamagedFile]:
     """Files in a sealed archive that its manifest does not name, and that no unfinished addition explains."""
     if contents.id is None:
         return []
@@ -141,7 +148,7 @@ def quarantine(path: str | Path, damaged: tuple[DamagedFile, ...], *, files: Fil
     """
     path = Path(path)
     with disk_trouble("quarantine in", path):
-        contents = read_contents(path, allow_partial=True)
+        contents = read_state(path, allow_partial=True)
         names = {item.block for item in damaged if item.block}
         every = all_blocks(contents.spec, contents.teachers, contents.num_views)
         blocks = [(block, shards) for block, shards in every if str(block) in names]
@@ -153,7 +160,7 @@ def quarantine(path: str | Path, damaged: tuple[DamagedFile, ...], *, files: Fil
     return [str(block) for block, _ in blocks]
 
 
-def _set_aside(contents: Contents, block: Block, shards: list[str], files: Files) -> None:
+def _set_aside(contents: ArchiveState, block: Block, shards: list[str], files: Files) -> None:
     """The record first: without it the block is not committed, whatever happens to its shards."""
     folder = contents.path / layout.QUARANTINE / Path(block.record_path).stem
     files.make_directories(folder)

@@ -19,32 +19,139 @@ from pathlib import Path
 
 import numpy as np
 
-from redistill_cache import claims, layout, limits
-from redistill_cache.archive_files import list_teachers, read_root, read_teachers
-from redistill_cache.blocks import all_blocks, part_blocks, parts, samples_block, side_block
-from redistill_cache.commits import Commits
-from redistill_cache.contents import read_committed
-from redistill_cache.errors import Incomplete, OutOfRange, Refused, SpecMismatch, UsageError
-from redistill_cache.files import LOCAL, Files, is_leftover
-from redistill_cache.journal import FileEntry, Record, sha256
+from redistill_cache import layout, limits, open_state
+from redistill_cache.codecs.stats import merge_stats
+from redistill_cache.commits import ArchiveFolders, Commits
+from redistill_cache.errors import Damaged, Incomplete, OutOfRange, Refused, SpecMismatch, UsageError
+from redistill_cache.journal import FILES, FileEntry, Manifest, Record, parse_record, sha256
 from redistill_cache.keys import PackedKeys, pack_keys
-from redistill_cache.layout import ArrayLayout, Block
-from redistill_cache.preconditions import (
-    check_array,
-    check_keys,
-    check_names,
-    check_record,
-    refuse_difference,
-)
+from redistill_cache.layout import ArrayLayout, Block, all_blocks, part_blocks, parts, samples_block, side_block
+from redistill_cache.open_state import read_committed
 from redistill_cache.reader import Archive
-from redistill_cache.sealing import check_manifest, make_manifest
 from redistill_cache.shards import encode_shard
 from redistill_cache.spec import ArchiveSpec, TeacherSpec, archive_identity, teacher_identity
-from redistill_cache.storage import MOST_FILES, disk_trouble, read_small, walk_regular
+from redistill_cache.spec_files import list_teachers, read_root, read_teachers
+from redistill_cache.storage import LOCAL, MOST_FILES, Files, disk_trouble, is_leftover, read_small, walk_regular
 from redistill_cache.strict_json import Json, canonical
-from redistill_cache.tree import Tree
 
-__all__ = ["ArchiveWriter"]
+__all__ = [
+    "ArchiveWriter",
+    "check_block_array",
+    "check_manifest",
+    "check_names",
+    "check_record",
+    "check_unique_keys",
+    "make_manifest",
+    "refuse_difference",
+]
+
+
+# -- preconditions ----------------------------------------------------------------------------------------------------
+#
+# What a writer checks before it writes: the declared arrays, unique keys, the specification it started with.
+
+
+def refuse_difference(stored: Json, given: Json, where: str, free: Sequence[str] = ()) -> None:
+    """`SpecMismatch` naming the first field that differs; the fields in `free` may."""
+    difference = _first_difference(
+        {key: value for key, value in stored.items() if key not in free},
+        {key: value for key, value in given.items() if key not in free},
+        "",
+    )
+    if difference:
+        field, old, new = difference
+        hint = "use extend_views (--extend-views)" if field == "num_views" else "use the same setting"
+        raise SpecMismatch(
+            f"{where} was started with {field} = {_show(old)}, now it is {_show(new)}; {hint}, or start a new archive"
+        )
+
+
+def _show(value: Json) -> str:
+    return ascii(value)[:80]
+
+
+def _first_difference(old: Json, new: Json, path: str) -> tuple[str, Json, Json] | None:
+    if isinstance(old, dict) and isinstance(new, dict):
+        pairs = [(f"{path}.{key}" if path else key, old.get(key), new.get(key)) for key in sorted(old.keys() | new)]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [(f"{path}[{i}]", a, b) for i, (a, b) in enumerate(zip(old, new, strict=True))]
+    else:  # canonical bytes, because 1, 1.0 and true are equal to Python and different JSON
+        return None if canonical(old) == canonical(new) else (path, old, new)
+    found = (_first_difference(a, b, where) for where, a, b in pairs)
+    return next((item for item in found if item), None)
+
+
+def check_names(arrays: Mapping[str, np.ndarray], layouts: Mapping[str, ArrayLayout], what: str) -> None:
+    if set(arrays) != set(layouts):
+        missing, unknown = sorted(set(layouts) - set(arrays)), sorted(set(arrays) - set(layouts))
+        raise UsageError(f"{what}: arrays missing: {missing or 'none'}, arrays unknown: {unknown or 'none'}")
+
+
+def check_block_array(name: str, array: np.ndarray, expected: ArrayLayout, rows: int) -> None:
+    shape = (rows, *expected.row_shape)
+    if array.dtype != np.dtype(expected.dtype) or array.shape != shape:
+        raise UsageError(
+            f"array {name!r} must be {expected.dtype} {list(shape)}, found {array.dtype} {list(array.shape)}"
+        )
+
+
+def check_unique_keys(keys: PackedKeys) -> None:
+    lengths = keys.lengths()
+    if not len(keys) or int(lengths.min()) < 1 or int(lengths.max()) > limits.MAX_KEY_BYTES:
+        raise UsageError(f"every sample needs a key of 1 to {limits.MAX_KEY_BYTES} bytes")
+    if len(np.unique(keys.hashes())) == len(keys):
+        return
+    seen: set[str] = set()
+    for key in keys:  # rare: name the culprit
+        if key in seen:
+            raise UsageError(f"two samples have the key {key!r}; keys must be unique")
+        seen.add(key)
+
+
+def check_record(record: Record) -> None:
+    """A record that would be refused when it is read must not be written."""
+    data = record.to_bytes()
+    try:
+        parse_record(data, record.block, record.identity, "the record")
+    except Damaged as error:
+        raise UsageError(f"{record.block} cannot be committed with these stats: {error}; pass smaller ones") from None
+
+
+# -- sealing ----------------------------------------------------------------------------------------------------------
+#
+# The manifest of an archive that is complete: every file with its hash, every signal with what was lost.
+
+
+def make_manifest(
+    spec: ArchiveSpec, teachers: Mapping[str, TeacherSpec], records: Sequence[Record], views: int
+) -> Manifest:
+    """A pure function of the specification and of what was committed."""
+    contents = layout.expected_metadata(spec, dict(teachers))
+    contents["zarr.json"] = layout.root_metadata(spec)
+    for name, teacher in teachers.items():
+        contents[layout.teacher_path(name)] = layout.teacher_metadata(teacher)
+    contents |= {record.block.record_path: record.to_bytes() for record in records}
+    files = {path: FileEntry(len(data), sha256(data)) for path, data in contents.items()}
+    for record in records:
+        files |= record.files
+    stats = {
+        name: merge_stats(teacher, [r.stats for r in records if r.block.part == f"teachers/{name}"])
+        for name, teacher in teachers.items()
+    }
+    return Manifest(archive_identity(spec.to_json()), views, stats, files)
+
+
+def check_manifest(data: bytes) -> None:
+    """A manifest that would be refused when it is read must not be written: its header holds all statistics."""
+    header = data.index(FILES)
+    if header > limits.MAX_METADATA_BYTES or len(data) > limits.MAX_MANIFEST_BYTES:
+        raise Refused(
+            f"the manifest would take {len(data)} bytes, {header} of them statistics; the limits are "
+            f"{limits.MAX_MANIFEST_BYTES} and {limits.MAX_METADATA_BYTES}: use fewer teachers or signals in one archive"
+        )
+
+
+# -- writer -----------------------------------------------------------------------------------------------------------
 
 RERUN = "; then run the same command again: committed blocks are kept"
 # Recorded or growing, so free to differ when an archive is resumed.
@@ -62,7 +169,7 @@ class ArchiveWriter:
         self.teachers: dict[str, TeacherSpec] = {}
         self._files = files
         self._commits = Commits(path, files)
-        self._tree = Tree(path, files)
+        self._tree = ArchiveFolders(path, files)
         self._identity = archive_identity(spec.to_json())
 
     # -- opening ------------------------------------------------------------------------------------------------------
@@ -195,15 +302,15 @@ class ArchiveWriter:
             "label": np.asarray(labels),
             "size": np.asarray(sizes),
         }
-        check_keys(packed)
+        check_unique_keys(packed)
         layouts = layout.sample_arrays(self.spec, len(packed.data))
         for name, array in layouts.items():
-            check_array(name, arrays[name], array, array.shape[0])
+            check_block_array(name, arrays[name], array, array.shape[0])
         low, high = int(arrays["label"].min()), int(arrays["label"].max())
         if low < -1 or high >= self.spec.num_classes:
             raise UsageError(f"labels must be from 0 to {self.spec.num_classes - 1} (or -1), found {low} to {high}")
         data = _encode(layouts, arrays)
-        claims.check_keys(self.spec, len(packed.data), len(data[layouts["key_bytes"].shard_path(0, 0)]))
+        open_state.check_keys_size(self.spec, len(packed.data), len(data[layouts["key_bytes"].shard_path(0, 0)]))
         data[layouts["key_bytes"].metadata_path] = layouts["key_bytes"].metadata_bytes()
         self._write_once(samples_block(self.spec), data, "the sample index")
 
@@ -223,9 +330,9 @@ class ArchiveWriter:
         }
         check_names(arrays, layouts, f"side data of teacher {teacher.name!r}")
         for name, array in layouts.items():
-            check_array(name, arrays[name], array, array.shape[0])
+            check_block_array(name, arrays[name], array, array.shape[0])
         data = _encode(layouts, arrays)
-        claims.check_side(teacher, lambda path: len(data[path]))
+        open_state.check_side_size(teacher, lambda path: len(data[path]))
         path = self.path / layout.teacher_path(teacher.name)
         with disk_trouble("write", path, RERUN):
             self._files.make_directories(path.parent)
@@ -271,7 +378,7 @@ class ArchiveWriter:
         arrays = {name: np.asarray(array) for name, array in arrays.items()}
         check_names(arrays, layouts, str(block))
         for name, array in layouts.items():
-            check_array(name, arrays[name], array, block.stop - block.start)
+            check_block_array(name, arrays[name], array, block.stop - block.start)
         with disk_trouble("write", self.path, RERUN):
             if (self.path / block.record_path).exists():
                 return False

@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 from redistill_cache.wording import harmless
 
-from redistill_cli.archives import PLACE, archive_at
-from redistill_cli.rendering import key_values, print_json
+from redistill_cli.rendering import PLACE, archive_at, key_values, print_json
 
 
 def doctor(

@@ -9,8 +9,7 @@ import typer
 from redistill_cache.wording import harmless
 from rich.table import Table
 
-from redistill_cli.archives import PLACE, archive_at
-from redistill_cli.rendering import console, key_values, print_json
+from redistill_cli.rendering import PLACE, archive_at, console, key_values, print_json
 
 if TYPE_CHECKING:
     from redistill.evaluate import Evaluation

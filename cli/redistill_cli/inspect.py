@@ -8,8 +8,7 @@ import typer
 from redistill_cache.wording import harmless, human_bytes
 from rich.table import Table
 
-from redistill_cli.archives import archive_at
-from redistill_cli.rendering import console, key_values, print_json
+from redistill_cli.rendering import archive_at, console, key_values, print_json
 
 
 def inspect(

@@ -7,7 +7,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, overload
 
 import typer
 from redistill_cache.wording import harmless
@@ -15,14 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = [
-    "Ticker",
-    "console",
-    "human_seconds",
-    "key_values",
-    "print_json",
-    "progress_line",
-]
+__all__ = ["PLACE", "Ticker", "archive_at", "console", "human_seconds", "key_values", "print_json", "progress_line"]
 
 console = Console()
 
@@ -106,3 +100,24 @@ class Ticker:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+# -- archives ---------------------------------------------------------------------------------------------------------
+#
+# Archives on the command line: a path, or a URL whose archive is fetched once and is a path from then on.
+
+PLACE = "PATH|URL"
+
+
+@overload
+def archive_at(text: str) -> Path: ...
+@overload
+def archive_at(text: None) -> None: ...
+def archive_at(text: str | None) -> Path | None:
+    """Where the archive lies on this machine."""
+    from redistill_cache.fetching import fetch_archive, is_url
+
+    if text is None or not is_url(text):
+        return None if text is None else Path(text)
+    with progress_line(f"fetch {text}", unit="B") as progress:
+        return fetch_archive(text, progress=progress)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from redistill_cache.wording import harmless
 
-from redistill_cli.archives import PLACE, archive_at
+from redistill_cli.rendering import PLACE, archive_at
 
 
 def report(

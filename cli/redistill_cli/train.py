@@ -10,11 +10,10 @@ import typer
 from redistill_cache.wording import harmless
 from rich.table import Table
 
-from redistill_cli.archives import PLACE, archive_at
-from redistill_cli.rendering import Ticker, console, print_json
+from redistill_cli.rendering import PLACE, Ticker, archive_at, console, print_json
 
 if TYPE_CHECKING:
-    from redistill.training import Outcome, TrainOptions
+    from redistill.training import TrainOptions, TrainResult
 
 
 def train(
@@ -123,7 +122,7 @@ def train(
     from redistill.ranks import Rank
     from redistill.training import TrainOptions
     from redistill.training import train as run
-    from redistill.training.config import read_config
+    from redistill.training.options import read_config
 
     given = {
         "data": data,
@@ -260,7 +259,7 @@ class Terminal:
             self.training.write(f"epoch {row['epoch']:>3}  {name}loss {row['train_loss']:.4f}{top1}  ({speed})")
 
 
-def show(outcomes: Sequence[Outcome], *, as_json: bool) -> None:
+def show(outcomes: Sequence[TrainResult], *, as_json: bool) -> None:
     if as_json:
         found = [outcome.to_json() for outcome in outcomes]
         print_json(found[0] if len(found) == 1 else {"runs": found})

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from redistill_cache.wording import harmless
 
-from redistill_cli.archives import archive_at
-from redistill_cli.rendering import print_json, progress_line
+from redistill_cli.rendering import archive_at, print_json, progress_line
 
 if TYPE_CHECKING:
-    from redistill_cache.verify import Report
+    from redistill_cache.verify import VerifyReport
 
 DAMAGED = 4
 REFUSED = 3
@@ -68,16 +67,16 @@ def _align(archive: Path, data: str) -> dict[str, Any]:
     """The canaries of the archive, made again from the images at hand."""
     from redistill_cache.reader import open_archive
 
-    from redistill.sources.opening import open_source
+    from redistill.sources.open_source import open_source
     from redistill.views.canaries import check_canaries
-    from redistill.views.provider import join_archive
+    from redistill.views.view_params import join_archive
 
     source, opened = open_source(data), open_archive(archive)
     alignment = check_canaries(source, opened, join_archive(source, opened))
     return alignment.to_json() | {"message": alignment.message}
 
 
-def _show(archive: Path, report: Report, moved: list[str]) -> None:
+def _show(archive: Path, report: VerifyReport, moved: list[str]) -> None:
     for item in report.damaged:
         typer.echo(f"damaged: {harmless(item)}", err=True)
     for block in moved:

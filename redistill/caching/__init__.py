@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from redistill.caching.options import CacheOptions
-from redistill.caching.outcome import CacheResult
-from redistill.caching.run import cache_teacher, estimate_cache
+from redistill.caching.run import CacheResult, cache_teacher, estimate_cache
 
 __all__ = ["CacheOptions", "CacheResult", "cache_teacher", "estimate_cache"]

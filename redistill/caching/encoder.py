@@ -15,13 +15,12 @@ from redistill_cache.codecs import BlockStats, Encoded, NotFinite, join_encoded
 from redistill_cache.layout import Block, part_arrays
 from torch import Tensor
 
-from redistill.caching.opening import Opened
-from redistill.caching.parameters import write_parameters
+from redistill.caching.open_archive import OpenedArchive, write_parameters
 from redistill.caching.pilot import refuse_row
 from redistill.devices import refuse_out_of_memory
 from redistill.signals import LOGITS
 
-__all__ = ["BlockEncoder", "Written"]
+__all__ = ["BlockEncoder", "WrittenBlocks"]
 
 # Rows encoded at once, and their values at most. A device is only busy with many; on a host more would be a longer
 # wait for the last of them. A piece depends on the block alone, as batches do, so that bytes do not depend on the run.
@@ -32,7 +31,7 @@ WAITING = 2
 
 
 @dataclass
-class Written:
+class WrittenBlocks:
     """What this process has committed so far."""
 
     blocks: int = 0
@@ -74,7 +73,7 @@ class BlockEncoder:
     A block whose rows did not all come is dropped. An error in the thread is raised by the next `add`, or at the end.
     """
 
-    def __init__(self, there: Opened, written: Written) -> None:
+    def __init__(self, there: OpenedArchive, written: WrittenBlocks) -> None:
         self.written = written
         self._plan, self._writer, self._codecs = there.plan, there.writer, there.codecs
         self._device = there.plan.teacher.device

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from redistill_cache import SignalSpec, TeacherSpec, layout
 from redistill_cache.codecs import BlockStats, Codec
-from redistill_cache.codecs.auto import Choice
+from redistill_cache.codecs.catalogue import Choice
 from redistill_cache.errors import Refused
 from redistill_cache.journal import FileEntry, Record
 from redistill_cache.keys import pack_keys

@@ -7,23 +7,97 @@ same archive fits the same codecs.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from types import TracebackType
+from typing import TypeVar
 
 import numpy as np
 import torch
-from redistill_cache.codecs import NotFinite, Options, explain_codec
-from redistill_cache.codecs.auto import Choice
+from redistill_cache.codecs import CodecOptions, NotFinite, explain_codec
+from redistill_cache.codecs.catalogue import Choice
 from redistill_cache.errors import RedistillError, Refused
 from torch import Tensor
 
-from redistill.caching.forward import Forward
 from redistill.caching.plan import Plan
+from redistill.interrupts import StopRequest
+from redistill.loading import batch_loader
 from redistill.signals import LOGITS
-from redistill.teacher_check import TeacherCheck, check_teacher
-from redistill.wording import first_line
+from redistill.specs import first_line
+from redistill.teachers import TeacherCheck, check_teacher
+from redistill.views.dataset import MixedView, RenderedView
 
-__all__ = ["Pilot", "check_first_batch", "fit_codecs", "refuse_row", "run_pilot"]
+__all__ = ["Forward", "Pilot", "check_first_batch", "fit_codecs", "pixels_of", "refuse_row", "run_pilot"]
+
+
+# -- forward ----------------------------------------------------------------------------------------------------------
+#
+# Views through the teacher: rendered by worker processes, batch after batch, in order.
+
+Tag = TypeVar("Tag")
+
+
+def pixels_of(items: list[RenderedView | MixedView]) -> Tensor:
+    """uint8 [B, 3, size, size]"""
+    return torch.stack([item.pixels for item in items])
+
+
+class Forward:
+    """The teacher and the processes that render for it: started once, for the first look as for the last block.
+
+    Batches are (tag, indices of the dataset); they are read a few ahead, and their tags come back with the results.
+    """
+
+    def __init__(self, plan: Plan, stop: StopRequest) -> None:
+        self.plan, self.dataset, self.stop = plan, plan.dataset, stop
+        self._upcoming = Upcoming()
+        pin = plan.teacher.device.type == "cuda"
+        self._batches = batch_loader(
+            self.dataset, self._upcoming, workers=plan.workers, collate=pixels_of, pin=pin, keep=plan.workers > 0
+        )
+
+    def __enter__(self) -> Forward:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._batches.close()
+
+    def indices(self, view: int, rows: Iterable[int]) -> list[int]:
+        """Where these rows of a view are in the dataset."""
+        return [self.dataset.index(view, row) for row in rows]
+
+    def rendered(self, batches: Iterable[tuple[Tag, Sequence[int]]]) -> Iterator[tuple[Tag, Tensor]]:
+        """(tag, pixels) of every batch, until somebody asks to stop."""
+        tags: deque[Tag] = deque()
+
+        def upcoming() -> Iterator[Sequence[int]]:
+            for tag, indices in batches:
+                tags.append(tag)
+                yield indices
+
+        self._upcoming.batches = upcoming()
+        for pixels in self._batches:
+            self.stop.raise_if_set()
+            yield tags.popleft(), pixels
+
+    def answers(self, batches: Iterable[tuple[Tag, Sequence[int]]]) -> Iterator[tuple[Tag, Tensor, dict[str, Tensor]]]:
+        """(tag, pixels, what the teacher says of them, on its device)."""
+        for tag, pixels in self.rendered(batches):
+            yield tag, pixels, self.plan.teacher(pixels)
+
+
+class Upcoming:
+    """What a loader that is kept reads next: every iteration of it has batches of its own."""
+
+    def __init__(self) -> None:
+        self.batches: Iterator[Sequence[int]] = iter(())
+
+    def __iter__(self) -> Iterator[Sequence[int]]:
+        return self.batches
+
+
+# -- pilot ------------------------------------------------------------------------------------------------------------
 
 ROWS_PER_CLASS = 8
 PILOT_ROWS = (512, 16384)
@@ -109,7 +183,7 @@ def fit_codec(plan: Plan, signal: str, rows: np.ndarray) -> Choice:
     head = plan.teacher.head() if logits else None
     if head is not None and head.weight.shape[1] * HEAD_PAYS[options.codec == "auto"] > rows.shape[1]:
         head = None
-    settings = Options(
+    settings = CodecOptions(
         fidelity=options.fidelity if logits else options.feature_fidelity,
         metric="kl" if logits else "relative",
         keep_shift=logits and options.keep_shift,

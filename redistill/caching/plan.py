@@ -17,11 +17,10 @@ from redistill.models import OpenedModel, open_model
 from redistill.ranks import Rank
 from redistill.sources.base import Source
 from redistill.sources.index import SourceIndex, index_source
-from redistill.sources.opening import open_source
+from redistill.sources.open_source import open_source
 from redistill.teachers import Teacher
 from redistill.views import DrawnViews, Recipe, ViewDataset, parse_recipe
-from redistill.views.canaries import CANARIES_PER_VIEW
-from redistill.views.environment import view_environment
+from redistill.views.canaries import CANARIES_PER_VIEW, view_environment
 
 __all__ = ["Plan", "following", "make_plan", "with_views"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from redistill.demo.run import run_demo
-from redistill.demo.summary import LOSSES, Summary
+from redistill.demo.run import LOSSES, Summary, run_demo
 
 __all__ = ["LOSSES", "Summary", "run_demo"]

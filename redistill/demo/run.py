@@ -5,32 +5,135 @@ from __future__ import annotations
 import json
 import multiprocessing
 import shutil
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from redistill_cache import open_archive
 from redistill_cache.errors import Refused
-from redistill_cache.files import LOCAL
 from redistill_cache.inspect import describe
-from redistill_cache.storage import disk_trouble
+from redistill_cache.storage import LOCAL, disk_trouble
 
 from redistill.caching import CacheOptions, cache_teacher
-from redistill.caching.watcher import Watcher as CacheWatcher
-from redistill.demo.setting import STUDENT_DATA, STUDENT_NETWORK, TEACHER_NETWORK, TEACHER_WEIGHTS, VAL_DATA
-from redistill.demo.summary import LOSSES, Speed, Storage, Summary, accuracies
+from redistill.caching.options import Watcher as CacheWatcher
+from redistill.demo.rewriting import mislead, rewrite_logits
 from redistill.devices import one_thread
 from redistill.evaluate import evaluate
 from redistill.optim import OptimConfig
 from redistill.report import write_report
-from redistill.rewriting import mislead, rewrite_logits
-from redistill.training import Outcome, TrainOptions, train
-from redistill.training.watcher import Watcher as TrainWatcher
+from redistill.training import TrainOptions, TrainResult, train
+from redistill.training.options import Watcher as TrainWatcher
 
-__all__ = ["run_demo"]
+__all__ = [
+    "LOSSES",
+    "STUDENT_DATA",
+    "STUDENT_NETWORK",
+    "TEACHER_DATA",
+    "TEACHER_NETWORK",
+    "TEACHER_WEIGHTS",
+    "VAL_DATA",
+    "Accuracy",
+    "Speed",
+    "Storage",
+    "Summary",
+    "accuracies",
+    "run_demo",
+]
+
+
+# -- setting ----------------------------------------------------------------------------------------------------------
+#
+# The demo's task: ten kinds of drawn glyphs, few images for the students, many for the teacher.
+
+DIFFICULTY = "classes=10&noise=0.3&clutter=0.2&similarity=0"
+# Another seed: the teacher has never seen an image of the students.
+TEACHER_DATA = f"synthetic?{DIFFICULTY}&n=30000&seed=1"
+STUDENT_DATA = f"synthetic?{DIFFICULTY}&n=500"
+VAL_DATA = f"synthetic?{DIFFICULTY}&n=2000&split=val"
+TEACHER_NETWORK = "demo:large?num_classes=10"
+STUDENT_NETWORK = "demo:small"
+# Made by examples/train_demo_teacher.py.
+TEACHER_WEIGHTS = Path(__file__).with_name("teacher.safetensors")
+
+
+# -- summary ----------------------------------------------------------------------------------------------------------
+#
+# What the demo found, for people and machines.
+
+# Under the names of their runs.
+LOSSES = ("ce", "kl", "power")
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Top-1 on unseen images, over seeds."""
+
+    top1_mean: float
+    top1_sd: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Bytes of a view of the teacher's answers: as archived, and as they are kept elsewhere."""
+
+    archived: float
+    float16: float
+    top10: float
+    """Ten float16 probabilities and ten int16 classes, which forget the other classes."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Images a second while training one student."""
+
+    cached: float
+    online: float
+
+    @property
+    def ratio(self) -> float:
+        return self.cached / self.online
+
+
+@dataclass(frozen=True)
+class Summary:
+    teacher_top1: float
+    students: Mapping[str, Accuracy]
+    misled: Mapping[str, Accuracy]
+    """The same when a fifth of the teacher's answers is confidently wrong."""
+    storage: Storage
+    speed: Speed
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "teacher": {"top1": self.teacher_top1},
+            "students": {name: asdict(found) for name, found in self.students.items()},
+            "students_of_misled_teacher": {name: asdict(found) for name, found in self.misled.items()},
+            "bytes_per_view": asdict(self.storage),
+            "images_per_second": asdict(self.speed) | {"ratio": self.speed.ratio},
+            "seconds": self.seconds,
+        }
+
+
+def accuracies(outcomes: Sequence[TrainResult]) -> dict[str, Accuracy]:
+    """By loss, from runs named <loss>-<seed>."""
+    found: dict[str, list[float]] = {}
+    for outcome in outcomes:
+        assert outcome.top1 is not None, "the demo validates"
+        found.setdefault(outcome.run.rpartition("-")[0], []).append(outcome.top1)
+    return {
+        name: Accuracy(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values))
+        for name, values in found.items()
+    }
+
+
+# -- run --------------------------------------------------------------------------------------------------------------
 
 VIEWS = 8
 RECIPE = "cifar?hflip=0&padding=3&padding_mode=reflect"
@@ -131,7 +234,9 @@ def misled_options(out: Path) -> TrainOptions:
     return run_options(out, MISLED, "runs-misled", LOSSES[1:])
 
 
-def train_both(here: TrainOptions, beside: TrainOptions, watcher: DemoWatcher) -> tuple[list[Outcome], list[Outcome]]:
+def train_both(
+    here: TrainOptions, beside: TrainOptions, watcher: DemoWatcher
+) -> tuple[list[TrainResult], list[TrainResult]]:
     """Two cohorts at once, the second in a process of its own."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, torch.set_num_threads, (1,)) as pool:

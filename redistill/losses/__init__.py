@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from redistill.losses.balanced import bd_kd
-from redistill.losses.born_again import cwtm, dkpp
 from redistill.losses.catalogue import CATALOGUE, make_loss
-from redistill.losses.controls import label_smoothing, virtual_teacher
+from redistill.losses.controls import cwtm, dkpp, label_smoothing, virtual_teacher
 from redistill.losses.corrections import label_revision, rc, swap_kd
 from redistill.losses.curriculum import CurriculumTemperature, Taid, taid
 from redistill.losses.decoupled import dkd, nkd, rld
@@ -19,15 +17,13 @@ from redistill.losses.divergences import (
     skew_reverse_kl,
     total_variation,
 )
-from redistill.losses.hinton import kd, standardize
+from redistill.losses.hinton import bd_kd, kd, luminet, standardize, ttm, wttm
 from redistill.losses.objective import Mix, Needs, Objective
 from redistill.losses.plain import logit_mse, mld
 from redistill.losses.power import capped_fraction, is_bounded, power_divergence
 from redistill.losses.ranking import pld, topkd
-from redistill.losses.relational import dist, mlkd_batch, mlkd_class, pearson, spearman
-from redistill.losses.schedule import Progress, Schedule
-from redistill.losses.transformed import luminet, ttm, wttm
-from redistill.losses.transport import sinkhorn
+from redistill.losses.relational import dist, mlkd_batch, mlkd_class, pearson, sinkhorn, spearman
+from redistill.losses.schedule import Schedule, TrainingProgress
 
 __all__ = [
     "CATALOGUE",
@@ -35,9 +31,9 @@ __all__ = [
     "Mix",
     "Needs",
     "Objective",
-    "Progress",
     "Schedule",
     "Taid",
+    "TrainingProgress",
     "alpha_beta",
     "bd_kd",
     "capped_fraction",

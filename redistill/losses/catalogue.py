@@ -17,8 +17,6 @@ from redistill_cache.errors import UsageError
 from torch import Tensor, nn
 
 from redistill.losses import (
-    balanced,
-    born_again,
     controls,
     corrections,
     curriculum,
@@ -29,10 +27,8 @@ from redistill.losses import (
     power,
     ranking,
     relational,
-    transformed,
-    transport,
 )
-from redistill.losses.schedule import Progress
+from redistill.losses.schedule import TrainingProgress
 from redistill.specs import Spec, did_you_mean, parse_spec
 
 __all__ = ["CATALOGUE", "Entry", "find", "make_loss"]
@@ -115,19 +111,19 @@ CATALOGUE: Mapping[str, Entry] = {
         Entry("total_variation", divergences.total_variation, weight=0.9, ce_weight=0.1),
         Entry("ab", divergences.alpha_beta, weight=32.0),
         Entry("kd", hinton.kd, weight=0.9, ce_weight=0.1, full_rows=False),
-        Entry("bd_kd", balanced.bd_kd),
+        Entry("bd_kd", hinton.bd_kd),
         Entry("dkd", decoupled.dkd, warmup=20.0),
         Entry("nkd", decoupled.nkd),
         Entry("rld", decoupled.rld, warmup=20.0),
-        Entry("ttm", transformed.ttm, weight=45.0),
-        Entry("wttm", transformed.wttm),
-        Entry("luminet", transformed.luminet, warmup=20.0, batch_statistics=True),
+        Entry("ttm", hinton.ttm, weight=45.0),
+        Entry("wttm", hinton.wttm),
+        Entry("luminet", hinton.luminet, warmup=20.0, batch_statistics=True),
         Entry("dist", relational.dist, weight=2.0, batch_statistics=True, per_row=False),
         Entry("mlkd_class", relational.mlkd_class, weight=0.9, ce_weight=0.1, batch_statistics=True, per_row=False),
         Entry("mlkd_batch", relational.mlkd_batch, weight=0.9, ce_weight=0.1, batch_statistics=True, per_row=False),
         Entry("pearson", relational.pearson),
         Entry("spearman", relational.spearman),
-        Entry("sinkhorn", transport.sinkhorn, weight=0.0008, batch_statistics=True, per_row=False),
+        Entry("sinkhorn", relational.sinkhorn, weight=0.0008, batch_statistics=True, per_row=False),
         Entry("pld", ranking.pld, ce_weight=0.0),
         Entry("topkd", ranking.topkd, batch_statistics=True, per_row=False, shift=True),
         Entry("swap_kd", corrections.swap_kd, ce_weight=0.0),
@@ -135,8 +131,8 @@ CATALOGUE: Mapping[str, Entry] = {
         Entry("rc", corrections.rc),
         Entry("taid", curriculum.Taid),
         Entry("ctkd", curriculum.CurriculumTemperature, weight=0.9, ce_weight=0.1),
-        Entry("cwtm", born_again.cwtm, ce_weight=0.0, batch_statistics=True),
-        Entry("dkpp", born_again.dkpp, ce_weight=0.0),
+        Entry("cwtm", controls.cwtm, ce_weight=0.0, batch_statistics=True),
+        Entry("dkpp", controls.dkpp, ce_weight=0.0),
         Entry("logit_mse", plain.logit_mse, shift=True),
         Entry("mld", plain.mld, weight=10.0, ce_weight=0.0, multi_label=True, shift=True),
         Entry("label_smoothing", controls.label_smoothing, ce_weight=0.0, full_rows=False),
@@ -192,7 +188,7 @@ def _rehearse(entry: Entry, loss: Loss) -> None:
     needed: dict[str, Any] = {"labels": torch.tensor([0, 1])} if entry.labels else {}
     if isinstance(loss, nn.Module):
         loss.eval()
-        needed["progress"] = Progress()
+        needed["progress"] = TrainingProgress()
     with torch.no_grad():
         loss(logits, logits, **needed)
     if isinstance(loss, nn.Module):

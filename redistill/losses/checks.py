@@ -27,7 +27,47 @@ from torch import Tensor
 
 from redistill.specs import did_you_mean
 
-__all__ = ["REDUCTIONS", "check_labels", "check_matrix", "check_reduction", "full_precision", "prepare", "reduce_rows"]
+__all__ = [
+    "REDUCTIONS",
+    "at_least_one",
+    "check_labels",
+    "check_matrix",
+    "check_reduction",
+    "fraction",
+    "full_precision",
+    "positive",
+    "prepare",
+    "reduce_rows",
+]
+
+
+# -- options ----------------------------------------------------------------------------------------------------------
+#
+# Ranges of a loss's options: one line that names the option, what it may be, and what it was.
+
+
+def positive(name: str, value: float) -> float:
+    """A finite number above 0 (temperatures, exponents, weights that may not vanish)."""
+    if not (0 < value < math.inf):
+        raise UsageError(f"{name} must be a finite number above 0, found {value}")
+    return value
+
+
+def fraction(name: str, value: float) -> float:
+    """A number in 0..1, both ends allowed."""
+    if not (0 <= value <= 1):
+        raise UsageError(f"{name} must be in 0..1, found {value}")
+    return value
+
+
+def at_least_one(name: str, value: int) -> int:
+    """A count of at least 1."""
+    if value < 1:
+        raise UsageError(f"{name} must be at least 1, found {value}")
+    return value
+
+
+# -- checks -----------------------------------------------------------------------------------------------------------
 
 # "mean" is the mean over rows, the same as "batchmean": a divergence has one value per row, and dividing it by the
 # number of classes as well (what torch's kl_div does for "mean") is a well known trap.

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from redistill.losses.checks import check_labels, prepare, reduce_rows
+from redistill.losses.checks import check_labels, fraction, positive, prepare, reduce_rows
 from redistill.losses.hinton import kl_rows, log_probs
-from redistill.losses.options import fraction, positive
 
 __all__ = ["label_revision", "rc", "swap", "swap_kd"]
 

@@ -7,10 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from redistill.losses.checks import prepare, reduce_rows
+from redistill.losses.checks import fraction, positive, prepare, reduce_rows
 from redistill.losses.hinton import kl_rows, log_probs
-from redistill.losses.options import fraction, positive
-from redistill.losses.schedule import Progress
+from redistill.losses.schedule import TrainingProgress
 
 __all__ = ["CurriculumTemperature", "Taid", "taid"]
 
@@ -73,7 +72,7 @@ class Taid(nn.Module):
         student_logits: Tensor,
         teacher_logits: Tensor,
         *,
-        progress: Progress,
+        progress: TrainingProgress,
         reduction: str = "batchmean",
     ) -> Tensor:
         rows = taid(
@@ -84,7 +83,7 @@ class Taid(nn.Module):
         return reduce_rows(rows, reduction)
 
     @torch.no_grad()
-    def advance(self, loss: Tensor, progress: Progress) -> None:
+    def advance(self, loss: Tensor, progress: TrainingProgress) -> None:
         """One step of the schedule; no value leaves the device. The first step, and a loss of 0, have no trend."""
         known = self.previous > 0
         fall = torch.where(known, (self.previous - loss) / torch.where(known, self.previous, 1.0), 0.0)
@@ -125,7 +124,7 @@ class CurriculumTemperature(nn.Module):
         student_logits: Tensor,
         teacher_logits: Tensor,
         *,
-        progress: Progress,
+        progress: TrainingProgress,
         reduction: str = "batchmean",
     ) -> Tensor:
         student, teacher = prepare(student_logits, teacher_logits)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from redistill.losses.checks import check_labels, prepare, reduce_rows
+from redistill.losses.checks import check_labels, positive, prepare, reduce_rows
 from redistill.losses.hinton import kl_rows, log_probs
-from redistill.losses.options import positive
 
 __all__ = ["dkd", "nkd", "rld"]
 

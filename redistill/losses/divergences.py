@@ -11,8 +11,7 @@ import torch
 from redistill_cache.errors import UsageError
 from torch import Tensor
 
-from redistill.losses.checks import check_reduction, prepare, reduce_rows
-from redistill.losses.options import positive
+from redistill.losses.checks import check_reduction, positive, prepare, reduce_rows
 from redistill.losses.power import LARGEST_EXPONENT, power_divergence
 
 __all__ = [

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from redistill.losses.catalogue import Entry, make_loss, read_options
 from redistill.losses.checks import check_labels, check_matrix
 from redistill.losses.hinton import standardize
-from redistill.losses.schedule import Progress, Schedule
+from redistill.losses.schedule import Schedule, TrainingProgress
 from redistill.specs import Spec, parse_spec
 
 __all__ = ["TERM_OPTIONS", "Mix", "Needs", "Objective", "Term"]
@@ -81,7 +81,7 @@ class Term(nn.Module):
         return self.entry.shift and not self.standardize and not centered
 
     def forward(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None, progress: Progress, mix: Mix | None
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None, progress: TrainingProgress, mix: Mix | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The unweighted value of the batch, and what is worth logging of it."""
         if self.standardize:
@@ -95,7 +95,9 @@ class Term(nn.Module):
             log |= {f"{self.label}/{name}": gauge(student, teacher) for name, gauge in self.gauges.items()}
         return value, log
 
-    def _mixed(self, student: Tensor, teacher: Tensor, labels: Tensor | None, progress: Progress, mix: Mix) -> Tensor:
+    def _mixed(
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None, progress: TrainingProgress, mix: Mix
+    ) -> Tensor:
         """A loss with labels, on mixed views: its value for either label, weighted row by row like the pixels."""
         if not self.entry.per_row:
             raise Refused(
@@ -107,7 +109,7 @@ class Term(nn.Module):
         return torch.lerp(partner, own, mix.weights.to(own.dtype)).mean()
 
     def _call(
-        self, student: Tensor, teacher: Tensor, labels: Tensor | None, progress: Progress, reduction: str
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None, progress: TrainingProgress, reduction: str
     ) -> Tensor:
         options: dict[str, Any] = {"reduction": reduction}
         if self.entry.labels:
@@ -174,11 +176,11 @@ class Objective(nn.Module):
         teacher_logits: Tensor | None,
         labels: Tensor | None,
         *,
-        progress: Progress | None = None,
+        progress: TrainingProgress | None = None,
         mix: Mix | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar to minimise, and the unweighted value of each part for the log (detached, on the device)."""
-        progress = progress or Progress()
+        progress = progress or TrainingProgress()
         total, log = self._hard(student_logits, labels, mix)
         if self.terms and teacher_logits is None:
             raise UsageError(f"loss {self._terms()[0].label!r} needs teacher logits, found none")

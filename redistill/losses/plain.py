@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from redistill.losses.checks import prepare, reduce_rows
-from redistill.losses.options import positive
+from redistill.losses.checks import positive, prepare, reduce_rows
 
 __all__ = ["logit_mse", "mld"]
 

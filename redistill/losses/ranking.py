@@ -6,9 +6,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from redistill.losses.checks import check_labels, check_reduction, full_precision, prepare, reduce_rows
+from redistill.losses.checks import (
+    at_least_one,
+    check_labels,
+    check_reduction,
+    full_precision,
+    positive,
+    prepare,
+    reduce_rows,
+)
 from redistill.losses.hinton import log_probs
-from redistill.losses.options import at_least_one, positive
 from redistill.losses.relational import reduce_batch
 
 __all__ = ["pld", "top_scaled", "topkd"]

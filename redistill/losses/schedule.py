@@ -9,13 +9,13 @@ from redistill_cache.errors import UsageError
 
 from redistill.specs import did_you_mean
 
-__all__ = ["DECAYS", "Progress", "Schedule"]
+__all__ = ["DECAYS", "Schedule", "TrainingProgress"]
 
 DECAYS = ("none", "linear", "cosine")
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingProgress:
     """How far a run has come. `epoch` is fractional (3.5 = half-way through the fourth), `epochs` the planned total."""
 
     epoch: float = 0.0
@@ -45,12 +45,12 @@ class Schedule:
                 f"found warmup={self.warmup:g} decay_from={self.decay_from:g} floor={self.floor:g}"
             )
 
-    def factor(self, progress: Progress) -> float:
+    def factor(self, progress: TrainingProgress) -> float:
         """The factor at `progress`, between 0 and 1."""
         warm = min(progress.epoch / self.warmup, 1.0) if self.warmup > 0 else 1.0
         return max(warm, 0.0) * self._decayed(progress)
 
-    def _decayed(self, progress: Progress) -> float:
+    def _decayed(self, progress: TrainingProgress) -> float:
         if self.decay == "none" or progress.epoch <= self.decay_from:
             return 1.0
         span = progress.epochs - self.decay_from

@@ -12,12 +12,11 @@ from redistill_cache.errors import UsageError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from redistill.models.blueprint import Blueprint
-from redistill.models.facts import Facts, Norm
-from redistill.models.initial import fan_out_init
+from redistill.models.cifar import fan_out_init
+from redistill.models.model_info import Blueprint, ModelInfo, Norm
 from redistill.specs import Spec, did_you_mean
 
-__all__ = ["NAMES", "DemoNet", "blueprint", "build"]
+__all__ = ["NAMES", "DemoNet", "build", "demo_blueprint"]
 
 # Widths of the stages at 16, 8 and 4 px (small, tiny) or 16, 8, 4 px with residual blocks (large).
 WIDTHS = {"tiny": (8, 16, 32), "small": (16, 32, 64), "large": (32, 64, 128)}
@@ -68,12 +67,12 @@ def build(name: str, num_classes: int, input_size: int | None = None) -> nn.Modu
     return DemoNet(WIDTHS[name], RESIDUAL_BLOCKS[name], num_classes)
 
 
-def blueprint(spec: Spec) -> Blueprint:
+def demo_blueprint(spec: Spec) -> Blueprint:
     if spec.name not in NAMES:
         raise UsageError(f"unknown network 'demo:{spec.name}'; {did_you_mean(spec.name, NAMES)}")
 
-    def convention(num_classes: int) -> Facts:
+    def convention(num_classes: int) -> ModelInfo:
         del num_classes
-        return Facts(norm=NORM, input_size=32)
+        return ModelInfo(norm=NORM, input_size=32)
 
     return Blueprint(name=spec.name, build=partial(build, spec.name), fresh=convention, bare_file=convention)

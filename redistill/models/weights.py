@@ -24,11 +24,11 @@ import safetensors.torch
 import torch
 from redistill_cache import strict_json
 from redistill_cache.errors import Refused
-from redistill_cache.files import LOCAL, Files
+from redistill_cache.storage import LOCAL, Files
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from redistill.wording import first_line, listed
+from redistill.specs import first_line, listed
 
 __all__ = ["WeightsFile", "load_into", "read_weights", "refuse_misfit", "save_weights", "state_digest", "tensor_bytes"]
 

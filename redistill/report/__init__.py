@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from redistill.report.page import Written, write_report
+from redistill.report.page import WrittenReport, write_report
 
-__all__ = ["Written", "write_report"]
+__all__ = ["WrittenReport", "write_report"]

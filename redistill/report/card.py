@@ -11,9 +11,9 @@ from redistill_cache.codecs.stats import BINS_PER_OCTAVE, LOWEST_OCTAVE, BlockSt
 from redistill_cache.inspect import describe
 from redistill_cache.wording import human_bytes
 
-from redistill.report.diagrams import BINS_PER_DECADE, histogram
-from redistill.report.groups import Group
+from redistill.report.charts import BINS_PER_DECADE, histogram
 from redistill.report.markup import NOTHING, definition_list, figure, missing, section, table, text
+from redistill.report.runs import Group
 
 __all__ = ["archive_card"]
 

@@ -15,11 +15,11 @@ from redistill_cache import Archive
 from redistill_cache.errors import RedistillError
 
 from redistill.models import open_weights
-from redistill.report.groups import Group
 from redistill.report.markup import missing, section, text
+from redistill.report.runs import Group
 from redistill.signals import LOGITS
-from redistill.sources.opening import open_source
-from redistill.training.outcome import STUDENT
+from redistill.sources.open_source import open_source
+from redistill.training.run_files import STUDENT
 from redistill.views import ViewDataset
 from redistill.views.dataset import MixedView, RenderedView
 

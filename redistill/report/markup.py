@@ -7,7 +7,7 @@ from html import escape
 
 from redistill_cache.wording import harmless
 
-from redistill.report.groups import Group, spread
+from redistill.report.runs import Group, spread
 
 __all__ = [
     "DOT",

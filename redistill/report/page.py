@@ -9,17 +9,15 @@ from pathlib import Path
 
 from redistill_cache import Archive, open_archive
 from redistill_cache.errors import UsageError
-from redistill_cache.files import LOCAL
-from redistill_cache.storage import disk_trouble
+from redistill_cache.storage import LOCAL, disk_trouble
 
 from redistill.report import results
 from redistill.report.card import archive_card
 from redistill.report.examples import Examples, find_examples, views
-from redistill.report.groups import Group, group_runs
 from redistill.report.markup import section, table, text
-from redistill.report.runs import Found, read_runs
+from redistill.report.runs import Found, Group, group_runs, read_runs
 
-__all__ = ["Written", "write_report"]
+__all__ = ["WrittenReport", "write_report"]
 
 # Nothing is fetched and nothing runs, whatever a name in the page may say.
 PAGE = """<!doctype html>
@@ -39,7 +37,7 @@ PAGE = """<!doctype html>
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenReport:
     """What a page tells of."""
 
     runs: int
@@ -48,7 +46,9 @@ class Written:
     """What it does not tell, and why: runs that are not finished, runs given twice, another archive."""
 
 
-def write_report(runs: Sequence[Path], out: Path, *, archive: Path | None = None, data: str | None = None) -> Written:
+def write_report(
+    runs: Sequence[Path], out: Path, *, archive: Path | None = None, data: str | None = None
+) -> WrittenReport:
     """Write the page about `runs` to `out`. With `archive` it shows its card, with `data` also views of it."""
     if data is not None and archive is None:
         raise UsageError("--data shows views of an archive; add --archive")
@@ -63,7 +63,7 @@ def write_report(runs: Sequence[Path], out: Path, *, archive: Path | None = None
     with disk_trouble("write", out):
         out.parent.mkdir(parents=True, exist_ok=True)
         LOCAL.publish(out, page.encode())
-    return Written(sum(len(group.runs) for group in groups), len(groups), tuple(notes))
+    return WrittenReport(sum(len(group.runs) for group in groups), len(groups), tuple(notes))
 
 
 def doubts(groups: Sequence[Group], archive: Archive | None) -> list[str]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from redistill.report.charts import MOST_NAMED, Curve, lines
-from redistill.report.diagrams import class_dots, reliability, seeds
-from redistill.report.groups import Group, Look, pooled_bins
+from redistill.report.charts import MOST_NAMED, Curve, class_dots, lines, reliability, seeds
 from redistill.report.markup import DOT, LINE, figure, missing, name_list, named, section, share, table, value
+from redistill.report.runs import Group, LineStyle, pooled_bins
 
 __all__ = ["accuracy", "beside_teacher", "calibration", "classes", "learning", "terms"]
 
@@ -130,7 +129,7 @@ def terms(groups: Sequence[Group]) -> str:
     for group in groups:
         columns = [name for name in group.columns("train_") if name != "train_loss"]
         curves = [
-            Curve(name.removeprefix("train_"), group.curve(name), Look(group.look.colour, at))
+            Curve(name.removeprefix("train_"), group.curve(name), LineStyle(group.look.colour, at))
             for at, name in enumerate(columns)
         ]
         charts.append(figure(group.name, lines(group.name, curves)))

@@ -9,9 +9,14 @@ before they were indexed are read again next time, because a later edit might ca
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import multiprocessing
+import struct
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -21,22 +26,105 @@ from typing import Literal
 import numpy as np
 from redistill_cache.errors import Damaged, Refused
 from redistill_cache.keys import PackedKeys, pack_keys
-from redistill_cache.stamps import cache_folder
+from redistill_cache.machine import usable_cores
+from redistill_cache.storage import LOCAL
+from redistill_cache.verified_files import cache_folder
 
-from redistill.machine import usable_cores
 from redistill.sources.base import ListedSource, Source, digest_of
 from redistill.sources.images import BadImage, decode_array, image_size
-from redistill.sources.keeping import keep, settled, take_up
-from redistill.sources.pairing import pair_up
 
-__all__ = ["SourceIndex", "index_source"]
+__all__ = ["SourceIndex", "index_source", "keep", "pair_up", "repeats", "settled", "take_up"]
+
+
+# -- pairing ----------------------------------------------------------------------------------------------------------
+#
+# Pairing equal values of two arrays, a million at a time.
+
+
+def pair_up(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of equal values: the k-th occurrence of a value in `left` meets its k-th occurrence in `right`.
+
+    Each position is used once at most; pairs come in the order of `left`.
+    """
+    left_order, right_order = np.argsort(left, kind="stable"), np.argsort(right, kind="stable")
+    left_sorted, right_sorted = left[left_order], right[right_order]
+    partner = np.searchsorted(right_sorted, left_sorted, "left")
+    partner += _occurrence(left_sorted)
+    found = partner < len(right)
+    found[found] = right_sorted[partner[found]] == left_sorted[found]
+    rows, partners = left_order[found], right_order[partner[found]]
+    order = np.argsort(rows)
+    return rows[order], partners[order]
+
+
+def repeats(values: np.ndarray) -> np.ndarray:
+    """Positions whose value occurred at an earlier position already."""
+    order = np.argsort(values, kind="stable")
+    return np.sort(order[_occurrence(values[order]) > 0])
+
+
+def _occurrence(values: np.ndarray) -> np.ndarray:
+    """For each of sorted values, how many equal ones stand before it."""
+    places = np.arange(len(values))
+    first = np.concatenate([np.ones(min(len(values), 1), bool), values[1:] != values[:-1]])
+    return places - np.maximum.accumulate(np.where(first, places, 0))
+
+
+# -- keeping ----------------------------------------------------------------------------------------------------------
+#
+# What is expensive to find out about a user's files is kept in the user's cache folder, as .npz.
+#
+# A cache that cannot be read is as good as none, and one that cannot be written costs the time it would have saved.
+
+# An edit within this time of another may carry the same modification time.
+RACY_NS = 2_000_000_000
+# What reading a damaged .npz raises: zipfile has many words for it.
+NPZ_RAISES = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    RuntimeError,
+    OverflowError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+def settled(stamps: np.ndarray, started_ns: int) -> np.ndarray:
+    """For stamps [n, 2] (size, modification time; -1 unknown): whether a later edit would have to change them."""
+    quiet: np.ndarray = (stamps[:, 1] < started_ns - RACY_NS) & (stamps[:, 0] >= 0)
+    return quiet
+
+
+def take_up(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray] | None:
+    """The arrays that were kept under these names; None if any is not there."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as kept:
+            return {name: kept[name] for name in names}
+    except NPZ_RAISES:
+        return None
+
+
+def keep(path: Path, **arrays: np.ndarray) -> None:
+    """Publish the arrays for `take_up`."""
+    out = io.BytesIO()
+    np.savez(out, **arrays)  # type: ignore[arg-type]
+    with contextlib.suppress(OSError):
+        LOCAL.make_directories(path.parent)
+        LOCAL.publish(path, out.getbuffer())
+
+
+# -- index ------------------------------------------------------------------------------------------------------------
 
 CHUNK = 256
 # Below this many samples to read, starting processes takes longer than reading.
 WORTH_PROCESSES = 4096
 CACHE_VERSION = 1
 KEPT = ("version", "key_data", "key_offsets", "stamps", "digests", "sizes", "level")
-Progress = Callable[[int, int], None]
+IndexProgress = Callable[[int, int], None]
 Check = Literal["header", "full"]
 
 
@@ -74,7 +162,7 @@ def index_source(
     source: Source,
     *,
     workers: int | None = None,
-    progress: Progress | None = None,
+    progress: IndexProgress | None = None,
     cache_dir: Path | None = None,
     on_bad_image: Literal["fail", "exclude"] = "fail",
     check: Check | None = None,
@@ -184,7 +272,7 @@ def _chunks(source: Source, todo: np.ndarray, check: Check, processes: int) -> I
 
 
 def _read_all(
-    source: Source, todo: np.ndarray, table: _Table, check: Check, processes: int, progress: Progress | None
+    source: Source, todo: np.ndarray, table: _Table, check: Check, processes: int, progress: IndexProgress | None
 ) -> tuple[PackedKeys, np.ndarray, dict[int, tuple[str, str]]]:
     labels, bad = np.zeros(len(source), np.int64), {}
     done = len(source) - len(todo)

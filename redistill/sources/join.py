@@ -27,8 +27,7 @@ from redistill_cache.errors import Refused
 from redistill_cache.keys import PackedKeys, hash_words, pack_keys
 
 from redistill.sources.base import NO_LABEL
-from redistill.sources.index import SourceIndex
-from redistill.sources.pairing import pair_up, repeats
+from redistill.sources.index import SourceIndex, pair_up, repeats
 
 __all__ = ["Join", "join"]
 

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from redistill.training.loop import train
 from redistill.training.options import TrainOptions
-from redistill.training.outcome import Outcome
+from redistill.training.run_files import TrainResult
 
-__all__ = ["Outcome", "TrainOptions", "train"]
+__all__ = ["TrainOptions", "TrainResult", "train"]

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from redistill_cache.errors import Damaged, Refused, SpecMismatch
-from redistill_cache.files import LEFTOVER, LOCAL, is_leftover
-from redistill_cache.storage import disk_trouble
+from redistill_cache.storage import LEFTOVER, LOCAL, disk_trouble, is_leftover
 
+from redistill.specs import first_line
 from redistill.training.member import Member
-from redistill.training.watcher import Watcher
-from redistill.wording import first_line
+from redistill.training.options import Watcher
 
 __all__ = ["LAST", "PREVIOUS", "has_checkpoint", "load_checkpoint", "save_checkpoint"]
 

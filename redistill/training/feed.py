@@ -9,19 +9,48 @@ from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from redistill_cache.errors import Refused
 from torch import Tensor
 
 from redistill.loading import batch_loader
-from redistill.training.order import Rows, epoch_batches, share_of_rank, views_of_epoch
 from redistill.views import ViewDataset
 from redistill.views.dataset import MixedView, RenderedView
 
-__all__ = ["Batch", "Carried", "Feed", "Place"]
+__all__ = ["Feed", "Position", "RenderedRows", "TrainBatch", "epoch_batches", "share_of_rank", "views_of_epoch"]
 
 
-class Carried(NamedTuple):
+# -- order ------------------------------------------------------------------------------------------------------------
+#
+# Which rows make which batch: a function of (seed, epoch) alone, whatever the number of processes.
+
+Rows = npt.NDArray[np.int64]
+
+
+def epoch_batches(seed: int, epoch: int, rows: Rows, batch_size: int) -> list[Rows]:
+    """The rows of one epoch in random order, each once, in as few batches of at most `batch_size` as it takes.
+
+    Batches differ by one row at most, so the last one is no smaller than the others: batch norms need neighbours.
+    """
+    shuffled = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64))).permutation(rows)
+    return np.array_split(shuffled, max(1, -(-len(rows) // batch_size)))
+
+
+def share_of_rank(batch: Rows, rank: int, world: int) -> Rows:
+    """The rows of a global batch that one of `world` processes computes."""
+    return batch[rank::world]
+
+
+def views_of_epoch(epoch: int, num_views: int, views_per_image: int) -> tuple[int, ...]:
+    """The views an epoch shows of every image."""
+    return tuple((epoch * views_per_image + j) % num_views for j in range(views_per_image))
+
+
+# -- feed -------------------------------------------------------------------------------------------------------------
+
+
+class RenderedRows(NamedTuple):
     """What comes from a worker."""
 
     pixels: Tensor  # uint8 [B, 3, size, size]
@@ -30,7 +59,7 @@ class Carried(NamedTuple):
     weights: Tensor | None  # float32 [B]
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """Where in the run a batch is."""
 
     epoch: int
@@ -40,26 +69,26 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Batch:
+class TrainBatch:
     """This process's share of a global batch."""
 
-    place: Place
+    place: Position
     views: tuple[int, ...]
     rows: Rows
     """Of the archive, one per image; with several views per image, item i is of row i // len(views)."""
     global_rows: int
     """Views in the batch over all processes."""
-    carried: Carried
+    carried: RenderedRows
 
 
-def carry(items: list[RenderedView | MixedView]) -> Carried:
+def carry(items: list[RenderedView | MixedView]) -> RenderedRows:
     labels = torch.tensor([item.label for item in items])
     pixels = torch.stack([item.pixels for item in items])
     if not isinstance(items[0], MixedView):
-        return Carried(pixels, labels, None, None)
+        return RenderedRows(pixels, labels, None, None)
     mixed = [item for item in items if isinstance(item, MixedView)]
     partners = torch.tensor([item.partner_label for item in mixed])
-    return Carried(pixels, labels, partners, torch.tensor([float(item.weight) for item in mixed]))
+    return RenderedRows(pixels, labels, partners, torch.tensor([float(item.weight) for item in mixed]))
 
 
 @dataclass(frozen=True)
@@ -92,19 +121,19 @@ class Feed:
             raise Refused(f"--batch-size {self.batch_size} is too small for {self.world} processes")
         return found
 
-    def start(self, epoch: int = 0, batch: int = 0) -> Iterator[Batch]:
+    def start(self, epoch: int = 0, batch: int = 0) -> Iterator[TrainBatch]:
         """Every batch from there to the end. Workers stay from epoch to epoch."""
-        waiting: deque[tuple[Place, tuple[int, ...], Rows, int]] = deque()
+        waiting: deque[tuple[Position, tuple[int, ...], Rows, int]] = deque()
 
         def indices() -> Iterator[list[int]]:
             for now in range(epoch, self.epochs):
                 batches, views = self.batches(now), self.views(now)
                 for at in range(batch if now == epoch else 0, len(batches)):
                     rows = share_of_rank(batches[at], self.rank, self.world)
-                    waiting.append((Place(now, at, len(batches)), views, rows, len(batches[at]) * len(views)))
+                    waiting.append((Position(now, at, len(batches)), views, rows, len(batches[at]) * len(views)))
                     yield [self.dataset.index(view, row) for row in rows.tolist() for view in views]
 
         loader = batch_loader(self.dataset, indices(), workers=self.workers, collate=carry, pin=self.pin)
         for carried in loader:
             place, views, rows, count = waiting.popleft()
-            yield Batch(place, views, rows, count, carried)
+            yield TrainBatch(place, views, rows, count, carried)

@@ -13,19 +13,16 @@ from contextlib import nullcontext
 from redistill_cache.errors import RedistillError, Refused
 from redistill_cache.storage import disk_trouble
 
-from redistill.evaluation import Metrics, Tally
 from redistill.interrupts import StopRequest, stop_on_signals
 from redistill.losses.objective import Mix
-from redistill.losses.schedule import Progress
+from redistill.losses.schedule import TrainingProgress
+from redistill.metrics import Metrics, Tally
+from redistill.ranks import World, joined_world
 from redistill.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
-from redistill.training.clock import Clock, images_of_run
-from redistill.training.distributed import World, joined_world
-from redistill.training.feed import Batch
-from redistill.training.options import TrainOptions
-from redistill.training.outcome import Outcome
-from redistill.training.prepare import Run, prepare
-from redistill.training.records import Records
-from redistill.training.watcher import Silent, Watcher
+from redistill.training.feed import TrainBatch
+from redistill.training.options import Silent, TrainOptions, Watcher
+from redistill.training.prepare import TrainSetup, prepare
+from redistill.training.run_files import RunFiles, Throughput, TrainResult, images_of_run
 
 __all__ = ["Diverged", "train"]
 
@@ -41,7 +38,7 @@ class Diverged(RedistillError):
     exit_code = 1
 
 
-def train(options: TrainOptions, watcher: Watcher | None = None) -> list[Outcome]:
+def train(options: TrainOptions, watcher: Watcher | None = None) -> list[TrainResult]:
     """Train every member of the cohort, and return what came of them."""
     with joined_world(options.device) as world, stop_on_signals(AGAIN) as stop:
         if watcher is None or not world.first:
@@ -55,7 +52,7 @@ def train(options: TrainOptions, watcher: Watcher | None = None) -> list[Outcome
                 watcher.say(f"{options.out} is finished already; this is what came of it")
             elif start != (0, 0):
                 watcher.say(f"goes on at epoch {start[0] + 1}, batch {start[1] + 1}")
-            records = Records(options, run, first_epoch=start[0], writes=world.first)
+            records = RunFiles(options, run, first_epoch=start[0], writes=world.first)
             return records.finish(Training(options, world, run, records, watcher, stop).from_place(*start))
 
 
@@ -63,11 +60,17 @@ class Training:
     """A run under way."""
 
     def __init__(
-        self, options: TrainOptions, world: World, run: Run, records: Records, watcher: Watcher, stop: StopRequest
+        self,
+        options: TrainOptions,
+        world: World,
+        run: TrainSetup,
+        records: RunFiles,
+        watcher: Watcher,
+        stop: StopRequest,
     ) -> None:
         self.options, self.world, self.run, self.records = options, world, run, records
         self.watcher, self.stop = watcher, stop
-        self.clock = Clock()
+        self.clock = Throughput()
         self.saved = time.monotonic()
         self.look = LOOK_ALONE[world.device.type] if world.size == 1 else LOOK_TOGETHER
 
@@ -98,7 +101,7 @@ class Training:
             follows = epoch + 1 < self.run.feed.epochs
             self.run.targets.begin(self.run.feed.views(epoch), self.run.feed.views(epoch + 1) if follows else None)
 
-    def _step(self, item: Batch) -> None:
+    def _step(self, item: TrainBatch) -> None:
         """One batch to the device, and one step of every member on it."""
         device, carried, place = self.world.device, item.carried, item.place
         pixels = carried.pixels.to(device, non_blocking=True)
@@ -107,12 +110,12 @@ class Training:
         if carried.partner_labels is not None and carried.weights is not None:
             mix = Mix(carried.partner_labels.to(device), carried.weights.to(device))
         teacher = None if self.run.targets is None else self.run.targets(item, pixels)
-        progress = Progress(place.epoch + place.batch / place.batches, self.run.feed.epochs)
+        progress = TrainingProgress(place.epoch + place.batch / place.batches, self.run.feed.epochs)
         share = len(pixels) * self.world.size / item.global_rows
         for member in self.run.members:
             member.step(pixels, teacher, labels, mix, progress, share)
 
-    def _look(self, item: Batch) -> None:
+    def _look(self, item: TrainBatch) -> None:
         """Between batches, all processes at the same ones: is it going well, is it time to save, are we to stop?"""
         self._show(item)
         due = time.monotonic() - self.saved > 60 * self.options.checkpoint_minutes
@@ -128,7 +131,7 @@ class Training:
         if stop:
             self._leave()
 
-    def _show(self, item: Batch) -> None:
+    def _show(self, item: TrainBatch) -> None:
         done, total = images_of_run(item, self.run.feed.epochs)
         means = {name: f"{value:.3f}" for name, value in self.run.members[0].means().items()}
         waiting = f"{self.clock.lap().waiting:.0%}"

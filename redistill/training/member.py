@@ -16,10 +16,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from redistill.devices import refuse_out_of_memory
 from redistill.losses.objective import Mix, Objective
-from redistill.losses.schedule import Progress
+from redistill.losses.schedule import TrainingProgress
 from redistill.models import OpenedModel
 from redistill.optim import clip_gradients, lr_at, make_optimizer, set_lr
-from redistill.training.distributed import World
+from redistill.ranks import World
 from redistill.training.options import MemberSpec, TrainOptions
 
 __all__ = ["Member"]
@@ -59,7 +59,13 @@ class Member:
     # -- training -----------------------------------------------------------------------------------------------------
 
     def step(
-        self, pixels: Tensor, teacher: Tensor | None, labels: Tensor, mix: Mix | None, progress: Progress, share: float
+        self,
+        pixels: Tensor,
+        teacher: Tensor | None,
+        labels: Tensor,
+        mix: Mix | None,
+        progress: TrainingProgress,
+        share: float,
     ) -> None:
         """One step on this process's part of a global batch; `share` is its rows over an equal part's."""
         lr = lr_at(self.optim, progress.epoch)
@@ -94,7 +100,7 @@ class Member:
             self.average.update_parameters(self.module)
 
     def _forward(
-        self, pixels: Tensor, teacher: Tensor | None, labels: Tensor, mix: Mix | None, progress: Progress
+        self, pixels: Tensor, teacher: Tensor | None, labels: Tensor, mix: Mix | None, progress: TrainingProgress
     ) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.autocast(self.world.device.type, self.amp) if self.amp is not None else nullcontext():
             logits = self.network(self.normalise(pixels).contiguous(memory_format=self.memory_format))

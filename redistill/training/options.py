@@ -2,19 +2,152 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+import tomllib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, get_args, get_origin, get_type_hints
 
 from redistill_cache.errors import UsageError
+from redistill_cache.storage import LOCAL
 
 from redistill.optim import OptimConfig, preset
 from redistill.specs import did_you_mean, parse_spec
-from redistill.training.given import check_types
 
-__all__ = ["POWER", "MemberSpec", "TrainOptions"]
+__all__ = [
+    "CONFIG",
+    "POWER",
+    "MemberSpec",
+    "Silent",
+    "TrainOptions",
+    "Watcher",
+    "check_types",
+    "read_config",
+    "to_toml",
+    "write_config",
+]
+
+
+# -- watcher ----------------------------------------------------------------------------------------------------------
+#
+# Who wants to know how stage 2 goes. The library itself never prints.
+
+
+class Watcher(Protocol):
+    """Told of every step; `index` and `step` are called often."""
+
+    def say(self, text: str) -> None: ...
+    def warn(self, text: str) -> None: ...
+    def index(self, done: int, total: int) -> None: ...
+    def step(self, images: int, total: int, figures: Mapping[str, Any]) -> None:
+        """Images of the whole run, and what is worth showing of now."""
+
+    def epoch(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """An epoch has ended: the figures of every member, by its name."""
+
+
+class Silent:
+    def say(self, text: str) -> None: ...
+    def warn(self, text: str) -> None: ...
+    def index(self, done: int, total: int) -> None: ...
+    def step(self, images: int, total: int, figures: Mapping[str, Any]) -> None: ...
+    def epoch(self, rows: Sequence[Mapping[str, Any]]) -> None: ...
+
+
+# -- given ------------------------------------------------------------------------------------------------------------
+#
+# Values that came as text, from a TOML file above all, against the types of the options they are for.
+
+WORDS: Mapping[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+}
+
+
+def check_types(given: Mapping[str, Any], options: type) -> None:
+    """Refuse the first value that its field in the dataclass `options` cannot hold."""
+    hints = type_hints(options)
+    for name, value in given.items():
+        if name in hints and not fits(value, hints[name]):
+            raise UsageError(f"{name} must be {' or '.join(words(hints[name]))}, found {value!r}")
+
+
+@cache
+def type_hints(options: type) -> dict[str, Any]:
+    return get_type_hints(options)
+
+
+def fits(value: object, hint: Any) -> bool:  # noqa: ANN401  a type, a union or a tuple of one
+    if hint is Any:  # an object, which comes from code and not from text
+        return False
+    if get_origin(hint) is tuple:
+        return isinstance(value, list | tuple) and all(fits(item, get_args(hint)[0]) for item in value)
+    if get_args(hint):
+        return any(fits(value, one) for one in get_args(hint))
+    wider = {float: int | float, Path: str | Path}.get(hint, hint)
+    return isinstance(value, wider) and (hint is bool or not isinstance(value, bool))
+
+
+def words(hint: Any) -> list[str]:  # noqa: ANN401  as above
+    if get_origin(hint) is tuple:
+        return [f"a list, each {' or '.join(words(get_args(hint)[0]))}"]
+    return [found for one in get_args(hint) or (hint,) if one in WORDS for found in (WORDS[one],)]
+
+
+# -- config -----------------------------------------------------------------------------------------------------------
+#
+# config.toml: everything a run was told and found, so that `redistill train --config` repeats it.
+
+CONFIG = "config.toml"
+
+
+def write_config(folder: Path, options: Mapping[str, Any], facts: Mapping[str, Mapping[str, Any]]) -> None:
+    """`options` as `TrainOptions.to_json` gives them; `facts` are tables that are read by people only."""
+    LOCAL.publish(folder / CONFIG, to_toml({"options": options, **facts}).encode())
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The options of a config.toml."""
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"no configuration at {path}; a run folder holds it as {CONFIG}") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{path} is not TOML that can be read: {error}") from None
+    options = found.get("options")
+    if not isinstance(options, dict):
+        raise UsageError(f"{path}: expected a table [options], as in the {CONFIG} of a run")
+    return options
+
+
+def to_toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
+    """Tables of strings, numbers, booleans and lists of them."""
+    lines = []
+    for name, table in tables.items():
+        lines.append(f"[{name}]")
+        lines += [f"{to_value(key) if not key.isidentifier() else key} = {to_value(v)}" for key, v in table.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def to_value(value: Any) -> str:  # noqa: ANN401  whatever an option holds
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)  # inf and nan are TOML too
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(to_value, value))}]"
+    # TOML's basic strings are JSON's, but for DEL, which must be escaped as well.
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+# -- options ----------------------------------------------------------------------------------------------------------
 
 POWER = "power?lam=0.6667&temperature=4"
 LISTS = ("students", "losses", "seeds", "teachers", "log")

@@ -14,28 +14,27 @@ from redistill.devices import pick_amp
 from redistill.loading import default_workers
 from redistill.losses.objective import Mix, Objective
 from redistill.models import OpenedModel, open_model
+from redistill.ranks import World
 from redistill.signals import LOGITS
 from redistill.sources.index import index_source
-from redistill.sources.opening import open_source
+from redistill.sources.open_source import open_source
+from redistill.specs import first_line
 from redistill.teachers import Teacher
-from redistill.training.distributed import World
 from redistill.training.feed import Feed
 from redistill.training.member import Member
-from redistill.training.options import MemberSpec, TrainOptions
-from redistill.training.residence import Residence
+from redistill.training.options import MemberSpec, TrainOptions, Watcher
+from redistill.training.shared_views import SharedViews
 from redistill.training.targets import CachedTargets, OnlineTargets
 from redistill.training.validate import Validation
-from redistill.training.watcher import Watcher
 from redistill.views import ArchiveViews, ViewDataset, join_archive
 from redistill.views.canaries import check_canaries
-from redistill.views.provider import archive_recipe
-from redistill.wording import first_line
+from redistill.views.view_params import archive_recipe
 
-__all__ = ["Run", "prepare"]
+__all__ = ["TrainSetup", "prepare"]
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainSetup:
     """A run that fits together."""
 
     archive: Archive
@@ -46,7 +45,7 @@ class Run:
     validation: Validation | None
 
 
-def prepare(options: TrainOptions, world: World, watcher: Watcher) -> Run:
+def prepare(options: TrainOptions, world: World, watcher: Watcher) -> TrainSetup:
     """What is quick to find out comes first: nobody should wait for a million images to read of a typing error."""
     with world.first_here_first():
         archive = open_archive(options.archive)
@@ -75,7 +74,7 @@ def prepare(options: TrainOptions, world: World, watcher: Watcher) -> Run:
     )
     feed.batches(0)
     members = [Member(spec, options, opened, world, amp) for spec, opened in zip(specs, students, strict=True)]
-    return Run(archive, feed, members, targets, validation)
+    return TrainSetup(archive, feed, members, targets, validation)
 
 
 def open_validation(
@@ -160,7 +159,7 @@ def make_targets(
         return None
     if options.online_teacher is None:
         names = chosen_teachers(options, archive)
-        residence = Residence(archive, names, options.views_per_image, options.cache_memory, world)
+        residence = SharedViews(archive, names, options.views_per_image, options.cache_memory, world)
         return CachedTargets(residence, world.device)
     model = open_model(options.online_teacher, num_classes=archive.num_classes, allow_python=options.allow_python)
     if model.num_classes != archive.num_classes:
@@ -190,5 +189,5 @@ def open_student(spec: MemberSpec, archive: Archive, size: int, options: TrainOp
     return opened
 
 
-def parameters_of(module: nn.Module) -> int:
+def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from redistill.signals import LOGITS
 from redistill.teachers import Teacher
-from redistill.training.feed import Batch
-from redistill.training.residence import Residence
+from redistill.training.feed import TrainBatch
+from redistill.training.shared_views import SharedViews
 
 __all__ = ["CachedTargets", "OnlineTargets", "decode_on"]
 
@@ -39,7 +39,7 @@ class CachedTargets:
     The mean of logits is the geometric mean of the teachers' distributions, at every temperature at once.
     """
 
-    def __init__(self, residence: Residence, device: torch.device) -> None:
+    def __init__(self, residence: SharedViews, device: torch.device) -> None:
         self.residence, self.device = residence, device
         self._resident: list[list[PackedView]] = []
         self._views: tuple[int, ...] = ()
@@ -58,13 +58,13 @@ class CachedTargets:
         self._resident = []  # buffers are about to be used again
         self._resident, self._views = self.residence.take(views, then), views
 
-    def __call__(self, batch: Batch, pixels: Tensor) -> Tensor:
+    def __call__(self, batch: TrainBatch, pixels: Tensor) -> Tensor:
         del pixels
         assert batch.views == self._views, f"views {batch.views} asked for while {self._views} are resident"
         answers = [self._answer(views, batch) for views in self._resident]
         return answers[0] if len(answers) == 1 else torch.stack(answers).mean(0)
 
-    def _answer(self, views: Sequence[PackedView], batch: Batch) -> Tensor:
+    def _answer(self, views: Sequence[PackedView], batch: TrainBatch) -> Tensor:
         """Of one teacher: the views of an image stay together."""
         each = [decode_on(view.codec, view.gather(batch.rows), self.device) for view in views]
         return each[0] if len(each) == 1 else torch.stack(each, 1).flatten(0, 1)
@@ -83,6 +83,6 @@ class OnlineTargets:
 
     def begin(self, views: tuple[int, ...], then: tuple[int, ...] | None) -> None: ...
 
-    def __call__(self, batch: Batch, pixels: Tensor) -> Tensor:
+    def __call__(self, batch: TrainBatch, pixels: Tensor) -> Tensor:
         del batch
         return self.teacher(pixels)[LOGITS]

@@ -14,11 +14,11 @@ from redistill_cache.errors import Refused
 from torch import Tensor, nn
 
 from redistill.devices import refuse_out_of_memory
-from redistill.evaluation import Tally, tally
 from redistill.loading import batch_loader
-from redistill.models.opened import Normalise
+from redistill.metrics import Tally, tally
+from redistill.models.model_info import Normalise
 from redistill.sources.index import SourceIndex, index_source
-from redistill.sources.opening import open_source
+from redistill.sources.open_source import open_source
 from redistill.training.feed import carry
 from redistill.views import ArchiveViews, DrawnViews, ViewDataset, join_archive, parse_recipe
 from redistill.views.canaries import check_canaries

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from redistill.views.dataset import MixedView, RenderedView, ViewDataset
+from redistill.views.dataset import MixedView, RenderedView, ViewDataset, render
 from redistill.views.draw import draw_params
-from redistill.views.named import parse_recipe
-from redistill.views.provider import ArchiveViews, DrawnViews, Views, archive_recipe, join_archive, usable_rows
 from redistill.views.recipe import Recipe
+from redistill.views.recipe_spec import parse_recipe
 from redistill.views.render import render_view, render_views
-from redistill.views.replay import render
+from redistill.views.view_params import ArchiveViews, DrawnViews, Views, archive_recipe, join_archive, usable_rows
 
 __all__ = [
     "ArchiveViews",

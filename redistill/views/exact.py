@@ -12,7 +12,7 @@ from math import floor
 import numpy as np
 import numpy.typing as npt
 
-from redistill.views.units import WEIGHT_UNIT
+from redistill.views.recipe import WEIGHT_UNIT
 
 __all__ = ["ENTRIES", "beta_weights", "log_uniform", "power"]
 

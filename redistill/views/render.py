@@ -17,21 +17,25 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from redistill.views.ops import OPERATIONS, RANGES, apply_operation
-from redistill.views.recipe import Recipe
-from redistill.views.steps import (
+from redistill.views.recipe import (
+    BLUR_UNIT,
+    EDGE_UNIT,
+    JITTER_UNIT,
     MAX_SIZE,
+    WEIGHT_UNIT,
     ColorJitter,
     Flip,
     GaussianBlur,
     Grayscale,
-    Mix,
+    Mixing,
     RandAugment,
     RandomCrop,
     RandomErasing,
+    Recipe,
     Step,
     TrivialAugmentWide,
+    edge_pixels,
 )
-from redistill.views.units import BLUR_UNIT, EDGE_UNIT, JITTER_UNIT, WEIGHT_UNIT, edge_pixels
 
 __all__ = ["RowParams", "render_view", "render_views", "row_params"]
 
@@ -120,7 +124,7 @@ def _apply(step: Step, view: torch.Tensor, params: RowParams, recipe: Recipe) ->
             return _blur(step, view, int(params["blur"]), recipe.size)
         case RandomErasing():
             return _erase(step, view, params["erase"])
-    assert isinstance(step, Mix)  # mixing needs two views; render_view does it
+    assert isinstance(step, Mixing)  # mixing needs two views; render_view does it
     return view
 
 

@@ -13,8 +13,8 @@ import google_crc32c
 import numpy as np
 from numcodecs import zstd
 from redistill_cache import layout
-from redistill_cache.arrays import SideArray
 from redistill_cache.journal import parse_manifest, sha256
+from redistill_cache.spec import SideArray
 from redistill_cache.strict_json import canonical
 
 from tests.attacks.forge import (

@@ -14,13 +14,12 @@ import google_crc32c
 import numpy as np
 from numcodecs import zstd
 from redistill_cache import layout
-from redistill_cache.blocks import all_blocks, expected_files
 from redistill_cache.errors import RedistillError
 from redistill_cache.journal import FileEntry, Manifest, Record, parse_manifest, sha256
-from redistill_cache.layout import ArrayLayout
-from redistill_cache.parsing import parse_archive_spec, parse_teacher_spec
+from redistill_cache.layout import ArrayLayout, all_blocks, expected_files
 from redistill_cache.shards import encode_shard
 from redistill_cache.spec import ArchiveSpec, TeacherSpec, archive_identity, teacher_identity
+from redistill_cache.spec_files import parse_archive_spec, parse_teacher_spec
 from redistill_cache.strict_json import canonical
 
 __all__ = ["Change", "documents", "edit", "edit_teacher", "forge", "parsed", "put_rows", "repeated_shard", "reseal"]

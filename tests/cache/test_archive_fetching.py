@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from redistill_cache import downloads, fetch_archive, open_archive
+from redistill_cache import fetch_archive, fetching, open_archive
 from redistill_cache.errors import Damaged, Incomplete, Refused
 from redistill_cache.verify import verify
 
@@ -78,10 +78,10 @@ def test_a_connection_that_breaks_off_is_made_again(shared: Path, serve: Serve):
 
 
 def test_one_that_always_breaks_off_is_said_to(shared: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(downloads, "WAITS", (0.0, 0.0))
+    monkeypatch.setattr(fetching, "WAITS", (0.0, 0.0))
     address, requests = serve(shared)
     with pytest.raises(Refused, match=r"cannot fetch .*: it broke off after \d+ of \d+ bytes; check the address"):
-        downloads.pull(f"{address}/{NAME}/{SHARD}.short", io.BytesIO())
+        fetching.pull(f"{address}/{NAME}/{SHARD}.short", io.BytesIO())
     assert len(requests) == 3
 
 
@@ -144,7 +144,7 @@ def test_errors_of_a_package_for_buckets_are_one_line_too(monkeypatch: pytest.Mo
         def _open(self, path: str, **_: object) -> None:
             raise RuntimeError(f"no credentials\nfor {path}")
 
-    monkeypatch.setattr(downloads, "WAITS", (0.0, 0.0))
+    monkeypatch.setattr(fetching, "WAITS", (0.0, 0.0))
     fsspec.register_implementation("bucket", Bucket, clobber=True)
     with pytest.raises(Refused, match=r"cannot fetch bucket://a\.zarr/.*: no credentials for a\.zarr/.*; check the"):
         open_archive("bucket://a.zarr")

@@ -20,10 +20,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from redistill_cache import ArchiveWriter, open_archive
-from redistill_cache.blocks import part_blocks
 from redistill_cache.errors import Incomplete
-from redistill_cache.files import LOCAL, Files
-from redistill_cache.layout import Block
+from redistill_cache.layout import Block, part_blocks
+from redistill_cache.storage import LOCAL, Files
 
 from tests.tiny_archive import SPEC, TEACHER, block_data, contents, make, samples, stored_logits
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import redistill_cache.claims
+import redistill_cache.open_state
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from redistill_cache import Archive, ArchiveWriter, ViewLoader, open_archive
@@ -189,7 +189,7 @@ def test_newer_formats(whole: Path, tmp_path: Path):
 
 
 def test_what_does_not_fit_the_memory_is_refused_before_it_is_read(archive: Archive, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(redistill_cache.claims.os, "sysconf", lambda name: 20)
+    monkeypatch.setattr(redistill_cache.open_state.os, "sysconf", lambda name: 20)
     refused(Refused, "of memory", lambda: archive.logits(0, teacher="tiny"))
     refused(Refused, "of memory", lambda: archive.load_view(0, "tiny"))
     refused(Refused, "of memory", lambda: archive.digests)

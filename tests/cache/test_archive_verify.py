@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from redistill_cache import ArchiveWriter, open_archive
 from redistill_cache.errors import Damaged, Incomplete, NotAnArchive
-from redistill_cache.verify import Report, quarantine, verify
+from redistill_cache.verify import VerifyReport, quarantine, verify
 
 from tests.tiny_archive import SPEC, contents, fill, stored_logits
 
@@ -26,7 +26,7 @@ def flip(file: Path, at: int = 0) -> None:
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def found(report: Report) -> dict[str, tuple[str | None, str]]:
+def found(report: VerifyReport) -> dict[str, tuple[str | None, str]]:
     return {item.path: (item.block, item.reason) for item in report.damaged}
 
 

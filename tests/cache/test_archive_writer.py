@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 from redistill_cache import ArchiveWriter, ArraySpec, SignalSpec, TeacherSpec, open_archive
-from redistill_cache.archive_files import read_root
 from redistill_cache.errors import Incomplete, NewerFormat, OutOfRange, Refused, SpecMismatch, UsageError
-from redistill_cache.files import Files
 from redistill_cache.layout import Block
 from redistill_cache.spec import ArchiveSpec
+from redistill_cache.spec_files import read_root
+from redistill_cache.storage import Files
 from redistill_cache.strict_json import canonical
 
 from tests.tiny_archive import SPEC, TEACHER, block_data, contents, fill, make, samples, start

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from redistill_cache.shards import Scratch
-from redistill_cache.untranspose import untranspose
+from redistill_cache.shards import Scratch, untranspose
 
 DTYPES = ("uint8", "int8", "uint16", "float16", "int32", "float32", "int64")
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from redistill_cache.files import Files
+from redistill_cache.storage import Files
 
 __all__ = ["FAILURES", "FailingDisk", "Failure"]
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from redistill_cache.files import Files
+from redistill_cache.storage import Files
 
 __all__ = ["DiskModel", "Operation", "PowerCut", "PowerCutDisk"]
 

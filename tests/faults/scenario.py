@@ -12,12 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import redistill_cache
-from redistill_cache.arrays import ArraySpec
 from redistill_cache.codecs import BlockStats, Codec, Encoded, fit_codec
 from redistill_cache.errors import OutOfRange, Refused
-from redistill_cache.files import LOCAL, Files, is_leftover
 from redistill_cache.layout import Block
-from redistill_cache.spec import ArchiveSpec, SignalSpec, TeacherSpec
+from redistill_cache.spec import ArchiveSpec, ArraySpec, SignalSpec, TeacherSpec
+from redistill_cache.storage import LOCAL, Files, is_leftover
 from redistill_cache.writer import ArchiveWriter
 
 __all__ = ["SPEC", "believed_rows", "block_arrays", "hashes", "leftovers", "open_writer", "prepare", "write_archive"]

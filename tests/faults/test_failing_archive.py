@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from redistill_cache.errors import RedistillError
-from redistill_cache.files import Files
+from redistill_cache.storage import Files
 
 from tests.faults.failing_disk import FAILURES, FailingDisk, Failure
 from tests.faults.scenario import believed_rows, hashes, leftovers, write_archive

@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
-from redistill_cache.files import LOCAL, Files, is_leftover
+from redistill_cache.storage import LOCAL, Files, is_leftover
 
 from tests.faults.failing_disk import FAILURES, FailingDisk, Failure
 from tests.faults.power_cut import DiskModel, PowerCut, PowerCutDisk

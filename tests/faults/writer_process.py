@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
-from redistill_cache.files import Files
+from redistill_cache.storage import Files
 
 from tests.faults.scenario import block_arrays, codec, write_archive
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from redistill_cache.errors import Refused
+from redistill_cache.machine import usable_cores, usable_memory
 
 from redistill import doctor
 from redistill.doctor import examine, views_of
-from redistill.machine import usable_cores, usable_memory
 from tests import tiny_archive
 
 

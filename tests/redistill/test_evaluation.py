@@ -9,8 +9,8 @@ import pytest
 import torch
 from redistill_cache.errors import Refused, UsageError
 
-from redistill import calibration
-from redistill.evaluation import evaluate, tally, tally_all
+from redistill import metrics
+from redistill.metrics import evaluate, tally, tally_all
 
 ROWS, CLASSES = 60, 7
 
@@ -153,16 +153,16 @@ def test_reliability_bins_hold_every_row_once_and_give_the_ece(batch):
 
 def test_bin_edges_belong_to_the_bin_below():
     confidence = np.array([0.25, 0.5, 0.75, 1.0])
-    table = calibration.reliability(confidence, np.ones(4, bool), bins=4)
+    table = metrics.reliability(confidence, np.ones(4, bool), bins=4)
     assert [b.rows for b in table] == [1, 1, 1, 1]
 
 
 def test_a_calibrated_student_has_no_ece_and_a_sure_wrong_one_has_all_of_it():
     confidence = np.full(100, 0.75)
     right = np.arange(100) < 75
-    assert calibration.ece(confidence, right) == pytest.approx(0, abs=1e-12)
-    assert calibration.adaptive_ece(confidence, np.zeros(100, bool)) == pytest.approx(0.75)
-    assert calibration.ece(np.ones(10), np.zeros(10, bool)) == 1
+    assert metrics.ece(confidence, right) == pytest.approx(0, abs=1e-12)
+    assert metrics.adaptive_ece(confidence, np.zeros(100, bool)) == pytest.approx(0.75)
+    assert metrics.ece(np.ones(10), np.zeros(10, bool)) == 1
 
 
 def test_adaptive_ece_does_not_depend_on_the_order_of_tied_rows():
@@ -170,8 +170,8 @@ def test_adaptive_ece_does_not_depend_on_the_order_of_tied_rows():
     confidence = np.repeat([0.5, 0.9], 20)
     right = random.random(40) < 0.6
     order = random.permutation(40)
-    same = calibration.adaptive_ece(confidence[order], right[order], bins=7)
-    assert calibration.adaptive_ece(confidence, right, bins=7) == pytest.approx(same)
+    same = metrics.adaptive_ece(confidence[order], right[order], bins=7)
+    assert metrics.adaptive_ece(confidence, right, bins=7) == pytest.approx(same)
 
 
 def test_ties_go_to_the_lower_class():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import redistill_cache
 
-from redistill.rewriting import mislead, rewrite_logits
+from redistill.demo.rewriting import mislead, rewrite_logits
 from tests import tiny_archive
 
 

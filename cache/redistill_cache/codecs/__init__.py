@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from redistill_cache.codecs.catalogue import CODECS, Options, explain_codec, fit_codec, open_codec
-from redistill_cache.codecs.certify import NotFinite, kl_rows
+from redistill_cache.codecs.catalogue import CODECS, CodecOptions, explain_codec, fit_codec, open_codec
 from redistill_cache.codecs.protocol import Codec, Encoded, join_encoded
-from redistill_cache.codecs.stats import BlockStats
+from redistill_cache.codecs.stats import BlockStats, NotFinite, kl_rows
 
 __all__ = [
     "CODECS",
     "BlockStats",
     "Codec",
+    "CodecOptions",
     "Encoded",
     "NotFinite",
-    "Options",
     "explain_codec",
     "fit_codec",
     "join_encoded",

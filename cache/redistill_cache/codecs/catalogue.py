@@ -2,26 +2,112 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numcodecs.zstd import Zstd  # type: ignore[import-untyped]
 
-from redistill_cache.codecs.auto import Choice, choose, try_codec
-from redistill_cache.codecs.certify import check_finite
 from redistill_cache.codecs.checks import check_width
 from redistill_cache.codecs.compander import CompanderCodec, fit_compander
 from redistill_cache.codecs.floats import Float16Codec, Float32Codec
 from redistill_cache.codecs.linear import LinearCodec
 from redistill_cache.codecs.linear_fit import fit_linear
-from redistill_cache.codecs.policy import Policy
-from redistill_cache.codecs.protocol import Codec, Json
+from redistill_cache.codecs.protocol import Codec, Encoded, Json, is_absent
+from redistill_cache.codecs.rounding import LinearSettings
 from redistill_cache.codecs.space import Array, to_numpy
+from redistill_cache.codecs.stats import BlockStats, check_finite
 from redistill_cache.codecs.topk import TopKCodec
 from redistill_cache.errors import Damaged, Refused, UsageError
 
-__all__ = ["CODECS", "Options", "explain_codec", "fit_codec", "open_codec"]
+__all__ = [
+    "CODECS",
+    "Choice",
+    "CodecOptions",
+    "CodecTrial",
+    "choose",
+    "compressed_size",
+    "explain_codec",
+    "fit_codec",
+    "open_codec",
+    "try_codec",
+]
+
+
+# -- auto -------------------------------------------------------------------------------------------------------------
+#
+# Choosing a codec by trying: encode part of the pilot with each that could serve, and weigh what it writes.
+
+TRIAL_ROWS = 2048
+# Side data is written once; archives are written for about this many views.
+SPREAD_OVER = 1_000_000
+# A simpler codec is taken if it costs at most this much more.
+WORTH_IT = 1.05
+
+
+@dataclass(frozen=True)
+class CodecTrial:
+    """What one codec did on the trial rows."""
+
+    codec: Codec
+    label: str
+    bytes_per_row: float
+    stats: Mapping[str, float]
+    encoded: Encoded
+    """The last rows of the pilot, `TRIAL_ROWS` at most."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The codec that was chosen, and why, for a person to read."""
+
+    best: CodecTrial
+    reason: str
+    trials: tuple[CodecTrial, ...]
+
+    @property
+    def codec(self) -> Codec:
+        return self.best.codec
+
+
+def try_codec(codec: Codec, label: str, rows: np.ndarray) -> CodecTrial:
+    """Encode some of the rows and weigh the result."""
+    rows = rows[-TRIAL_ROWS:]
+    encoded = codec.encode(rows)
+    return CodecTrial(codec, label, compressed_size(codec, encoded), BlockStats.of(encoded).summary(), encoded)
+
+
+def compressed_size(codec: Codec, encoded: Encoded) -> float:
+    """Bytes a row as an archive would write them, side data included."""
+    total = 0
+    for spec in codec.arrays():
+        array = to_numpy(encoded.arrays[spec.name])
+        if is_absent(array):
+            continue
+        size = spec.chunk_rows or max(1, (1 << 20) // spec.row_bytes)
+        for start in range(0, len(array), size):
+            chunk = array[start : start + size]
+            raw = np.ascontiguousarray(chunk.T if spec.transpose else chunk)
+            total += len(Zstd(level=spec.level).encode(raw.view(np.uint8)))
+    side = sum(len(Zstd(level=3).encode(np.ascontiguousarray(array).view(np.uint8))) for array in codec.side().values())
+    return total / len(encoded) + side / SPREAD_OVER
+
+
+def choose(trials: list[CodecTrial]) -> Choice:
+    """The fewest bytes; of nearly equal ones the first, which is the simplest."""
+    least = min(trial.bytes_per_row for trial in trials)
+    best = next(trial for trial in trials if trial.bytes_per_row <= WORTH_IT * least)
+    described = ", ".join(f"{trial.label} {trial.bytes_per_row:.1f}" for trial in trials)
+    worst = max((v for name, v in best.stats.items() if name.startswith("max_")), default=math.nan)
+    reason = (
+        f"{best.label}: {best.bytes_per_row:.1f} bytes a row with errors of at most {worst:.2g} (tried: {described})"
+    )
+    return Choice(best, reason, tuple(trials))
+
+
+# -- catalogue --------------------------------------------------------------------------------------------------------
 
 OPENERS: Mapping[str, Any] = {
     "linear": LinearCodec.open,
@@ -65,7 +151,7 @@ def fit_codec(
     `head` is (weight [width, d], bias [width]) of the linear layer the logits come from, where it is known.
     The name "auto" tries what could serve; `explain_codec` also says why.
     """
-    options = Options(fidelity, certified, metric, keep_shift, rounding, head, k)
+    options = CodecOptions(fidelity, certified, metric, keep_shift, rounding, head, k)
     rows = _pilot(pilot_rows)
     if name == "auto":
         return explain_codec(name, rows, options).codec
@@ -73,7 +159,7 @@ def fit_codec(
 
 
 @dataclass(frozen=True)
-class Options:
+class CodecOptions:
     """The options of `fit_codec`."""
 
     fidelity: float = 1e-3
@@ -92,7 +178,7 @@ class Options:
                 raise UsageError(f"expected {key} {' or '.join(choices)}, found {getattr(self, key)!r}")
 
 
-def explain_codec(name: str, pilot_rows: Array, options: Options) -> Choice:
+def explain_codec(name: str, pilot_rows: Array, options: CodecOptions) -> Choice:
     """The codec, with what it does to the pilot and, for "auto", what else was tried."""
     rows = _pilot(pilot_rows)
     if name == "auto":
@@ -109,7 +195,7 @@ def _pilot(pilot_rows: Array) -> np.ndarray:
     return rows
 
 
-def _candidates(rows: np.ndarray, options: Options) -> Iterator[tuple[str, Codec]]:
+def _candidates(rows: np.ndarray, options: CodecOptions) -> Iterator[tuple[str, Codec]]:
     """The simplest first."""
     yield "float16", _fitted("float16", rows, options, None)
     if options.metric == "kl" and not options.keep_shift and rows.shape[1] <= MOST_COMPANDED:
@@ -119,7 +205,7 @@ def _candidates(rows: np.ndarray, options: Options) -> Iterator[tuple[str, Codec
         yield "linear in the axes of the head", _fitted("linear", rows, options, options.head)
 
 
-def _fitted(name: str, rows: np.ndarray, options: Options, head: tuple[Array, Array] | None) -> Codec:
+def _fitted(name: str, rows: np.ndarray, options: CodecOptions, head: tuple[Array, Array] | None) -> Codec:
     width = int(rows.shape[1])
     kl = options.metric == "kl"
     if name == "float32":
@@ -127,7 +213,7 @@ def _fitted(name: str, rows: np.ndarray, options: Options, head: tuple[Array, Ar
     if name == "float16":
         return Float16Codec(width, options.metric, options.fidelity, options.keep_shift and kl)
     if name == "linear":
-        policy = Policy.starting(
+        policy = LinearSettings.starting(
             options.metric,
             options.fidelity,
             certified=options.certified,

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from redistill_cache.arrays import ArraySpec
-from redistill_cache.codecs.certify import TEMPERATURES, check_finite, kl_rows, relative_error, rounded_up
 from redistill_cache.codecs.checks import Config, check_width
-from redistill_cache.codecs.protocol import Encoded, Json, exact_rows
-from redistill_cache.codecs.rare import rare_rows
+from redistill_cache.codecs.protocol import Encoded, Json, exact_rows, rare_rows
 from redistill_cache.codecs.space import Array, space_of, to_numpy
+from redistill_cache.codecs.stats import TEMPERATURES, check_finite, kl_rows, relative_error, rounded_up
 from redistill_cache.errors import Damaged
+from redistill_cache.spec import ArraySpec
 
 __all__ = ["Float16Codec", "Float32Codec"]
 

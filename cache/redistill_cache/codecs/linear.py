@@ -7,15 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from redistill_cache.arrays import ArraySpec
 from redistill_cache.codecs.checks import MAX_RANK, Config, check_width, side_array
+from redistill_cache.codecs.linear_decode import ESCAPED, EXACT, LinearDecoder, Packing, packing_flaw
 from redistill_cache.codecs.linear_encode import encode_linear
-from redistill_cache.codecs.packing import Packing, packing_flaw
-from redistill_cache.codecs.policy import Policy
 from redistill_cache.codecs.protocol import Encoded, Json
+from redistill_cache.codecs.rounding import LinearSettings
 from redistill_cache.codecs.space import Array
-from redistill_cache.codecs.synthesis import ESCAPED, EXACT, Synthesis
 from redistill_cache.errors import Damaged
+from redistill_cache.spec import ArraySpec
 
 __all__ = ["LinearCodec"]
 
@@ -29,8 +28,8 @@ ZSTD_LEVEL = 19
 class LinearCodec:
     """`synthesis` is what decodes, `policy` is how the encoder decides."""
 
-    synthesis: Synthesis
-    policy: Policy
+    synthesis: LinearDecoder
+    policy: LinearSettings
     source: str
     name: str = "linear"
 
@@ -99,14 +98,14 @@ class LinearCodec:
         slots = reader.integer("slots", 0, 2 * rank)
         width_of_packed = reader.integer("bytes", 1, max(slots, 1))
         source = reader.choice("basis", ("svd", "head"))
-        policy = Policy.read(reader)
+        policy = LinearSettings.read(reader)
         reader.done()
         vectors = {name: side_array("linear", side, name, "float32", (rank,)) for name in ("scale", "step", "spread")}
         if any((values < 0).any() for values in vectors.values()):
             raise Damaged("expected steps, scales and spreads of codec linear of at least zero, found negative ones")
         low = side_array("linear", side, "basis_low", "uint8", (rank, width)).astype(np.int16)
         high = side_array("linear", side, "basis_high", "int8", (rank, width)).astype(np.int16)
-        synthesis = Synthesis(
+        synthesis = LinearDecoder(
             integers=high * 256 + low,
             scale=vectors["scale"],
             step=vectors["step"],

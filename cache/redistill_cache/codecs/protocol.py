@@ -8,10 +8,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from redistill_cache.arrays import ArraySpec
-from redistill_cache.codecs.space import Array, space_of, to_numpy
+from redistill_cache.codecs.space import Array, Space, space_of, to_numpy
+from redistill_cache.errors import Damaged
+from redistill_cache.spec import ArraySpec
 
-__all__ = ["Codec", "Encoded", "Json", "absent", "exact_rows", "is_absent", "join_encoded", "join_parts"]
+__all__ = ["Codec", "Encoded", "Json", "absent", "exact_rows", "is_absent", "join_encoded", "join_parts", "rare_rows"]
 
 Json = Any
 
@@ -136,3 +137,31 @@ def exact_rows(rows: Array, exact: np.ndarray) -> np.ndarray:
     index = np.flatnonzero(exact)
     array[index] = to_numpy(rows[space_of(rows).constant(index)])
     return array
+
+
+# -- rare -------------------------------------------------------------------------------------------------------------
+#
+# Arrays that hardly any row needs, as decode may be given them: whole, only the rows that need them, or not at all.
+
+
+def rare_rows(
+    space: Space, arrays: Mapping[str, Array], name: str, flags: Array, flag: int
+) -> tuple[Array | None, Array | None]:
+    """(indices of the flagged rows, what `name` holds for them), or (None, None) where there are none.
+
+    An array that is absent on the device means that no row needs it: looking would cost a synchronisation.
+    """
+    array = arrays.get(name)
+    if array is None and not space.on_host:
+        return None, None
+    index = space.rows_where((flags & flag) != 0)
+    if len(index) == 0:
+        return None, None
+    if array is None:
+        raise Damaged(f"expected array {name!r} for {len(index)} rows that need it, found none")
+    values = space.constant(array) if isinstance(array, np.ndarray) and space.torch is not None else array
+    if len(values) == len(flags):
+        return index, values[index]
+    if len(values) == len(index):
+        return index, values
+    raise Damaged(f"expected {len(index)} or {len(flags)} rows of array {name!r}, found {len(values)}")

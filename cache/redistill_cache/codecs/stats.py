@@ -3,16 +3,95 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from redistill_cache.codecs.protocol import Encoded
-from redistill_cache.errors import Damaged
+from redistill_cache.codecs.space import Array, Space, space_of, to_numpy
+from redistill_cache.errors import Damaged, Refused
+from redistill_cache.spec import TeacherSpec
+from redistill_cache.strict_json import Json
 
-__all__ = ["BlockStats", "ErrorStats"]
+__all__ = [
+    "TEMPERATURES",
+    "BlockStats",
+    "ErrorStats",
+    "NotFinite",
+    "check_finite",
+    "kl_rows",
+    "log_softmax",
+    "merge_stats",
+    "relative_error",
+    "rounded_up",
+    "summarise",
+]
+
+
+# -- certify ----------------------------------------------------------------------------------------------------------
+#
+# The certificate: what a decoded row lost, measured in float64 on the distributions a student will be trained on.
+
+TEMPERATURES = (1.0, 4.0)
+
+
+class NotFinite(Refused):
+    """A teacher said NaN or infinity. `rows` are the positions of the offending rows in what was given to encode."""
+
+    def __init__(self, rows: list[int], width: int) -> None:
+        shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+        super().__init__(
+            f"expected finite teacher outputs, found NaN or Inf in {len(rows)} of the rows given (row {shown} of this "
+            f"batch, {width} values each); such rows are never encoded: look at the teacher's precision and the images"
+        )
+        self.rows = rows
+
+
+def check_finite(rows: Array) -> None:
+    """Raise NotFinite naming the rows that hold NaN or infinity."""
+    space = space_of(rows)
+    bad = ~space.isfinite(rows).all(1)
+    if bool(bad.any()):
+        raise NotFinite([int(i) for i in to_numpy(space.rows_where(bad))], int(rows.shape[1]))
+
+
+def log_softmax(space: Space, rows: Array, temperature: float) -> Array:
+    """log softmax(rows / temperature) in float64."""
+    scaled = space.cast(rows, "float64") / temperature
+    scaled = scaled - space.max_of_row(scaled)
+    return scaled - space.log(space.exp(scaled).sum(1))[:, None]
+
+
+def kl_rows(exact: Array, decoded: Array, temperature: float) -> Array:
+    """KL(softmax(exact / T) || softmax(decoded / T)) of every row, float64, never below zero."""
+    space = space_of(exact)
+    truth = log_softmax(space, exact, temperature)
+    lost = (space.exp(truth) * (truth - log_softmax(space, decoded, temperature))).sum(1)
+    return space.clip(lost, 0.0, None)
+
+
+def relative_error(exact: Array, decoded: Array) -> Array:
+    """|decoded - exact| / |exact| in the Euclidean norm, of every row; of a zero row, the error itself."""
+    space = space_of(exact)
+    truth = space.cast(exact, "float64")
+    # Scaled first: the square of a large float32 still fits float64, the square of a tiny one may not.
+    size = space.max_of_row(space.abs(truth))
+    size = space.where(size > 0, size, size * 0 + 1.0)
+    lost = space.sqrt((((space.cast(decoded, "float64") - truth) / size) ** 2).sum(1))
+    norm = space.sqrt(((truth / size) ** 2).sum(1))
+    return lost / space.where(norm > 0, norm, norm * 0 + 1.0)
+
+
+def rounded_up(errors: np.ndarray) -> np.ndarray:
+    """To 11 significant bits, upward: the same on every machine, and never less than was lost."""
+    mantissa, exponent = np.frexp(errors)
+    up: np.ndarray = np.ldexp(np.ceil(mantissa * 2048.0) / 2048.0, exponent)
+    return up
+
+
+# -- stats ------------------------------------------------------------------------------------------------------------
 
 # Log histogram: 8 bins an octave from 2**-60 up; bin 0 is everything below. A quantile is right to 9 %, rounded up.
 BINS_PER_OCTAVE = 8
@@ -165,3 +244,29 @@ def _error_stats(value: object) -> ErrorStats:
             raise Damaged(f"expected [bin, count] in a histogram of errors, found {str(item)[:40]!r}")
         bins[_count(item[0], MAX_BIN)] = _count(item[1])
     return ErrorStats(float(record["sum"]), float(record["max"]), bins)
+
+
+# -- fidelity ---------------------------------------------------------------------------------------------------------
+#
+# What the codecs lost, merged over blocks.
+
+
+def merge_stats(teacher: TeacherSpec, stats: Sequence[Mapping[str, Json] | None]) -> dict[str, Json]:
+    """Per signal, the statistics of all blocks together; nothing for a signal that some block did not measure."""
+    merged: dict[str, Json] = {}
+    for signal in teacher.signals:
+        parts = [item[signal.name] for item in stats if item is not None and signal.name in item]
+        if parts and len(parts) == len(stats):
+            try:
+                merged[signal.name] = BlockStats.merge(BlockStats.from_json(part) for part in parts).to_json()
+            except OverflowError:
+                raise Damaged(f"fidelity statistics of signal {signal.name!r}: errors add up to infinity") from None
+    return merged
+
+
+def summarise(stats: Json) -> dict[str, float]:
+    """The figures a reader of `inspect` wants."""
+    try:
+        return BlockStats.from_json(stats).summary()
+    except Damaged as error:
+        raise Damaged(f"fidelity statistics of the manifest: {error}") from None

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from redistill_cache.arrays import ArraySpec
-from redistill_cache.codecs.certify import TEMPERATURES, check_finite, kl_rows
 from redistill_cache.codecs.checks import Config, check_width
 from redistill_cache.codecs.protocol import Encoded, Json
 from redistill_cache.codecs.space import Array, Space, space_of, to_numpy
+from redistill_cache.codecs.stats import TEMPERATURES, check_finite, kl_rows
 from redistill_cache.errors import Damaged
+from redistill_cache.spec import ArraySpec
 
 __all__ = ["TopKCodec"]
 

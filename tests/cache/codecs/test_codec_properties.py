@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from redistill_cache.codecs import fit_codec, join_encoded, kl_rows, open_codec
-from redistill_cache.codecs.auto import compressed_size
+from redistill_cache.codecs.catalogue import compressed_size
 
 # Arrays drawn from a seed do not shrink to anything simpler.
 PROFILE = settings(deadline=None, phases=[Phase.explicit, Phase.generate], database=None)

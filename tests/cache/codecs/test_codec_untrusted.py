@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 import pytest
-from redistill_cache.codecs import BlockStats, Options, explain_codec, fit_codec, open_codec
-from redistill_cache.codecs.packing import Packing, packing_flaw
-from redistill_cache.codecs.packing_fit import fit_packing
+from redistill_cache.codecs import BlockStats, CodecOptions, explain_codec, fit_codec, open_codec
+from redistill_cache.codecs.linear_decode import Packing, packing_flaw
+from redistill_cache.codecs.linear_fit import fit_packing
 from redistill_cache.codecs.space import Space
 from redistill_cache.errors import Damaged, RedistillError, Refused, UsageError
 
@@ -184,12 +184,12 @@ def test_every_packing_returns_what_was_packed():
 def test_auto_says_why():
     rng = np.random.default_rng(2)
     rows = (3 * rng.normal(size=(500, 6)) @ rng.normal(size=(6, 40))).astype(np.float32)
-    choice = explain_codec("auto", rows, Options())
+    choice = explain_codec("auto", rows, CodecOptions())
     assert choice.codec.name == "linear"
     assert "float16" in choice.reason
     assert "bytes" in choice.reason
     exact = explain_codec(
-        "auto", rng.normal(size=(200, 3)).astype(np.float32), Options(metric="relative", fidelity=1e-4)
+        "auto", rng.normal(size=(200, 3)).astype(np.float32), CodecOptions(metric="relative", fidelity=1e-4)
     )
     assert exact.codec.name in ("float16", "linear")
 

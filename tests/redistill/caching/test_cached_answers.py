@@ -19,7 +19,7 @@ from redistill.models import open_model
 from redistill.sources.base import Sample
 from redistill.teachers import Teacher
 from redistill.views.canaries import check_canaries
-from redistill.views.provider import join_archive
+from redistill.views.view_params import join_archive
 from tests import odd_teachers
 from tests.stage1 import DATA, OTHER_TEACHER, TEACHER, asked, note_of
 

@@ -20,9 +20,9 @@ from redistill_cache.verify import verify
 
 import redistill
 from redistill.caching import CacheOptions, cache_teacher, estimate_cache
-from redistill.caching.outcome import ENOUGH_LABELS
-from redistill.caching.watcher import Silent
-from redistill.demo.setting import DIFFICULTY, TEACHER_NETWORK, TEACHER_WEIGHTS
+from redistill.caching.options import Silent
+from redistill.caching.run import ENOUGH_LABELS
+from redistill.demo.run import DIFFICULTY, TEACHER_NETWORK, TEACHER_WEIGHTS
 from redistill.devices import pick_device
 from redistill.interrupts import Interrupted
 from redistill.models import open_model

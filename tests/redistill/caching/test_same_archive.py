@@ -14,7 +14,7 @@ from redistill_cache.errors import Damaged, Incomplete, Refused
 from redistill_cache.verify import verify
 
 from redistill.caching import cache_teacher
-from redistill.caching.watcher import Silent
+from redistill.caching.options import Silent
 from redistill.interrupts import Interrupted
 from redistill.ranks import Rank
 from tests.faults.failing_disk import FailingDisk, Failure

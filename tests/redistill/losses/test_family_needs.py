@@ -6,7 +6,7 @@ from redistill_cache.errors import Refused
 
 from redistill.losses.catalogue import CATALOGUE, make_loss
 from redistill.losses.objective import Objective
-from redistill.losses.schedule import Progress
+from redistill.losses.schedule import TrainingProgress
 
 
 def rows(count=6, classes=8):
@@ -23,7 +23,7 @@ def value(name, student, teacher, labels, reduction="batchmean"):
     given = {"labels": labels} if entry.labels else {}
     if entry.is_module:
         loss.eval()
-        given["progress"] = Progress()
+        given["progress"] = TrainingProgress()
     return loss(student, teacher, **given, reduction=reduction)
 
 

@@ -5,23 +5,10 @@ from functools import partial
 import pytest
 import torch
 
-from redistill.losses import (
-    balanced,
-    born_again,
-    controls,
-    corrections,
-    curriculum,
-    decoupled,
-    hinton,
-    plain,
-    ranking,
-    relational,
-    transformed,
-    transport,
-)
-from redistill.losses.schedule import Progress
+from redistill.losses import controls, corrections, curriculum, decoupled, hinton, plain, ranking, relational
+from redistill.losses.schedule import TrainingProgress
 
-ctkd = partial(curriculum.CurriculumTemperature(), progress=Progress(5.0, 10.0))
+ctkd = partial(curriculum.CurriculumTemperature(), progress=TrainingProgress(5.0, 10.0))
 
 
 def standardized_kd(student, teacher):
@@ -31,10 +18,10 @@ def standardized_kd(student, teacher):
 PLAIN = {
     "kd": hinton.kd,
     "standardized kd": standardized_kd,
-    "ttm": transformed.ttm,
-    "wttm": transformed.wttm,
-    "luminet": transformed.luminet,
-    "bd_kd": balanced.bd_kd,
+    "ttm": hinton.ttm,
+    "wttm": hinton.wttm,
+    "luminet": hinton.luminet,
+    "bd_kd": hinton.bd_kd,
     "taid": curriculum.taid,
     "ctkd": ctkd,
     "pearson": relational.pearson,
@@ -43,8 +30,8 @@ PLAIN = {
     "dist": relational.dist,
     "mlkd_class": relational.mlkd_class,
     "mlkd_batch": relational.mlkd_batch,
-    "sinkhorn": transport.sinkhorn,
-    "dkpp": born_again.dkpp,
+    "sinkhorn": relational.sinkhorn,
+    "dkpp": controls.dkpp,
     "logit_mse": plain.logit_mse,
     "logit_mse centered": partial(plain.logit_mse, centered=True),
     "mld": plain.mld,
@@ -58,7 +45,7 @@ LABELLED = {
     "swap_kd": corrections.swap_kd,
     "label_revision": corrections.label_revision,
     "rc": corrections.rc,
-    "cwtm": born_again.cwtm,
+    "cwtm": controls.cwtm,
     "label_smoothing": controls.label_smoothing,
     "virtual_teacher": controls.virtual_teacher,
 }

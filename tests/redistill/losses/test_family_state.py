@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from redistill.losses import curriculum, hinton
-from redistill.losses.schedule import Progress
+from redistill.losses.schedule import TrainingProgress
 
 
 def logits(rows=4, classes=5):
@@ -31,7 +31,7 @@ def reference_mixes(losses, fractions, start=0.4, end=1.0, momentum=0.99, rate=5
 @pytest.mark.parametrize("total", [10.0, 1e5])  # the linear ramp leads, the adaptive step leads
 def test_taid_moves_by_its_published_rule(total):
     loss = curriculum.Taid(rate=0.05 if total > 1e3 else 5e-4)
-    steps = [Progress(epoch, total) for epoch in range(8)]
+    steps = [TrainingProgress(epoch, total) for epoch in range(8)]
     losses, mixes = [], []
     for step in range(8):
         student, teacher = logits()
@@ -48,7 +48,7 @@ def test_taid_stands_still_in_evaluation_and_is_saved():
     loss = curriculum.Taid()
     student, teacher = logits()
     for epoch in range(3):
-        loss(student, teacher, progress=Progress(epoch, 10))
+        loss(student, teacher, progress=TrainingProgress(epoch, 10))
     assert loss.mix > 0.4
     again = curriculum.Taid()
     again.load_state_dict(loss.state_dict())
@@ -57,7 +57,7 @@ def test_taid_stands_still_in_evaluation_and_is_saved():
     }
     loss.eval()
     before = loss.mix.item()
-    loss(student, teacher, progress=Progress(9, 10))
+    loss(student, teacher, progress=TrainingProgress(9, 10))
     assert loss.mix.item() == before
 
 
@@ -65,7 +65,7 @@ def test_taid_with_a_loss_of_zero_stays_finite():
     loss = curriculum.Taid()
     _, teacher = logits()
     for epoch in range(3):
-        assert loss(teacher, teacher, progress=Progress(epoch, 10)).item() == 0
+        assert loss(teacher, teacher, progress=TrainingProgress(epoch, 10)).item() == 0
     assert loss.mix.item() == pytest.approx(0.4 + 0.6 * 0.2)
 
 
@@ -82,9 +82,9 @@ def test_taid_mix_of_one_is_kd_and_of_zero_asks_nothing():
 def test_taid_reduction_none_and_sum_agree():
     student, teacher = logits()
     loss = curriculum.Taid().eval()
-    rows = loss(student, teacher, progress=Progress(), reduction="none")
+    rows = loss(student, teacher, progress=TrainingProgress(), reduction="none")
     assert rows.shape == (4,)
-    torch.testing.assert_close(loss(student, teacher, progress=Progress(), reduction="sum"), rows.sum())
+    torch.testing.assert_close(loss(student, teacher, progress=TrainingProgress(), reduction="sum"), rows.sum())
 
 
 def test_ctkd_is_kd_at_its_temperature():
@@ -92,7 +92,7 @@ def test_ctkd_is_kd_at_its_temperature():
     loss = curriculum.CurriculumTemperature()
     temperature = 1 + 20 / (1 + math.exp(-1))
     assert loss.temperature.item() == pytest.approx(temperature)
-    value = loss(student, teacher, progress=Progress(3, 10))
+    value = loss(student, teacher, progress=TrainingProgress(3, 10))
     assert value.item() == pytest.approx(hinton.kd(student, teacher, temperature=temperature).item(), rel=1e-5)
 
 
@@ -100,13 +100,13 @@ def test_ctkd_is_kd_at_its_temperature():
 def test_ctkd_turns_the_gradient_of_its_temperature_around(epoch, factor):
     student, teacher = (x.double() for x in logits())
     loss = curriculum.CurriculumTemperature().double()
-    loss(student, teacher, progress=Progress(epoch, 100)).backward()
+    loss(student, teacher, progress=TrainingProgress(epoch, 100)).backward()
     h = 1e-4
     with torch.no_grad():
         loss.theta += h
-        above = loss(student, teacher, progress=Progress())
+        above = loss(student, teacher, progress=TrainingProgress())
         loss.theta -= 2 * h
-        below = loss(student, teacher, progress=Progress())
+        below = loss(student, teacher, progress=TrainingProgress())
     assert loss.theta.grad.item() == pytest.approx(factor * ((above - below) / (2 * h)).item(), rel=1e-5, abs=1e-12)
 
 
@@ -114,9 +114,9 @@ def test_ctkd_temperature_climbs_the_loss_that_the_student_descends():
     student, teacher = logits()
     loss = curriculum.CurriculumTemperature()
     optimiser = torch.optim.SGD(loss.parameters(), lr=0.05)
-    before = loss(student, teacher, progress=Progress(20, 100)).item()
+    before = loss(student, teacher, progress=TrainingProgress(20, 100)).item()
     for _ in range(20):
         optimiser.zero_grad()
-        loss(student, teacher, progress=Progress(20, 100)).backward()
+        loss(student, teacher, progress=TrainingProgress(20, 100)).backward()
         optimiser.step()
-    assert loss(student, teacher, progress=Progress(20, 100)).item() > before
+    assert loss(student, teacher, progress=TrainingProgress(20, 100)).item() > before

@@ -5,7 +5,17 @@ import torch
 from redistill_cache.errors import Refused, SpecMismatch, UsageError
 from torch.nn import functional as F
 
-from redistill.losses import CATALOGUE, Mix, Objective, Progress, Schedule, dkd, kd, power_divergence, standardize
+from redistill.losses import (
+    CATALOGUE,
+    Mix,
+    Objective,
+    Schedule,
+    TrainingProgress,
+    dkd,
+    kd,
+    power_divergence,
+    standardize,
+)
 
 
 @pytest.fixture
@@ -76,23 +86,23 @@ def test_warmup_and_decay_scale_the_weight_and_not_the_logged_value(batch):
     objective = Objective(["ce?weight=0", "kd?weight=2&warmup=4&decay=linear&decay_from=8"])
     whole = kd(student, teacher).item()
     for epoch, factor in ((0.0, 0.0), (1.0, 0.25), (4.0, 1.0), (8.0, 1.0), (9.0, 0.5), (10.0, 0.0), (11.0, 0.0)):
-        total, values = objective(student, teacher, None, progress=Progress(epoch, 10))
+        total, values = objective(student, teacher, None, progress=TrainingProgress(epoch, 10))
         assert total.item() == pytest.approx(2 * factor * whole)
         assert values["kd"].item() == pytest.approx(whole)
 
 
 def test_schedules_by_hand():
     cosine = Schedule(decay="cosine", floor=0.2)
-    assert [cosine.factor(Progress(epoch, 10)) for epoch in (0, 5, 10)] == pytest.approx([1.0, 0.6, 0.2])
-    assert Schedule(warmup=20).factor(Progress(5, 240)) == 0.25
-    assert Schedule(decay="linear", decay_from=10).factor(Progress(12, 10)) == 0.0
-    assert Progress(3, 0).fraction == 1.0
-    assert Progress(5, 20).fraction == 0.25
+    assert [cosine.factor(TrainingProgress(epoch, 10)) for epoch in (0, 5, 10)] == pytest.approx([1.0, 0.6, 0.2])
+    assert Schedule(warmup=20).factor(TrainingProgress(5, 240)) == 0.25
+    assert Schedule(decay="linear", decay_from=10).factor(TrainingProgress(12, 10)) == 0.0
+    assert TrainingProgress(3, 0).fraction == 1.0
+    assert TrainingProgress(5, 20).fraction == 0.25
 
 
 def test_published_warmup_applies_and_can_be_turned_off(batch):
     student, teacher, labels = batch
-    start = Progress(0.0, 240.0)
+    start = TrainingProgress(0.0, 240.0)
     ce = F.cross_entropy(student, labels)
     assert Objective(["dkd"])(student, teacher, labels, progress=start)[0].item() == pytest.approx(ce.item())
     total = Objective(["dkd?warmup=0"])(student, teacher, labels, progress=start)[0]
@@ -138,7 +148,7 @@ def test_the_cap_is_counted_where_there_is_one(batch):
 def test_every_loss_of_the_catalogue_runs_from_its_name(name, batch):
     student, teacher, labels = batch
     objective = Objective([name])
-    total, values = objective(student, teacher, labels, progress=Progress(30, 240))
+    total, values = objective(student, teacher, labels, progress=TrainingProgress(30, 240))
     total.backward()
     assert total.dtype == torch.float32
     assert total.shape == ()
@@ -240,7 +250,7 @@ def test_a_resumed_objective_goes_on_exactly(batch):
         trace = []
         for epoch in epochs:
             optimiser.zero_grad()
-            total, _ = objective(student * (1 + epoch / 5), teacher, labels, progress=Progress(epoch, 10))
+            total, _ = objective(student * (1 + epoch / 5), teacher, labels, progress=TrainingProgress(epoch, 10))
             total.backward()
             optimiser.step()
             trace.append(total.item())
@@ -287,7 +297,7 @@ def rank(number, directory):
     for epoch in (3.0, 4.0):
         optimiser.zero_grad()
         student, teacher = torch.randn(4, 5, requires_grad=True), torch.randn(4, 5)
-        objective(student, teacher, torch.arange(4), progress=Progress(epoch, 10))[0].backward()
+        objective(student, teacher, torch.arange(4), progress=TrainingProgress(epoch, 10))[0].backward()
         objective.synchronise()
         optimiser.step()
     torch.save(objective.state_dict(), f"{directory}/{number}.pt")

@@ -11,7 +11,7 @@ import torch
 from redistill_cache.errors import RedistillError, Refused, UsageError
 
 from redistill.models import open_model, save_weights, state_digest
-from redistill.models.facts import CIFAR10, CIFAR100, IMAGENET, Facts
+from redistill.models.model_info import CIFAR10, CIFAR100, IMAGENET, ModelInfo
 
 
 def refusal(text: str, **options) -> str:
@@ -84,11 +84,11 @@ def test_the_normalisation_of_a_bare_file_is_asked_for(tmp_path: Path, family: s
 def test_torchvision_declares_its_published_weights():
     from torchvision.models import get_model_weights
 
-    from redistill.models.torchvision_models import declared
+    from redistill.models.libraries import declared_torchvision
 
-    facts = declared(get_model_weights("resnet50")["IMAGENET1K_V2"])
-    assert facts == Facts(num_classes=1000, input_size=224, norm=IMAGENET, interpolation="bilinear", resize=232)
-    assert declared(get_model_weights("vit_b_16")["IMAGENET1K_SWAG_E2E_V1"]).input_size == 384
+    facts = declared_torchvision(get_model_weights("resnet50")["IMAGENET1K_V2"])
+    assert facts == ModelInfo(num_classes=1000, input_size=224, norm=IMAGENET, interpolation="bilinear", resize=232)
+    assert declared_torchvision(get_model_weights("vit_b_16")["IMAGENET1K_SWAG_E2E_V1"]).input_size == 384
 
 
 def test_a_download_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -15,8 +15,7 @@ from torchvision.models import VisionTransformer
 from redistill.devices import pick_amp, pick_device, refuse_out_of_memory
 from redistill.models import OpenedModel, open_model
 from redistill.signals import pool
-from redistill.teacher_check import check_teacher
-from redistill.teachers import Teacher
+from redistill.teachers import Teacher, check_teacher
 
 CPU = torch.device("cpu")
 # Four families: plain residual, pre-activation, no residual, and the demonstration's own.

@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 from redistill_cache.errors import Refused
 
-from redistill.demo.summary import accuracies
+from redistill.demo.run import accuracies
 from redistill.optim import OptimConfig
 from redistill.report import write_report
 from redistill.report.charts import Curve, lines, nice_ticks
-from redistill.report.groups import Look, group_runs
-from redistill.report.runs import read_runs
+from redistill.report.runs import LineStyle, group_runs, read_runs
 from redistill.training import TrainOptions, train
 from tests.small_archive import DATA, VAL, cache
 
@@ -212,7 +211,7 @@ def test_half_a_run_is_refused_by_name(cohort: Path, tmp_path: Path, damage, wor
 
 def test_charts_of_nothing_and_of_one_point():
     assert lines("t", []) == ""
-    assert "circle" in lines("t", [Curve("a", [(1.0, [0.5])], Look())])
-    assert "polyline" in lines("t", [Curve("a", [(1.0, [0.0]), (2.0, [5e-324])], Look())])
+    assert "circle" in lines("t", [Curve("a", [(1.0, [0.5])], LineStyle())])
+    assert "polyline" in lines("t", [Curve("a", [(1.0, [0.0]), (2.0, [5e-324])], LineStyle())])
     assert nice_ticks(0.0, 1.0) == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert len(nice_ticks(3.0, 3.0)) >= 2

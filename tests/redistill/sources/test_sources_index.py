@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from redistill_cache.errors import Refused, UsageError
-from redistill_cache.stamps import cache_folder
+from redistill_cache.verified_files import cache_folder
 
 import redistill
 from redistill.sources.base import Sample

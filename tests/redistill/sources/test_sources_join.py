@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from redistill_cache.errors import Refused
 from redistill_cache.keys import pack_keys
 
-from redistill.sources.index import SourceIndex
+from redistill.sources.index import SourceIndex, pair_up, repeats
 from redistill.sources.join import Join, join
-from redistill.sources.pairing import pair_up, repeats
 
 CLASSES = ("ant", "bee", "cat")
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from redistill_cache import downloads
+from redistill_cache import fetching
 from redistill_cache.errors import Refused, UsageError
 
 import redistill
@@ -332,7 +332,7 @@ def test_remote_tars_are_downloaded_once(tmp_path: Path, serve: Any, monkeypatch
 def test_downloads_that_fail_leave_nothing(tmp_path: Path, serve: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "www").mkdir()
-    monkeypatch.setattr(downloads, "WAITS", (0.0, 0.0))
+    monkeypatch.setattr(fetching, "WAITS", (0.0, 0.0))
     shard(tmp_path / "www" / "a.tar", 0, 2)
     address, _ = serve(tmp_path / "www")
     assert "cannot fetch" in refusal(f"wds:{address}/a.tar.short")

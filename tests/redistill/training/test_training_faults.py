@@ -15,7 +15,7 @@ from redistill_cache.errors import Damaged
 from redistill.interrupts import Interrupted
 from redistill.training import train
 from redistill.training.checkpoint import LAST, PREVIOUS, has_checkpoint, read_state
-from redistill.training.watcher import Silent
+from redistill.training.options import Silent
 from tests.redistill.training.test_training_runs import StopAt, history, weights
 from tests.redistill.training.train_process import start
 from tests.small_archive import DATA, VAL

@@ -10,7 +10,7 @@ from redistill_cache.errors import UsageError
 
 from redistill.optim import preset
 from redistill.training import TrainOptions
-from redistill.training.config import read_config, to_toml
+from redistill.training.options import read_config, to_toml
 
 GIVEN = {"data": "folder:images", "archive": "a.redistill.zarr", "students": ["demo:tiny"], "out": "run"}
 

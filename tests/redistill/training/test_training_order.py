@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redistill.training.order import epoch_batches, share_of_rank, views_of_epoch
+from redistill.training.feed import epoch_batches, share_of_rank, views_of_epoch
 
 
 @given(

@@ -15,9 +15,8 @@ from safetensors.torch import load_file
 from redistill.interrupts import Interrupted
 from redistill.models import open_model, open_weights
 from redistill.training import TrainOptions, train
-from redistill.training.config import read_config
 from redistill.training.loop import Diverged
-from redistill.training.watcher import Silent
+from redistill.training.options import Silent, read_config
 from tests.small_archive import TEACHER, VAL
 
 

@@ -18,10 +18,9 @@ import redistill
 from bench.pictures import jpeg, picture
 from redistill.sources.base import Sample
 from redistill.sources.index import index_source
-from redistill.sources.opening import open_source
+from redistill.sources.open_source import open_source
 from redistill.views import DrawnViews, ViewDataset, join_archive, parse_recipe
-from redistill.views.canaries import check_canaries, make_canaries
-from redistill.views.environment import view_environment
+from redistill.views.canaries import check_canaries, make_canaries, view_environment
 
 N, V, SEED = 20, 3, 5
 RECIPE = "rrc?size=24&aa=rand-m9-n2&reprob=0.5&mixup=0.4&cutmix=1"

@@ -19,12 +19,18 @@ from bench.pictures import jpeg, picture
 from redistill.sources.base import Sample
 from redistill.sources.index import index_source
 from redistill.sources.join import Join
-from redistill.sources.opening import open_source
+from redistill.sources.open_source import open_source
 from redistill.views import DrawnViews, ViewDataset, parse_recipe
-from redistill.views.canaries import Alignment, align, canary_rows, check_canaries, make_canaries
-from redistill.views.environment import view_environment
+from redistill.views.canaries import (
+    Alignment,
+    AlteredViews,
+    align,
+    canary_rows,
+    check_canaries,
+    make_canaries,
+    view_environment,
+)
 from redistill.views.fingerprint import distance, explained, grid_positions
-from redistill.views.suspects import AlteredViews
 
 N, SEED = 24, 3
 

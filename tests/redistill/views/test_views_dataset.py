@@ -16,7 +16,7 @@ from redistill_cache.keys import pack_keys
 from torch.utils.data import DataLoader
 
 from redistill.sources.index import index_source
-from redistill.sources.opening import open_source
+from redistill.sources.open_source import open_source
 from redistill.views import (
     ArchiveViews,
     DrawnViews,
@@ -28,8 +28,8 @@ from redistill.views import (
     render,
     render_view,
 )
+from redistill.views.recipe import WEIGHT_UNIT
 from redistill.views.render import row_params
-from redistill.views.units import WEIGHT_UNIT
 
 N, V, SEED = 12, 3, 9
 

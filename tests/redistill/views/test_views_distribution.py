@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 
 from redistill.views import draw_params, parse_recipe
 from redistill.views.ops import OPERATIONS
-from redistill.views.units import BLUR_UNIT, EDGE_UNIT, JITTER_UNIT, WEIGHT_UNIT
+from redistill.views.recipe import BLUR_UNIT, EDGE_UNIT, JITTER_UNIT, WEIGHT_UNIT
 
 N = 30_000  # of ours
 THEIRS = 4_000

@@ -12,7 +12,7 @@ from redistill.views import draw_params, parse_recipe
 from redistill.views.counter import draw_words
 from redistill.views.draw import DRAW_ROWS
 from redistill.views.ops import OPERATIONS
-from redistill.views.units import EDGE_UNIT, WEIGHT_UNIT
+from redistill.views.recipe import EDGE_UNIT, WEIGHT_UNIT
 
 EVERYTHING = (
     "rrc?color_jitter=0.4,0.4,0.4,0.1&color_jitter_prob=0.8&aa=rand-m9-n2&grayscale_prob=0.2&gaussian_blur_prob=0.5"

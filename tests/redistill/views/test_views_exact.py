@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 
 from redistill.views.exact import ENTRIES, beta_weights, log_uniform, power
-from redistill.views.units import WEIGHT_UNIT
+from redistill.views.recipe import WEIGHT_UNIT
 
 CHANCES = (np.arange(ENTRIES) + 0.5) / ENTRIES
 

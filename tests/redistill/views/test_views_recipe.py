@@ -8,12 +8,12 @@ import pytest
 from redistill_cache.errors import NewerFormat, UsageError
 
 from redistill.views import Recipe, parse_recipe
-from redistill.views.steps import (
+from redistill.views.recipe import (
     CenterCrop,
     ColorJitter,
     Flip,
     GaussianBlur,
-    Mix,
+    Mixing,
     RandAugment,
     RandomCrop,
     RandomErasing,
@@ -45,7 +45,7 @@ def test_every_option_arrives():
     assert recipe.augment == RandAugment(num_ops=3, magnitude=7, interpolation="bilinear")
     assert recipe.find(GaussianBlur) == GaussianBlur(p=0.5, sigma=(0.2, 1.5), kernel_size=9)
     assert recipe.find(RandomErasing) == RandomErasing(p=0.3, scale=(0.1, 0.2), ratio=(0.5, 2.0), value=(1, 2, 3))
-    assert recipe.find(Mix) == Mix(mixup=0.2, cutmix=1.0, p=0.9, switch=0.3)
+    assert recipe.find(Mixing) == Mixing(mixup=0.2, cutmix=1.0, p=0.9, switch=0.3)
 
 
 def test_short_forms_mean_what_timm_means():

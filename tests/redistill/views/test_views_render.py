@@ -10,8 +10,8 @@ from torchvision.transforms import InterpolationMode, v2
 
 from redistill.views import draw_params, parse_recipe, render_view, render_views
 from redistill.views.ops import BINS, OPERATIONS, apply_operation, rand_magnitudes, wide_magnitudes
+from redistill.views.recipe import EDGE_UNIT, JITTER_UNIT, WEIGHT_UNIT, edge_pixels
 from redistill.views.render import ORDERS, row_params
-from redistill.views.units import EDGE_UNIT, JITTER_UNIT, WEIGHT_UNIT, edge_pixels
 
 # torchvision's names, in the order of our numbers.
 TORCHVISION = (

@@ -16,10 +16,10 @@ from redistill_cache.codecs import Codec
 from redistill_cache.errors import RedistillError, Refused
 from redistill_cache.wording import human_bytes
 
+from redistill.ranks import World
 from redistill.signals import LOGITS
-from redistill.training.distributed import World
 
-__all__ = ["Residence"]
+__all__ = ["SharedViews"]
 
 
 class InFile(NamedTuple):
@@ -91,7 +91,7 @@ def reserve(file: IO[bytes], nbytes: int) -> None:
         ) from error
 
 
-class Residence:
+class SharedViews:
     """take(views, then) -> the packed views of every teacher: [teacher][j] is views[j].
 
     The views of an epoch are whole; those of the next are loaded in the background into a second set of buffers. Where

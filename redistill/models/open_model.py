@@ -21,21 +21,19 @@ import torch
 from redistill_cache.errors import Refused, UsageError
 from torch import Tensor, nn
 
-from redistill.models import cifar, demo, python_models, timm_models, torchvision_models
-from redistill.models.blueprint import Blueprint
-from redistill.models.facts import OPTIONS, Facts
-from redistill.models.opened import OpenedModel, portable
+from redistill.models import cifar, demo, libraries
+from redistill.models.model_info import OPTIONS, Blueprint, ModelInfo, OpenedModel, portable
 from redistill.models.weights import WeightsFile, load_into, read_weights, refuse_misfit, state_digest
 from redistill.specs import Spec, did_you_mean, parse_spec
 
 __all__ = ["open_model", "open_weights"]
 
 FAMILIES = {
-    "torchvision": torchvision_models.blueprint,
-    "timm": timm_models.blueprint,
-    "cifar": cifar.blueprint,
-    "demo": demo.blueprint,
-    "python": python_models.blueprint,
+    "torchvision": libraries.torchvision_blueprint,
+    "timm": libraries.timm_blueprint,
+    "cifar": cifar.cifar_blueprint,
+    "demo": demo.demo_blueprint,
+    "python": libraries.python_blueprint,
 }
 RANDOM = "random"
 
@@ -45,7 +43,7 @@ class Weights:
     """A state to load, where it came from, and what it says of itself. No state: the network's own."""
 
     source: str | None
-    facts: Facts
+    facts: ModelInfo
     state: Mapping[str, Tensor] | None = None
     label: str = ""
 
@@ -59,7 +57,7 @@ def open_model(text: str, *, num_classes: int | None = None, seed: int = 0, allo
     spec = parse_spec(text)
     blueprint = find(spec, allow_python=allow_python)
     spec.refuse_unknown(OPTIONS)
-    asked = Facts.from_options(spec)
+    asked = ModelInfo.from_options(spec)
     weights = choose_weights(spec, blueprint)
     classes = count_classes(spec, blueprint, asked, weights, num_classes)
     facts = replace(asked, num_classes=classes).over(weights.facts).over(family_facts(blueprint, weights, classes))
@@ -124,9 +122,9 @@ def choose_weights(spec: Spec, blueprint: Blueprint) -> Weights:
     """What weights= means: a published name, a file, fresh weights on purpose, or nothing."""
     value = spec.options.get("weights")
     if value is None:
-        return Weights("python" if blueprint.carries_weights else None, Facts())
+        return Weights("python" if blueprint.carries_weights else None, ModelInfo())
     if value == RANDOM:
-        return Weights(RANDOM, Facts())
+        return Weights(RANDOM, ModelInfo())
     if value in blueprint.published_names:
         assert blueprint.published is not None
         published = blueprint.published(value)
@@ -140,15 +138,15 @@ def choose_weights(spec: Spec, blueprint: Blueprint) -> Weights:
 
 def weights_of_file(file: WeightsFile) -> Weights:
     where = f"the header of {str(file.path)!r}"
-    return Weights("file", Facts.from_json(file.metadata, where), file.state, repr(str(file.path)))
+    return Weights("file", ModelInfo.from_json(file.metadata, where), file.state, repr(str(file.path)))
 
 
-def family_facts(blueprint: Blueprint, weights: Weights, num_classes: int) -> Facts:
+def family_facts(blueprint: Blueprint, weights: Weights, num_classes: int) -> ModelInfo:
     """What is known besides: the convention for fresh weights; for a file that says nothing, maybe less."""
     return (blueprint.bare_file if weights.source == "file" else blueprint.fresh)(num_classes)
 
 
-def count_classes(spec: Spec, blueprint: Blueprint, asked: Facts, weights: Weights, known: int | None) -> int:
+def count_classes(spec: Spec, blueprint: Blueprint, asked: ModelInfo, weights: Weights, known: int | None) -> int:
     """The option, then the weights' own word, then the shape of their last layer, then the caller's knowledge."""
     told = weights.facts.num_classes
     if asked.num_classes is not None:
@@ -182,7 +180,7 @@ def on_meta(blueprint: Blueprint, num_classes: int, size: int | None) -> dict[st
         return blueprint.build(num_classes, size).state_dict()
 
 
-def build(spec: Spec, blueprint: Blueprint, facts: Facts, seed: int) -> nn.Module:
+def build(spec: Spec, blueprint: Blueprint, facts: ModelInfo, seed: int) -> nn.Module:
     """Build with weights that are a function of the seed alone."""
     assert facts.num_classes is not None
     with torch.random.fork_rng(devices=[]):

@@ -7,31 +7,92 @@ is missing from it, or one too many, is found without looking at the disk. An un
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from redistill_cache import claims, layout, limits
-from redistill_cache.archive_files import Document, list_teachers, read_root, read_teachers
-from redistill_cache.blocks import all_blocks, expected_files
+from redistill_cache import layout, limits
 from redistill_cache.commits import Commits
 from redistill_cache.errors import Damaged, Incomplete, Refused, UsageError
-from redistill_cache.files import LOCAL
 from redistill_cache.journal import FileEntry, Record, parse_files, parse_header, sha256
-from redistill_cache.layout import Block
+from redistill_cache.layout import Block, all_blocks, expected_files
 from redistill_cache.spec import ArchiveSpec, TeacherSpec
-from redistill_cache.stamps import WHOLE, Stamps
-from redistill_cache.storage import MOST_FILES, open_regular, read_small, walk_regular
+from redistill_cache.spec_files import Document, list_teachers, read_root, read_teachers
+from redistill_cache.storage import LOCAL, MOST_FILES, open_regular, read_small, walk_regular
 from redistill_cache.strict_json import Json
+from redistill_cache.verified_files import WHOLE, VerifiedFiles
+from redistill_cache.wording import human_bytes
 
-__all__ = ["Contents", "check_metadata_on_disk", "check_sizes_on_disk", "read_committed", "read_contents"]
+__all__ = [
+    "ArchiveState",
+    "check_digests_size",
+    "check_keys_size",
+    "check_metadata_on_disk",
+    "check_side_size",
+    "check_sizes_on_disk",
+    "read_committed",
+    "read_state",
+    "require_memory",
+]
+
+
+# -- claims -----------------------------------------------------------------------------------------------------------
+#
+# What an archive claims, held against the bytes that are really there: kilobytes must not become gigabytes.
+#
+# Writers keep the same bounds (`UsageError`), so no honest archive meets them in a reader.
+
+SizeOf = Callable[[str], int]  # of a file of the archive
+
+
+def check_digests_size(spec: ArchiveSpec, size_of: SizeOf) -> None:
+    """Digests are stored as they are, so the number of samples is no larger than what their file can hold."""
+    digests = layout.sample_arrays(spec, 1)["digest"]
+    found = size_of(digests.shard_path(0, 0))
+    if found != digests.stored_bytes:
+        raise UsageError(
+            f"the digests of {spec.num_samples} samples take {digests.stored_bytes} bytes, found {found}; "
+            "the number of samples is wrong"
+        )
+
+
+def check_keys_size(spec: ArchiveSpec, total: int, stored: int) -> None:
+    """`total` bytes of keys that lie in `stored` bytes."""
+    most = min(spec.num_samples * limits.MAX_KEY_BYTES, limits.KEY_SLACK + limits.KEY_RATIO * stored)
+    if not 1 <= total <= most:
+        raise UsageError(
+            f"keys of {spec.num_samples} samples, stored in {stored} bytes, may take 1 to {most} bytes, found {total}"
+        )
+
+
+def check_side_size(teacher: TeacherSpec, size_of: SizeOf) -> None:
+    """The side data of every signal, given the sizes of its files."""
+    shards = {name: array.shard_path(0, 0) for name, array in layout.side_arrays(teacher).items()}
+    for signal in teacher.signals:
+        total = sum(side.nbytes for side in signal.side)
+        stored = sum(size_of(shards[f"{signal.name}/{side.name}"]) for side in signal.side)
+        most = limits.SIDE_SLACK + limits.SIDE_RATIO * stored
+        if total > most:
+            raise UsageError(
+                f"side data of signal {signal.name!r}, stored in {stored} bytes, may take {most} bytes, found {total}"
+            )
+
+
+def require_memory(nbytes: int, what: str) -> None:
+    """`Refused` when something takes more memory than the machine has: said now, not by the kernel later."""
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if nbytes > have:
+        raise Refused(f"{what} takes {human_bytes(nbytes)} of memory, this machine has {human_bytes(have)}")
+
+
+# -- contents ---------------------------------------------------------------------------------------------------------
 
 LIST_THEM = "'redistill verify' lists everything that is damaged"
 STRANGERS = 10_000  # leftovers, notes, quarantine: files that nobody minds besides those of the manifest
 
 
 @dataclass(frozen=True)
-class Contents:
+class ArchiveState:
     """The committed content of an archive, checked against its specification."""
 
     path: Path
@@ -42,13 +103,13 @@ class Contents:
     stats: Mapping[str, Mapping[str, Json]]  # per teacher and signal, merged over blocks; of a sealed archive
     files: Mapping[str, FileEntry] = field(repr=False)
     committed: frozenset[tuple[str, int, int]] | None = field(repr=False)  # None: everything
-    stamps: Stamps = field(repr=False)
+    stamps: VerifiedFiles = field(repr=False)
 
     def holds(self, block: Block) -> bool:
         return self.committed is None or (block.part, block.view, block.index) in self.committed
 
 
-def read_contents(path: Path, *, allow_partial: bool) -> Contents:
+def read_state(path: Path, *, allow_partial: bool) -> ArchiveState:
     """Read specification and journal of the archive at `path`; `Incomplete` when it is not sealed and must be.
 
     Nothing is known of its other files then but what they must be.
@@ -68,7 +129,7 @@ def read_contents(path: Path, *, allow_partial: bool) -> Contents:
     return _sealed(path, root, data)
 
 
-def read_committed(path: Path, commits: Commits) -> Contents:
+def read_committed(path: Path, commits: Commits) -> ArchiveState:
     """What is committed by now, for its writer: also of a teacher that is being added to a sealed archive."""
     return _partial(path, read_root(path), commits, settle=True)
 
@@ -76,19 +137,19 @@ def read_committed(path: Path, commits: Commits) -> Contents:
 # -- sealed -----------------------------------------------------------------------------------------------------------
 
 
-def _sealed(path: Path, root: Document[ArchiveSpec], data: bytes) -> Contents:
+def _sealed(path: Path, root: Document[ArchiveSpec], data: bytes) -> ArchiveState:
     where = str(path / layout.MANIFEST)
     header = parse_header(data, where)
     if header.identity != root.identity or header.views > root.spec.num_views:
         raise Damaged(f"{path}: manifest and zarr.json are not of the same archive; restore both from one copy")
     identity = sha256(data)
-    stamps = Stamps(path, identity)
+    stamps = VerifiedFiles(path, identity)
     if not stamps.verified(WHOLE, FileEntry(0, identity), 0):
         walk_regular(path, most=2 * data.count(b"\n") + STRANGERS)  # no links anywhere, not even as folders
     documents = read_teachers(path, header.teachers, root)
     teachers = {name: item.spec for name, item in documents.items()}
     most = layout.count_files(root.spec, teachers, header.views)
-    contents = Contents(
+    contents = ArchiveState(
         path=path,
         spec=root.spec,
         id=identity,
@@ -105,7 +166,7 @@ def _sealed(path: Path, root: Document[ArchiveSpec], data: bytes) -> Contents:
     return contents
 
 
-def _check_list(contents: Contents) -> None:
+def _check_list(contents: ArchiveState) -> None:
     """The manifest must name every file that the specification demands, and no other."""
     expected = expected_files(contents.spec, contents.teachers, contents.num_views)
     if expected != contents.files.keys():
@@ -117,7 +178,7 @@ def _check_list(contents: Contents) -> None:
 
 
 def _check_metadata(
-    contents: Contents, root: Document[ArchiveSpec], teachers: Mapping[str, Document[TeacherSpec]]
+    contents: ArchiveState, root: Document[ArchiveSpec], teachers: Mapping[str, Document[TeacherSpec]]
 ) -> None:
     """The manifest must have the hash of every zarr.json that the specification makes: nobody interprets one then."""
     parsed = {"zarr.json": root.data} | {layout.teacher_path(name): teachers[name].data for name in contents.teachers}
@@ -127,16 +188,16 @@ def _check_metadata(
             raise Damaged(f"{contents.path}: the manifest has another hash for {name} than its specification makes")
 
 
-def _check_claims(contents: Contents) -> None:
+def _check_claims(contents: ArchiveState) -> None:
     """What will be allocated for the sample index and for side data, against the bytes there are."""
 
     def size_of(name: str) -> int:
         return contents.files[name].size
 
     try:
-        claims.check_digests(contents.spec, size_of)
+        check_digests_size(contents.spec, size_of)
         for teacher in contents.teachers.values():
-            claims.check_side(teacher, size_of)
+            check_side_size(teacher, size_of)
     except UsageError as error:
         raise Damaged(f"{contents.path}: {error}") from None
 
@@ -144,7 +205,7 @@ def _check_claims(contents: Contents) -> None:
 # -- not sealed -------------------------------------------------------------------------------------------------------
 
 
-def _partial(path: Path, root: Document[ArchiveSpec], commits: Commits, *, settle: bool) -> Contents:
+def _partial(path: Path, root: Document[ArchiveSpec], commits: Commits, *, settle: bool) -> ArchiveState:
     """The blocks that are committed and in place. One that its writer has not settled yet, or died before, is settled
     by other writers in passing; readers change nothing and leave it out."""
     walk_regular(path, most=MOST_FILES)
@@ -163,7 +224,7 @@ def _partial(path: Path, root: Document[ArchiveSpec], commits: Commits, *, settl
     committed = frozenset((r.block.part, r.block.view, r.block.index) for r in records)
     if ("samples", 0, 0) not in committed:
         raise Incomplete(f"{path}: not even its sample index is written; run the command that wrote it again")
-    contents = Contents(
+    contents = ArchiveState(
         path=path,
         spec=root.spec,
         id=None,
@@ -172,7 +233,7 @@ def _partial(path: Path, root: Document[ArchiveSpec], commits: Commits, *, settl
         stats={},
         files={name: entry for record in records for name, entry in record.files.items()},
         committed=committed,
-        stamps=Stamps(path, root.identity),
+        stamps=VerifiedFiles(path, root.identity),
     )
     _check_claims(contents)
     return contents
@@ -181,7 +242,7 @@ def _partial(path: Path, root: Document[ArchiveSpec], commits: Commits, *, settl
 # -- what lies on the disk --------------------------------------------------------------------------------------------
 
 
-def check_metadata_on_disk(contents: Contents) -> None:
+def check_metadata_on_disk(contents: ArchiveState) -> None:
     """Every zarr.json is, byte for byte, what the specification makes."""
     for name, data in layout.expected_metadata(contents.spec, dict(contents.teachers)).items():
         file = contents.path / name
@@ -193,7 +254,7 @@ def check_metadata_on_disk(contents: Contents) -> None:
             raise Damaged(f"{file} is not what the specification makes; it was edited or damaged; {LIST_THEM}")
 
 
-def check_sizes_on_disk(contents: Contents) -> None:
+def check_sizes_on_disk(contents: ArchiveState) -> None:
     """Every file is there, regular, of the right size: looked at once per machine and manifest. Reads look again."""
     if contents.id is None or contents.stamps.verified(WHOLE, FileEntry(0, contents.id), 0):
         return

@@ -12,18 +12,19 @@ from urllib.parse import quote
 from redistill_cache.errors import UsageError
 
 from redistill.specs import Spec, did_you_mean, parse_spec
-from redistill.views.recipe import RECIPE_VERSION, Recipe
-from redistill.views.steps import (
+from redistill.views.recipe import (
+    RECIPE_VERSION,
     CenterCrop,
     ColorJitter,
     Flip,
     GaussianBlur,
     Grayscale,
-    Mix,
+    Mixing,
     RandAugment,
     RandomCrop,
     RandomErasing,
     RandomResizedCrop,
+    Recipe,
     Step,
     TrivialAugmentWide,
 )
@@ -195,4 +196,4 @@ def _mix(spec: Spec) -> Step | None:
     if not mixup and not cutmix:
         return None
     chance, switch = spec.take("mixup_prob", 1.0), spec.take("mixup_switch_prob", 0.5)
-    return Mix(mixup=mixup, cutmix=cutmix, p=chance, switch=switch)
+    return Mixing(mixup=mixup, cutmix=cutmix, p=chance, switch=switch)

@@ -7,26 +7,76 @@ nothing behind; one that is there is looked at from all sides before anything of
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from redistill_cache import Archive, ArchiveWriter, TeacherSpec
-from redistill_cache.archive_files import read_root
 from redistill_cache.codecs import Codec
 from redistill_cache.errors import Refused, SpecMismatch
-from redistill_cache.files import is_leftover
 from redistill_cache.layout import Block
-from redistill_cache.preconditions import refuse_difference
+from redistill_cache.spec_files import read_root
+from redistill_cache.storage import is_leftover
+from redistill_cache.writer import refuse_difference
 
 from redistill.caching.estimate import existing_parent, refuse_small_disk, teacher_spec
 from redistill.caching.options import CacheOptions
+from redistill.caching.pilot import Forward
 from redistill.caching.plan import Plan, following, with_views
+from redistill.views.canaries import canary_rows, fingerprint
 
-__all__ = ["Opened", "declare", "is_declared", "is_ready", "is_there", "open_existing", "refuse_place"]
+__all__ = [
+    "OpenedArchive",
+    "declare",
+    "is_committed",
+    "is_declared",
+    "is_ready",
+    "is_there",
+    "open_existing",
+    "refuse_place",
+    "write_canaries",
+    "write_parameters",
+]
+
+
+# -- parameters -------------------------------------------------------------------------------------------------------
+#
+# What an archive holds of its views beside the teacher's answers: their parameters, and canaries.
+
+
+def is_committed(writer: ArchiveWriter, block: Block) -> bool:
+    """Whether anybody has committed this block by now."""
+    return (writer.path / block.record_path).exists()
+
+
+def write_parameters(plan: Plan, writer: ArchiveWriter, view: int) -> None:
+    """The parameters of every row of a view: a mixed image needs those of a partner, which may be any."""
+    missing = [block for block in writer.missing("views") if block.view == view]
+    for block in plan.rank.order(missing):
+        if not is_committed(writer, block):
+            writer.write(block, plan.views.params(view, np.arange(block.start, block.stop)))
+
+
+def write_canaries(forward: Forward, writer: ArchiveWriter) -> None:
+    """Fingerprints of a few views of every kind, before the teacher is asked about the rest."""
+    plan = forward.plan
+
+    def batches() -> Iterator[tuple[tuple[Block, np.ndarray], list[int]]]:
+        for block in plan.rank.order(writer.missing("canaries")):
+            if not is_committed(writer, block):
+                rows = canary_rows(plan.spec.seed, block.view, plan.spec.num_samples, plan.spec.canaries_per_view)
+                yield (block, rows), forward.indices(block.view, rows.tolist())
+
+    for (block, rows), pixels in forward.rendered(batches()):
+        writer.write(block, {"row": rows, "pixels": fingerprint(pixels)})
+
+
+# -- opening ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedArchive:
     """An archive to write to. The plan follows it in what only a first run decides."""
 
     plan: Plan
@@ -62,7 +112,7 @@ def refuse_place(options: CacheOptions) -> None:
         raise Refused(f"cannot write to {above}; check the permissions, or choose another --out")
 
 
-def open_existing(plan: Plan) -> Opened:
+def open_existing(plan: Plan) -> OpenedArchive:
     """The archive that is there. Refused unless all of it fits, before anything of it changes."""
     options, path = plan.options, plan.options.out
     plan = following(plan, read_root(path).spec)
@@ -77,7 +127,7 @@ def open_existing(plan: Plan) -> Opened:
             "with a teacher it has, then add this one"
         )
     if teacher is None:
-        return Opened(plan, writer, {})
+        return OpenedArchive(plan, writer, {})
     refuse_other_teacher(path, teacher, plan)
     codecs = {signal.name: archive.codec(teacher.name, signal.name) for signal in teacher.signals}
     if options.extend_views:
@@ -85,16 +135,16 @@ def open_existing(plan: Plan) -> Opened:
     refuse_small_disk(path, bytes_to_come(plan, writer, archive))
     if options.extend_views:
         writer = ArchiveWriter.extend_views(path, options.views)
-    return Opened(plan, writer, codecs)
+    return OpenedArchive(plan, writer, codecs)
 
 
-def declare(plan: Plan, writer: ArchiveWriter | None, codecs: dict[str, Codec]) -> Opened:
+def declare(plan: Plan, writer: ArchiveWriter | None, codecs: dict[str, Codec]) -> OpenedArchive:
     """Give the teacher its place, in a new archive where there is none."""
     if writer is None:
         writer = ArchiveWriter.create(plan.options.out, plan.spec)
         write_samples(plan, writer)
     writer.add_teacher(teacher_spec(plan, codecs), {name: codec.side() for name, codec in codecs.items()})
-    return Opened(plan, writer, codecs)
+    return OpenedArchive(plan, writer, codecs)
 
 
 def write_samples(plan: Plan, writer: ArchiveWriter) -> None:

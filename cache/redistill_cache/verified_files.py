@@ -17,7 +17,7 @@ from pathlib import Path
 
 from redistill_cache.journal import FileEntry
 
-__all__ = ["Stamps", "cache_folder"]
+__all__ = ["VerifiedFiles", "cache_folder"]
 
 LINE = re.compile(r"([0-9a-f]{64}) (\d{1,18}) (\d{1,20}) (\S+)")
 # Not a path of any archive: the line that says that the sizes of all files were checked against this manifest.
@@ -35,7 +35,7 @@ def cache_folder() -> Path:
         return Path(os.devnull) / "redistill"
 
 
-class Stamps:
+class VerifiedFiles:
     """The stamps of one archive at one place. Losing them is harmless, so trouble with the cache folder is ignored."""
 
     def __init__(self, archive: Path, identity: str) -> None:

@@ -8,15 +8,30 @@ guessed: a teacher with the wrong normalisation speaks nonsense quietly.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
+import torch
 from redistill_cache.errors import Refused, UsageError
+from torch import Tensor, nn
 
 from redistill.specs import Spec, did_you_mean
 
-__all__ = ["CIFAR10", "CIFAR100", "HALF", "IMAGENET", "NORMS", "OPTIONS", "Facts", "Norm"]
+__all__ = [
+    "CIFAR10",
+    "CIFAR100",
+    "HALF",
+    "IMAGENET",
+    "NORMS",
+    "OPTIONS",
+    "Blueprint",
+    "ModelInfo",
+    "Norm",
+    "Normalise",
+    "OpenedModel",
+    "Published",
+]
 
 Triple = tuple[float, float, float]
 
@@ -40,7 +55,7 @@ MAX_CLASSES, MAX_SIZE = 1 << 20, 1 << 14
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class ModelInfo:
     """Each field may be unknown."""
 
     num_classes: int | None = None
@@ -52,10 +67,10 @@ class Facts:
     resize: int | None = None
     """The shorter side before their centre crop: a hint for recipes."""
 
-    def over(self, other: Facts) -> Facts:
+    def over(self, other: ModelInfo) -> ModelInfo:
         """These facts, their gaps filled from `other`."""
         pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
-        return Facts(**{name: low if high is None else high for name, (high, low) in pairs.items()})
+        return ModelInfo(**{name: low if high is None else high for name, (high, low) in pairs.items()})
 
     def to_json(self) -> dict[str, Any]:
         known = {name: value for name, value in asdict(self).items() if value is not None and name != "norm"}
@@ -64,7 +79,7 @@ class Facts:
         return known
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any], where: str) -> Facts:
+    def from_json(cls, found: Mapping[str, Any], where: str) -> ModelInfo:
         """Strict: the header of a weights file may come from anybody. Unknown keys are left to newer readers."""
         mean, std = found.get("mean"), found.get("std")
         if (mean is None) != (std is None):
@@ -81,7 +96,7 @@ class Facts:
             raise Refused(f"{where}: {error}") from None
 
     @classmethod
-    def from_options(cls, spec: Spec) -> Facts:
+    def from_options(cls, spec: Spec) -> ModelInfo:
         """num_classes=, size=, norm= or mean= and std= of a spec string."""
         try:
             return cls(
@@ -146,3 +161,119 @@ def split(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"expected three numbers as in 0.5,0.5,0.5, found {text!r}") from None
+
+
+# -- blueprint --------------------------------------------------------------------------------------------------------
+#
+# What each family of models (torchvision, timm, cifar, ...) has to say of one of its members.
+
+
+@dataclass(frozen=True)
+class Published:
+    """Weights that a library offers under a name."""
+
+    state: Mapping[str, Tensor]
+    facts: ModelInfo
+    source: str
+
+
+def nothing_known(num_classes: int) -> ModelInfo:
+    del num_classes
+    return ModelInfo()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blueprint:
+    """How to make a model, and what is known of it in each case."""
+
+    name: str
+    build: Callable[[int, int | None], nn.Module]
+    """(num_classes, input_size) -> the network with fresh weights."""
+    published: Callable[[str], Published] | None = None
+    """weights=NAME -> what the library publishes under it; None: nothing is published."""
+    published_names: tuple[str, ...] = ()
+    fresh: Callable[[int], ModelInfo] = nothing_known
+    """num_classes -> the convention for a network that starts from fresh weights."""
+    bare_file: Callable[[int], ModelInfo] = nothing_known
+    """num_classes -> what is known of weights from a file that says nothing about itself."""
+    carries_weights: bool = False
+    """The network comes with weights of its own (python: callables load theirs themselves)."""
+
+
+# -- opened -----------------------------------------------------------------------------------------------------------
+#
+# A model and what must be known to use it.
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A network on the CPU in float32, and the facts its user needs. Made by `open_model`."""
+
+    module: nn.Module
+    spec: str
+    """As given, paths included; `portable_spec` is the one to write down."""
+    name: str
+    num_classes: int
+    input_size: int | None
+    """Side of the square input in pixels; None where neither the network nor its weights decide it."""
+    mean: Triple
+    std: Triple
+    weights_digest: str | None
+    """`state_digest` of the loaded state; None for fresh weights nobody asked for."""
+    weights_source: str | None
+    """"file", "random" (asked for), a library's own label, "python", or None: a student before training."""
+    interpolation: str | None = None
+    resize: int | None = None
+    portable_spec: str = ""
+    """The spec without paths: it opens the same architecture anywhere."""
+
+    @property
+    def facts(self) -> ModelInfo:
+        return ModelInfo(
+            num_classes=self.num_classes,
+            input_size=self.input_size,
+            norm=Norm(self.mean, self.std),
+            interpolation=self.interpolation,
+            resize=self.resize,
+        )
+
+    def metadata(self) -> dict[str, Any]:
+        """For `save_weights`: a file with this header opens without further options."""
+        return {"spec": self.portable_spec, **self.facts.to_json()}
+
+    def describe(self) -> dict[str, Any]:
+        """For an archive: what decides the model's answers, and nothing of this machine."""
+        return {
+            "name": self.name,
+            "weights_digest": self.weights_digest,
+            "weights_source": self.weights_source,
+            **self.metadata(),
+        }
+
+    def normalise(self) -> Normalise:
+        return Normalise(self.mean, self.std)
+
+
+class Normalise(nn.Module):
+    """uint8 pixels to what the network was trained on: (pixels / 255 - mean) / std, as one multiply and one add.
+
+    Holds buffers that follow `.to(device)` but are in no state_dict.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, mean: Triple, std: Triple) -> None:
+        super().__init__()
+        means, stds = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (mean, std))
+        self.register_buffer("scale", (1 / (255 * stds)).float(), persistent=False)
+        self.register_buffer("shift", (-means / stds).float(), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return torch.addcmul(self.shift, pixels.to(torch.float32), self.scale)
+
+
+def portable(scheme: str, name: str, options: Mapping[str, str]) -> str:
+    """A spec string without what only means something on this machine or was an order for this one opening."""
+    kept = "&".join(f"{key}={value}" for key, value in sorted(options.items()) if key not in ("weights", "seed"))
+    return f"{scheme}:{name}" + (f"?{kept}" if kept else "")
