@@ -19,11 +19,11 @@ from pathlib import Path
 import harness
 
 from redistill.caching import CacheOptions, cache_teacher, estimate_cache
-from redistill.caching.options import Silent
 from redistill.caching.pilot import Forward
 from redistill.caching.plan import Plan, make_plan
-from redistill.caching.run import CacheProgress, batches, declare_teacher, write_teacher
+from redistill.caching.run import CacheRun, batches, declare_teacher, write_teacher
 from redistill.interrupts import StopRequest
+from redistill.progress import NoProgress
 from redistill.ranks import Rank
 
 
@@ -34,7 +34,7 @@ def bare_and_blocks(plan: Plan, *, blocks_first: bool) -> tuple[float, float]:
     """
     seconds: dict[str, float] = {}
     with Forward(plan, StopRequest()) as forward:
-        there = declare_teacher(forward, None, run := CacheProgress(), Silent())
+        there = declare_teacher(forward, None, run := CacheRun(), NoProgress())
         wanted = list(batches(forward, there.writer, there.writer.missing(plan.part)))
 
         def bare() -> None:
@@ -43,7 +43,7 @@ def bare_and_blocks(plan: Plan, *, blocks_first: bool) -> tuple[float, float]:
             last.sum().item()  # a GPU must be through before the clock is read
 
         def blocks() -> None:
-            write_teacher(forward, there, run, Silent())
+            write_teacher(forward, there, run, NoProgress())
 
         bare()
         for part in (blocks, bare) if blocks_first else (bare, blocks):

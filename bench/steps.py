@@ -25,10 +25,10 @@ import torch
 from stage2 import DRAWN, Bench
 
 from redistill.losses.schedule import TrainingProgress
+from redistill.progress import NoProgress
 from redistill.ranks import World, joined_world
 from redistill.training import TrainOptions
 from redistill.training.feed import TrainBatch
-from redistill.training.options import Silent
 from redistill.training.prepare import TrainSetup, prepare
 
 LOSSES = ("power", "ce", "ce")
@@ -58,7 +58,7 @@ def measure(data: str, archive: Path, student: str, turns: int) -> dict[str, obj
             prepare(
                 TrainOptions(data=data, archive=archive, students=(student,), losses=(loss,), out=out, workers=0),
                 world,
-                Silent(),
+                NoProgress(),
             )
             for loss in LOSSES
         ]

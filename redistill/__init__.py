@@ -21,7 +21,7 @@ LATE = {
     "open_model": "redistill.models",
     "ViewDataset": "redistill.views.dataset",
     "losses": "redistill.losses",
-    "render": "redistill.views.replay",
+    "render": "redistill.views.dataset",
 }
 
 

@@ -56,5 +56,5 @@ class CachedTeacher:
         loader = self._loaders.get(signal)
         if loader is None:
             self.archive.signal(self.name, signal)
-            loader = self._loaders[signal] = ViewLoader(self.archive, self.name, signal)
+            loader = self._loaders[signal] = self.archive.loader(self.name, signal)
         return loader.take(view, then=(view + 1) % self.archive.num_views)

@@ -9,7 +9,7 @@ import ast
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -27,7 +27,7 @@ BELOW = {
     "redistill": {"redistill", "redistill_cache"},
     "redistill_cli": set(PACKAGES),
 }
-CACHE_THIRD_PARTIES = {"numpy", "zarr", "numcodecs", "google_crc32c"}
+CACHE_THIRD_PARTIES = {"numpy", "zarr", "numcodecs", "google_crc32c", "platformdirs"}
 RENDERERS = {"typer", "click", "rich", "tqdm"}
 
 
@@ -44,23 +44,10 @@ def module_files(package: str) -> dict[str, Path]:
 MODULES = {name: file for package in PACKAGES for name, file in module_files(package).items()}
 
 
-def is_type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
-
-
-def run_time_nodes(tree: ast.AST) -> Iterator[ast.AST]:
-    """Every node but those under `if TYPE_CHECKING:`, which never run."""
-    for child in ast.iter_child_nodes(tree):
-        if is_type_checking(child):
-            continue
-        yield child
-        yield from run_time_nodes(child)
-
-
 def imports(module: str, tree: ast.AST, known: Mapping[str, Path]) -> set[str]:
-    """The modules a module imports, anywhere in it: `from a import b` is a.b where that is a module, else a."""
+    """The modules a module imports, also for types only. `from a import b` is a.b where that is a module, else a."""
     found = set()
-    for node in run_time_nodes(tree):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

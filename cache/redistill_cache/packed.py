@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,13 +17,12 @@ from redistill_cache.rows import opened_shard, read_rows, row_block
 from redistill_cache.shards import Scratch
 from redistill_cache.spec import SignalSpec, TeacherSpec
 
-if TYPE_CHECKING:
-    from redistill_cache.reader import Archive
-
-__all__ = ["Buffers", "PackedView", "ViewLoader"]
+__all__ = ["Buffers", "LoadView", "PackedView", "ViewLoader"]
 
 Buffers = Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray]
 """(shape, dtype) -> an array to fill: in memory, or where its owner wants it."""
+LoadView = Callable[[int, "PackedView | None"], "PackedView"]
+"""(view, earlier view whose buffers may be reused) -> the view in memory."""
 
 
 @dataclass(frozen=True)
@@ -144,14 +143,12 @@ class _Load(threading.Thread):
 class ViewLoader:
     """Views one after another, the next one loaded by a thread while this one is in use; two sets of buffers in turn.
 
-    with ViewLoader(archive) as loader:
+    with archive.loader() as loader:
         view = loader.take(0, then=1)
     """
 
-    def __init__(
-        self, archive: Archive, teacher: str | None = None, signal: str = "logits", buffers: Buffers = np.empty
-    ) -> None:
-        self._archive, self._teacher, self._signal, self._buffers = archive, teacher, signal, buffers
+    def __init__(self, load: LoadView) -> None:
+        self._load = load
         self._current: PackedView | None = None
         self._spare: PackedView | None = None
         self._next: _Load | None = None
@@ -187,4 +184,4 @@ class ViewLoader:
             self._spare = self._next.leftover() or self._spare
             self._next = None
         spare, self._spare = self._spare, None
-        return lambda: self._archive.load_view(view, self._teacher, self._signal, into=spare, buffers=self._buffers)
+        return lambda: self._load(view, spare)

@@ -31,7 +31,7 @@ from redistill_cache.open_state import (
     read_state,
     require_memory,
 )
-from redistill_cache.packed import Buffers, PackedView
+from redistill_cache.packed import Buffers, PackedView, ViewLoader
 from redistill_cache.rows import check_rows, check_view, opened_shard, read_rows, read_whole
 from redistill_cache.shards import Scratch
 from redistill_cache.spec import ArchiveSpec, ArraySpec, SignalSpec, TeacherSpec
@@ -294,6 +294,10 @@ class Archive:
         codec = self.codec(chosen.name, signal)
         with disk_trouble("read", self.path):
             return PackedView.load(self.contents, chosen, found, codec, check_view(self.contents, view), into, buffers)
+
+    def loader(self, teacher: str | None = None, signal: str = "logits", buffers: Buffers = np.empty) -> ViewLoader:
+        """Whole views one after another, the next one loaded in the background."""
+        return ViewLoader(lambda view, into: self.load_view(view, teacher, signal, into=into, buffers=buffers))
 
 
 def _shapes(arrays: Sequence[ArraySpec]) -> set[tuple[str, str, tuple[int, ...]]]:

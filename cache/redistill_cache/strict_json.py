@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NoReturn
 
 import numpy as np
 
-from redistill_cache.errors import Refused, UsageError
+from redistill_cache.errors import RedistillError, Refused, UsageError
 from redistill_cache.limits import MAX_DESCRIPTION_BYTES, MAX_DESCRIPTION_DEPTH, MAX_JSON_DEPTH, MAX_JSON_VALUES
 
 __all__ = ["Fields", "Json", "canonical", "json_copy", "parse"]
@@ -116,18 +116,23 @@ def _bounded(text: str) -> int:
 
 
 class Fields:
-    """Typed access to an untrusted JSON object; a refusal names the field, what was expected and what was found."""
+    """Typed access to an untrusted JSON object: the one validator of this project.
 
-    def __init__(self, value: Json, where: str) -> None:
-        if not isinstance(value, dict):
-            raise Refused(f"{where}: expected an object, found {_show(value)}")
-        self._value = value
+    A refusal is an `error` (`Refused`, `Damaged` or `UsageError`) that names the field, what was expected and what was
+    found. Every field must be asked for, and `done()` refuses the others.
+    """
+
+    def __init__(self, value: Json, where: str, error: type[RedistillError] = Refused) -> None:
         self._where = where
+        self._error = error
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            raise error(f"{where}: expected an object, found {_show(value)}")
+        self._value = value
         self._taken: set[str] = set()
 
     def _take(self, key: str, kind: type | tuple[type, ...], expected: str) -> Json:
         if key not in self._value:
-            raise Refused(f"{self._where}: {key!r} is missing")
+            raise self._error(f"{self._where}: {key!r} is missing")
         self._taken.add(key)
         value = self._value[key]
         # bool is an int to Python, not to JSON.
@@ -136,12 +141,41 @@ class Fields:
         return value
 
     def refuse(self, key: str, expected: str) -> NoReturn:
-        raise Refused(f"{self._where}: {key!r} must be {expected}, found {_show(self._value[key])}")
+        raise self._error(f"{self._where}: {key!r} must be {expected}, found {_show(self._value[key])}")
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._value
 
     def integer(self, key: str, low: int, high: int) -> int:
         expected = f"an integer from {low} to {high}"
         value: int = self._take(key, int, expected)
         if not low <= value <= high:
+            self.refuse(key, expected)
+        return value
+
+    def number(self, key: str, low: float = -math.inf, high: float = math.inf) -> float:
+        """A finite number."""
+        bounded = math.isfinite(low) and math.isfinite(high)
+        expected = f"a number from {low:g} to {high:g}" if bounded else "a finite number"
+        value = self._take(key, (int, float), expected)
+        if not math.isfinite(value) or not low <= value <= high:
+            self.refuse(key, expected)
+        return float(value)
+
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        """Exactly so many finite numbers."""
+        expected = f"a list of {count} finite numbers"
+        values = self._take(key, (list, tuple), expected)
+        if len(values) != count or not all(
+            isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values
+        ):
+            self.refuse(key, expected)
+        return tuple(float(value) for value in values)
+
+    def choice(self, key: str, choices: Collection[str]) -> str:
+        expected = " or ".join(choices)
+        value: str = self._take(key, str, expected)
+        if value not in choices:
             self.refuse(key, expected)
         return value
 
@@ -188,7 +222,7 @@ class Fields:
         """Refuse what was not asked for, unless a newer minor version may have added it."""
         unknown = _unknown(self._value, self._taken)
         if unknown and not ignore_unknown:
-            raise Refused(f"{self._where}: unknown field {unknown[0][:80]!r}")
+            raise self._error(f"{self._where}: unknown field {unknown[0][:80]!r}")
 
 
 def _unknown(value: Iterable[str], taken: set[str]) -> list[str]:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from redistill_cache.wording import harmless, human_bytes
+from redistill_cache.wording import human_bytes
 
-from redistill_cli.rendering import Ticker, human_seconds, key_values, print_json
+from redistill_cli.rendering import TerminalProgress, human_seconds, key_values, print_json
 
 if TYPE_CHECKING:
     from redistill.caching import CacheResult
@@ -124,11 +124,11 @@ def cache_teacher(
         allow_python=True,
         command=without_secrets(sys.argv[1:]),
     )
-    with Terminal() as watcher:
+    with TerminalProgress() as progress:
         if dry_run:
-            found = estimate_cache(options, watcher)
+            found = estimate_cache(options, progress)
         else:
-            done = cache(options, watcher)
+            done = cache(options, progress)
     if not Rank.from_environment().first:
         return  # the first rank speaks for all
     if dry_run:
@@ -142,32 +142,6 @@ def cache_teacher(
 def without_secrets(arguments: list[str]) -> str:
     """The command for the record: what looks like a password is not in it."""
     return " ".join(USER_OF_URL.sub("***@", SECRET.sub(r"\1***", argument)) for argument in arguments)
-
-
-class Terminal:
-    """Stage 1 on a terminal: lines as they come, and a bar."""
-
-    def __enter__(self) -> Terminal:
-        self.indexing = Ticker("index", "image")
-        self.asking = Ticker("teacher", "image")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.indexing.close()
-        self.asking.close()
-
-    def say(self, text: str) -> None:
-        self.asking.write(harmless(text))
-
-    def warn(self, text: str) -> None:
-        self.asking.write(f"warning: {harmless(text)}")
-
-    def index(self, done: int, total: int) -> None:
-        self.indexing.update(done, total)
-
-    def advance(self, images: int, total: int, blocks: int, written: int) -> None:
-        self.indexing.close()
-        self.asking.update(images, total, blocks=blocks, written=human_bytes(written))
 
 
 def show_estimate(found: Estimate) -> None:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from redistill_cli import cache_teacher, train
-from redistill_cli.rendering import console, human_seconds, print_json
+from redistill_cli.rendering import TerminalProgress, console, human_seconds, print_json
 
 if TYPE_CHECKING:
     from redistill.demo import Summary
@@ -30,39 +29,12 @@ def demo(
     """
     from redistill.demo import run_demo
 
-    with Shown() as watcher:
-        found = run_demo(out, watcher)
+    with TerminalProgress(last_member_only=True) as progress:
+        found = run_demo(out, progress)
     if as_json:
         print_json(found.to_json())
     else:
         show(found, out)
-
-
-class Shown:
-    """The demo on a terminal: what it does, and the progress of its parts."""
-
-    def __enter__(self) -> Shown:
-        self._open: list[cache_teacher.Terminal | train.Terminal] = []
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for terminal in self._open:
-            terminal.__exit__()
-
-    def step(self, text: str) -> None:
-        self.__exit__()
-        self._open.clear()
-        typer.echo(f"\n* {text}", err=True)
-
-    def caching(self) -> cache_teacher.Terminal:
-        terminal = cache_teacher.Terminal().__enter__()
-        self._open.append(terminal)
-        return terminal
-
-    def training(self) -> train.Terminal:
-        terminal = train.Terminal(quiet=True).__enter__()
-        self._open.append(terminal)
-        return terminal
 
 
 def show(found: Summary, out: Path) -> None:

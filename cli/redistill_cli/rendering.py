@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, overload
@@ -16,7 +16,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["PLACE", "Ticker", "archive_at", "console", "human_seconds", "key_values", "print_json", "progress_line"]
+__all__ = [
+    "PLACE",
+    "TerminalProgress",
+    "archive_at",
+    "console",
+    "human_seconds",
+    "key_values",
+    "print_json",
+    "progress_line",
+]
 
 console = Console()
 
@@ -88,6 +97,10 @@ class Ticker:
         more = "".join(f", {name} {value}" for name, value in extra.items())
         self.write(f"{self._what}: {done:,} of {total:,}, {pace:.1f} {self._unit}s/s, {left} left{more}")
 
+    @property
+    def is_open(self) -> bool:
+        return self._bar is not None
+
     def write(self, text: str) -> None:
         """A line of its own, above the bar where there is one."""
         if self._bar is not None:
@@ -100,6 +113,51 @@ class Ticker:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+class TerminalProgress:
+    """Progress of a run on a terminal: messages as they come, one bar for each task, a line for every epoch."""
+
+    TASKS = ("index", "teacher", "train")
+
+    def __init__(self, *, last_member_only: bool = False) -> None:
+        self._last_member_only = last_member_only
+        self._tickers = {task: Ticker(task, "image") for task in self.TASKS}
+
+    def __enter__(self) -> TerminalProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for ticker in self._tickers.values():
+            ticker.close()
+
+    def stage(self, title: str) -> None:
+        self.__exit__()
+        typer.echo(f"\n* {title}", err=True)
+
+    def info(self, text: str) -> None:
+        self._write(harmless(text))
+
+    def warning(self, text: str) -> None:
+        self._write(f"warning: {harmless(text)}")
+
+    def advance(self, task: str, done: int, total: int, **figures: object) -> None:
+        for name, ticker in self._tickers.items():
+            if name != task:
+                ticker.close()
+        self._tickers[task].update(done, total, **figures)
+
+    def epoch(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        for row in rows[-1:] if self._last_member_only else rows:
+            name = f"{row['name']}  " if len(rows) > 1 else ""
+            top1 = f"  top-1 {row['val_top1']:.2%}" if row["val_top1"] != "" else ""
+            speed = f"{row['images_per_second']:.0f} images/s, {row['data_wait']:.0%} waiting"
+            self._write(f"epoch {row['epoch']:>3}  {name}loss {row['train_loss']:.4f}{top1}  ({speed})")
+
+    def _write(self, text: str) -> None:
+        """Above the bar that is open, if one is."""
+        open_ticker = next((t for t in self._tickers.values() if t.is_open), self._tickers["train"])
+        open_ticker.write(text)
 
 
 # -- archives ---------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import typer
 from redistill_cache.wording import harmless
 from rich.table import Table
 
-from redistill_cli.rendering import PLACE, Ticker, archive_at, console, print_json
+from redistill_cli.rendering import PLACE, TerminalProgress, archive_at, console, print_json
 
 if TYPE_CHECKING:
     from redistill.training import TrainOptions, TrainResult
@@ -178,8 +178,8 @@ def train(
         if name in said:
             said[name] = archive_at(str(said[name]))
     options = TrainOptions.read(said | {"allow_python": config is None}, preset_name=preset)
-    with Terminal() as watcher:
-        outcomes = run(options, watcher)
+    with TerminalProgress() as progress:
+        outcomes = run(options, progress)
     if Rank.from_environment().first:
         show(outcomes, as_json=as_json)
         leave_report(options)
@@ -221,42 +221,6 @@ def refuse_unsaid(said: Mapping[str, Any]) -> None:
     unsaid = [option for name, option in options.items() if name not in said]
     if unsaid:
         raise UsageError(f"train needs {', '.join(unsaid)} (or --config RUN/config.toml); see redistill train --help")
-
-
-class Terminal:
-    """Stage 2 on a terminal: a bar over the run, and a line for every epoch of every member (of one, when quiet)."""
-
-    def __init__(self, *, quiet: bool = False) -> None:
-        self.quiet = quiet
-
-    def __enter__(self) -> Terminal:
-        self.indexing = Ticker("index", "image")
-        self.training = Ticker("train", "image")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.indexing.close()
-        self.training.close()
-
-    def say(self, text: str) -> None:
-        self.training.write(harmless(text))
-
-    def warn(self, text: str) -> None:
-        self.training.write(f"warning: {harmless(text)}")
-
-    def index(self, done: int, total: int) -> None:
-        self.indexing.update(done, total)
-
-    def step(self, images: int, total: int, figures: Mapping[str, Any]) -> None:
-        self.indexing.close()
-        self.training.update(images, total, **figures)
-
-    def epoch(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        for row in rows[-1:] if self.quiet else rows:
-            name = f"{row['name']}  " if len(rows) > 1 else ""
-            top1 = f"  top-1 {row['val_top1']:.2%}" if row["val_top1"] != "" else ""
-            speed = f"{row['images_per_second']:.0f} images/s, {row['data_wait']:.0%} waiting"
-            self.training.write(f"epoch {row['epoch']:>3}  {name}loss {row['train_loss']:.4f}{top1}  ({speed})")
 
 
 def show(outcomes: Sequence[TrainResult], *, as_json: bool) -> None:

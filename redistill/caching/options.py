@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from redistill_cache.codecs import CODECS
 from redistill_cache.errors import UsageError
@@ -14,29 +14,7 @@ from redistill_cache.spec import check_name, check_text
 from redistill.signals import LOGITS
 from redistill.specs import did_you_mean
 
-__all__ = ["CacheOptions", "Silent", "Watcher"]
-
-
-# -- watcher ----------------------------------------------------------------------------------------------------------
-#
-# Who wants to know how stage 1 goes. The library itself never prints.
-
-
-class Watcher(Protocol):
-    """Told of every step; `index` and `advance` are called often."""
-
-    def say(self, text: str) -> None: ...
-    def warn(self, text: str) -> None: ...
-    def index(self, done: int, total: int) -> None: ...
-    def advance(self, images: int, total: int, blocks: int, written: int) -> None:
-        """Images answered for of those that were missing; blocks and bytes committed by this process."""
-
-
-class Silent:
-    def say(self, text: str) -> None: ...
-    def warn(self, text: str) -> None: ...
-    def index(self, done: int, total: int) -> None: ...
-    def advance(self, images: int, total: int, blocks: int, written: int) -> None: ...
+__all__ = ["CacheOptions"]
 
 
 # -- options ----------------------------------------------------------------------------------------------------------

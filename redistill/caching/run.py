@@ -12,6 +12,7 @@ import datetime
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,18 +40,19 @@ from redistill.caching.open_archive import (
     write_canaries,
     write_parameters,
 )
-from redistill.caching.options import CacheOptions, Silent, Watcher
+from redistill.caching.options import CacheOptions
 from redistill.caching.pilot import Forward, check_first_batch, fit_codecs, pixels_of, run_pilot
 from redistill.caching.plan import Plan, make_plan
 from redistill.interrupts import StopRequest, stop_on_signals
+from redistill.progress import NoProgress, Progress
 from redistill.ranks import Rank
 from redistill.signals import LOGITS
 from redistill.teachers import TeacherCheck
 from redistill.views import ArchiveViews, ViewDataset, join_archive
 
 __all__ = [
-    "CacheProgress",
     "CacheResult",
+    "CacheRun",
     "SelfTest",
     "cache_teacher",
     "estimate_cache",
@@ -134,7 +136,7 @@ ENOUGH_LABELS = 256
 
 
 @dataclass
-class CacheProgress:
+class CacheRun:
     """What one process did, as far as it has come."""
 
     began: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
@@ -173,18 +175,18 @@ class CacheResult:
         return asdict(self)
 
 
-def warn_of_chance(plan: Plan, right: int, labelled: int, watcher: Watcher) -> None:
+def warn_of_chance(plan: Plan, right: int, labelled: int, progress: Progress) -> None:
     """Train mode, wrong preprocessing, and classes in another order all look like this."""
     chance = 1 / plan.spec.num_classes
     enough = min(TIMES_CHANCE * chance, chance + WAY_UP * (1 - chance))
     if labelled >= ENOUGH_LABELS and right < enough * labelled:
-        watcher.warn(
+        progress.warning(
             f"the teacher is right on {right / labelled:.1%} of {labelled:,} views, chance is {chance:.1%}: are its "
             "weights, its normalisation and the order of the classes right?"
         )
 
 
-def leave_note(there: OpenedArchive, run: CacheProgress) -> None:
+def leave_note(there: OpenedArchive, run: CacheRun) -> None:
     """How it went, for whoever wonders; a run that commits nothing leaves none. No part of the archive's identity."""
     plan, written, check = there.plan, run.written, run.check
     if not written.blocks:
@@ -224,7 +226,7 @@ def seal(there: OpenedArchive) -> tuple[str | None, tuple[str, ...]]:
     return (None if missing else writer.seal()), missing
 
 
-def result(there: OpenedArchive, run: CacheProgress, identity: str | None, missing: tuple[str, ...]) -> CacheResult:
+def result(there: OpenedArchive, run: CacheRun, identity: str | None, missing: tuple[str, ...]) -> CacheResult:
     """All of it in a few numbers."""
     plan, written, seconds = there.plan, run.written, run.seconds
     found = describe(there.writer.read_back() if identity is None else open_archive(there.writer.path))
@@ -248,42 +250,42 @@ def result(there: OpenedArchive, run: CacheProgress, identity: str | None, missi
 # -- run --------------------------------------------------------------------------------------------------------------
 
 
-def estimate_cache(options: CacheOptions, watcher: Watcher | None = None) -> Estimate:
+def estimate_cache(options: CacheOptions, progress: Progress | None = None) -> Estimate:
     """What `cache_teacher` would cost. Runs the teacher on a pilot, writes nothing."""
-    watcher = watcher or Silent()
+    progress = progress or NoProgress()
     with stop_on_signals() as stop:
-        plan = make_plan(options, Rank.from_environment(), watcher.index)
+        plan = make_plan(options, Rank.from_environment(), partial(progress.advance, "index"))
         with Forward(plan, stop) as forward:
             check_first_batch(forward)
             pilot = run_pilot(forward)
         return estimate(plan, pilot, fit_codecs(plan, pilot))
 
 
-def cache_teacher(options: CacheOptions, watcher: Watcher | None = None) -> CacheResult:
+def cache_teacher(options: CacheOptions, progress: Progress | None = None) -> CacheResult:
     """Run the teacher over all views that are missing in the archive, and seal it when nothing is."""
-    run, rank = CacheProgress(), Rank.from_environment()
-    watcher = watcher if watcher is not None and rank.first else Silent()
+    run, rank = CacheRun(), Rank.from_environment()
+    progress = progress if progress is not None and rank.first else NoProgress()
     with stop_on_signals() as stop:
-        plan = planned(options, rank, watcher, stop)
+        plan = planned(options, rank, progress, stop)
         there = open_existing(plan) if is_there(options) else None
         with Forward(plan if there is None else there.plan, stop) as forward:
             if there is None or not there.codecs:
-                there = declare_teacher(forward, there, run, watcher)
+                there = declare_teacher(forward, there, run, progress)
             write_canaries(forward, there.writer)
             try:
-                write_teacher(forward, there, run, watcher)
+                write_teacher(forward, there, run, progress)
             finally:
                 leave_note(there, run)
     identity, missing = seal(there)
     return result(there, run, identity, missing)
 
 
-def planned(options: CacheOptions, rank: Rank, watcher: Watcher, stop: StopRequest) -> Plan:
+def planned(options: CacheOptions, rank: Rank, progress: Progress, stop: StopRequest) -> Plan:
     """The plan. Other ranks than the first one make theirs when that one has created the archive."""
 
     def index(done: int, total: int) -> None:
         stop.raise_if_set()
-        watcher.index(done, total)
+        progress.advance("index", done, total)
 
     if not rank.first:
         rank.wait_until(lambda: is_ready(options), stop)
@@ -295,20 +297,18 @@ def planned(options: CacheOptions, rank: Rank, watcher: Watcher, stop: StopReque
     return plan
 
 
-def declare_teacher(
-    forward: Forward, there: OpenedArchive | None, run: CacheProgress, watcher: Watcher
-) -> OpenedArchive:
+def declare_teacher(forward: Forward, there: OpenedArchive | None, run: CacheRun, progress: Progress) -> OpenedArchive:
     """A teacher that the archive does not have: looked at, its codecs fitted, its costs weighed, and declared."""
     plan = forward.plan
     run.check = check_first_batch(forward)
     pilot = run_pilot(forward)
-    warn_of_chance(plan, pilot.right, pilot.labelled, watcher)
+    warn_of_chance(plan, pilot.right, pilot.labelled, progress)
     choices = fit_codecs(plan, pilot)
     found = estimate(plan, pilot, choices)
     refuse_small_disk(plan.options.out, found.total_bytes if there is None else found.signal_bytes)
     for signal, choice in choices.items():
-        watcher.say(f"{signal}: {choice.reason}")
-    watcher.say(
+        progress.info(f"{signal}: {choice.reason}")
+    progress.info(
         f"{found.samples:,} samples x {found.views} views: about {human_bytes(found.total_bytes)}, "
         f"{max(found.seconds / 60, 0.1):,.1f} minutes at {found.images_per_second:.0f} images/s"
     )
@@ -317,7 +317,7 @@ def declare_teacher(
     return declare(plan, None if there is None else there.writer, codecs)
 
 
-def write_teacher(forward: Forward, there: OpenedArchive, run: CacheProgress, watcher: Watcher) -> None:
+def write_teacher(forward: Forward, there: OpenedArchive, run: CacheRun, progress: Progress) -> None:
     """Every missing block of the teacher. The first one is read back while the next ones are on their way."""
     plan, writer, written = there.plan, there.writer, run.written
     blocks = plan.rank.order(writer.missing(plan.part))
@@ -330,7 +330,13 @@ def write_teacher(forward: Forward, there: OpenedArchive, run: CacheProgress, wa
             encoder.add(block, rows, said)
             images += len(rows)
             # Of the other processes we know that they do their share.
-            watcher.advance(min(images * plan.rank.world, total), total, written.blocks, written.bytes)
+            progress.advance(
+                "teacher",
+                min(images * plan.rank.world, total),
+                total,
+                blocks=written.blocks,
+                written=human_bytes(written.bytes),
+            )
             test.keep(block, rows, pixels)
             if test.due and written.blocks:
                 test.run()

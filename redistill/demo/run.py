@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from redistill_cache import open_archive
@@ -20,14 +20,13 @@ from redistill_cache.inspect import describe
 from redistill_cache.storage import LOCAL, disk_trouble
 
 from redistill.caching import CacheOptions, cache_teacher
-from redistill.caching.options import Watcher as CacheWatcher
 from redistill.demo.rewriting import mislead, rewrite_logits
 from redistill.devices import one_thread
 from redistill.evaluate import evaluate
 from redistill.optim import OptimConfig
+from redistill.progress import Progress
 from redistill.report import write_report
 from redistill.training import TrainOptions, TrainResult, train
-from redistill.training.options import Watcher as TrainWatcher
 
 __all__ = [
     "LOSSES",
@@ -144,15 +143,7 @@ MISLED_SHARE = 0.2
 ARCHIVE, VAL_ARCHIVE, MISLED = "teacher.redistill.zarr", "val.redistill.zarr", "misled.redistill.zarr"
 
 
-class DemoWatcher(Protocol):
-    """Told of every step, and asked for somebody to watch its parts."""
-
-    def step(self, text: str) -> None: ...
-    def caching(self) -> CacheWatcher: ...
-    def training(self) -> TrainWatcher: ...
-
-
-def run_demo(out: Path, watcher: DemoWatcher) -> Summary:
+def run_demo(out: Path, progress: Progress) -> Summary:
     """Everything into `out`; a second call takes up what is there."""
     start = time.monotonic()
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "teacher.safetensors").exists())):
@@ -162,18 +153,18 @@ def run_demo(out: Path, watcher: DemoWatcher) -> Summary:
         out.mkdir(parents=True, exist_ok=True)
         if not teacher.exists():
             LOCAL.publish(teacher, TEACHER_WEIGHTS.read_bytes())
-    watcher.step(f"stage 1: the teacher answers once for {VIEWS} views of the students' images")
-    cached(out, ARCHIVE, STUDENT_DATA, RECIPE, VIEWS, watcher)
-    cached(out, VAL_ARCHIVE, VAL_DATA, "center", 1, watcher)
+    progress.stage(f"stage 1: the teacher answers once for {VIEWS} views of the students' images")
+    cached(out, ARCHIVE, STUDENT_DATA, RECIPE, VIEWS, progress)
+    cached(out, VAL_ARCHIVE, VAL_DATA, "center", 1, progress)
     mislead_archive(out)
-    watcher.step(
+    progress.stage(
         "stage 2: nine students from the archive in one pass over the images; beside them, six whose teacher is "
         "confidently wrong about a fifth of what it is asked"
     )
     with one_thread():  # two trainings of tiny networks share the cores better than the threads of one
-        clean, astray = train_both(run_options(out, ARCHIVE, "runs", LOSSES), misled_options(out), watcher)
-        watcher.step("the speed of training with the archive, and with the teacher beside the student")
-        paces = speed(out, watcher)
+        clean, astray = train_both(run_options(out, ARCHIVE, "runs", LOSSES), misled_options(out), progress)
+        progress.stage("the speed of training with the archive, and with the teacher beside the student")
+        paces = speed(out, progress)
     found = Summary(
         teacher_top1=evaluate(teacher, VAL_DATA, workers=0).metrics.top1,
         students=accuracies(clean),
@@ -190,7 +181,7 @@ def run_demo(out: Path, watcher: DemoWatcher) -> Summary:
     return found
 
 
-def cached(out: Path, name: str, data: str, recipe: str, views: int, watcher: DemoWatcher) -> None:
+def cached(out: Path, name: str, data: str, recipe: str, views: int, progress: Progress) -> None:
     options = CacheOptions(
         data=data,
         teacher=f"{TEACHER_NETWORK}&weights={out / 'teacher.safetensors'}",
@@ -200,7 +191,7 @@ def cached(out: Path, name: str, data: str, recipe: str, views: int, watcher: De
         device="cpu",
         licence="CC0-1.0",
     )
-    cache_teacher(options, watcher.caching())
+    cache_teacher(options, progress)
 
 
 def mislead_archive(out: Path) -> None:
@@ -235,13 +226,13 @@ def misled_options(out: Path) -> TrainOptions:
 
 
 def train_both(
-    here: TrainOptions, beside: TrainOptions, watcher: DemoWatcher
+    here: TrainOptions, beside: TrainOptions, progress: Progress
 ) -> tuple[list[TrainResult], list[TrainResult]]:
     """Two cohorts at once, the second in a process of its own."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, torch.set_num_threads, (1,)) as pool:
         other = pool.submit(train, beside)
-        return train(here, watcher.training()), other.result()
+        return train(here, progress), other.result()
 
 
 def storage(path: Path) -> Storage:
@@ -251,7 +242,7 @@ def storage(path: Path) -> Storage:
     return Storage(signals["logits"]["bytes_per_view"], 2.0 * archive.num_classes, 4.0 * kept)
 
 
-def speed(out: Path, watcher: DemoWatcher) -> Speed:
+def speed(out: Path, progress: Progress) -> Speed:
     """A few epochs of one student each way."""
 
     def pace(name: str, teacher: str | None) -> float:
@@ -267,7 +258,7 @@ def speed(out: Path, watcher: DemoWatcher) -> Speed:
             workers=1,
             log=("csv",),
         )
-        train(options, watcher.training())
+        train(options, progress)
         rows = (options.out / "metrics.csv").read_text().splitlines()
         column = rows[0].split(",").index("images_per_second")
         return max(float(row.split(",")[column]) for row in rows[2:])  # the first epoch waits for workers to start

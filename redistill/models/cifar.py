@@ -308,7 +308,7 @@ def vgg(depth: int, num_classes: int, input_size: int | None = None) -> VGG:
 # (expansion?, channels at full width, blocks, stride of the first block)
 STAGES = ((False, 16, 1, 1), (True, 24, 2, 1), (True, 32, 3, 2), (True, 64, 4, 2), (True, 96, 3, 1), (True, 160, 3, 2),
           (True, 320, 1, 1))  # fmt: skip
-STEM, LAST = 32, 1280
+MOBILENET_STEM, MOBILENET_LAST = 32, 1280
 
 
 def conv_norm(inside: int, outside: int, size: int, *, stride: int = 1, groups: int = 1) -> list[nn.Module]:
@@ -339,7 +339,7 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     def __init__(self, expansion: int, width: float, num_classes: int) -> None:
         super().__init__()
-        inside = int(STEM * width)
+        inside = int(MOBILENET_STEM * width)
         self.conv1 = nn.Sequential(*conv_norm(3, inside, 3, stride=2), nn.ReLU(inplace=True))
         stages = []
         for expands, channels, blocks, stride in STAGES:
@@ -351,7 +351,7 @@ class MobileNetV2(nn.Module):
             )
             inside = outside
         self.blocks = nn.Sequential(*stages)
-        last = int(LAST * max(width, 1.0))
+        last = int(MOBILENET_LAST * max(width, 1.0))
         self.conv2 = nn.Sequential(*conv_norm(inside, last, 1), nn.ReLU(inplace=True))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Sequential(nn.Linear(last, num_classes))
@@ -373,7 +373,7 @@ def mobilenetv2(num_classes: int) -> MobileNetV2:
 # Zhang et al. 2018 (arXiv 1707.01083) and Ma et al. 2018 (arXiv 1807.11164) without the stem's stride and pooling,
 # as the distillation literature uses them. Parameter names are those of its published checkpoints.
 
-STEM = 24
+SHUFFLENET_STEM = 24
 
 
 def pointwise(inside: int, outside: int, groups: int = 1) -> nn.Conv2d:
@@ -391,7 +391,7 @@ class GroupedUnit(nn.Module):
         super().__init__()
         middle = outside // 4
         # The 24 channels of the stem are too few to group.
-        first_groups = 1 if inside == STEM else groups
+        first_groups = 1 if inside == SHUFFLENET_STEM else groups
         self.conv1 = pointwise(inside, middle, first_groups)
         self.bn1 = nn.BatchNorm2d(middle)
         self.shuffle = nn.ChannelShuffle(first_groups)
@@ -420,9 +420,9 @@ class ShuffleNetV1(nn.Module):
         groups: int = 3,
     ) -> None:
         super().__init__()
-        self.conv1 = pointwise(3, STEM)
-        self.bn1 = nn.BatchNorm2d(STEM)
-        inside = (STEM, *widths)
+        self.conv1 = pointwise(3, SHUFFLENET_STEM)
+        self.bn1 = nn.BatchNorm2d(SHUFFLENET_STEM)
+        inside = (SHUFFLENET_STEM, *widths)
 
         def stage(i: int) -> nn.Sequential:
             first = GroupedUnit(inside[i], widths[i] - inside[i], 2, groups)
@@ -486,9 +486,9 @@ class ShuffleNetV2(nn.Module):
         last: int = 1024,
     ) -> None:
         super().__init__()
-        self.conv1 = pointwise(3, STEM)
-        self.bn1 = nn.BatchNorm2d(STEM)
-        inside = (STEM, *widths)
+        self.conv1 = pointwise(3, SHUFFLENET_STEM)
+        self.bn1 = nn.BatchNorm2d(SHUFFLENET_STEM)
+        inside = (SHUFFLENET_STEM, *widths)
 
         def stage(i: int) -> nn.Sequential:
             return nn.Sequential(DownUnit(inside[i], widths[i]), *(SplitUnit(widths[i]) for _ in range(blocks[i])))

@@ -35,7 +35,6 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path, PurePosixPath
 
-import braceexpand  # webdataset's own
 import numpy as np
 from redistill_cache.errors import Damaged, Refused, UsageError
 from redistill_cache.fetching import pull
@@ -390,8 +389,10 @@ def _expand(spec: Spec) -> list[str]:
         if not tars:
             raise Refused(f"no *.tar in {str(folder)!r}")
         return tars
+    from webdataset.shardlists import expand_urls  # here, because it loads torch
+
     try:
-        names: list[str] = list(braceexpand.braceexpand(spec.name))
+        names: list[str] = expand_urls(spec.name)
     except ValueError as error:
         raise UsageError(f"{spec.text!r}: {error}; expected braces such as '{{000..146}}'") from error
     for name in names:

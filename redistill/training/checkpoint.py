@@ -15,9 +15,9 @@ import torch
 from redistill_cache.errors import Damaged, Refused, SpecMismatch
 from redistill_cache.storage import LEFTOVER, LOCAL, disk_trouble, is_leftover
 
+from redistill.progress import Progress
 from redistill.specs import first_line
 from redistill.training.member import Member
-from redistill.training.options import Watcher
 
 __all__ = ["LAST", "PREVIOUS", "has_checkpoint", "load_checkpoint", "save_checkpoint"]
 
@@ -71,10 +71,10 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    out: Path, members: Sequence[Member], options: Options, archive: str | None, watcher: Watcher
+    out: Path, members: Sequence[Member], options: Options, archive: str | None, progress: Progress
 ) -> tuple[int, int]:
     """Put the members where the run in `out` was left: (epoch, batches done); the beginning where nothing was left."""
-    found = newest_state(out, watcher)
+    found = newest_state(out, progress)
     if found is None:
         return 0, 0
     path, state = found
@@ -89,7 +89,7 @@ def load_checkpoint(
     return place
 
 
-def newest_state(out: Path, watcher: Watcher) -> tuple[Path, dict[str, Any]] | None:
+def newest_state(out: Path, progress: Progress) -> tuple[Path, dict[str, Any]] | None:
     """Of the last checkpoint, or of the one before where that is damaged."""
     for path in (out / LAST, out / PREVIOUS):
         try:
@@ -97,7 +97,7 @@ def newest_state(out: Path, watcher: Watcher) -> tuple[Path, dict[str, Any]] | N
         except Damaged as error:
             if path.name == PREVIOUS or not (out / PREVIOUS).exists():
                 raise Damaged(f"{error}; remove it to start the run again") from None
-            watcher.warn(f"{error}; goes on from {PREVIOUS}")
+            progress.warning(f"{error}; goes on from {PREVIOUS}")
             with contextlib.suppress(FileNotFoundError):  # else the next save would put it over the good one
                 LOCAL.rename(path, out / SET_ASIDE)
             continue

@@ -17,10 +17,11 @@ from redistill.interrupts import StopRequest, stop_on_signals
 from redistill.losses.objective import Mix
 from redistill.losses.schedule import TrainingProgress
 from redistill.metrics import Metrics, Tally
+from redistill.progress import NoProgress, Progress
 from redistill.ranks import World, joined_world
 from redistill.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
 from redistill.training.feed import TrainBatch
-from redistill.training.options import Silent, TrainOptions, Watcher
+from redistill.training.options import TrainOptions
 from redistill.training.prepare import TrainSetup, prepare
 from redistill.training.run_files import RunFiles, Throughput, TrainResult, images_of_run
 
@@ -38,22 +39,22 @@ class Diverged(RedistillError):
     exit_code = 1
 
 
-def train(options: TrainOptions, watcher: Watcher | None = None) -> list[TrainResult]:
+def train(options: TrainOptions, progress: Progress | None = None) -> list[TrainResult]:
     """Train every member of the cohort, and return what came of them."""
     with joined_world(options.device) as world, stop_on_signals(AGAIN) as stop:
-        if watcher is None or not world.first:
-            watcher = Silent()
+        if progress is None or not world.first:
+            progress = NoProgress()
         if options.resume == "never" and has_checkpoint(options.out):
             raise Refused(f"{options.out} holds a run; choose another --out, or --resume auto to go on with it")
-        run = prepare(options, world, watcher)
+        run = prepare(options, world, progress)
         with disk_trouble("write", options.out, "; then run the same command again"):
-            start = load_checkpoint(options.out, run.members, options.deciding(), run.archive.id, watcher)
+            start = load_checkpoint(options.out, run.members, options.deciding(), run.archive.id, progress)
             if start[0] == run.feed.epochs:
-                watcher.say(f"{options.out} is finished already; this is what came of it")
+                progress.info(f"{options.out} is finished already; this is what came of it")
             elif start != (0, 0):
-                watcher.say(f"goes on at epoch {start[0] + 1}, batch {start[1] + 1}")
+                progress.info(f"goes on at epoch {start[0] + 1}, batch {start[1] + 1}")
             records = RunFiles(options, run, first_epoch=start[0], writes=world.first)
-            return records.finish(Training(options, world, run, records, watcher, stop).from_place(*start))
+            return records.finish(Training(options, world, run, records, progress, stop).from_place(*start))
 
 
 class Training:
@@ -65,11 +66,11 @@ class Training:
         world: World,
         run: TrainSetup,
         records: RunFiles,
-        watcher: Watcher,
+        progress: Progress,
         stop: StopRequest,
     ) -> None:
         self.options, self.world, self.run, self.records = options, world, run, records
-        self.watcher, self.stop = watcher, stop
+        self.progress, self.stop = progress, stop
         self.clock = Throughput()
         self.saved = time.monotonic()
         self.look = LOOK_ALONE[world.device.type] if world.size == 1 else LOOK_TOGETHER
@@ -135,7 +136,7 @@ class Training:
         done, total = images_of_run(item, self.run.feed.epochs)
         means = {name: f"{value:.3f}" for name, value in self.run.members[0].means().items()}
         waiting = f"{self.clock.lap().waiting:.0%}"
-        self.watcher.step(done, total, {"epoch": item.place.epoch + 1, **means, "wait": waiting})
+        self.progress.advance("train", done, total, epoch=item.place.epoch + 1, **means, wait=waiting)
 
     # -- the end of an epoch ------------------------------------------------------------------------------------------
 
@@ -147,7 +148,7 @@ class Training:
         rows = self.records.epoch(epoch, found, lap)
         for member in self.run.members:
             member.forget()
-        self.watcher.epoch(rows)
+        self.progress.epoch(rows)
         self._save(epoch + 1, 0)
         (stop,) = self.world.any(bool(self.stop))
         if stop and epoch + 1 < self.run.feed.epochs:

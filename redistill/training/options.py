@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from redistill_cache.errors import UsageError
 from redistill_cache.storage import LOCAL
@@ -21,40 +21,12 @@ __all__ = [
     "CONFIG",
     "POWER",
     "MemberSpec",
-    "Silent",
     "TrainOptions",
-    "Watcher",
     "check_types",
     "read_config",
     "to_toml",
     "write_config",
 ]
-
-
-# -- watcher ----------------------------------------------------------------------------------------------------------
-#
-# Who wants to know how stage 2 goes. The library itself never prints.
-
-
-class Watcher(Protocol):
-    """Told of every step; `index` and `step` are called often."""
-
-    def say(self, text: str) -> None: ...
-    def warn(self, text: str) -> None: ...
-    def index(self, done: int, total: int) -> None: ...
-    def step(self, images: int, total: int, figures: Mapping[str, Any]) -> None:
-        """Images of the whole run, and what is worth showing of now."""
-
-    def epoch(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """An epoch has ended: the figures of every member, by its name."""
-
-
-class Silent:
-    def say(self, text: str) -> None: ...
-    def warn(self, text: str) -> None: ...
-    def index(self, done: int, total: int) -> None: ...
-    def step(self, images: int, total: int, figures: Mapping[str, Any]) -> None: ...
-    def epoch(self, rows: Sequence[Mapping[str, Any]]) -> None: ...
 
 
 # -- given ------------------------------------------------------------------------------------------------------------

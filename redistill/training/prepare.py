@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from redistill_cache import Archive, open_archive
@@ -14,6 +15,7 @@ from redistill.devices import pick_amp
 from redistill.loading import default_workers
 from redistill.losses.objective import Mix, Objective
 from redistill.models import OpenedModel, open_model
+from redistill.progress import Progress
 from redistill.ranks import World
 from redistill.signals import LOGITS
 from redistill.sources.index import index_source
@@ -22,7 +24,7 @@ from redistill.specs import first_line
 from redistill.teachers import Teacher
 from redistill.training.feed import Feed
 from redistill.training.member import Member
-from redistill.training.options import MemberSpec, TrainOptions, Watcher
+from redistill.training.options import MemberSpec, TrainOptions
 from redistill.training.shared_views import SharedViews
 from redistill.training.targets import CachedTargets, OnlineTargets
 from redistill.training.validate import Validation
@@ -45,7 +47,7 @@ class TrainSetup:
     validation: Validation | None
 
 
-def prepare(options: TrainOptions, world: World, watcher: Watcher) -> TrainSetup:
+def prepare(options: TrainOptions, world: World, progress: Progress) -> TrainSetup:
     """What is quick to find out comes first: nobody should wait for a million images to read of a typing error."""
     with world.first_here_first():
         archive = open_archive(options.archive)
@@ -56,10 +58,10 @@ def prepare(options: TrainOptions, world: World, watcher: Watcher) -> TrainSetup
     amp = pick_amp(world.device, options.amp)
     targets = make_targets(options, specs, archive, world, amp)
     if isinstance(targets, CachedTargets) and targets.residence.spilled:
-        watcher.say("the teacher's rows of two views exceed --cache-memory; they lie in a temporary file")
+        progress.info("the teacher's rows of two views exceed --cache-memory; they lie in a temporary file")
     workers = default_workers(world.rank.local_world) if options.workers is None else options.workers
     with world.first_here_first():
-        dataset = aligned_dataset(options, archive, workers, watcher)
+        dataset = aligned_dataset(options, archive, workers, progress)
         validation = open_validation(options, archive, size, workers, world)
     feed = Feed(
         dataset,
@@ -95,17 +97,17 @@ def open_validation(
     )
 
 
-def aligned_dataset(options: TrainOptions, archive: Archive, workers: int, watcher: Watcher) -> ViewDataset:
+def aligned_dataset(options: TrainOptions, archive: Archive, workers: int, progress: Progress) -> ViewDataset:
     """The archive's views from the data at hand, which are proven to be those the teacher saw."""
     source = open_source(options.data)
-    index = index_source(source, workers=None if workers else 0, progress=watcher.index)
+    index = index_source(source, workers=None if workers else 0, progress=partial(progress.advance, "index"))
     joined = join_archive(index, archive, allow_missing=options.allow_missing)
     if not joined.exact:
-        watcher.say(f"data and archive: {joined.summary()}")
+        progress.info(f"data and archive: {joined.summary()}")
     if archive.spec.canaries_per_view:
-        watcher.say(check_canaries(source, archive, joined).require().message)
+        progress.info(check_canaries(source, archive, joined).require().message)
     else:
-        watcher.warn("the archive has no canaries: nothing proves that views here are those the teacher saw")
+        progress.warning("the archive has no canaries: nothing proves that views here are those the teacher saw")
     return ViewDataset(source, ArchiveViews(archive, joined), size=options.size)
 
 

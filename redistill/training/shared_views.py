@@ -113,7 +113,7 @@ class SharedViews:
         if world.rank.local == 0 or not self.shared:
             buffers = self._buffers if self.shared or self.spilled else np.empty
             self._loaders = [
-                [ViewLoader(archive, teacher, LOGITS, buffers=buffers) for _ in range(views_per_image)]
+                [archive.loader(teacher, LOGITS, buffers=buffers) for _ in range(views_per_image)]
                 for teacher in teachers
             ]
 

@@ -17,7 +17,7 @@ import pytest
 import redistill_cache.open_state
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from redistill_cache import Archive, ArchiveWriter, ViewLoader, open_archive
+from redistill_cache import Archive, ArchiveWriter, open_archive
 from redistill_cache.errors import (
     Damaged,
     Incomplete,
@@ -297,7 +297,7 @@ def test_a_file_that_changes_while_the_archive_is_open_is_noticed(archive_copy: 
 
 def test_the_loader_gives_every_view_whatever_was_planned(archive: Archive):
     plans = [(0, 1), (1, 2), (2, 0), (1, None), (2, 0), (2, 1), (2, 0), (0, 0), (0, 2), (0, 1), (1, None), (1, None)]
-    with ViewLoader(archive, "tiny") as loader:
+    with archive.loader("tiny") as loader:
         for view, then in plans:
             packed = loader.take(view, then)
             assert packed.view == view
@@ -306,13 +306,13 @@ def test_the_loader_gives_every_view_whatever_was_planned(archive: Archive):
 
 
 def test_the_loader_uses_two_sets_of_buffers_in_turn(archive: Archive):
-    with ViewLoader(archive, "tiny") as loader:
+    with archive.loader("tiny") as loader:
         seen = []
         for epoch in range(8):
             packed = loader.take(epoch % 3, then=(epoch + 1) % 3)
             seen.append(packed.arrays["values"].ctypes.data)
     assert len(set(seen)) == 2
-    with ViewLoader(archive, "tiny") as loader:
+    with archive.loader("tiny") as loader:
         unplanned = {loader.take(epoch % 3).arrays["values"].ctypes.data for epoch in range(8)}
     assert len(unplanned) <= 3
 
@@ -323,7 +323,7 @@ def test_the_loader_hands_over_errors_of_its_thread(archive_copy: Path):
     shard = path / "teachers/tiny/logits/values/c.1.0.0"
     good = shard.read_bytes()
     shard.write_bytes(bytes(len(good)))
-    with ViewLoader(archive) as loader:
+    with archive.loader() as loader:
         loader.take(0, then=1)
         refused(Damaged, "does not have the SHA-256", lambda: loader.take(1, then=2))
         assert np.array_equal(loader.take(0, then=1).decode(np.arange(N)), stored_logits(0))

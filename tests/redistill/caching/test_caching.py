@@ -20,12 +20,12 @@ from redistill_cache.verify import verify
 
 import redistill
 from redistill.caching import CacheOptions, cache_teacher, estimate_cache
-from redistill.caching.options import Silent
 from redistill.caching.run import ENOUGH_LABELS
 from redistill.demo.run import DIFFICULTY, TEACHER_NETWORK, TEACHER_WEIGHTS
 from redistill.devices import pick_device
 from redistill.interrupts import Interrupted
 from redistill.models import open_model
+from redistill.progress import NoProgress
 from redistill.ranks import Rank
 from redistill.teachers import Teacher
 from tests import odd_teachers
@@ -95,14 +95,14 @@ def test_an_archive_of_few_odd_samples(tmp_path: Path):
 # -- the same to the byte ---------------------------------------------------------------------------------------------
 
 
-class StopAt(Silent):
+class StopAt(NoProgress):
     """SIGTERM after so many calls."""
 
     def __init__(self, calls: int) -> None:
         self.left = calls
 
-    def advance(self, *_) -> None:
-        self.left -= 1
+    def advance(self, task: str, *_: object, **__: object) -> None:
+        self.left -= task == "teacher"
         if self.left == 0:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -132,13 +132,15 @@ def test_workers_and_ranks_do_not_change_a_byte(whole: Path, tmp_path: Path):
     assert manifest(out) == manifest(whole)
 
 
-class AnotherIsFaster(Silent):
+class AnotherIsFaster(NoProgress):
     """After our first batch another process has committed view 0, and was not yet in time to name its files."""
 
     def __init__(self, path: Path, finished: Path) -> None:
         self.path, self.finished = path, finished
 
-    def advance(self, *_) -> None:
+    def advance(self, task: str, *_: object, **__: object) -> None:
+        if task != "teacher":
+            return
         for record in (self.finished / "_redistill" / "blocks").glob("*.0.?.json"):
             if (self.path / "_redistill" / "blocks" / record.name).exists():
                 continue
@@ -302,11 +304,11 @@ def test_images_that_changed_are_refused(tmp_path: Path):
     assert manifest(options.out) == before
 
 
-class Heard(Silent):
+class Heard(NoProgress):
     def __init__(self) -> None:
         self.warnings: list[str] = []
 
-    def warn(self, text: str) -> None:
+    def warning(self, text: str) -> None:
         self.warnings.append(text)
 
 

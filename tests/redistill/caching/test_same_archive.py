@@ -14,21 +14,21 @@ from redistill_cache.errors import Damaged, Incomplete, Refused
 from redistill_cache.verify import verify
 
 from redistill.caching import cache_teacher
-from redistill.caching.options import Silent
 from redistill.interrupts import Interrupted
+from redistill.progress import NoProgress
 from redistill.ranks import Rank
 from tests.faults.failing_disk import FailingDisk, Failure
 from tests.stage1 import OTHER_TEACHER, asked, files_of
 
 
-class Stopped(Silent):
+class Stopped(NoProgress):
     """Sends a signal to its own process when batches are answered for the nth time."""
 
     def __init__(self, number: int, nth: int = 1) -> None:
         self.number, self.left = number, nth
 
-    def advance(self, *_: object) -> None:
-        self.left -= 1
+    def advance(self, task: str, *_: object, **__: object) -> None:
+        self.left -= task == "teacher"
         if self.left == 0:
             os.kill(os.getpid(), self.number)
 

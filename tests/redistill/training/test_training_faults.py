@@ -13,9 +13,9 @@ import pytest
 from redistill_cache.errors import Damaged
 
 from redistill.interrupts import Interrupted
+from redistill.progress import NoProgress
 from redistill.training import train
 from redistill.training.checkpoint import LAST, PREVIOUS, has_checkpoint, read_state
-from redistill.training.options import Silent
 from tests.redistill.training.test_training_runs import StopAt, history, weights
 from tests.redistill.training.train_process import start
 from tests.small_archive import DATA, VAL
@@ -114,11 +114,11 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, archive: Path):
     assert weights(out) == weights(tmp_path / "straight")
 
 
-class Warned(Silent):
+class Warned(NoProgress):
     def __init__(self) -> None:
         self.words: list[str] = []
 
-    def warn(self, text: str) -> None:
+    def warning(self, text: str) -> None:
         self.words.append(text)
 
 
@@ -140,11 +140,11 @@ def test_a_flipped_bit_is_noticed(options, tmp_path: Path):
         flip(broken.out / LAST, at)
     assert read_state(broken.out / LAST), "flipped back"
     flip(broken.out / LAST, 0.3)
-    watcher = Warned()
-    train(broken, watcher)
-    assert len(watcher.words) == 1
-    assert "last.ckpt is damaged" in watcher.words[0]
-    assert "goes on from last.previous.ckpt" in watcher.words[0]
+    progress = Warned()
+    train(broken, progress)
+    assert len(progress.words) == 1
+    assert "last.ckpt is damaged" in progress.words[0]
+    assert "goes on from last.previous.ckpt" in progress.words[0]
     assert weights(broken.out) == weights(straight.out)
     for path in (broken.out / LAST, broken.out / PREVIOUS):
         flip(path, 0.3)

@@ -14,20 +14,21 @@ from safetensors.torch import load_file
 
 from redistill.interrupts import Interrupted
 from redistill.models import open_model, open_weights
+from redistill.progress import NoProgress
 from redistill.training import TrainOptions, train
 from redistill.training.loop import Diverged
-from redistill.training.options import Silent, read_config
+from redistill.training.options import read_config
 from tests.small_archive import TEACHER, VAL
 
 
-class StopAt(Silent):
+class StopAt(NoProgress):
     """Press Ctrl-C at a step."""
 
     def __init__(self, step: int) -> None:
         self.left = step
 
-    def step(self, *_) -> None:
-        self.left -= 1
+    def advance(self, task: str, *_: object, **__: object) -> None:
+        self.left -= task == "train"
         if self.left == 0:
             os.kill(os.getpid(), signal.SIGINT)
 
