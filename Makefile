@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two processes by default: torch start-up dominates the quick suite on small machines.
 JOBS ?= 2
 
-.PHONY: demo test slow lint bench clean
+.PHONY: demo test slow lint package bench clean
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else "redistill needs Python >= 3.11, found %d.%d; try make PYTHON=python3.12" % v)'
@@ -13,6 +13,15 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	touch $@
+
+# The files beside the code that a wheel must contain.
+define CHECK_PACKAGE_DATA
+from importlib.resources import files
+package = files("redistill")
+for name in ("demo/teacher.safetensors", "report/style.css", "py.typed"):
+    assert package.joinpath(name).is_file(), f"the wheel lacks {name}"
+endef
+export CHECK_PACKAGE_DATA
 
 demo: $(VENV)/.installed
 	$(BIN)/redistill demo --out demo
@@ -28,8 +37,17 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Builds sdist and wheel, and installs the wheel into an empty environment outside the source tree.
+package: $(VENV)/.installed
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	set -e; empty=$$(mktemp -d); trap 'rm -rf "$$empty"' EXIT; \
+	$(PYTHON) -m venv "$$empty"; \
+	"$$empty/bin/python" -m pip install --quiet dist/*.whl; \
+	cd "$$empty"; bin/redistill --version; bin/python -c "$$CHECK_PACKAGE_DATA"
+
 bench: $(VENV)/.installed
 	$(BIN)/python bench/run.py
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info
+	rm -rf $(VENV) demo build dist *.egg-info
