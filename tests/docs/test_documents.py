@@ -1,4 +1,4 @@
-"""What README and docs/ say can be typed is typed: Python is run, commands are parsed by the program itself."""
+"""README and docs/ are checked by use: Python is run, commands are parsed by the program, links and files exist."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from redistill_cli.app import app
 from tests.small_archive import DATA, cache
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ["README.md", *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").glob("*.md")))]
+PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").glob("*.md")))]
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -22,45 +22,53 @@ def blocks(page: str, language: str) -> list[str]:
 
 def commands() -> list[str]:
     """Every line of a shell block that runs redistill, with or without torchrun."""
-    found = []
+    lines = []
     for page in PAGES:
         for block in blocks(page, "sh"):
             for line in block.replace("\\\n", " ").splitlines():
                 line = re.sub(r"^torchrun .*? -m redistill_cli", "redistill", line.partition("  #")[0].strip())
                 if line.startswith("redistill "):
-                    found.append(line)
-    return found
+                    lines.append(line)
+    return lines
 
 
 @pytest.mark.parametrize("line", commands())
-def test_commands_are_understood(line: str):
-    """The options exist and take what they are given; nothing is run."""
+def test_documented_commands_parse(line: str):
+    """The options exist and accept the values; nothing is run."""
     _, name, *arguments = shlex.split(line)
     command = typer.main.get_command(app).commands[name]
     with command.make_context(name, arguments) as context:
         assert context.params
 
 
-def test_there_are_commands_to_parse():
+def test_commands_are_documented():
     assert len(commands()) > 12
 
 
 def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """At reduced size: a small archive stands for the demo's."""
+    """At reduced size: with a small archive in place of the demo's."""
     (tmp_path / "demo").mkdir()
     cache(tmp_path / "demo" / "teacher.redistill.zarr", views=1)
     monkeypatch.chdir(tmp_path)
-    found = blocks("README.md", "python")
-    assert found
-    for block in found:
+    examples = blocks("README.md", "python")
+    assert examples
+    for block in examples:
         code = re.sub(r'images = "synthetic[^"]*"', f'images = "{DATA}"', block)
         exec(compile(code, "README.md", "exec"), {})
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page: str):
+def test_links_have_targets(page: str):
     for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
         assert ((ROOT / page).parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_modules_named_exist(page: str):
+    """`training/loop.py`, `writer.py`: a file of that path, or the end of one, is in the tree."""
+    files = [str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if ".venv" not in path.parts]
+    for name in re.findall(r"(?<![\w./])((?:\w+/)*\w+\.py)\b", (ROOT / page).read_text()):
+        assert any(file == name or file.endswith(f"/{name}") for file in files), name
 
 
 def test_every_number_has_its_script():
