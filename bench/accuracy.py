@@ -1,15 +1,15 @@
-"""Do archives and losses matter for students? python bench/accuracy.py [--quick] [--work DIR] [--json PATH]
+"""Effect of codec, loss and number of views on students: python bench/accuracy.py [--quick] [--work DIR] [--json PATH]
 
-The demo's task: ten kinds of drawn glyphs, 500 images for the students, a teacher that saw 30,000 others. Three
-studies, each a set of cohorts that share seeds, so that differences are paired:
+The task of the demo: ten classes of drawn glyphs, 500 images for the students, a teacher trained on 30,000 others.
+Three studies, each a set of cohorts that share seeds, so that differences are paired:
 
     codec   students from exact logits, from linear at three fidelities, and from the top 3 and top 1 of ten classes
-    loss    KL, the power divergence bounded and literal, ABKD and DKD, at T = 1 and 4, from the teacher as it is and
-            from one that is confidently wrong about a fifth of what it is asked
-    views   1, 4 and 16 views, beside a teacher that answers for every view anew
+    loss    KL, the power divergence bounded and literal, ABKD and DKD, at T = 1 and 4, with the original teacher and
+            with one that is confidently wrong on a fifth of its inputs
+    views   1, 4 and 16 cached views, compared with an online teacher that sees a new view in every epoch
 
 Top-1 on 2,000 unseen images: mean and standard deviation over seeds, and the difference from the first line of the
-study with the p-value of a paired t-test. Runs in --work are taken up again: it can be interrupted anywhere.
+study with the p-value of a paired t-test. With --work the study can be interrupted anywhere and resumes.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ LOSSES = {
 
 @dataclass(frozen=True)
 class Study:
-    """Where runs go, and how long and how often they are."""
+    """The folder of the runs, their seeds and their length."""
 
     work: Path
     seeds: tuple[int, ...]
@@ -101,7 +101,7 @@ class Study:
         )
         outcomes = train(options)
         return {
-            loss: [found.top1 or 0.0 for found in outcomes[at * len(self.seeds) : (at + 1) * len(self.seeds)]]
+            loss: [result.top1 or 0.0 for result in outcomes[at * len(self.seeds) : (at + 1) * len(self.seeds)]]
             for at, loss in enumerate(losses)
         }
 
@@ -133,10 +133,12 @@ def by_codec(study: Study) -> list[dict[str, object]]:
                 return rewrite_logits(open_archive(exact), out, codec=codec, fidelity=fidelity, k=k)
 
             path = study.archive(name.replace(" ", "-"), write)
-        found = study.train(f"codec-{name.replace(' ', '-')}", path, TRUNCATED if codec == "topk" else WHOLE_ROWS)
-        base = base or found
-        rows += [row("codec", name, loss, top1, base[loss]) for loss, top1 in found.items()]
-        print(harness.table(rows[-len(found) :]), flush=True)
+        top1_by_loss = study.train(
+            f"codec-{name.replace(' ', '-')}", path, TRUNCATED if codec == "topk" else WHOLE_ROWS
+        )
+        base = base or top1_by_loss
+        rows += [row("codec", name, loss, top1, base[loss]) for loss, top1 in top1_by_loss.items()]
+        print(harness.table(rows[-len(top1_by_loss) :]), flush=True)
     return rows
 
 
@@ -147,26 +149,26 @@ def by_loss(study: Study) -> list[dict[str, object]]:
     )
     rows = []
     for teacher, path in (("as it is", exact), ("misled", misled)):
-        found = study.train(f"loss-{teacher.replace(' ', '-')}", path, [*LOSSES.values(), "ce"])
-        base = found["kl?temperature=4"]
+        top1_by_loss = study.train(f"loss-{teacher.replace(' ', '-')}", path, [*LOSSES.values(), "ce"])
+        base = top1_by_loss["kl?temperature=4"]
         named = {**{loss: name for name, loss in LOSSES.items()}, "ce": "labels only"}
-        rows += [row(f"loss, teacher {teacher}", named[loss], loss, top1, base) for loss, top1 in found.items()]
-        print(harness.table(rows[-len(found) :]), flush=True)
+        rows += [row(f"loss, teacher {teacher}", named[loss], loss, top1, base) for loss, top1 in top1_by_loss.items()]
+        print(harness.table(rows[-len(top1_by_loss) :]), flush=True)
     return rows
 
 
 def by_views(study: Study) -> list[dict[str, object]]:
-    """An online teacher sees 48 views where the archive has as many: a new one every epoch."""
+    """The online baseline uses an archive with one view per epoch, so that it sees a new view in every epoch."""
     losses = ("kl?temperature=4", "power?temperature=4")
     rows, base = [], {}
     fresh = study.exact(study.epochs)
     runs = [("a new view every epoch, online", fresh, True)]
     runs += [(f"{views} views", study.exact(views), False) for views in (16, 4, 1)]
     for name, path, online in runs:
-        found = study.train(f"views-{name.split(',')[0].replace(' ', '-')}", path, losses, online)
-        base = base or found
-        rows += [row("views", name, loss, top1, base[loss]) for loss, top1 in found.items()]
-        print(harness.table(rows[-len(found) :]), flush=True)
+        top1_by_loss = study.train(f"views-{name.split(',')[0].replace(' ', '-')}", path, losses, online)
+        base = base or top1_by_loss
+        rows += [row("views", name, loss, top1, base[loss]) for loss, top1 in top1_by_loss.items()]
+        print(harness.table(rows[-len(top1_by_loss) :]), flush=True)
     return rows
 
 
@@ -175,7 +177,7 @@ STUDIES = {"loss": by_loss, "codec": by_codec, "views": by_views}
 
 def main() -> None:
     parser = harness.arguments(__doc__ or "")
-    parser.add_argument("--work", type=Path, default=None, help="keep archives and runs here, and take them up again")
+    parser.add_argument("--work", type=Path, default=None, help="folder for archives and runs, to resume from")
     parser.add_argument("--study", nargs="+", choices=STUDIES, default=list(STUDIES), help="some of the studies")
     args = parser.parse_args()
     torch.set_num_threads(1)  # the networks are too small to share

@@ -2,12 +2,12 @@
 
 python bench/archive.py [--quick] [--json PATH] [--logits PATH.npz]
 
-Every ratio compares two ways of doing the same in one process, taking turns; `ratio` is ours over the limit's speed.
-A view is loaded from files into rows in memory. Two limits: zstd alone, on chunks that lie in memory, into one buffer
-that stays hot; and what nobody can do without, the same files read and decompressed into as much memory. Both count
-every chunk that loading has to read, also those of rare arrays.
+Every ratio compares two ways of doing the same work in one process, in alternation; `ratio` is our speed over that of
+the limit. Loading a view reads files into rows in memory. It has two limits: zstd alone, on chunks in memory, into one
+buffer that stays in the processor's cache; and reading the same files and decompressing them into as much memory. Both
+include every chunk that loading has to read, also those of rare arrays.
 
-Logits are made up with the spectrum, the temper and the confidence of a trained network of 1000 classes, or real:
+Logits are synthetic, with the spectrum and confidence of a trained network of 1000 classes, or real:
 an .npz with `<set>_z` [..., classes], or `<set>_h` [..., features], `<set>_W` and `<set>_b` (z = h W^T + b).
 """
 
@@ -45,7 +45,7 @@ REPEATS = 5
 
 
 def take_turns(*jobs: Callable[[], Any], repeats: int = REPEATS) -> list[float]:
-    """Median seconds of each job, run in turn so that noise hits all alike."""
+    """Median seconds of each job, run in alternation so that noise affects all equally."""
     times: list[list[float]] = [[] for _ in jobs]
     for _ in range(repeats):
         for job, mine in zip(jobs, times, strict=True):
@@ -88,14 +88,14 @@ def make_spec(rows: int, views: int, classes: int, block_rows: int) -> ArchiveSp
 
 
 def make_logits(rows: int, classes: int, seed: int) -> np.ndarray:
-    """Rows like those of a trained network: few loud directions, a long quiet tail, rows of different confidence."""
+    """Rows like those of a trained network: few strong directions, a long weak tail, rows of different confidence."""
     model = np.random.default_rng(0)
     rank = min(512, classes // 2)
     sizes = 31 / (1 + (np.arange(rank) / 11) ** 1.3)
     directions = np.linalg.qr(model.normal(size=(classes, rank)))[0].T * sizes[:, None]
     rng = np.random.default_rng(seed)
-    loudness = np.exp(rng.normal(scale=0.13, size=(rows, 1)))
-    return ((rng.normal(size=(rows, rank)) * loudness) @ directions).astype(np.float32)
+    strength = np.exp(rng.normal(scale=0.13, size=(rows, 1)))
+    return ((rng.normal(size=(rows, rank)) * strength) @ directions).astype(np.float32)
 
 
 def real_logits(path: Path, classes: int) -> np.ndarray:
@@ -112,7 +112,7 @@ def real_logits(path: Path, classes: int) -> np.ndarray:
 
 
 def encoded_block(codec: Codec, logits: np.ndarray, rows: int) -> dict[str, np.ndarray]:
-    """A block of rows drawn from some encoded ones: of one column, in any order, they are as good as new."""
+    """A block of rows sampled from a few encoded ones: column by column their statistics are the same."""
     pick = np.random.default_rng(3).integers(0, len(logits), rows)
     arrays = {name: np.asarray(values) for name, values in codec.encode(logits).arrays.items()}
     return {
@@ -120,13 +120,13 @@ def encoded_block(codec: Codec, logits: np.ndarray, rows: int) -> dict[str, np.n
     }
 
 
-Chunk = tuple[int, int, int, int]  # where in the file, how many bytes, where in memory, how many bytes
+Chunk = tuple[int, int, int, int]  # offset and size in the file, offset and size in memory
 
 
 def stored_chunks(archive: Archive, packed: PackedView) -> tuple[dict[Path, list[Chunk]], int]:
     """Every chunk that loading view 0 reads, by file, and the bytes they decode to."""
     arrays = layout.teacher_arrays(archive.spec, archive.teacher())
-    found: dict[Path, list[Chunk]] = {}
+    chunks: dict[Path, list[Chunk]] = {}
     total = 0
     for name in [*packed.arrays, *packed.rare]:
         array = arrays[f"logits/{name}"]
@@ -138,13 +138,13 @@ def stored_chunks(archive: Archive, packed: PackedView) -> tuple[dict[Path, list
                 file.seek(-array.index_bytes, os.SEEK_END)
                 index = np.frombuffer(file.read(array.index_bytes - 4), "<u8").reshape(-1, 2)
             offset, size = index[chunk // array.chunk_rows].tolist()
-            found.setdefault(path, []).append((offset, size, total, array.chunk_bytes))
+            chunks.setdefault(path, []).append((offset, size, total, array.chunk_bytes))
             total += array.chunk_bytes
-    return found, total
+    return chunks, total
 
 
 def loading_limits(archive: Archive, packed: PackedView) -> tuple[Callable[[], None], Callable[[], None]]:
-    """zstd alone; and reading the same files, decompressed into as much memory."""
+    """zstd alone, and reading and decompressing the same files into as much memory."""
     chunks, total = stored_chunks(archive, packed)
     frames = [
         (path.read_bytes()[o : o + size], nbytes) for path, parts in chunks.items() for o, size, _, nbytes in parts
@@ -224,8 +224,8 @@ def gathering_rows(folder: Path, packed: PackedView, classes: int) -> list[dict[
     ]
 
 
-class Hasty(Files):
-    """A disk that is never waited for: how fast it syncs is not what is measured."""
+class NoSync(Files):
+    """A disk without fsync: its speed is not what is measured."""
 
     def sync_file(self, path: Path) -> None:
         pass
@@ -242,7 +242,7 @@ def opening_rows(folder: Path, quick: bool) -> list[dict[str, Any]]:
     encoded = {name: np.asarray(values) for name, values in codec.encode(logits[:16]).arrays.items()}
     path = folder / "blocks.redistill.zarr"
     views = blocks // 20  # ten row blocks of views and ten of the teacher, per view
-    _, sealing = write(path, make_spec(160, views, 20, 16), codec, encoded, Hasty())
+    _, sealing = write(path, make_spec(160, views, 20, 16), codec, encoded, NoSync())
     before = resident()
     (first,) = take_turns(lambda: open_archive(path), repeats=1)
     archive = open_archive(path)

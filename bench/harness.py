@@ -1,4 +1,4 @@
-"""What every script of bench/ shares: its two options, its table, its JSON."""
+"""Shared by all scripts in bench/: the options --quick and --json, the table, the JSON file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def machine() -> dict[str, Any]:
 
 
 def peak_memory() -> int:
-    """The most bytes this process has held at once. Not ru_maxrss: a process is started with that of its parent."""
+    """Peak resident bytes of this process. Not ru_maxrss, which a child process inherits from its parent."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 

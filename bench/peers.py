@@ -1,21 +1,22 @@
-"""Our archive beside what others keep logits in: python bench/peers.py [--quick] [--json PATH] [--logits PATH.npz]
+"""The archive compared with other formats for logits: python bench/peers.py [--quick] [--json PATH] [--logits PATH.npz]
 
-Every format writes the same rows (1,000 classes) and reads them in batches of 256 in one process, arithmetic in one
-thread, in turns with np.memmap of float16: `x ...` is its speed as a share of np.memmap's (for bytes: its bytes as a
-share), and `ratio` is the shuffled epochs'. np.memmap is measured against itself as well: its shares are 1 but for the
-noise. The page cache is warm throughout: nobody waits for a disk, only the archive syncs.
+Every format writes the same rows (1,000 classes) and reads them in batches of 256 in one process and one thread, in
+alternation with np.memmap of float16: `x ...` is its speed relative to np.memmap (for bytes: its size relative to
+np.memmap), and `ratio` is that of shuffled epochs. np.memmap is also measured against itself: its ratios are 1 but for
+noise. The page cache is warm throughout; only the archive calls fsync.
 
-bytes a view    all files over all views, eight of an image; what an archive writes once, the basis of its codec, is
-                spread over a million views, and its sample index (64 bytes an image) is not
-write           from float32 rows in memory; the archive's time holds the encoding in one thread, not the fitting
+bytes per view  all files over all views, eight per image; what an archive writes once, the basis of its codec, is
+                spread over a million views, and its sample index (64 bytes per image) is not
+write           from float32 rows in memory; the archive's time includes encoding in one thread, not fitting
 sequential      all epochs in the order of the files; rows arrive as they are stored
-shuffled        all epochs as users of the format shuffle; the archive's time holds loading every view, too
+shuffled        all epochs as users of the format shuffle; the archive's time includes loading every view
 random batch    256 rows of a view that is not in memory
-dense           from a batch as it is stored to float32 rows as a loss takes them
-KL              of what is kept from the rows, in the mean, at T = 1 and 4
+dense           from a stored batch to float32 rows for a loss
+KL              from the original to the stored rows, mean, at T = 1 and 4
 
-Logits are made up like those of a trained network, or real: --logits takes what bench/archive.py takes. Rows are drawn
-from a thousand with a little noise each, so that nobody compresses repetition. Peers' packages: redistill[peers].
+Logits are synthetic, like those of a trained network, or real: --logits takes the files that bench/archive.py takes.
+Rows are sampled from a thousand, with a little noise each, so that no format can compress repetition. The packages of
+the other formats: redistill[peers].
 """
 
 from __future__ import annotations
@@ -48,14 +49,14 @@ CLASSES = 1000
 MILLION = 1_000_000
 TURNS, ENOUGH = 40, 1.5  # so many times, or so many seconds
 COLUMNS = {  # of the printed tables; the JSON has all in one
-    "what is kept": ("name", "stores", "kl_t1", "kl_t4", "bytes_per_view", "x bytes"),
+    "content": ("name", "stores", "kl_t1", "kl_t4", "bytes_per_view", "x bytes"),
     "writing, rows/s, and opening": ("name", "write", "x write", "open_ms", "x open"),
     "reading, rows/s": ("name", "sequential", "x sequential", "shuffled", "x shuffled", "batch_ms", "x batch", "dense"),
 }
 
 
-class Course:
-    """Where every format is measured: the rows, a folder on disk, and np.memmap beside it."""
+class Measurement:
+    """Measures formats: holds the rows, a folder on disk, and np.memmap for comparison."""
 
     def __init__(self, folder: Path, rows: Rows) -> None:
         self.folder, self.rows = folder, rows
@@ -85,29 +86,29 @@ class Course:
         }
 
     def read(self, form: Format, reader: Reader) -> dict[str, float | None]:
-        found: dict[str, float | None] = {}
+        result: dict[str, float | None] = {}
         images = np.random.default_rng(4).permutation(self.rows.images)[:BATCH]
         if reader.batch(0, images) is not None:
             mine, limit, _ = in_turns(lambda: reader.batch(0, images), lambda: self.limit.batch(0, images))
-            found |= {"batch_ms": 1e3 * mine, "x batch": limit / mine}
+            result |= {"batch_ms": 1e3 * mine, "x batch": limit / mine}
         for name, seed in (("sequential", None), ("shuffled", 5)):
-            found |= self._epochs(name, reader, seed)
+            result |= self._epochs(name, reader, seed)
         views, of, values = next(reader.epochs(None))
         dense = form.dense(values, CLASSES)
         took = statistics.median(seconds(lambda: form.dense(values, CLASSES)) for _ in range(5))
         known = self.rows.known[self.rows.pick[views, of]]
         exact = known if isinstance(form, ArchiveRows) and form.known_only else self.rows.logits[views, of]
         one, four = (float(np.mean(kl_rows(exact, dense, t))) for t in (1.0, 4.0))
-        return found | {"dense": len(dense) / took, "kl_t1": one, "kl_t4": four}
+        return result | {"dense": len(dense) / took, "kl_t1": one, "kl_t4": four}
 
     def _epochs(self, name: str, reader: Reader, seed: int | None) -> dict[str, float]:
-        """Rows a second, and the share of the limit's. The first pass, in which files are hashed, is named as well."""
+        """Rows per second, and the ratio to np.memmap. The first pass, which hashes files, is reported too."""
 
         def passing(through: Reader) -> Callable[[], None]:
             def epochs() -> None:
                 shuffle = None if seed is None else np.random.default_rng(seed)
                 count = sum(len(images) for _, images, _ in through.epochs(shuffle))
-                assert count == self.rows.pick.size, f"{count} rows came back of {self.rows.pick.size}"
+                assert count == self.rows.pick.size, f"read {count} rows of {self.rows.pick.size}"
 
             return epochs
 
@@ -118,15 +119,15 @@ class Course:
     def measure(self, form: Format) -> dict[str, Any]:
         folder = self.folder / "peer"
         try:
-            found: dict[str, Any] = self.write(form, folder)
+            result: dict[str, Any] = self.write(form, folder)
             opened = [seconds(lambda: form.open(folder).close()) for _ in range(5)]
             reader = form.open(folder)
-            found |= {"first_open_ms": 1e3 * opened[0], "open_ms": 1e3 * statistics.median(opened)}
-            found |= self.read(form, reader)
+            result |= {"first_open_ms": 1e3 * opened[0], "open_ms": 1e3 * statistics.median(opened)}
+            result |= self.read(form, reader)
             reader.close()
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        return {"name": form.name, "ratio": found["x shuffled"], "stores": form.stores, **found, "note": form.note}
+        return {"name": form.name, "ratio": result["x shuffled"], "stores": form.stores, **result, "note": form.note}
 
 
 def seconds(job: Callable[[], object]) -> float:
@@ -136,16 +137,16 @@ def seconds(job: Callable[[], object]) -> float:
 
 
 def in_turns(mine: Callable[[], object], limit: Callable[[], object]) -> tuple[float, float, float]:
-    """Median seconds of both, in turn, until there is enough of it; and of `mine` the first."""
+    """Median seconds of both, in alternation, for TURNS rounds or ENOUGH seconds; and the first of `mine`."""
     times: tuple[list[float], list[float]] = ([], [])
     while len(times[0]) < TURNS and sum(times[0]) < ENOUGH:
-        for job, found in zip((mine, limit), times, strict=True):
-            found.append(seconds(job))
+        for job, result in zip((mine, limit), times, strict=True):
+            result.append(seconds(job))
     return statistics.median(times[0]), statistics.median(times[1]), times[0][0]
 
 
 def formats(pilot: np.ndarray, quick: bool) -> Iterator[tuple[Format, dict[str, Any]]]:
-    """Every format, and what there is to say of it; the archive's codecs are fitted to rows it does not store."""
+    """Every format, with extra columns; the codecs of the archive are fitted to rows that it does not store."""
     yield LIMIT, {}
     for form in PEERS:
         yield form, {}
@@ -159,24 +160,24 @@ def formats(pilot: np.ndarray, quick: bool) -> Iterator[tuple[Format, dict[str, 
         yield ArchiveRows(name, f"all logits, KL <= 1e-3 {bound}", codec, known_only=True), fitting
 
 
-def shares(found: list[dict[str, Any]], limit_write: float) -> None:
-    """What can only be compared once np.memmap has been measured."""
-    limit = found[0]
-    for row in found:
+def shares(result: list[dict[str, Any]], limit_write: float) -> None:
+    """Columns that compare with np.memmap, once that has been measured."""
+    limit = result[0]
+    for row in result:
         row["x write"] = row["write"] / limit_write
         row["x bytes"] = row["bytes_per_view"] / limit["bytes_per_view"]
         row["x open"] = limit["open_ms"] / row["open_ms"]
 
 
 def students() -> list[dict[str, Any]]:
-    """What these losses of rows do to students: measured by bench/accuracy.py, on the demo's task of ten classes."""
+    """Effect of lossy rows on students: measured by bench/accuracy.py, on the ten classes of the demo."""
     path = Path(__file__).resolve().parent / "results" / "accuracy.json"
     if path.exists():
-        found = [row for row in json.loads(path.read_text())["rows"] if row["study"] == "codec"]
-        if found:
+        result = [row for row in json.loads(path.read_text())["rows"] if row["study"] == "codec"]
+        if result:
             keys = ("loss", "ratio", "top1", "sd", "seeds", "difference", "p")
-            return [{"name": f"student of {row['name']}", **{key: row[key] for key in keys}} for row in found]
-    print("\nstudents at T = 1 and 4 from what each stores: not here; python bench/accuracy.py --study codec")
+            return [{"name": f"student of {row['name']}", **{key: row[key] for key in keys}} for row in result]
+    print("\nstudents trained from each format at T = 1 and 4: run python bench/accuracy.py --study codec")
     return []
 
 
@@ -187,32 +188,32 @@ def main() -> None:
     parser.add_argument("--disk", type=Path, default=None, metavar="DIR", help="where to write (the temporary folder)")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
-    warnings.filterwarnings("ignore")  # what the peers' packages warn of is not what is measured
+    warnings.filterwarnings("ignore")  # of the packages of other formats
     views, images, known, pilot = (4, 1024, 128, 4096) if args.quick else (8, 4096, 1024, 4096)
     logits = make_logits(pilot + known, CLASSES, 1) if args.logits is None else real_logits(args.logits, CLASSES)
     folder = Path(tempfile.mkdtemp(prefix="redistill-peers-", dir=args.disk))
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")  # so that the archive is new to this machine
     print(f"{views} views of {images} images in {folder.parent}, warm page cache, one thread\n", flush=True)
-    found, missing = [], []
+    result, missing = [], []
     try:
-        course = Course(folder, Rows.drawn(logits[-known:], views, images))
+        measurement = Measurement(folder, Rows.drawn(logits[-known:], views, images))
         for form, more in formats(logits[:-known][:pilot], args.quick):
             if form.needs and importlib.util.find_spec(form.needs) is None:
                 missing.append({"name": form.name, "ratio": None, "note": f"left out: {form.needs} is not installed"})
                 print(f"{form.name}: left out, needs {form.needs} (pip install 'redistill[peers]')", flush=True)
                 continue
-            found.append({**course.measure(form), **more, "package": package_of(form)})
-            print(f"{form.name}: {found[-1]['shuffled']:.4g} rows/s shuffled", flush=True)
+            result.append({**measurement.measure(form), **more, "package": package_of(form)})
+            print(f"{form.name}: {result[-1]['shuffled']:.4g} rows/s shuffled", flush=True)
     finally:
         shutil.rmtree(folder)
-    shares(found, views * images / statistics.median(course.limit_writes))
+    shares(result, views * images / statistics.median(measurement.limit_writes))
     for title, columns in COLUMNS.items():
-        print(f"\n{title}\n{table([{key: row.get(key) for key in columns} for row in found])}")
-    for row in found:
+        print(f"\n{title}\n{table([{key: row.get(key) for key in columns} for row in result])}")
+    for row in result:
         print(f"{row['name']}: {row['note']}")
     accuracy = students()
     print(f"\n{table(accuracy)}" if accuracy else "")
-    save("peers", [*found, *missing, *accuracy], args)
+    save("peers", [*result, *missing, *accuracy], args)
 
 
 def package_of(form: Format) -> str | None:

@@ -1,7 +1,7 @@
 """Every benchmark, one after another, alone on the machine: python bench/run.py [--quick] [--only NAME ...]
 
-Each writes bench/results/<name>.json, with the date and the machine. What a script needs that is not here (a path to
-real logits, an extra package) it says in its own table; nothing is filled in for it.
+Each writes bench/results/<name>.json, with the date and the machine. A script that lacks something (a file of real
+logits, an extra package) says so in its table; nothing is filled in.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-# Short ones first, so that a mistake shows early.
+# Short ones first, so that mistakes show early.
 NAMES = (
     "sources",
     "views",
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def run(name: str, args: argparse.Namespace) -> str:
-    """Run one script and say in a line how it went."""
+    """Run one script; one line with its time and outcome."""
     target = args.out / f"{name}.json"
     command = [sys.executable, str(HERE / f"{name}.py"), "--json", str(target)]
     command += ["--quick"] if args.quick else []

@@ -52,13 +52,13 @@ def push(member: tuple, temperature: float) -> Tensor:
 
 
 def settled(member: tuple, share: float, classes: int = 100) -> float:
-    """What a student that must give one answer gives the true class, where `share` of the rows are wrong at random."""
+    """The probability of the true class under a constant student, where `share` of the rows are wrong at random."""
     teacher = torch.full((classes, classes), 0.1 / (classes - 1), dtype=torch.float64)
     teacher.fill_diagonal_(0.9)
     # Row 0 is right; the other rows, one for each wrong class, carry `share` between them.
     weights = torch.full((classes,), share / (classes - 1), dtype=torch.float64)
     weights[0] = 1 - share
-    # From the answer of KL: bounded members are flat far away, where a line search would get lost.
+    # Start at the solution for KL: bounded members are flat far away, where a line search would fail.
     logits = (weights @ teacher).log()[None].requires_grad_()
     optimiser = torch.optim.LBFGS([logits], max_iter=500, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
 
@@ -80,7 +80,7 @@ def plot_values() -> None:
     teacher = torch.tensor([[1 / 3, 2 / 3]], dtype=torch.float64).expand(160, 2)
     for member in MEMBERS:
         axes.plot(q, rows(student, teacher, member), label=member[0], color=member[4], linestyle=member[5])
-    axes.set(xlabel="student's q, teacher says (1/3, 2/3)", ylabel="value at T = 1", ylim=(0, 2.6), xlim=(0, 1))
+    axes.set(xlabel="student's q, teacher (1/3, 2/3)", ylabel="value at T = 1", ylim=(0, 2.6), xlim=(0, 1))
     finish(figure, axes, "power_value.svg")
 
 

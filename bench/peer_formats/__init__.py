@@ -1,4 +1,4 @@
-"""How others keep what a teacher said, one file a format, each written from its published layout; and ours."""
+"""Other formats for teacher logits, one file each, written from their published layouts; and the archive."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ours: an archive written, opened and read as the two stages do it; an epoch gathers from the view in memory."""
+"""The archive, written, opened and read as the two stages do; an epoch gathers from the view in memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DECODED = "decoded"
 
 @dataclass(frozen=True)
 class ArchiveRows:
-    """`known_only`: encoding is so much work that only the known rows are encoded, and drawn from."""
+    """`known_only`: encoding is slow, so only the known rows are encoded, and sampled from."""
 
     name: str
     stores: str

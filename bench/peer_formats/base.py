@@ -1,4 +1,4 @@
-"""What a format is to the harness: it writes the rows of some views of some images, and reads them back in batches."""
+"""Interface of a format: it writes the rows of some views of some images, and reads them back in batches."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import numpy as np
 BATCH = 256
 
 Values = Mapping[str, np.ndarray]
-"""Some rows as a format gives them back: arrays [n, ...] by name, in memory and free to keep."""
+"""Rows as a format returns them: arrays [n, ...] by name, in memory and owned by the caller."""
 
 Batch = tuple[int | np.ndarray, np.ndarray, Values]
-"""(view or views, images, values): a format that cannot say whose row it returned would be of no use."""
+"""(view or views, images, values): a format must say which images its rows belong to."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,15 @@ class Rows:
 
 @dataclass(frozen=True)
 class Written:
-    """What the clock and the disk do not say of a writing."""
+    """Corrections to the measured time and size of writing."""
 
     owed_seconds: float = 0.0  # work that was done once for rows that occur many times
-    fixed_bytes: int = 0  # written once, however many views there are
+    fixed_bytes: int = 0  # written once, whatever the number of views
 
 
 class Reader(Protocol):
     def epochs(self, shuffle: np.random.Generator | None) -> Iterator[Batch]:
-        """Every row once, an epoch a view: in the order of the files, or as users of the format shuffle."""
+        """Every row once, one epoch per view: in the order of the files, or as users of the format shuffle."""
 
     def batch(self, view: int, images: np.ndarray) -> Values | None:
         """These rows of a view that is not in memory; None where a format cannot."""
@@ -74,7 +74,7 @@ class Format(Protocol):
 
     @property
     def stores(self) -> str:
-        """What of a row is kept."""
+        """What is stored of a row."""
 
     @property
     def note(self) -> str:
@@ -89,7 +89,7 @@ class Format(Protocol):
     def open(self, folder: Path) -> Reader: ...
 
     def dense(self, values: Values, classes: int) -> np.ndarray:
-        """float32 [n, classes]: logits, or log-probabilities where that is what is kept, as a loss takes them."""
+        """float32 [n, classes]: logits, or log-probabilities where those are stored, ready for a loss."""
 
 
 def schedule(views: int, images: int, shuffle: np.random.Generator | None) -> Iterator[tuple[int, np.ndarray]]:

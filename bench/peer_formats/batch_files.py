@@ -1,4 +1,4 @@
-"""SRe2L: a folder an epoch, a file a batch, `torch.save` of [coords, flip, mix_index, lam, bbox, logits].
+"""SRe2L: one folder per epoch, one file per batch, `torch.save` of [coords, flip, mix_index, lam, bbox, logits].
 
 Which images a batch is of is not stored: it follows from the seed of the sampler. Nothing but these batches can be
 trained on; the most one can shuffle is their order.
@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from peer_formats.base import BATCH, Batch, Rows, Values, Written
-from peer_formats.kept import FULL, dense_full, full
+from peer_formats.stored import FULL, dense_full, full
 
 SEED = 42
 
 
 def sampled(images: int, view: int) -> np.ndarray:
-    """The order of the images of an epoch, derived again whenever it is needed."""
+    """The order of the images of an epoch, recomputed from the seed."""
     return np.random.default_rng([SEED, view]).permutation(images)
 
 

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from peer_formats.base import Batch, Rows, Values, Written, schedule
-from peer_formats.kept import FULL, dense_full, full
+from peer_formats.stored import FULL, dense_full, full
 
 
 @dataclass(frozen=True)
 class Hdf5Rows:
     name: str = "HDF5"
     stores: str = FULL
-    note: str = "contiguous; rows are asked for in rising order and put back, as h5py wants it"
+    note: str = "contiguous; rows are read in rising order and reordered, as h5py requires"
     needs: str = "h5py"
 
     def write(self, folder: Path, rows: Rows) -> Written:

@@ -1,4 +1,4 @@
-"""FKD: one pickle an image with all of its views, `torch.save` of [coords, flip, labels].
+"""FKD: one pickle per image with all of its views, `torch.save` of [coords, flip, labels].
 
 coords float32 [views, 4], flip bool [views], labels float32 [views, 2, k]: class numbers as floats, and probabilities.
 FKD publishes 500 views to a file and trains on four of them each time it opens one.
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from peer_formats.base import BATCH, Batch, Rows, Values, Written
-from peer_formats.kept import dense_top, top
+from peer_formats.stored import dense_top, top
 
 AT_ONCE = 4
 

@@ -1,4 +1,4 @@
-"""litdata: chunks of serialised samples and an index, a folder a view."""
+"""litdata: chunks of serialised samples and an index, one folder per view."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from peer_formats.base import BATCH, Batch, Rows, Values, Written
-from peer_formats.kept import FULL, dense_full, full
+from peer_formats.stored import FULL, dense_full, full
 
 
 @dataclass(frozen=True)
 class LitdataRows:
     name: str = "litdata"
     stores: str = FULL
-    note: str = "chunks of 64 MB; its loader without workers; a random batch in rising order, and put back"
+    note: str = "chunks of 64 MB; its loader without workers; a random batch is read in rising order and reordered"
     needs: str = "litdata"
 
     def write(self, folder: Path, rows: Rows) -> Written:

@@ -1,4 +1,4 @@
-"""LMDB: a row an entry, under the number of the view and of the image."""
+"""LMDB: one entry per row, keyed by the numbers of view and image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from peer_formats.base import Batch, Rows, Values, Written, schedule
-from peer_formats.kept import FULL, dense_full, full
+from peer_formats.stored import FULL, dense_full, full
 
 KEY = struct.Struct(">HI")  # big endian, so that entries lie in the order of views and images
 SHAPE = b"shape"
@@ -21,7 +21,7 @@ SHAPE = b"shape"
 class LmdbRows:
     name: str = "LMDB"
     stores: str = FULL
-    note: str = "a row an entry; pages of 4 KiB"
+    note: str = "one entry per row; pages of 4 KiB"
     needs: str = "lmdb"
 
     def write(self, folder: Path, rows: Rows) -> Written:

@@ -1,4 +1,4 @@
-"""MosaicML streaming: shards of samples (MDS) and an index, a folder a view."""
+"""MosaicML streaming: shards of samples (MDS) and an index, one folder per view."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from peer_formats.base import BATCH, Batch, Rows, Values, Written, stacked
-from peer_formats.kept import FULL, dense_full, full
+from peer_formats.stored import FULL, dense_full, full
 
 
 @dataclass(frozen=True)

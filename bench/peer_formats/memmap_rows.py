@@ -1,4 +1,4 @@
-"""np.memmap of float16, view after view: what no format that keeps all of a row can beat. The limit."""
+"""np.memmap of float16, view after view: the limit for any format that stores whole rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from peer_formats.base import Batch, Rows, Values, Written, schedule
-from peer_formats.kept import FULL, dense_full, full
+from peer_formats.stored import FULL, dense_full, full
 
 
 @dataclass(frozen=True)

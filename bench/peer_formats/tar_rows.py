@@ -1,4 +1,4 @@
-"""WebDataset: a tar a view, a member `<image>.logits.f16` a row; read from the front, shuffled in a window.
+"""WebDataset: one tar per view, one member `<image>.logits.f16` per row; read in order, shuffled in a window.
 
 As light as it can be: bare bytes for .npy, and no time with a fraction, save a third of both bytes and seconds.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from peer_formats.base import Batch, Rows, Values, Written, stacked
-from peer_formats.kept import FULL, dense_full, full
+from peer_formats.stored import FULL, dense_full, full
 
 WINDOW = 1000  # rows; what the documentation of webdataset takes
 

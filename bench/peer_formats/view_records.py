@@ -1,4 +1,4 @@
-"""TinyViT: a folder an epoch with `rank0-keys.txt`, a key a line, and `rank0-values.bin`, records of one size.
+"""TinyViT: one folder per epoch with `rank0-keys.txt`, one key per line, and `rank0-values.bin`, records of one size.
 
 A record is a seed int32, k class numbers int16 and k probabilities float16; no header, no count, no checksum. The
 reader makes a dictionary of the keys and fetches record by record, as the data set of TinyViT does.
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from peer_formats.base import Batch, Rows, Values, Written, schedule
-from peer_formats.kept import dense_top, top
+from peer_formats.stored import dense_top, top
 
 
 def key_of(image: int) -> str:

@@ -13,7 +13,7 @@ from redistill_cli.app import app
 from tests.small_archive import DATA, cache
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").glob("*.md")))]
+PAGES = [str(page.relative_to(ROOT)) for page in sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])]
 
 
 def blocks(page: str, language: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""What of a row is kept: all of it in float16, or the k largest probabilities."""
+"""What the formats store of a row: all logits in float16, or the k largest probabilities."""
 
 from __future__ import annotations
 
