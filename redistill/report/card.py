@@ -1,9 +1,10 @@
-"""What an archive is, on a card: identity, contents, codecs and what they lost."""
+"""The archive on the page: identity, contents and provenance, its codecs and their errors."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from redistill_cache import Archive
@@ -11,132 +12,125 @@ from redistill_cache.codecs.stats import BINS_PER_OCTAVE, LOWEST_OCTAVE, BlockSt
 from redistill_cache.inspect import describe
 from redistill_cache.wording import human_bytes
 
-from redistill.report.charts import BINS_PER_DECADE, histogram
-from redistill.report.markup import NOTHING, definition_list, figure, missing, section, table, text
+from redistill.report.charts import BINS_PER_DECADE, Figure, histogram
 from redistill.report.runs import Group
 
-__all__ = ["archive_card"]
+__all__ = ["ArchiveCard", "archive_card"]
 
-# Errors further below the largest than so many decades are drawn together.
+# Histograms show this many powers of ten below the largest error; smaller errors share the first bar.
 DECADES = 6
+TEMPERATURES = (1, 4)
+FIDELITY_COLUMNS = tuple(f"{kind}, T={t}" for t in TEMPERATURES for kind in ("mean KL", "p99 KL", "max KL"))
+FIDELITY_KEYS = tuple(f"{kind}_kl_t{t}" for t in TEMPERATURES for kind in ("mean", "p99", "max"))
+CODEC_COLUMNS = ("signal", "codec", "bytes/view", "float16 bytes", *FIDELITY_COLUMNS, "same class %")
+NOT_MEASURED = "–"
 
 
-def archive_card(archive: Archive | None, groups: Sequence[Group]) -> str:
-    title = "The archive"
-    if archive is None:
-        return section(title, missing("Its card needs --archive."))
-    found = describe(archive)
-    items = [*identity(found), *models(found), *provenance(found, archive, groups)]
-    charts = "".join(
-        fidelity_chart(archive, teacher, signal) for teacher, signals in found["teachers"].items() for signal in signals
+@dataclass(frozen=True)
+class ArchiveCard:
+    """What the page shows of an archive, as text."""
+
+    id: str
+    images: str
+    views: str
+    recipe: str
+    size: str
+    teachers: tuple[tuple[str, str, str], ...]
+    """Name, spec, and the start of the digest of the weights, or ""."""
+    data: str
+    licence: str
+    citation: str
+    used_by: str
+    codec_columns: tuple[str, ...]
+    codecs: tuple[tuple[str, ...], ...]
+    """A row for each signal."""
+    errors: tuple[Figure, ...]
+
+
+def archive_card(archive: Archive, groups: Sequence[Group]) -> ArchiveCard:
+    facts = describe(archive)
+    excluded = f", {len(facts['excluded']):,} excluded" if facts["excluded"] else ""
+    users = [group.name for group in groups if group.runs[0].archive_id == archive.id]
+    signals = [(teacher, name) for teacher, signals in facts["teachers"].items() for name in signals]
+    return ArchiveCard(
+        id=str(facts["id"]),
+        images=f"{facts['num_samples']:,}{excluded}, {facts['num_classes']:,} classes",
+        views=f"{facts['num_views']:,} per image, seed {facts['seed']}",
+        recipe=recipe_text(facts["recipe"]),
+        size=f"{human_bytes(facts['total_bytes'])} in total, {facts['bytes_per_view']:.1f} bytes per view",
+        teachers=tuple(
+            (name, str(model.get("spec", "not stated")), str(model.get("weights_digest") or "")[:12])
+            for name, model in facts["models"].items()
+        ),
+        data=settings_text(facts["source"]) or "not stated",
+        licence=facts["licence"] or "not stated",
+        citation=facts["citation"] or "not stated",
+        used_by="all groups on this page" if len(users) == len(groups) else ", ".join(users) or "no group on this page",
+        codec_columns=CODEC_COLUMNS,
+        codecs=tuple(codec_row(f"{teacher}, {name}", facts["teachers"][teacher][name]) for teacher, name in signals),
+        errors=tuple(chart for teacher, name in signals for chart in error_histograms(archive, teacher, name)),
     )
-    body = f'<div class="card">{definition_list(items)}</div>{codecs(found)}<div class="grid">{charts}</div>'
-    return section(title, body)
-
-
-def identity(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    total = f"{human_bytes(found['total_bytes'])} in all, {found['bytes_per_view']:.1f} bytes a view"
-    excluded = f", {len(found['excluded']):,} left out" if found["excluded"] else ""
-    return [
-        ("id", f"<code>{text(found['id'])}</code>"),
-        ("images", f"{found['num_samples']:,}{excluded}, {found['num_classes']:,} classes"),
-        ("views", f"{found['num_views']:,} of each image, seed {text(found['seed'])}"),
-        ("recipe", text(recipe_text(found["recipe"]))),
-        ("size", text(total)),
-    ]
-
-
-def models(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    items = []
-    for name, model in found["models"].items():
-        digest = model.get("weights_digest")
-        weights = f", weights <code>{text(digest)[:12]}</code>" if digest else ""
-        items.append((f"teacher {name}", f"{text(model.get('spec', 'not stated'))}{weights}"))
-    return items
-
-
-def provenance(found: Mapping[str, Any], archive: Archive, groups: Sequence[Group]) -> list[tuple[str, str]]:
-    taught = [group.name for group in groups if group.runs[0].archive_id == archive.id]
-    who = "all groups of this page" if len(taught) == len(groups) else ", ".join(taught) or "no group of this page"
-    return [
-        ("data", text(plain(found["source"]) or "not stated")),
-        ("licence", text(found["licence"] or "not stated")),
-        ("citation", text(found["citation"] or "not stated")),
-        ("taught", text(who)),
-    ]
 
 
 def recipe_text(recipe: Mapping[str, Any]) -> str:
-    """The operations with their settings, whatever a stranger has written there."""
+    """The operations with their settings; the recipe may be any JSON."""
     ops = recipe.get("ops", [])
-    said = []
+    parts = []
     for op in ops if isinstance(ops, list) else [ops]:
         if not isinstance(op, dict):
-            said.append(str(op))
+            parts.append(str(op))
             continue
-        settings = plain({name: value for name, value in op.items() if name != "op"})
-        said.append(f"{op.get('op', '?')} ({settings})" if settings else str(op.get("op", "?")))
-    return f"{', then '.join(said) or 'none'}; {recipe.get('size', '?')} pixels"
+        settings = settings_text({name: value for name, value in op.items() if name != "op"})
+        parts.append(f"{op.get('op', '?')} ({settings})" if settings else str(op.get("op", "?")))
+    return f"{', then '.join(parts) or 'none'}; {recipe.get('size', '?')} pixels"
 
 
-def plain(found: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in found.items() if value is not None)
+def settings_text(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
 
 
-# -- what the codecs lost ---------------------------------------------------------------------------------------------
+def codec_row(name: str, signal: Mapping[str, Any]) -> tuple[str, ...]:
+    fidelity = signal["fidelity"] or {}
+    agreement = fidelity.get("top1_agreement")
+    return (
+        name,
+        signal["codec"],
+        f"{signal['bytes_per_view']:.1f}",
+        f"{2 * signal['width']:,}",
+        *(scientific(fidelity.get(key)) for key in FIDELITY_KEYS),
+        NOT_MEASURED if agreement is None else f"{100 * agreement:.2f}",
+    )
 
 
-def codecs(found: Mapping[str, Any]) -> str:
-    lost_at = [column for t in (1, 4) for column in (f"KL, T = {t}", "99th of 100", "largest")]
-    columns = ("signal", "codec", "bytes a view", "float16", *lost_at, "same top-1 %")
-    rows = []
-    for teacher, signals in found["teachers"].items():
-        for name, signal in signals.items():
-            lost = signal["fidelity"] or {}
-            keys = [f"{kind}_kl_t{t}" for t in (1, 4) for kind in ("mean", "p99", "max")]
-            kept = lost.get("top1_agreement")
-            rows.append(
-                [
-                    text(f"{teacher}, {name}"),
-                    text(signal["codec"]),
-                    f"{signal['bytes_per_view']:.1f}",
-                    f"{2 * signal['width']:,}",
-                    *(small(lost.get(key)) for key in keys),
-                    NOTHING if kept is None else f"{100 * kept:.2f}",
-                ]
-            )
-    return table(columns, rows, "figures")
-
-
-def small(number: float | None) -> str:
+def scientific(number: float | None) -> str:
     if number is None:
-        return NOTHING
+        return NOT_MEASURED
     return "0" if number == 0 else f"{number:.1e}".replace("e-0", "e−").replace("e-", "e−")
 
 
-def fidelity_chart(archive: Archive, teacher: str, signal: str) -> str:
-    """How many rows lost how much, from the statistics that were kept while encoding."""
+def error_histograms(archive: Archive, teacher: str, signal: str) -> list[Figure]:
+    """Rows by encoding error, from the statistics the writer recorded."""
     stats = archive.contents.stats.get(teacher, {}).get(signal)
     if stats is None:
-        return ""
+        return []
     errors = BlockStats.from_json(stats).errors
-    bound = archive.signal(teacher, signal)[1].config.get("fidelity")
-    mark = float(bound) if isinstance(bound, int | float) and bound > 0 else None
-    charts = []
-    for temperature in (1, 4):
-        kept = errors.get(f"kl_t{temperature}")
-        counts = {} if kept is None else by_quarter_decade(kept.histogram, kept.worst)
-        title = f"{teacher}, {signal}: rows by KL at T = {temperature}"
-        charts.append(figure(title, histogram(title, counts, mark=mark), "lost by encoding, of every view"))
-    return "".join(charts)
+    fidelity = archive.signal(teacher, signal)[1].config.get("fidelity")
+    bound = float(fidelity) if isinstance(fidelity, int | float) and fidelity > 0 else None
+    figures = []
+    for temperature in TEMPERATURES:
+        measured = errors.get(f"kl_t{temperature}")
+        counts = {} if measured is None else by_quarter_decade(measured.histogram, measured.worst)
+        title = f"{teacher}, {signal}: encoding error at T={temperature}"
+        figures.append(Figure(title, histogram(title, counts, bound=bound), "rows of all views by KL"))
+    return figures
 
 
 def by_quarter_decade(histogram: Mapping[int, int], worst: float) -> dict[int, int]:
-    """Counts of the archive's bins (eighths of an octave) in wider ones; what is very small is drawn together."""
-    most = math.log10(worst) if worst > 0 else math.inf  # a bin reaches beyond its largest row, perhaps over the bound
+    """The archive's counts by eighth of an octave as counts by quarter of a decade; the smallest errors are joined."""
+    most = math.log10(worst) if worst > 0 else math.inf  # a bin may reach beyond its largest row, and over the bound
     counts: dict[int, int] = {}
-    for bin_, count in histogram.items():
-        middle = (LOWEST_OCTAVE + (bin_ - 0.5) / BINS_PER_OCTAVE) * math.log10(2)
+    for index, count in histogram.items():
+        middle = (LOWEST_OCTAVE + (index - 0.5) / BINS_PER_OCTAVE) * math.log10(2)
         quarter = math.floor(min(middle, most) * BINS_PER_DECADE)
         counts[quarter] = counts.get(quarter, 0) + count
     lowest = max(counts, default=0) - DECADES * BINS_PER_DECADE

@@ -1,4 +1,4 @@
-"""A few views as the students saw them, with what the teacher and the students say."""
+"""Example views on the page: the pixels as the students saw them, and the predictions of teachers and students."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from redistill_cache import Archive
 from redistill_cache.errors import RedistillError
 
 from redistill.models import open_weights
-from redistill.report.markup import missing, section, text
 from redistill.report.runs import Group
 from redistill.signals import LOGITS
 from redistill.sources.open_source import open_source
@@ -23,154 +22,138 @@ from redistill.training.run_files import STUDENT
 from redistill.views import ViewDataset
 from redistill.views.dataset import MixedView, RenderedView
 
-__all__ = ["Answer", "Example", "Examples", "find_examples", "views"]
+__all__ = ["VIEW", "Example", "Examples", "Prediction", "find_examples"]
 
 VIEW = 0
-# Views that everybody is asked about; of these, so many any, and so many on which students and teacher differ most.
-ASKED, ANY, FAR = 96, 6, 6
-# Side of the largest picture in the page.
+# Views that are predicted. The page shows the first few, and of the rest those with the largest divergence.
+CANDIDATES, RANDOM, DISAGREEING = 96, 6, 6
+# Longer side of a picture, in pixels.
 PICTURE = 160
 
 Logits = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What one teacher or student says of a view, and how sure it is."""
+class Prediction:
+    """The top-1 class of a teacher or student on one view."""
 
-    who: str
-    kind: str
-    """Class of the style sheet: the colour of its group."""
-    answer: int
+    model: str
+    style: str
+    """Classes of the style sheet."""
+    label: str
     confidence: float
+    correct: bool | None
+    """None where the view has no label."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One view: a picture, what it shows (a class and its share; several where views are mixed), the answers."""
-
     picture: str
+    """A data: URL."""
     key: str
-    truth: tuple[tuple[int, float], ...]
-    answers: tuple[Answer, ...]
+    truth: str
+    """The class, or the classes and their shares where images are mixed."""
+    predictions: tuple[Prediction, ...]
 
 
 @dataclass(frozen=True)
 class Examples:
-    any: tuple[Example, ...] = ()
-    far: tuple[Example, ...] = ()
+    random: tuple[Example, ...] = ()
+    disagreeing: tuple[Example, ...] = ()
     notes: tuple[str, ...] = ()
-    """Who could not be asked, and why."""
+    """Groups without predictions, and why."""
 
 
 def find_examples(archive: Archive, data: str, groups: Sequence[Group]) -> Examples:
-    """Ask the teachers' rows and the first student of each group about views drawn from all over the archive."""
+    """Predictions on views of random rows: by the archived teachers, and by the first student of each group."""
     dataset = ViewDataset(open_source(data), archive)
     indices = dataset.indices(VIEW)
-    chosen = np.random.default_rng(0).permutation(len(indices))[:ASKED]
+    chosen = np.random.default_rng(0).permutation(len(indices))[:CANDIDATES]
     items = dataset.__getitems__(indices[chosen].tolist())
     rows = [item.row for item in items]
     names = [name for name, teacher in archive.teachers.items() if any(s.name == LOGITS for s in teacher.signals)]
     teachers = {name: archive.logits(VIEW, rows, teacher=name) for name in names}
-    students, notes = ask(groups, torch.stack([item.pixels for item in items]), archive.num_classes)
-    said = [(f"teacher {name}" if len(teachers) > 1 else "teacher", "teacher", of) for name, of in teachers.items()]
-    for group in groups:
-        if group.name in students:
-            said.append((group.short, f"ink c{group.look.colour % 8}", students[group.name]))
+    students, notes = student_logits(groups, torch.stack([item.pixels for item in items]), archive.num_classes)
+    models = [(f"teacher {name}" if len(names) > 1 else "teacher", "teacher", teachers[name]) for name in names]
+    models += [
+        (group.short, f"ink {group.style.colour_class}", students[group.name])
+        for group in groups
+        if group.name in students
+    ]
 
-    def example(at: int) -> Example:
-        answers = tuple(Answer(who, kind, *answer(logits[at])) for who, kind, logits in said)
-        return Example(picture_of(items[at].pixels), archive.keys[rows[at]], truth(items[at]), answers)
+    def example(k: int) -> Example:
+        shares = label_shares(items[k])
+        labels = {label for label, _ in shares if label >= 0}
+        predictions = tuple(
+            predict(model, style, logits[k], labels, archive.class_names) for model, style, logits in models
+        )
+        truth = truth_text(shares, archive.class_names)
+        return Example(data_url(items[k].pixels), archive.keys[rows[k]], truth, predictions)
 
-    rest = range(ANY, len(items))
-    far = sorted(rest, key=lambda at: -distance(teachers, students, at))[:FAR] if teachers and students else []
-    return Examples(tuple(example(at) for at in range(min(ANY, len(items)))), tuple(map(example, far)), tuple(notes))
+    rest = range(RANDOM, len(items))
+    far = sorted(rest, key=lambda k: -mean_kl(teachers, students, k))[:DISAGREEING] if teachers and students else []
+    first = range(min(RANDOM, len(items)))
+    return Examples(tuple(map(example, first)), tuple(map(example, far)), tuple(notes))
 
 
-def ask(groups: Sequence[Group], pixels: torch.Tensor, num_classes: int) -> tuple[dict[str, Logits], list[str]]:
-    """The logits of one student of each group, by name, and who could not be asked."""
-    found, notes = {}, []
+def student_logits(
+    groups: Sequence[Group], pixels: torch.Tensor, num_classes: int
+) -> tuple[dict[str, Logits], list[str]]:
+    """The logits of one student of each group, by the group's name, and a note for every group without."""
+    logits, notes = {}, []
     for group in groups:
         try:
             student = open_weights(group.runs[0].folder / STUDENT)
         except RedistillError as error:
-            notes.append(f"{group.name} was not asked: {error}")
+            notes.append(f"no predictions of {group.name}: {error}")
             continue
         if student.num_classes != num_classes:
-            notes.append(f"{group.name} was not asked: it knows {student.num_classes} classes, not {num_classes}")
+            notes.append(f"no predictions of {group.name}: expected {num_classes} classes, found {student.num_classes}")
             continue
         with torch.no_grad():
-            found[group.name] = student.module.eval()(student.normalise()(pixels)).float().numpy()
-    return found, notes
+            logits[group.name] = student.module.eval()(student.normalise()(pixels)).float().numpy()
+    return logits, notes
 
 
-def distance(teachers: Mapping[str, Logits], students: Mapping[str, Logits], at: int) -> float:
-    """Mean KL from the teachers' mean logits to the students, on one view."""
-    teacher = log_softmax(np.mean([logits[at] for logits in teachers.values()], axis=0))
-    apart = [np.exp(teacher) @ (teacher - log_softmax(logits[at])) for logits in students.values()]
-    return float(np.mean(apart))
+def predict(model: str, style: str, logits: Logits, labels: set[int], class_names: Sequence[str] | None) -> Prediction:
+    top1, confidence = int(logits.argmax()), float(np.exp(log_softmax(logits).max()))
+    return Prediction(model, style, class_label(top1, class_names), confidence, top1 in labels if labels else None)
+
+
+def mean_kl(teachers: Mapping[str, Logits], students: Mapping[str, Logits], k: int) -> float:
+    """Mean over students of KL(teacher || student) on view k; several teachers are one by the mean of their logits."""
+    teacher = log_softmax(np.mean([logits[k] for logits in teachers.values()], axis=0))
+    return float(np.mean([np.exp(teacher) @ (teacher - log_softmax(logits[k])) for logits in students.values()]))
 
 
 def log_softmax(logits: Logits) -> Logits:
     shifted = logits - logits.max()
-    found: Logits = shifted - np.log(np.exp(shifted).sum())
-    return found
+    result: Logits = shifted - np.log(np.exp(shifted).sum())
+    return result
 
 
-def answer(logits: Logits) -> tuple[int, float]:
-    """The class and its probability."""
-    return int(logits.argmax()), float(np.exp(log_softmax(logits).max()))
-
-
-def truth(item: RenderedView | MixedView) -> tuple[tuple[int, float], ...]:
+def label_shares(item: RenderedView | MixedView) -> tuple[tuple[int, float], ...]:
     if isinstance(item, MixedView) and item.partner != item.row:
         share = float(item.weight)
         return (item.label, share), (item.partner_label, 1 - share)
     return ((item.label, 1.0),)
 
 
-def picture_of(pixels: torch.Tensor) -> str:
-    """A PNG inside the page."""
+def truth_text(shares: Sequence[tuple[int, float]], class_names: Sequence[str] | None) -> str:
+    labels = [(class_label(label, class_names), share) for label, share in shares]
+    return " + ".join(label if share == 1 else f"{share:.0%} {label}" for label, share in labels)
+
+
+def class_label(k: int, class_names: Sequence[str] | None) -> str:
+    if k < 0:
+        return "no label"
+    return str(k) if class_names is None else class_names[k]
+
+
+def data_url(pixels: torch.Tensor) -> str:
+    """The view as a PNG inside the page."""
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     image.thumbnail((PICTURE, PICTURE))
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-# -- the section ------------------------------------------------------------------------------------------------------
-
-
-def views(examples: Examples | None, names: Sequence[str] | None) -> str:
-    """Pictures with everybody's answers."""
-    title = "What they say"
-    if examples is None:
-        return section(title, missing("Views with everybody's answers need --archive and --data."))
-    notes = "".join(missing(note) for note in examples.notes)
-    far = "<h3>Where students are furthest from their teacher</h3>" + cards(examples.far, names) if examples.far else ""
-    lead = f"View {VIEW} of images drawn at random, as teacher and students saw it; one student of each group is asked."
-    return section(title, f"{cards(examples.any, names)}{far}{notes}", lead)
-
-
-def cards(examples: Sequence[Example], names: Sequence[str] | None) -> str:
-    return f'<div class="views">{"".join(card(example, names) for example in examples)}</div>'
-
-
-def card(example: Example, names: Sequence[str] | None) -> str:
-    def named(k: int) -> str:
-        return "no label" if k < 0 else text(k if names is None else names[k])
-
-    known = [k for k, _ in example.truth if k >= 0]
-    parts = [named(k) if share == 1 else f"{share:.0%} {named(k)}" for k, share in example.truth]
-    lines = []
-    for said in example.answers:
-        mark = "" if not known else "✓" if said.answer in known else "✗"
-        kind = "wrong" if mark == "✗" else "right"
-        lines.append(
-            f'<li><span class="who {said.kind}">{text(said.who)}</span>'
-            f'<span class="{kind}">{mark} {named(said.answer)}</span>'
-            f'<span class="sure">{100 * said.confidence:.0f}%</span>'
-            f'<span class="bar {said.kind}" style="width:{100 * said.confidence:.0f}%"></span></li>'
-        )
-    picture = f'<img src="{example.picture}" alt="{text(example.key)}" title="{text(example.key)}">'
-    return f'<figure class="view">{picture}<h4>{" + ".join(parts)}</h4><ul>{"".join(lines)}</ul></figure>'
