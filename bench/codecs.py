@@ -10,7 +10,7 @@ With `--classes`, sets of few classes are made from these, and only the bytes of
 
 Bytes are those of the shards an archive would hold, and of the side data over a million views. Gradients are those of
 the power divergence with respect to a student of logits 0.7 z + noise; the error is relative, in the Euclidean norm,
-in the mean over rows. What a truncated codec does not know is completed as its `tail_rule` says.
+in the mean over rows. A truncated codec decodes the classes outside of the top k as one value.
 """
 
 from __future__ import annotations
