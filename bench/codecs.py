@@ -1,21 +1,24 @@
 """What codecs cost and keep: bytes a view as written on disk, divergence from the teacher, gradients, speed.
 
-    python bench/codecs.py [LOGITS.npz] [--quick] [--json PATH]
+    python bench/codecs.py [LOGITS.npz] [--classes 2,3,5,8] [--quick] [--json PATH]
 
 LOGITS.npz holds sets of real logits: NAME_z [images, views, classes], or NAME_h [images, views, d] with NAME_W and
 NAME_b where the logits are h W' + b. Without it, and beside it, the demo's teacher over drawn images. A codec is fitted
 to the views of two thirds of the images and scored on those of the others.
 
+With `--classes`, sets of few classes are made from these, and only the bytes of the certified codecs are measured.
+
 Bytes are those of the shards an archive would hold, and of the side data over a million views. Gradients are those of
 the power divergence with respect to a student of logits 0.7 z + noise; the error is relative, in the Euclidean norm,
-in the mean over rows. What a truncated codec does not know is completed as its `tail_rule` says.
+in the mean over rows. A truncated codec decodes the classes outside of the top k as one value.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,6 +80,64 @@ def demo_logits(quick: bool) -> Logits:
     rows = Teacher(model, device=pick_device("cpu"))(torch.from_numpy(np.ascontiguousarray(pixels)))["logits"].numpy()
     split = count * 2 // 3
     return Logits("demo", rows[:split], rows[split:])
+
+
+def few_classes(rows: Logits, count: int, seed: int) -> Iterator[Logits]:
+    """Sets of `count` classes made from real logits: a subset of the classes, groups of classes, a trained classifier.
+
+    The logit of a group is the log-sum-exp of its classes, which is what an exact coarse classifier outputs. The
+    trained classifier is a linear softmax model on the real logits; its targets are the groups of the top classes.
+    Each as it is and at twice the logits, for more confident teachers. A third is the pilot, the rest is scored.
+    """
+    rng = np.random.default_rng(seed)
+    real = np.concatenate([rows.pilot, rows.scored])
+    group = rng.permutation(real.shape[1]) % count
+    made = {
+        "subset": real[:, rng.permutation(real.shape[1])[:count]],
+        "groups": np.stack([np.logaddexp.reduce(real[:, group == g], axis=1) for g in range(count)], axis=1),
+        "trained": trained_logits(real, group[real.argmax(1)], count, seed),
+    }
+    for kind, values in made.items():
+        for scale in (1, 2):
+            scaled = (scale * values).astype(np.float32)[rng.permutation(len(values))]
+            split = len(values) // 3
+            yield Logits(f"{rows.name}, {kind}, x{scale}", scaled[:split], scaled[split:])
+
+
+def trained_logits(real: np.ndarray, labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Logits of a linear softmax model after 300 steps of Adam."""
+    torch.manual_seed(seed)
+    model = torch.nn.Linear(real.shape[1], count)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(300):
+        batch = torch.randint(len(real), (256,)).numpy()
+        loss = torch.nn.functional.cross_entropy(model(torch.tensor(real[batch])), torch.tensor(labels[batch]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return np.asarray(model(torch.tensor(real)).detach().numpy())
+
+
+def score_few(rows: Logits, seed: int) -> dict[str, object]:
+    """Bytes a view of the certified codecs at fidelity 1e-3, and their worst row; speeds are not measured."""
+    logits = torch.from_numpy(rows.scored)
+    result: dict[str, object] = {"set": rows.name, "classes": logits.shape[1], "seed": seed, "rows": len(logits)}
+    for t in (1, 4):
+        result[f"mean_top_probability_t{t}"] = float((logits / t).softmax(1).amax(1).mean())
+    for name in ("float16", "compander", "linear"):
+        codec = fit_codec(name, rows.pilot)
+        encoded = codec.encode(rows.scored)
+        result[f"{name}_bytes"] = written_bytes(codec, encoded)
+        result[f"{name}_max_kl"] = max(float(values.max()) for values in encoded.errors.values())
+    return result
+
+
+def small_classes(sets: Sequence[Logits], counts: Sequence[int], seeds: int) -> Iterator[dict[str, object]]:
+    """Rows of `--classes`."""
+    for rows, count, seed in itertools.product(sets, counts, range(seeds)):
+        if count <= rows.pilot.shape[1]:
+            for made in few_classes(rows, count, seed):
+                yield score_few(made, seed)
 
 
 def written_bytes(codec: Codec, encoded: Encoded) -> float:
@@ -169,9 +230,14 @@ def candidates(rows: Logits, quick: bool) -> Iterator[tuple[str, float | None, b
 def main() -> None:
     parser = harness.arguments(__doc__ or "")
     parser.add_argument("logits", type=Path, nargs="?", default=None, help="sets of real logits (.npz)")
+    parser.add_argument("--classes", metavar="N,N", help="measure bytes only, on sets with these numbers of classes")
     args = parser.parse_args()
     torch.set_num_threads(1)
     sets = [demo_logits(args.quick), *(sets_of(args.logits, args.quick) if args.logits is not None else ())]
+    if args.classes is not None:
+        counts = [int(text) for text in args.classes.split(",")]
+        harness.report("small_classes", list(small_classes(sets, counts, 1 if args.quick else 2)), args)
+        return
     rows = []
     for one in sets:
         for name, fidelity, certified, codec in candidates(one, args.quick):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from redistill_cache.codecs import Codec
 from redistill_cache.errors import Refused, SpecMismatch, UsageError
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -155,15 +156,15 @@ class Objective(nn.Module):
             state=any(True for _ in self.buffers()),
         )
 
-    def refuse_codec(self, codec: str, *, keeps_shift: bool = True) -> None:
-        """Refuse an archive whose codec keeps less of a row than a term needs."""
-        short = [term.label for term in self._terms() if term.entry.full_rows] if codec == "topk" else []
+    def refuse_codec(self, codec: Codec) -> None:
+        """Refuse an archive whose codec stores less of a row than a term needs."""
+        short = [term.label for term in self._terms() if term.entry.full_rows and not codec.full_rows]
         if short:
             raise Refused(
-                f"loss {short[0]!r} needs whole teacher rows, and codec 'topk' holds only the highest classes; "
+                f"loss {short[0]!r} needs whole teacher rows, and codec {codec.name!r} holds only the highest classes; "
                 "use kd or kl, or cache the teacher with --codec linear"
             )
-        raw = [term.label for term in self._terms() if term.needs_shift and not keeps_shift]
+        raw = [term.label for term in self._terms() if term.needs_shift and not codec.keeps_shift]
         if raw:
             raise Refused(
                 f"loss {raw[0]!r} compares raw logits, and this archive dropped the constant of each row that softmax "

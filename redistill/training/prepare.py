@@ -132,9 +132,7 @@ def refuse_objective(spec: MemberSpec, archive: Archive, options: TrainOptions) 
     if not objective.needs.teacher or options.online_teacher is not None:
         return
     for teacher in chosen_teachers(options, archive):
-        _, signal = archive.signal(teacher, LOGITS)
-        keeps_shift = signal.codec == "float32" or bool(signal.config.get("keep_shift", False))
-        objective.refuse_codec(signal.codec, keeps_shift=keeps_shift)
+        objective.refuse_codec(archive.codec(teacher, LOGITS))
 
 
 def try_mixing(objective: Objective, num_classes: int) -> None:

@@ -1,4 +1,4 @@
-"""float16 and float32: the plain codecs, exact enough for anything, and what the others are compared with."""
+"""float16 and float32: the plain codecs, which need no pilot; the others are compared with them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from redistill_cache.codecs.checks import Config, check_width
-from redistill_cache.codecs.protocol import Encoded, Json, exact_rows, rare_rows
-from redistill_cache.codecs.space import Array, space_of, to_numpy
-from redistill_cache.codecs.stats import TEMPERATURES, check_finite, kl_rows, relative_error, rounded_up
-from redistill_cache.errors import Damaged
+from redistill_cache.codecs.backend import Array, backend_of
+from redistill_cache.codecs.protocol import Encoded, exact_rows, sparse_rows
+from redistill_cache.codecs.stats import METRICS, check_finite, error_names, rounded_up, row_errors, top1_kept
 from redistill_cache.spec import ArraySpec
+from redistill_cache.strict_json import Fields, Json
 
 __all__ = ["Float16Codec", "Float32Codec"]
 
@@ -21,14 +20,14 @@ EXACT = 1
 
 @dataclass(frozen=True)
 class Float32Codec:
-    """Every value as it was."""
+    """Every value, unchanged."""
 
     width: int
     metric: str = "kl"
     name: str = "float32"
 
     full_rows = True
-    tail_rule = ""
+    keeps_shift = True
 
     @property
     def rare(self) -> frozenset[str]:
@@ -48,23 +47,21 @@ class Float32Codec:
 
     def encode(self, rows: Array) -> Encoded:
         check_finite(rows)
-        none = np.zeros(len(rows))
-        names = [f"kl_t{t:g}" for t in TEMPERATURES] if self.metric == "kl" else ["relative"]
         every = np.ones(len(rows), bool)
-        values = space_of(rows).cast(rows, "float32")
-        return Encoded({"values": values}, dict.fromkeys(names, none), every, every)
+        values = backend_of(rows).cast(rows, "float32")
+        return Encoded({"values": values}, dict.fromkeys(error_names(self.metric), np.zeros(len(rows))), every, every)
 
     def decode(self, arrays: Mapping[str, Array]) -> Array:
         return arrays["values"]
 
     @classmethod
-    def open(cls, width: int, config: Mapping[str, Json], side: Mapping[str, np.ndarray]) -> Float32Codec:
-        return cls(check_width(width), _metric("float32", config, side))
+    def open(cls, width: int, config: Fields) -> Float32Codec:
+        return cls(width, config.choice("metric", METRICS))
 
 
 @dataclass(frozen=True)
 class Float16Codec:
-    """Logits less their row maximum (features as they are) in float16; rows that miss the bound exactly.
+    """Logits less their row maximum (features as they are) in float16; rows that miss the bound in float32.
 
     The largest value of a row becomes zero, so that float16 is finest where the probability is, whatever the offset.
     """
@@ -76,7 +73,10 @@ class Float16Codec:
     name: str = "float16"
 
     full_rows = True
-    tail_rule = ""
+
+    @property
+    def keeps_shift(self) -> bool:
+        return self.keep_shift or self.metric != "kl"
 
     @property
     def rare(self) -> frozenset[str]:
@@ -102,54 +102,33 @@ class Float16Codec:
 
     def encode(self, rows: Array) -> Encoded:
         check_finite(rows)
-        space = space_of(rows)
-        rows = space.cast(rows, "float32")
-        shift = space.max_of_row(rows)[:, 0] if self.metric == "kl" else rows[:, 0] * 0.0
-        moved = space.cast(rows, "float64") - space.cast(shift, "float64")[:, None]
-        values = space.cast(space.clip(moved, -65504.0, 65504.0), "float16")
-        arrays = {"values": values, "flags": space.zeros((len(rows),), "uint8")}
+        backend = backend_of(rows)
+        rows = backend.cast(rows, "float32")
+        shift = backend.max_of_row(rows)[:, 0] if self.metric == "kl" else rows[:, 0] * 0.0
+        shifted = backend.cast(rows, "float64") - backend.cast(shift, "float64")[:, None]
+        values = backend.cast(backend.clip(shifted, -65504.0, 65504.0), "float16")
+        arrays = {"values": values, "flags": backend.zeros((len(rows),), "uint8")}
         if self.keep_shift:
             arrays["shift"] = shift
         decoded = self.decode(arrays)
-        if self.metric == "kl":
-            errors = {f"kl_t{t:g}": rounded_up(to_numpy(kl_rows(rows, decoded, t))) for t in TEMPERATURES}
-        else:
-            errors = {"relative": rounded_up(to_numpy(relative_error(rows, decoded)))}
-        chosen = space.argmax_of_row(decoded)[:, None]
-        kept = to_numpy((space.take(rows, chosen) == space.max_of_row(rows))[:, 0])
+        errors = rounded_up(row_errors(rows, decoded, self.metric))
         exact = ~(np.max(list(errors.values()), axis=0) <= self.fidelity)
-        arrays["flags"] = space.constant(exact.astype(np.uint8))
+        arrays["flags"] = backend.constant(exact.astype(np.uint8))
         arrays["exact"] = exact_rows(rows, exact)
-        return Encoded(arrays, {name: np.where(exact, 0.0, e) for name, e in errors.items()}, exact, kept | exact)
+        errors = {name: np.where(exact, 0.0, values) for name, values in errors.items()}
+        return Encoded(arrays, errors, exact, top1_kept(rows, decoded) | exact)
 
     def decode(self, arrays: Mapping[str, Array]) -> Array:
-        space = space_of(arrays["values"])
-        rows = space.cast(arrays["values"], "float32")
+        backend = backend_of(arrays["values"])
+        rows = backend.cast(arrays["values"], "float32")
         if "shift" in arrays:
             rows = rows + arrays["shift"][:, None]
-        exact, values = rare_rows(space, arrays, "exact", arrays["flags"], EXACT)
+        exact, values = sparse_rows(backend, arrays, "exact", arrays["flags"], EXACT)
         if exact is not None:
             rows[exact] = values
         return rows
 
     @classmethod
-    def open(cls, width: int, config: Mapping[str, Json], side: Mapping[str, np.ndarray]) -> Float16Codec:
-        reader = Config("float16", config)
-        metric = reader.choice("metric", ("kl", "relative"))
-        codec = cls(check_width(width), metric, reader.number("fidelity", 1e-12, 1e3), reader.flag("keep_shift"))
-        reader.done()
-        _no_side("float16", side)
-        return codec
-
-
-def _metric(name: str, config: Mapping[str, Json], side: Mapping[str, np.ndarray]) -> str:
-    reader = Config(name, config)
-    metric = reader.choice("metric", ("kl", "relative"))
-    reader.done()
-    _no_side(name, side)
-    return metric
-
-
-def _no_side(name: str, side: Mapping[str, np.ndarray]) -> None:
-    if side:
-        raise Damaged(f"expected no side data of codec {name}, found {', '.join(sorted(side)[:5])}")
+    def open(cls, width: int, config: Fields) -> Float16Codec:
+        metric = config.choice("metric", METRICS)
+        return cls(width, metric, config.number("fidelity", 1e-12, 1e3), config.flag("keep_shift"))

@@ -1,4 +1,4 @@
-"""The linear codec: rows as small integers in a basis, fitted to a pilot, with a bound on what every row loses."""
+"""The linear codec: rows as small integers in a basis fitted to a pilot, with a bound on the error of every row."""
 
 from __future__ import annotations
 
@@ -7,70 +7,73 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from redistill_cache.codecs.checks import MAX_RANK, Config, check_width, side_array
+from redistill_cache.codecs.backend import Array
 from redistill_cache.codecs.linear_decode import ESCAPED, EXACT, LinearDecoder, Packing, packing_flaw
-from redistill_cache.codecs.linear_encode import encode_linear
-from redistill_cache.codecs.protocol import Encoded, Json
-from redistill_cache.codecs.rounding import LinearSettings
-from redistill_cache.codecs.space import Array
+from redistill_cache.codecs.linear_encode import LinearSettings, encode_linear
+from redistill_cache.codecs.protocol import Encoded
 from redistill_cache.errors import Damaged
+from redistill_cache.limits import MAX_RANK
 from redistill_cache.spec import ArraySpec
+from redistill_cache.strict_json import Fields, Json
 
 __all__ = ["LinearCodec"]
 
 # Many rows to a chunk, so that the 128 KiB that share one Huffman table of zstd are few columns: at 8192 rows a
-# thousand classes take 4 % less than at 2048. Level 3 takes 2 % more than level 19, which is paid once.
+# thousand classes take 4 % fewer bytes than at 2048. zstd level 3 takes 2 % more than level 19, which is spent once.
 CHUNK_ROWS, CHUNK_BYTES = 8192, 1 << 22
 ZSTD_LEVEL = 19
 
 
 @dataclass(frozen=True)
 class LinearCodec:
-    """`synthesis` is what decodes, `policy` is how the encoder decides."""
+    """`source` is that of the basis: "svd" or "head"."""
 
-    synthesis: LinearDecoder
-    policy: LinearSettings
+    decoder: LinearDecoder
+    settings: LinearSettings
     source: str
     name: str = "linear"
 
     full_rows = True
-    tail_rule = ""
 
     @property
     def width(self) -> int:
-        return self.synthesis.width
+        return self.decoder.width
+
+    @property
+    def keeps_shift(self) -> bool:
+        return self.settings.keep_shift or self.settings.metric != "kl"
 
     @property
     def rare(self) -> frozenset[str]:
         return frozenset({"escape", "exact"})
 
     def config(self) -> dict[str, Json]:
-        packing = self.synthesis.packing
+        packing = self.decoder.packing
         sizes = {"rank": packing.rank, "slots": len(packing.coefficient), "bytes": packing.width}
-        return {**sizes, "basis": self.source, **self.policy.config()}
+        return {**sizes, "basis": self.source, **self.settings.config()}
 
     def side(self) -> dict[str, np.ndarray]:
-        synthesis = self.synthesis
-        packing = synthesis.packing
+        decoder = self.decoder
+        packing = decoder.packing
         arrays = {
-            "basis_low": (synthesis.integers & 0xFF).astype(np.uint8),
-            "basis_high": (synthesis.integers >> 8).astype(np.int8),
-            "scale": synthesis.scale,
-            "step": synthesis.step,
-            "offset": synthesis.offset,
-            "spread": synthesis.spread,
+            "basis_low": (decoder.integers & 0xFF).astype(np.uint8),
+            "basis_high": (decoder.integers >> 8).astype(np.int8),
+            "scale": decoder.scale,
+            "step": decoder.step,
+            "offset": decoder.offset,
+            "spread": decoder.spread,
             "slot_coefficient": packing.coefficient,
             "slot_radix": packing.radix,
             "slot_low": packing.low,
             "slot_byte": packing.byte,
             "symbols": packing.symbols,
         }
-        # A teacher that always says the same needs no digits, and no array is stored without elements.
+        # A teacher with constant outputs needs no digits, and an array without elements is not stored.
         return {name: array for name, array in arrays.items() if array.size}
 
     def arrays(self) -> tuple[ArraySpec, ...]:
-        rank, packed = self.synthesis.rank, self.synthesis.packing.width
-        shift = (ArraySpec("shift", "float32", (), CHUNK_ROWS),) if self.policy.keep_shift else ()
+        rank, packed = self.decoder.rank, self.decoder.packing.width
+        shift = (ArraySpec("shift", "float32", (), CHUNK_ROWS),) if self.settings.keep_shift else ()
         return (
             ArraySpec("q", "uint8", (packed,), _chunk_rows(packed), transpose=True, level=ZSTD_LEVEL),
             ArraySpec("level", "uint8", (), CHUNK_ROWS, level=ZSTD_LEVEL),
@@ -84,55 +87,65 @@ class LinearCodec:
         return {"escape": (level & ESCAPED) != 0, "exact": (level & EXACT) != 0}
 
     def encode(self, rows: Array) -> Encoded:
-        return encode_linear(self.synthesis, self.policy, rows)
+        return encode_linear(self.decoder, self.settings, rows)
 
     def decode(self, arrays: Mapping[str, Array]) -> Array:
-        return self.synthesis.decode(arrays)
+        return self.decoder.decode(arrays)
 
     @classmethod
-    def open(cls, width: int, config: Mapping[str, Json], side: Mapping[str, np.ndarray]) -> LinearCodec:
-        """From an archive: everything is checked."""
-        check_width(width)
-        reader = Config("linear", config)
-        rank = reader.integer("rank", 1, MAX_RANK)
-        slots = reader.integer("slots", 0, 2 * rank)
-        width_of_packed = reader.integer("bytes", 1, max(slots, 1))
-        source = reader.choice("basis", ("svd", "head"))
-        policy = LinearSettings.read(reader)
-        reader.done()
-        vectors = {name: side_array("linear", side, name, "float32", (rank,)) for name in ("scale", "step", "spread")}
+    def open(cls, width: int, config: Fields, side: Mapping[str, np.ndarray]) -> LinearCodec:
+        """From an archive: `config` and `side` are untrusted."""
+        rank = config.integer("rank", 1, MAX_RANK)
+        slots = config.integer("slots", 0, 2 * rank)
+        packed = config.integer("bytes", 1, max(slots, 1))
+        source = config.choice("basis", ("svd", "head"))
+        settings = LinearSettings.from_fields(config)
+        vectors = {name: side_array(side, name, "float32", (rank,)) for name in ("scale", "step", "spread")}
         if any((values < 0).any() for values in vectors.values()):
             raise Damaged("expected steps, scales and spreads of codec linear of at least zero, found negative ones")
-        low = side_array("linear", side, "basis_low", "uint8", (rank, width)).astype(np.int16)
-        high = side_array("linear", side, "basis_high", "int8", (rank, width)).astype(np.int16)
-        synthesis = LinearDecoder(
+        low = side_array(side, "basis_low", "uint8", (rank, width)).astype(np.int16)
+        high = side_array(side, "basis_high", "int8", (rank, width)).astype(np.int16)
+        packing = Packing(
+            rank,
+            coefficient=side_array(side, "slot_coefficient", "uint16", (slots,)),
+            radix=side_array(side, "slot_radix", "uint16", (slots,)),
+            low=side_array(side, "slot_low", "int16", (slots,)),
+            byte=side_array(side, "slot_byte", "uint16", (slots,)),
+            symbols=side_array(side, "symbols", "uint8", (packed, 256)),
+        )
+        flaw = packing_flaw(packing)
+        if flaw:
+            raise Damaged(f"expected digits of codec linear that fit their bytes, found {flaw}")
+        decoder = LinearDecoder(
             integers=high * 256 + low,
             scale=vectors["scale"],
             step=vectors["step"],
-            offset=side_array("linear", side, "offset", "float32", (width,)),
+            offset=side_array(side, "offset", "float32", (width,)),
             spread=vectors["spread"],
-            packing=_open_packing(rank, slots, width_of_packed, side),
+            packing=packing,
         )
-        if not np.isfinite(synthesis.matrix).all():
+        if not np.isfinite(decoder.matrix).all():
             raise Damaged("expected a finite basis of codec linear, found steps and scales whose product overflows")
-        return cls(synthesis, policy, source)
+        return cls(decoder, settings, source)
 
 
-def _open_packing(rank: int, slots: int, width: int, side: Mapping[str, np.ndarray]) -> Packing:
-    packing = Packing(
-        rank,
-        coefficient=side_array("linear", side, "slot_coefficient", "uint16", (slots,)),
-        radix=side_array("linear", side, "slot_radix", "uint16", (slots,)),
-        low=side_array("linear", side, "slot_low", "int16", (slots,)),
-        byte=side_array("linear", side, "slot_byte", "uint16", (slots,)),
-        symbols=side_array("linear", side, "symbols", "uint8", (width, 256)),
-    )
-    flaw = packing_flaw(packing)
-    if flaw:
-        raise Damaged(f"expected digits of codec linear that fit their bytes, found {flaw}")
-    return packing
+def side_array(side: Mapping[str, np.ndarray], name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """An array of side data with exactly this dtype and shape, and finite. One without elements is not stored."""
+    array = side.get(name)
+    if array is None and 0 in shape:
+        return np.zeros(shape, dtype)
+    if not isinstance(array, np.ndarray):
+        raise Damaged(f"expected side array {name!r} of codec linear, found none")
+    if array.dtype != np.dtype(dtype) or array.shape != shape:
+        raise Damaged(
+            f"expected side array {name!r} of codec linear as {dtype} {list(shape)}, "
+            f"found {array.dtype} {list(array.shape)}"
+        )
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise Damaged(f"expected finite values in side array {name!r} of codec linear, found NaN or Inf")
+    return array
 
 
 def _chunk_rows(row_bytes: int) -> int:
-    """For rare arrays more bytes are claimed than there are: one row that needs them should not cost megabytes."""
+    """Sparse arrays pass a multiple of their row size: one row that needs them should not cost megabytes."""
     return max(1, min(CHUNK_ROWS, CHUNK_BYTES // row_bytes))

@@ -1,17 +1,19 @@
-"""The encoder of the linear codec: project, round, decode, measure, and go finer until every row is within the bound.
+"""The encoder of the linear codec: project, round, decode, measure, and take finer steps until a row meets the bound.
 
-Encoded bytes depend on a row alone, not on the rows beside it nor on how many threads multiply: rows go through tiles
-of one shape, projections are made in float64 and snapped to a grid much coarser than the differences between orders
-of summation, and every decision about a row looks at that row only.
+Encoded bytes depend on a row alone, not on the other rows nor on the number of threads: rows are processed in tiles of
+one shape, projections are made in float64 and put on a grid much coarser than the differences between orders of
+summation, and every decision about a row reads that row only.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Literal, cast
 
 import numpy as np
 
+from redistill_cache.codecs.backend import Array, Backend, backend_of, to_numpy
 from redistill_cache.codecs.linear_decode import (
     ESCAPE_LIMIT,
     ESCAPED,
@@ -22,32 +24,104 @@ from redistill_cache.codecs.linear_decode import (
     multipliers,
 )
 from redistill_cache.codecs.protocol import Encoded, absent, exact_rows, join_parts
-from redistill_cache.codecs.rounding import LinearSettings, Shaping, cost_of_errors, round_shaped, weight_of_rest
-from redistill_cache.codecs.space import Array, Space, space_of, to_numpy
-from redistill_cache.codecs.stats import TEMPERATURES, check_finite, kl_rows, log_softmax, relative_error, rounded_up
+from redistill_cache.codecs.rounding import ShapingConstants, remaining_cost, round_shaped, row_cost
+from redistill_cache.codecs.stats import (
+    METRICS,
+    TEMPERATURES,
+    check_finite,
+    log_softmax,
+    rounded_up,
+    row_errors,
+    top1_kept,
+)
+from redistill_cache.strict_json import Fields, Json
 
-__all__ = ["LARGEST_VALUE", "Trial", "Trials", "encode_linear", "search_coefficients"]
+__all__ = [
+    "LARGEST_VALUE",
+    "ROUNDINGS",
+    "LinearSettings",
+    "Quantized",
+    "Quantizer",
+    "encode_linear",
+    "search_coefficients",
+]
+
+ROUNDINGS = ("plain", "shaped")
+# Another machine's arithmetic may differ in the last digits: accept only rows that meet the bound there too.
+CERTIFIED_MARGIN = 1.0 - 1e-3
+# Without a certificate, a row this many times over the bound is still refined.
+UNCERTIFIED_LIMIT = 10.0
 
 
-# -- measure ----------------------------------------------------------------------------------------------------------
-#
-# One attempt at encoding rows at given levels: round, pack, decode through the real decoder, measure the loss.
+@dataclass(frozen=True)
+class LinearSettings:
+    """The bound and the decisions of the encoder; recorded in the archive, not needed to decode."""
+
+    metric: Literal["kl", "relative"]
+    fidelity: float
+    certified: bool
+    level: int  # where a row starts
+    keep_shift: bool
+    rounding: Literal["plain", "shaped"]
+    reference: float  # rows of this cost of errors start at `level`, others where a bit reduces the error as much
+    weight: float  # of T = 1 relative to T = 4
+
+    @classmethod
+    def before_fitting(
+        cls, metric: str, fidelity: float, *, certified: bool, keep_shift: bool, shaped: bool
+    ) -> LinearSettings:
+        """Fitting then chooses the level, the reference and the weight."""
+        kl = metric == "kl"
+        return cls(
+            metric="kl" if kl else "relative",
+            fidelity=fidelity,
+            certified=certified,
+            level=0,
+            keep_shift=keep_shift and kl,
+            rounding="shaped" if shaped and kl else "plain",
+            reference=0.1,
+            weight=1.0,
+        )
+
+    @property
+    def limit(self) -> float:
+        """The error above which a row gets a finer step."""
+        return self.fidelity * (CERTIFIED_MARGIN if self.certified else UNCERTIFIED_LIMIT)
+
+    def config(self) -> dict[str, Json]:
+        return asdict(self)
+
+    @classmethod
+    def from_fields(cls, fields: Fields) -> LinearSettings:
+        return cls(
+            metric=cast("Literal['kl', 'relative']", fields.choice("metric", METRICS)),
+            fidelity=fields.number("fidelity", 1e-12, 1e3),
+            certified=fields.flag("certified"),
+            level=fields.integer("level", 0, LEVEL_MASK),
+            keep_shift=fields.flag("keep_shift"),
+            rounding=cast("Literal['plain', 'shaped']", fields.choice("rounding", ROUNDINGS)),
+            reference=fields.number("reference", 1e-80, 1e80),
+            weight=fields.number("weight", 1e-3, 1e3),
+        )
+
+
+# -- quantizing rows at chosen levels ---------------------------------------------------------------------------------
 
 # Projections, in steps of level 0, are multiples of this.
 GRID = 2.0**-20
-# Coefficients and values beyond these make a row one that is stored exactly.
-LARGEST, LARGEST_VALUE = 2.0**36, 1e30
-# Values of one float64 working array: rows of a tile shrink as they widen.
+# A row with a coefficient or value beyond these is stored exactly.
+LARGEST_COEFFICIENT, LARGEST_VALUE = 2.0**36, 1e30
+# Values of one float64 working array: tiles of wide rows have fewer rows.
 TILE_VALUES_HOST, TILE_VALUES_DEVICE = 1 << 20, 1 << 23
 
 
 @dataclass
-class Trial:
-    """What came of some rows: integers, what was added to every value, and what was lost."""
+class Quantized:
+    """Quantized rows: integers, the shift added to every value, and the errors after decoding."""
 
     k: Array  # float64 [n, r]
     shift: Array  # float32 [n]
-    errors: dict[str, np.ndarray]  # infinite where k is not representable
+    errors: dict[str, np.ndarray]  # infinite where k cannot be packed
     top1_kept: np.ndarray
 
     def worst(self, limit: float) -> np.ndarray:
@@ -55,8 +129,8 @@ class Trial:
         worst: np.ndarray = np.max(list(self.errors.values()), axis=0)
         return worst / limit
 
-    def put(self, index: np.ndarray, other: Trial, chosen: np.ndarray) -> None:
-        """Replace rows `index` by rows `chosen` of another attempt."""
+    def replace_rows(self, index: np.ndarray, other: Quantized, chosen: np.ndarray) -> None:
+        """Replace rows `index` by rows `chosen` of `other`."""
         self.k[index] = other.k[chosen]
         self.shift[index] = other.shift[chosen]
         self.top1_kept[index] = other.top1_kept[chosen]
@@ -65,138 +139,132 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Trials:
-    """The codec's arithmetic on the device of some rows."""
+class Quantizer:
+    """The arithmetic of the encoder on one device: projection, and rounding with the errors that it causes."""
 
-    synthesis: LinearDecoder
-    policy: LinearSettings
-    space: Space
+    decoder: LinearDecoder
+    settings: LinearSettings
+    backend: Backend
 
     @property
     def tile_rows(self) -> int:
         """A power of two that depends on the codec and the kind of device only."""
-        rows = self.space.tile_rows
-        values = TILE_VALUES_HOST if self.space.on_host else TILE_VALUES_DEVICE
-        while rows > 16 and rows * self.synthesis.width > values:
+        rows = self.backend.tile_rows
+        values = TILE_VALUES_HOST if self.backend.on_host else TILE_VALUES_DEVICE
+        while rows > 16 and rows * self.decoder.width > values:
             rows //= 2
         return rows
 
     def project(self, rows: Array) -> tuple[Array, np.ndarray]:
-        """Coefficients in steps of level 0, float64 [n, r], on a grid; and which rows are beyond all proportion.
+        """Coefficients in steps of level 0 on a grid, float64 [n, r]; and which rows are too large for any step.
 
-        Those are given zeros: no arithmetic in float32 is safe with them, and they are going to be stored exactly.
+        The latter get zeros: float32 arithmetic overflows with them, and they are stored exactly.
         """
         offset, projection = self._projection
-        parts, absurd = [], []
+        parts, flags = [], []
         for tile in self._tiles(len(rows)):
             centred = self._centred(self._padded(rows[tile])) - offset
-            x = self.space.rint((centred @ projection) / GRID) * GRID
-            huge = (self.space.abs(x) > LARGEST).any(1) | (self.space.abs(centred) > LARGEST_VALUE).any(1)
+            x = self.backend.rint((centred @ projection) / GRID) * GRID
+            too_large = (self.backend.abs(x) > LARGEST_COEFFICIENT).any(1)
+            too_large = too_large | (self.backend.abs(centred) > LARGEST_VALUE).any(1)
             count = tile.stop - tile.start
-            parts.append(self.space.where(huge[:, None], x * 0.0, x)[:count])
-            absurd.append(to_numpy(huge)[:count])
-        return self.space.concatenate(parts), np.concatenate(absurd)
+            parts.append(self.backend.where(too_large[:, None], x * 0.0, x)[:count])
+            flags.append(to_numpy(too_large)[:count])
+        return self.backend.concatenate(parts), np.concatenate(flags)
 
     def start_levels(self, rows: Array) -> np.ndarray:
-        """Where the search of every row starts: at the level where a bit buys as much as in any other row."""
+        """The level at which the search of every row starts: where a bit reduces the error as much as in any row."""
         parts = []
         for tile in self._tiles(len(rows)):
             cost = to_numpy(self._cost(self._padded(rows[tile])))[: tile.stop - tile.start]
-            finer = LEVELS_PER_OCTAVE / 2 * np.log2(np.maximum(cost, 1e-30) / self.policy.reference)
-            parts.append(np.rint(self.policy.level + finer))
+            finer = LEVELS_PER_OCTAVE / 2 * np.log2(np.maximum(cost, 1e-30) / self.settings.reference)
+            parts.append(np.rint(self.settings.level + finer))
         level: np.ndarray = np.clip(np.concatenate(parts), 0, LEVEL_MASK).astype(np.int64)
         return level
 
     def _cost(self, rows: Array) -> Array:
-        """What an error of unit size costs each row of a tile."""
-        if self.policy.metric == "relative":
-            # An error may grow with the row, and its square with the square.
-            return 1.0 / self.space.clip((self.space.cast(rows, "float64") ** 2).sum(1), 1e-30, None)
-        if self.policy.rounding == "shaped":
-            return cost_of_errors(self.space, rows, self.policy.weight)
-        sharp, soft = (self.space.exp(log_softmax(self.space, rows, t)) for t in TEMPERATURES)
-        return weight_of_rest(self.policy.weight, (sharp**2).sum(1), (soft**2).sum(1))
+        """The cost of an error of unit size in each row of a tile."""
+        if self.settings.metric == "relative":
+            # The allowed error is proportional to the norm of the row, its square to the squared norm.
+            return 1.0 / self.backend.clip((self.backend.cast(rows, "float64") ** 2).sum(1), 1e-30, None)
+        if self.settings.rounding == "shaped":
+            return row_cost(self.backend, rows, self.settings.weight)
+        sharp, soft = (self.backend.exp(log_softmax(self.backend, rows, t)) for t in TEMPERATURES)
+        return remaining_cost(self.settings.weight, (sharp**2).sum(1), (soft**2).sum(1))
 
-    def attempt(self, rows: Array, x: Array, level: np.ndarray, index: np.ndarray) -> Trial:
-        """Rows `index` of (rows, x), at level[index]."""
+    def quantize(self, rows: Array, x: Array, level: np.ndarray, index: np.ndarray) -> Quantized:
+        """Rows `index` of (rows, projections x), each at its level."""
         parts = []
         for tile in self._tiles(len(index)):
-            chosen = self.space.constant(index[tile], "int64")
-            multiplier = self.space.constant(multipliers()[level[index[tile]]], "float64")
-            tile_level = self.space.constant(level[index[tile]], "uint8")
-            k = self._rounded(rows[chosen], x[chosen] / multiplier[:, None], tile_level)
-            parts.append(self._measured(rows[chosen], k, tile_level))
+            chosen = self.backend.constant(index[tile], "int64")
+            multiplier = self.backend.constant(multipliers()[level[index[tile]]], "float64")
+            tile_level = self.backend.constant(level[index[tile]], "uint8")
+            tile_rows, steps = rows[chosen], x[chosen] / multiplier[:, None]
+            if self.settings.rounding == "plain":
+                k = self.backend.rint(steps)
+            else:
+                padded = self._padded(tile_rows), self._padded(steps), self._padded(tile_level)
+                k = round_shaped(self.backend, self._shaping, *padded)[: len(steps)]
+            parts.append(self._decode_and_measure(tile_rows, k, tile_level))
         return self._joined(parts)
 
-    def floor_error(self, rows: Array, x: Array, index: np.ndarray) -> Trial:
-        """What rows would lose without any rounding: what lies outside the basis."""
+    def project_only(self, rows: Array, x: Array, index: np.ndarray) -> Quantized:
+        """Rows `index` without rounding: their errors are those of the projection, which no step reduces."""
         parts = []
         for tile in self._tiles(len(index)):
-            chosen = self.space.constant(index[tile], "int64")
-            parts.append(self._compared(rows[chosen], x[chosen], x[chosen], None))
+            chosen = self.backend.constant(index[tile], "int64")
+            parts.append(self._measured(rows[chosen], x[chosen], x[chosen], None))
         return self._joined(parts)
 
-    def _rounded(self, rows: Array, x: Array, level: Array) -> Array:
-        if self.policy.rounding == "plain":
-            return self.space.rint(x)
-        tile = self._padded(rows), self._padded(x), self._padded(level)
-        return round_shaped(self.space, self._shaping, *tile)[: len(x)]
-
-    def _measured(self, rows: Array, k: Array, level: Array) -> Trial:
-        packing = self.synthesis.packing
-        within, escape = packing.split(self.space, k)
-        fits = (self.space.abs(escape) <= ESCAPE_LIMIT).all(1)
-        k = self.space.where(fits[:, None], k, k * 0.0)
-        within, escape = packing.split(self.space, k)
+    def _decode_and_measure(self, rows: Array, k: Array, level: Array) -> Quantized:
+        packing = self.decoder.packing
+        _, escape = packing.split(self.backend, k)
+        fits = (self.backend.abs(escape) <= ESCAPE_LIMIT).all(1)
+        k = self.backend.where(fits[:, None], k, k * 0.0)
+        within, escape = packing.split(self.backend, k)
         arrays = {
-            "q": self._padded(packing.pack(self.space, within)),
-            "level": self._padded(level | self.space.cast((escape != 0).any(1), "uint8") * ESCAPED),
-            "escape": self._padded(self.space.cast(escape, "int16")),
+            "q": self._padded(packing.pack(self.backend, within)),
+            "level": self._padded(level | self.backend.cast((escape != 0).any(1), "uint8") * ESCAPED),
+            "escape": self._padded(self.backend.cast(escape, "int16")),
         }
-        multiplier = self.space.lookup(self._multipliers, level)[:, None]
-        attempt = self._compared(rows, k, k * multiplier, self.synthesis.decode(arrays))
-        for values in attempt.errors.values():
+        multiplier = self.backend.lookup(self._multipliers, level)[:, None]
+        quantized = self._measured(rows, k, k * multiplier, self.decoder.decode(arrays))
+        for values in quantized.errors.values():
             values[~to_numpy(fits)] = np.inf
-        return attempt
+        return quantized
 
-    def _compared(self, rows: Array, k: Array, steps: Array, decoded: Array | None) -> Trial:
-        """What rows lose as `steps` of level 0 (float64), by exact arithmetic and by that of the decoder.
+    def _measured(self, rows: Array, k: Array, steps: Array, decoded: Array | None) -> Quantized:
+        """The errors of rows decoded from `steps` of level 0 (float64), exactly and in the arithmetic of the decoder.
 
-        What is reported is the former, a little rounded up: float32 products differ in the last digits from one
-        number of threads to another. The latter has to be within the bound too.
+        The former are reported, rounded up a little: the last digits of float32 products depend on the number of
+        threads. The latter must be within the limit too.
         """
         count = len(rows)
         rows = self._padded(rows)
         ideal = self._padded(steps) @ self._matrix + self._offset
-        shift = self.space.zeros((len(rows),), "float32")
-        if self.policy.keep_shift:
-            shift = self.space.cast((self.space.cast(rows, "float64") - ideal).mean(1), "float32")
+        shift = self.backend.zeros((len(rows),), "float32")
+        if self.settings.keep_shift:
+            shift = self.backend.cast((self.backend.cast(rows, "float64") - ideal).mean(1), "float32")
             # As float32 adds it: a large shift leaves few digits to what it is added to.
-            ideal = self.space.cast(self.space.cast(ideal, "float32") + shift[:, None], "float64")
-        errors = {name: rounded_up(values) for name, values in self._errors(rows, ideal, count).items()}
+            ideal = self.backend.cast(self.backend.cast(ideal, "float32") + shift[:, None], "float64")
+        errors = rounded_up(self._errors(rows, ideal, count))
         if decoded is not None:
-            if self.policy.keep_shift:
+            if self.settings.keep_shift:
                 decoded = decoded + shift[:, None]
-            for name, real in self._errors(rows, decoded, count).items():
-                missed = ~(real <= self.policy.limit) & (errors[name] <= self.policy.limit)
-                errors[name][missed] = real[missed]
-        chosen = self.space.argmax_of_row(ideal)[:, None]
-        kept = self.space.take(rows, chosen) == self.space.max_of_row(rows)
-        return Trial(k, shift[:count], errors, np.array(to_numpy(kept[:count, 0])))
+            for name, values in self._errors(rows, decoded, count).items():
+                missed = ~(values <= self.settings.limit) & (errors[name] <= self.settings.limit)
+                errors[name][missed] = values[missed]
+        return Quantized(k, shift[:count], errors, top1_kept(rows, ideal)[:count])
 
     def _errors(self, rows: Array, decoded: Array, count: int) -> dict[str, np.ndarray]:
-        if self.policy.metric == "kl":
-            errors = {f"kl_t{t:g}": kl_rows(rows, decoded, t) for t in TEMPERATURES}
-        else:
-            errors = {"relative": relative_error(rows, decoded)}
-        return {name: np.array(to_numpy(values[:count])) for name, values in errors.items()}
+        return {name: values[:count] for name, values in row_errors(rows, decoded, self.settings.metric).items()}
 
-    def _joined(self, parts: list[Trial]) -> Trial:
+    def _joined(self, parts: list[Quantized]) -> Quantized:
         if len(parts) == 1:
             return parts[0]
-        return Trial(
-            self.space.concatenate([part.k for part in parts]),
-            self.space.concatenate([part.shift for part in parts]),
+        return Quantized(
+            self.backend.concatenate([part.k for part in parts]),
+            self.backend.concatenate([part.shift for part in parts]),
             {name: np.concatenate([part.errors[name] for part in parts]) for name in parts[0].errors},
             np.concatenate([part.top1_kept for part in parts]),
         )
@@ -206,36 +274,36 @@ class Trials:
         return [slice(start, min(start + step, count)) for start in range(0, max(count, 1), step)]
 
     def _padded(self, x: Array) -> Array:
-        return self.space.pad_rows(x, self.tile_rows)
+        return self.backend.pad_rows(x, self.tile_rows)
 
     def _centred(self, rows: Array) -> Array:
-        rows = self.space.cast(rows, "float64")
-        return rows - rows.mean(1)[:, None] if self.policy.metric == "kl" else rows
+        rows = self.backend.cast(rows, "float64")
+        return rows - rows.mean(1)[:, None] if self.settings.metric == "kl" else rows
 
     @cached_property
     def _matrix(self) -> Array:
-        return self.space.constant(self.synthesis.matrix, "float64")
+        return self.backend.constant(self.decoder.matrix, "float64")
 
     @cached_property
     def _offset(self) -> Array:
-        return self.space.constant(self.synthesis.offset, "float64")
+        return self.backend.constant(self.decoder.offset, "float64")
 
     @cached_property
     def _multipliers(self) -> Array:
-        return self.space.constant(multipliers(), "float64")
+        return self.backend.constant(multipliers(), "float64")
 
     @cached_property
-    def _shaping(self) -> Shaping:
-        return Shaping.of(self.synthesis, self.space, self.policy)
+    def _shaping(self) -> ShapingConstants:
+        return ShapingConstants.of(self.decoder, self.backend, self.settings.level, self.settings.weight)
 
     @cached_property
     def _projection(self) -> tuple[Array, Array]:
         """The offset, and the matrix [width, r] that finds the nearest point of the span (least squares)."""
-        matrix = self.synthesis.matrix.astype(np.float64)
-        offset = self.synthesis.offset.astype(np.float64)
-        if self.policy.metric == "kl":
+        matrix = self.decoder.matrix.astype(np.float64)
+        offset = self.decoder.offset.astype(np.float64)
+        if self.settings.metric == "kl":
             matrix, offset = matrix - matrix.mean(1, keepdims=True), offset - offset.mean()
-        return self.space.constant(offset, "float64"), self.space.constant(least_squares(matrix), "float64")
+        return self.backend.constant(offset, "float64"), self.backend.constant(least_squares(matrix), "float64")
 
 
 def least_squares(matrix: np.ndarray) -> np.ndarray:
@@ -247,118 +315,104 @@ def least_squares(matrix: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray((np.linalg.pinv(scaled @ scaled.T, rcond=1e-11, hermitian=True) @ scaled).T / size)
 
 
-# -- linear encode ----------------------------------------------------------------------------------------------------
+# -- searching the level of every row ---------------------------------------------------------------------------------
 
-# Rows of a slab are searched together: tiles of rows that still need another step stay full.
+# Rows of a slab are searched together, so that tiles of rows that still need another step stay full.
 TILES_OF_SLAB = 16
-# Attempts at a coarser step for rows that passed. The second saves little at a loose bound, and pays at a tight one.
-COARSER_TRIES = 2
+# Trials of a coarser step for rows that passed. The second saves little at a loose bound, and more at a tight one.
+COARSER_TRIALS = 2
 
 
-def encode_linear(synthesis: LinearDecoder, policy: LinearSettings, rows: Array) -> Encoded:
-    """See the module."""
+def encode_linear(decoder: LinearDecoder, settings: LinearSettings, rows: Array) -> Encoded:
+    """See the module. Raises NotFinite."""
     check_finite(rows)
-    measure = Trials(synthesis, policy, space_of(rows))
-    size = measure.tile_rows * TILES_OF_SLAB
+    quantizer = Quantizer(decoder, settings, backend_of(rows))
+    size = quantizer.tile_rows * TILES_OF_SLAB
     starts = range(0, max(len(rows), 1), size)
-    return join_parts([Search(measure, policy, rows[start : start + size]).encoded() for start in starts])
+    return join_parts([_LevelSearch(quantizer, rows[start : start + size]).encoded() for start in starts])
 
 
-def search_coefficients(synthesis: LinearDecoder, policy: LinearSettings, rows: np.ndarray) -> np.ndarray:
-    """The integers the encoder would choose for these rows, int64 [n, r]; rows it would store exactly are left out."""
-    measure = Trials(synthesis, policy, space_of(rows))
-    search = Search(measure, policy, rows)
-    search.run()
+def search_coefficients(decoder: LinearDecoder, settings: LinearSettings, rows: np.ndarray) -> np.ndarray:
+    """The integers that encoding chooses for these rows, int64 [n, r], without the rows that are stored exactly."""
+    search = _LevelSearch(Quantizer(decoder, settings, backend_of(rows)), rows)
     k: np.ndarray = search.best.k[~search.exact].astype(np.int64)
-    return k if len(k) else np.zeros((1, synthesis.rank), np.int64)
+    return k if len(k) else np.zeros((1, decoder.rank), np.int64)
 
 
-class Search:
-    """The search for the step of every row of a slab: the coarsest that keeps the row within the limit."""
+class _LevelSearch:
+    """For every row of a slab, the coarsest level within the limit, and the row quantized at that level."""
 
-    def __init__(self, measure: Trials, policy: LinearSettings, rows: Array) -> None:
-        self.measure = measure
-        self.policy = policy
-        count = len(rows)
-        self.rows = measure.space.cast(rows, "float32")
-        self.x, absurd = measure.project(self.rows)
-        self.level = measure.start_levels(self.rows)
-        self.failed = np.full(count, -1)  # the finest level known to miss
-        self.exact = absurd
-        self.best = self._attempt(self.level, np.arange(count))
-
-    def run(self) -> None:
-        if len(self.level):
+    def __init__(self, quantizer: Quantizer, rows: Array) -> None:
+        self.quantizer = quantizer
+        self.limit = quantizer.settings.limit
+        self.rows = quantizer.backend.cast(rows, "float32")
+        self.x, self.exact = quantizer.project(self.rows)
+        self.level = quantizer.start_levels(self.rows)
+        self.finest_failed = np.full(len(rows), -1)
+        self.best = quantizer.quantize(self.rows, self.x, self.level, np.arange(len(rows)))
+        if len(rows):
             self._refine()
-            if self.policy.certified:
+            if quantizer.settings.certified:
                 self._coarsen()
 
-    def encoded(self) -> Encoded:
-        self.run()
-        return self._assembled()
-
-    def _attempt(self, level: np.ndarray, index: np.ndarray) -> Trial:
-        return self.measure.attempt(self.rows, self.x, level, index)
-
-    def _misses(self) -> np.ndarray:
-        return np.flatnonzero(~(self.best.worst(self.policy.limit) <= 1.0) & ~self.exact)
+    def _failing(self) -> np.ndarray:
+        return np.flatnonzero(~(self.best.worst(self.limit) <= 1.0) & ~self.exact)
 
     def _refine(self) -> None:
-        """Finer and finer, until rows pass or are given up as exact."""
-        active = self._misses()
+        """Take finer steps until rows pass or are stored exactly."""
+        active = self._failing()
         if not len(active):
             return
-        floor = self.measure.floor_error(self.rows, self.x, active)
-        self.exact[active[~(floor.worst(self.policy.limit) <= 1.0)]] = True
-        while len(active := self._misses()):
-            ratio = self.best.worst(self.policy.limit)[active]
-            self.failed[active] = self.level[active]
-            spent = (self.level[active] >= LEVEL_MASK) | ~np.isfinite(ratio)
-            self.exact[active[spent]] = True
-            active, ratio = active[~spent], ratio[~spent]
-            finer = self.level[active] + levels_of(ratio, up=True)
-            self.level[active] = np.minimum(finer, LEVEL_MASK)
+        projected = self.quantizer.project_only(self.rows, self.x, active)
+        self.exact[active[~(projected.worst(self.limit) <= 1.0)]] = True
+        while len(active := self._failing()):
+            ratio = self.best.worst(self.limit)[active]
+            self.finest_failed[active] = self.level[active]
+            hopeless = (self.level[active] >= LEVEL_MASK) | ~np.isfinite(ratio)
+            self.exact[active[hopeless]] = True
+            active, ratio = active[~hopeless], ratio[~hopeless]
+            self.level[active] = np.minimum(self.level[active] + levels_of(ratio, up=True), LEVEL_MASK)
             if len(active):
-                trial = self._attempt(self.level, active)
-                self.best.put(active, trial, np.arange(len(active)))
+                quantized = self.quantizer.quantize(self.rows, self.x, self.level, active)
+                self.best.replace_rows(active, quantized, np.arange(len(active)))
 
     def _coarsen(self) -> None:
-        """Rows that lose much less than they may get a coarser step, if they pass with it."""
-        for _ in range(COARSER_TRIES):
-            down = levels_of(1.0 / np.maximum(self.best.worst(self.policy.limit), 1e-12), up=False)
-            target = np.maximum(self.level - down, self.failed + 1)
+        """Try a coarser step for rows far below the limit, and take it where they pass."""
+        for _ in range(COARSER_TRIALS):
+            down = levels_of(1.0 / np.maximum(self.best.worst(self.limit), 1e-12), up=False)
+            target = np.maximum(self.level - down, self.finest_failed + 1)
             active = np.flatnonzero(~self.exact & (target < self.level))
             if not len(active):
                 return
-            trial = self._attempt(target, active)
-            passed = trial.worst(self.policy.limit) <= 1.0
+            quantized = self.quantizer.quantize(self.rows, self.x, target, active)
+            passed = quantized.worst(self.limit) <= 1.0
             better, worse = active[passed], active[~passed]
-            self.best.put(better, trial, np.flatnonzero(passed))
+            self.best.replace_rows(better, quantized, np.flatnonzero(passed))
             self.level[better] = target[better]
-            self.failed[worse] = target[worse]
+            self.finest_failed[worse] = target[worse]
 
-    def _assembled(self) -> Encoded:
-        space, packing, exact = self.measure.space, self.measure.synthesis.packing, self.exact
-        # An exact row holds nothing else.
-        kept = space.constant(~exact)
-        k = space.where(kept[:, None], self.best.k, self.best.k * 0.0)
-        within, escape = packing.split(space, k)
+    def encoded(self) -> Encoded:
+        backend, packing, exact = self.quantizer.backend, self.quantizer.decoder.packing, self.exact
+        # A row stored exactly holds nothing else.
+        packed_rows = backend.constant(~exact)
+        k = backend.where(packed_rows[:, None], self.best.k, self.best.k * 0.0)
+        within, escape = packing.split(backend, k)
         escaped = to_numpy((escape != 0).any(1))
         level = np.where(exact, EXACT, self.level | np.where(escaped, ESCAPED, 0)).astype(np.uint8)
         arrays = {
-            "q": packing.pack(space, within),
-            "level": space.constant(level),
+            "q": packing.pack(backend, within),
+            "level": backend.constant(level),
             "escape": to_numpy(escape).astype(np.int16) if escaped.any() else absent(tuple(k.shape), "int16"),
             "exact": exact_rows(self.rows, exact),
         }
-        if self.policy.keep_shift:
-            arrays["shift"] = space.where(kept, self.best.shift, self.best.shift * 0.0)
+        if self.quantizer.settings.keep_shift:
+            arrays["shift"] = backend.where(packed_rows, self.best.shift, self.best.shift * 0.0)
         errors = {name: np.where(exact, 0.0, values) for name, values in self.best.errors.items()}
         return Encoded(arrays=arrays, errors=errors, exact=exact, top1_kept=self.best.top1_kept | exact)
 
 
 def levels_of(ratio: np.ndarray, *, up: bool) -> np.ndarray:
-    """How many levels change the error by this factor, which goes with the square of the step; at least one."""
+    """How many levels change the error by this factor (it goes with the square of the step); at least one."""
     levels = np.log2(np.clip(ratio, 1e-30, 1e30)) * (LEVELS_PER_OCTAVE / 2)
     whole: np.ndarray = np.maximum(np.ceil(levels) if up else np.floor(levels), 1).astype(np.int64)
     return whole

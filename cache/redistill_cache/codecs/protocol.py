@@ -1,4 +1,4 @@
-"""What a codec is, and what encoding returns."""
+"""The codec protocol, encoded rows, and sparse arrays: those that only a few rows need."""
 
 from __future__ import annotations
 
@@ -8,42 +8,33 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from redistill_cache.codecs.space import Array, Space, space_of, to_numpy
+from redistill_cache.codecs.backend import Array, Backend, backend_of, to_numpy
 from redistill_cache.errors import Damaged
 from redistill_cache.spec import ArraySpec
+from redistill_cache.strict_json import Json
 
-__all__ = ["Codec", "Encoded", "Json", "absent", "exact_rows", "is_absent", "join_encoded", "join_parts", "rare_rows"]
-
-Json = Any
+__all__ = ["Codec", "Encoded", "absent", "exact_rows", "is_absent", "join_encoded", "join_parts", "sparse_rows"]
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Encoded rows, and what was measured on every one of them after decoding it again.
+    """Encoded rows, with the errors measured after decoding every one of them.
 
-    `arrays` has one entry per ArraySpec of the codec. Rare arrays (those in `Codec.rare`) are on the host whatever the
-    rows were, and take no memory where no row needed them.
+    `arrays` has one entry per ArraySpec of the codec. Sparse arrays (those in `Codec.rare`) are on the host wherever
+    the rows were, and take no memory where no row needs them.
     """
 
     arrays: Mapping[str, Array]
     errors: Mapping[str, np.ndarray]  # per row, float64: "kl_t1" and "kl_t4", or "relative" for features
     exact: np.ndarray  # bool: rows stored bit for bit
-    top1_kept: np.ndarray  # bool: the largest value is where it was
+    top1_kept: np.ndarray  # bool: the largest value is in the same position
 
     def __len__(self) -> int:
         return len(self.exact)
 
-    @property
-    def kl_t1(self) -> np.ndarray:
-        return self.errors["kl_t1"]
-
-    @property
-    def kl_t4(self) -> np.ndarray:
-        return self.errors["kl_t4"]
-
 
 class Codec(Protocol):
-    """Rows of a signal to integer arrays and back. Frozen: what it does is decided by width, config and side data."""
+    """Maps rows of a signal to integer arrays and back. Immutable; defined by width, config and side data."""
 
     @property
     def name(self) -> str: ...
@@ -53,36 +44,37 @@ class Codec(Protocol):
 
     @property
     def full_rows(self) -> bool:
-        """Whether all values of a row are known. If not, `tail_rule` says what stands for the others."""
+        """Whether every value of a decoded row comes from the teacher; if not, the tail is filled in."""
 
     @property
-    def tail_rule(self) -> str: ...
+    def keeps_shift(self) -> bool:
+        """Whether decoded logits include the constant of each row that softmax does not depend on."""
 
     @property
     def rare(self) -> frozenset[str]:
-        """Arrays that hardly any row needs. `decode` takes them whole, or only the rows of `rows_needing`, or not."""
+        """The sparse arrays. `decode` takes each of them whole, or only the rows of `rows_needing`, or not at all."""
 
     def config(self) -> dict[str, Json]:
         """Plain JSON; with `side`, all that `open_codec` needs."""
 
     def side(self) -> dict[str, np.ndarray]:
-        """Arrays written once per signal."""
+        """Arrays stored once per signal."""
 
     def arrays(self) -> tuple[ArraySpec, ...]:
-        """The arrays of a row."""
+        """The arrays that hold the rows."""
 
     def rows_needing(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """For every rare array, which of these rows need it (bool). Looks only at arrays that are not rare."""
+        """For every sparse array, which of these rows need it (bool). Reads only arrays that are not sparse."""
 
     def encode(self, rows: Array) -> Encoded:
-        """float32 [n, width], numpy or torch on any device. Raises NotFinite."""
+        """Encode float32 [n, width], numpy or torch on any device. Raises NotFinite."""
 
     def decode(self, arrays: Mapping[str, Array]) -> Array:
-        """float32 [n, width], of the kind and on the device of what was given."""
+        """float32 [n, width], of the same library and device as `arrays`."""
 
 
 def join_encoded(parts: Sequence[Encoded]) -> Encoded:
-    """Batches as one, on the host."""
+    """Concatenate batches on the host."""
     host = [
         Encoded({name: to_numpy(array) for name, array in part.arrays.items()}, part.errors, part.exact, part.top1_kept)
         for part in parts
@@ -91,7 +83,7 @@ def join_encoded(parts: Sequence[Encoded]) -> Encoded:
 
 
 def join_parts(parts: Sequence[Encoded]) -> Encoded:
-    """Batches as one, every array where it is."""
+    """Concatenate batches, every array on its own device."""
     if len(parts) == 1:
         return parts[0]
     return Encoded(
@@ -105,11 +97,11 @@ def join_parts(parts: Sequence[Encoded]) -> Encoded:
 def _join(pieces: list[Array]) -> Array:
     first = pieces[0]
     if not any(isinstance(piece, np.ndarray) and is_absent(piece) for piece in pieces):
-        return space_of(first).concatenate(pieces)
+        return backend_of(first).concatenate(pieces)
     shape = (sum(len(piece) for piece in pieces), *first.shape[1:])
     if all(is_absent(piece) for piece in pieces):
         return absent(shape, first.dtype)
-    joined = np.zeros(shape, first.dtype)  # pages that stay zero are never touched
+    joined = np.zeros(shape, first.dtype)  # pages that stay zero are never allocated
     start = 0
     for piece in pieces:
         if not is_absent(piece):
@@ -118,48 +110,46 @@ def _join(pieces: list[Array]) -> Array:
     return joined
 
 
+# -- sparse arrays ----------------------------------------------------------------------------------------------------
+
+
 def absent(shape: tuple[int, ...], dtype: np.dtype[Any] | str) -> np.ndarray:
     """An array of zeros that takes no memory."""
     return np.broadcast_to(np.zeros((), dtype), shape)
 
 
 def is_absent(array: np.ndarray) -> bool:
-    """Whether this is what `absent` returns."""
+    """Whether an array was made by `absent`."""
     return array.size == 0 or not any(array.strides)
 
 
 def exact_rows(rows: Array, exact: np.ndarray) -> np.ndarray:
-    """The flagged rows as they are and zeros for the others, on the host."""
+    """The sparse array of rows stored bit for bit: the flagged rows, and zeros for the others, on the host."""
     shape = (len(exact), int(rows.shape[1]))
     if not exact.any():
         return absent(shape, "float32")
-    array = np.zeros(shape, np.float32)  # pages that stay zero are never touched
+    array = np.zeros(shape, np.float32)  # pages that stay zero are never allocated
     index = np.flatnonzero(exact)
-    array[index] = to_numpy(rows[space_of(rows).constant(index)])
+    array[index] = to_numpy(rows[backend_of(rows).constant(index)])
     return array
 
 
-# -- rare -------------------------------------------------------------------------------------------------------------
-#
-# Arrays that hardly any row needs, as decode may be given them: whole, only the rows that need them, or not at all.
-
-
-def rare_rows(
-    space: Space, arrays: Mapping[str, Array], name: str, flags: Array, flag: int
+def sparse_rows(
+    backend: Backend, arrays: Mapping[str, Array], name: str, flags: Array, flag: int
 ) -> tuple[Array | None, Array | None]:
-    """(indices of the flagged rows, what `name` holds for them), or (None, None) where there are none.
+    """(indices of the flagged rows, their rows of array `name`), or (None, None) where there are none.
 
-    An array that is absent on the device means that no row needs it: looking would cost a synchronisation.
+    Without the array on a device, no row needs it; checking the flags there would cost a synchronisation.
     """
     array = arrays.get(name)
-    if array is None and not space.on_host:
+    if array is None and not backend.on_host:
         return None, None
-    index = space.rows_where((flags & flag) != 0)
+    index = backend.rows_where((flags & flag) != 0)
     if len(index) == 0:
         return None, None
     if array is None:
         raise Damaged(f"expected array {name!r} for {len(index)} rows that need it, found none")
-    values = space.constant(array) if isinstance(array, np.ndarray) and space.torch is not None else array
+    values = backend.constant(array) if isinstance(array, np.ndarray) and backend.torch is not None else array
     if len(values) == len(flags):
         return index, values[index]
     if len(values) == len(index):

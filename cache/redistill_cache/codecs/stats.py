@@ -1,102 +1,130 @@
-"""Fidelity statistics that add: one small record per block, merged for the archive."""
+"""Errors of encoded rows, and their statistics: measured per row, summed per block, merged for the archive."""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from redistill_cache.codecs.backend import Array, Backend, backend_of, to_numpy
 from redistill_cache.codecs.protocol import Encoded
-from redistill_cache.codecs.space import Array, Space, space_of, to_numpy
 from redistill_cache.errors import Damaged, Refused
 from redistill_cache.spec import TeacherSpec
-from redistill_cache.strict_json import Json
+from redistill_cache.strict_json import Fields, Json
 
 __all__ = [
+    "BINS_PER_OCTAVE",
+    "LOWEST_OCTAVE",
+    "METRICS",
     "TEMPERATURES",
     "BlockStats",
     "ErrorStats",
     "NotFinite",
     "check_finite",
+    "error_names",
     "kl_rows",
     "log_softmax",
     "merge_stats",
     "relative_error",
     "rounded_up",
+    "row_errors",
     "summarise",
+    "top1_kept",
 ]
 
+# -- errors per row ---------------------------------------------------------------------------------------------------
 
-# -- certify ----------------------------------------------------------------------------------------------------------
-#
-# The certificate: what a decoded row lost, measured in float64 on the distributions a student will be trained on.
-
+METRICS = ("kl", "relative")
 TEMPERATURES = (1.0, 4.0)
 
 
 class NotFinite(Refused):
-    """A teacher said NaN or infinity. `rows` are the positions of the offending rows in what was given to encode."""
+    """The teacher output NaN or infinity. `rows` are the positions of these rows in the batch."""
 
     def __init__(self, rows: list[int], width: int) -> None:
         shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
         super().__init__(
-            f"expected finite teacher outputs, found NaN or Inf in {len(rows)} of the rows given (row {shown} of this "
-            f"batch, {width} values each); such rows are never encoded: look at the teacher's precision and the images"
+            f"expected finite teacher outputs, found NaN or Inf in {len(rows)} rows of the batch (row {shown}; {width} "
+            "values each); such rows are never encoded: check the teacher's precision and the images"
         )
         self.rows = rows
 
 
 def check_finite(rows: Array) -> None:
-    """Raise NotFinite naming the rows that hold NaN or infinity."""
-    space = space_of(rows)
-    bad = ~space.isfinite(rows).all(1)
+    """Raise NotFinite if a row holds NaN or infinity."""
+    backend = backend_of(rows)
+    bad = ~backend.isfinite(rows).all(1)
     if bool(bad.any()):
-        raise NotFinite([int(i) for i in to_numpy(space.rows_where(bad))], int(rows.shape[1]))
+        raise NotFinite([int(i) for i in to_numpy(backend.rows_where(bad))], int(rows.shape[1]))
 
 
-def log_softmax(space: Space, rows: Array, temperature: float) -> Array:
+def log_softmax(backend: Backend, rows: Array, temperature: float) -> Array:
     """log softmax(rows / temperature) in float64."""
-    scaled = space.cast(rows, "float64") / temperature
-    scaled = scaled - space.max_of_row(scaled)
-    return scaled - space.log(space.exp(scaled).sum(1))[:, None]
+    scaled = backend.cast(rows, "float64") / temperature
+    scaled = scaled - backend.max_of_row(scaled)
+    return scaled - backend.log(backend.exp(scaled).sum(1))[:, None]
 
 
 def kl_rows(exact: Array, decoded: Array, temperature: float) -> Array:
     """KL(softmax(exact / T) || softmax(decoded / T)) of every row, float64, never below zero."""
-    space = space_of(exact)
-    truth = log_softmax(space, exact, temperature)
-    lost = (space.exp(truth) * (truth - log_softmax(space, decoded, temperature))).sum(1)
-    return space.clip(lost, 0.0, None)
+    backend = backend_of(exact)
+    log_p = log_softmax(backend, exact, temperature)
+    divergence = (backend.exp(log_p) * (log_p - log_softmax(backend, decoded, temperature))).sum(1)
+    return backend.clip(divergence, 0.0, None)
 
 
 def relative_error(exact: Array, decoded: Array) -> Array:
-    """|decoded - exact| / |exact| in the Euclidean norm, of every row; of a zero row, the error itself."""
-    space = space_of(exact)
-    truth = space.cast(exact, "float64")
+    """|decoded - exact| / |exact| in the Euclidean norm, of every row; for a row of zeros, |decoded|."""
+    backend = backend_of(exact)
+    values = backend.cast(exact, "float64")
     # Scaled first: the square of a large float32 still fits float64, the square of a tiny one may not.
-    size = space.max_of_row(space.abs(truth))
-    size = space.where(size > 0, size, size * 0 + 1.0)
-    lost = space.sqrt((((space.cast(decoded, "float64") - truth) / size) ** 2).sum(1))
-    norm = space.sqrt(((truth / size) ** 2).sum(1))
-    return lost / space.where(norm > 0, norm, norm * 0 + 1.0)
+    size = backend.max_of_row(backend.abs(values))
+    size = backend.where(size > 0, size, size * 0 + 1.0)
+    error = backend.sqrt((((backend.cast(decoded, "float64") - values) / size) ** 2).sum(1))
+    norm = backend.sqrt(((values / size) ** 2).sum(1))
+    return error / backend.where(norm > 0, norm, norm * 0 + 1.0)
 
 
-def rounded_up(errors: np.ndarray) -> np.ndarray:
-    """To 11 significant bits, upward: the same on every machine, and never less than was lost."""
-    mantissa, exponent = np.frexp(errors)
-    up: np.ndarray = np.ldexp(np.ceil(mantissa * 2048.0) / 2048.0, exponent)
-    return up
+def error_names(metric: str) -> tuple[str, ...]:
+    """The kinds of error that `row_errors` measures."""
+    return tuple(f"kl_t{t:g}" for t in TEMPERATURES) if metric == "kl" else ("relative",)
 
 
-# -- stats ------------------------------------------------------------------------------------------------------------
+def row_errors(exact: Array, decoded: Array, metric: str) -> dict[str, np.ndarray]:
+    """The errors of every row by name, float64 on the host."""
+    if metric == "relative":
+        return {"relative": np.array(to_numpy(relative_error(exact, decoded)))}
+    return {f"kl_t{t:g}": np.array(to_numpy(kl_rows(exact, decoded, t))) for t in TEMPERATURES}
 
-# Log histogram: 8 bins an octave from 2**-60 up; bin 0 is everything below. A quantile is right to 9 %, rounded up.
+
+def rounded_up(errors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Rounded up to 11 significant bits: the same on every machine, and never below the measured error."""
+    result = {}
+    for name, values in errors.items():
+        mantissa, exponent = np.frexp(values)
+        result[name] = np.ldexp(np.ceil(mantissa * 2048.0) / 2048.0, exponent)
+    return result
+
+
+def top1_kept(exact: Array, decoded: Array) -> np.ndarray:
+    """Whether the largest decoded value of every row is at a maximum of the exact row."""
+    backend = backend_of(exact)
+    best = backend.argmax_of_row(decoded)[:, None]
+    return np.array(to_numpy((backend.take(exact, best) == backend.max_of_row(exact))[:, 0]))
+
+
+# -- statistics of a block --------------------------------------------------------------------------------------------
+
+# Log histogram: 8 bins per octave from 2**-60 up; bin 0 is everything below. A quantile is rounded up by at most 9 %.
 BINS_PER_OCTAVE = 8
 LOWEST_OCTAVE = -60
 MAX_BIN = BINS_PER_OCTAVE * (-LOWEST_OCTAVE + 64)
+MAX_COUNT = 2**48
+MAX_ERROR_KINDS = 8
 
 
 @dataclass(frozen=True)
@@ -111,13 +139,24 @@ class ErrorStats:
     def of(cls, values: np.ndarray) -> ErrorStats:
         if not len(values):
             return cls()
-        bins, counts = np.unique(_bins(values), return_counts=True)
-        # fsum is exact, so the record does not depend on how the block was batched.
-        histogram = {int(b): int(c) for b, c in zip(bins, counts, strict=True)}
+        with np.errstate(divide="ignore"):
+            octaves = np.log2(values) - LOWEST_OCTAVE
+        bins = np.clip(np.ceil(octaves * BINS_PER_OCTAVE), 0, MAX_BIN).astype(np.int64)
+        histogram = {int(b): int(c) for b, c in zip(*np.unique(bins, return_counts=True), strict=True)}
+        # fsum is exact, so the sum does not depend on the batches of the block.
         return cls(math.fsum(values.tolist()), float(values.max()), histogram)
 
+    @classmethod
+    def merge(cls, parts: Sequence[ErrorStats]) -> ErrorStats:
+        histogram: dict[int, int] = {}
+        for part in parts:
+            for index, count in part.histogram.items():
+                histogram[index] = histogram.get(index, 0) + count
+        total = math.fsum(part.total for part in parts)
+        return cls(total, max((part.worst for part in parts), default=0.0), histogram)
+
     def quantile(self, fraction: float) -> float:
-        """The upper edge of the bin in which the quantile lies, at most the maximum."""
+        """The upper edge of the bin of the quantile, at most the maximum."""
         rows = sum(self.histogram.values())
         seen = 0
         for index in sorted(self.histogram):
@@ -126,10 +165,27 @@ class ErrorStats:
                 return float(min(self.worst, 2.0 ** (LOWEST_OCTAVE + index / BINS_PER_OCTAVE)))
         return self.worst
 
+    def to_json(self) -> dict[str, Any]:
+        histogram = [[index, self.histogram[index]] for index in sorted(self.histogram)]
+        return {"sum": self.total, "max": self.worst, "histogram": histogram}
+
+    @classmethod
+    def from_json(cls, value: Json) -> ErrorStats:
+        fields = Fields(value, "fidelity statistics of one error", Damaged)
+        total, worst = (fields.number(key, 0.0, sys.float_info.max) for key in ("sum", "max"))
+        histogram: dict[int, int] = {}
+        for item in fields.items("histogram", MAX_BIN + 1):
+            whole = isinstance(item, list) and len(item) == 2 and all(type(number) is int for number in item)
+            if not whole or not (0 <= item[0] <= MAX_BIN and 0 <= item[1] <= MAX_COUNT):
+                fields.refuse("histogram", f"a list of [bin from 0 to {MAX_BIN}, count from 0 to {MAX_COUNT}]")
+            histogram[item[0]] = item[1]
+        fields.done()
+        return cls(total, worst, histogram)
+
 
 @dataclass(frozen=True)
 class BlockStats:
-    """What the encoded rows of one block, or of a whole archive, lost."""
+    """Errors of the encoded rows of one block or, merged, of a whole archive."""
 
     rows: int = 0
     exact_rows: int = 0
@@ -147,18 +203,20 @@ class BlockStats:
 
     @classmethod
     def merge(cls, parts: Iterable[BlockStats]) -> BlockStats:
-        """The statistics of all parts together; the order of the parts does not matter."""
+        """The statistics of all parts together, in any order."""
         parts = list(parts)
         names = sorted({name for part in parts for name in part.errors})
         return cls(
             rows=sum(part.rows for part in parts),
             exact_rows=sum(part.exact_rows for part in parts),
             top1_kept=sum(part.top1_kept for part in parts),
-            errors={name: _merge([part.errors[name] for part in parts if name in part.errors]) for name in names},
+            errors={
+                name: ErrorStats.merge([part.errors[name] for part in parts if name in part.errors]) for name in names
+            },
         )
 
     def summary(self) -> dict[str, float]:
-        """mean, p99 and max of every error (`mean_kl_t1`, ...), the share of rows kept exactly and of top-1 kept."""
+        """Mean, p99 and maximum of every error (`mean_kl_t1`, ...), the number of exact rows, the top-1 agreement."""
         rows = max(self.rows, 1)
         result: dict[str, float] = {}
         for name, stats in self.errors.items():
@@ -170,89 +228,36 @@ class BlockStats:
         return result
 
     def to_json(self) -> dict[str, Any]:
-        errors = {
-            name: {
-                "sum": stats.total,
-                "max": stats.worst,
-                "histogram": [[index, stats.histogram[index]] for index in sorted(stats.histogram)],
-            }
-            for name, stats in self.errors.items()
-        }
         return {
             "rows": self.rows,
             "exact_rows": self.exact_rows,
             "top1_kept": self.top1_kept,
-            "errors": errors,
+            "errors": {name: stats.to_json() for name, stats in self.errors.items()},
         }
 
     @classmethod
-    def from_json(cls, value: object) -> BlockStats:
-        """From a commit record, which is untrusted: anything unexpected is Damaged."""
-        record = _record(value, {"rows", "exact_rows", "top1_kept", "errors"})
-        rows = _count(record["rows"])
-        errors = record["errors"]
-        if not isinstance(errors, dict) or len(errors) > 8 or not all(isinstance(name, str) for name in errors):
-            raise Damaged("expected at most 8 kinds of error in fidelity statistics, found something else")
-        return cls(
+    def from_json(cls, value: Json) -> BlockStats:
+        """From a commit record or a manifest, which are untrusted: anything unexpected is Damaged."""
+        fields = Fields(value, "fidelity statistics", Damaged)
+        rows = fields.integer("rows", 0, MAX_COUNT)
+        errors = fields.mapping("errors")
+        if len(errors) > MAX_ERROR_KINDS:
+            fields.refuse("errors", f"an object of at most {MAX_ERROR_KINDS} kinds of error")
+        stats = cls(
             rows=rows,
-            exact_rows=_count(record["exact_rows"], rows),
-            top1_kept=_count(record["top1_kept"], rows),
-            errors={name: _error_stats(item) for name, item in errors.items()},
+            exact_rows=fields.integer("exact_rows", 0, rows),
+            top1_kept=fields.integer("top1_kept", 0, rows),
+            errors={name: ErrorStats.from_json(item) for name, item in errors.items()},
         )
+        fields.done()
+        return stats
 
 
-def _bins(values: np.ndarray) -> np.ndarray:
-    with np.errstate(divide="ignore"):
-        octaves = np.log2(values) - LOWEST_OCTAVE
-    bins: np.ndarray = np.clip(np.ceil(octaves * BINS_PER_OCTAVE), 0, MAX_BIN).astype(np.int64)
-    return bins
-
-
-def _merge(parts: list[ErrorStats]) -> ErrorStats:
-    histogram: dict[int, int] = {}
-    for part in parts:
-        for index, count in part.histogram.items():
-            histogram[index] = histogram.get(index, 0) + count
-    total = math.fsum(part.total for part in parts)
-    return ErrorStats(total, max((part.worst for part in parts), default=0.0), histogram)
-
-
-def _record(value: object, keys: set[str]) -> dict[str, Any]:
-    if not isinstance(value, dict) or set(value) != keys:
-        raise Damaged(f"expected fidelity statistics with {', '.join(sorted(keys))}, found {str(value)[:80]!r}")
-    return value
-
-
-def _count(value: object, limit: int = 2**48) -> int:
-    if type(value) is not int or not 0 <= value <= limit:
-        raise Damaged(f"expected a count of at most {limit} in fidelity statistics, found {str(value)[:40]!r}")
-    return value
-
-
-def _error_stats(value: object) -> ErrorStats:
-    record = _record(value, {"sum", "max", "histogram"})
-    for key in ("sum", "max"):
-        number = record[key]
-        if type(number) not in (int, float) or not 0 <= number < math.inf:
-            raise Damaged(f"expected a finite {key} of errors, found {str(number)[:40]!r}")
-    histogram = record["histogram"]
-    if not isinstance(histogram, list) or len(histogram) > MAX_BIN + 1:
-        raise Damaged("expected a histogram of errors as a list of [bin, count], found something else")
-    bins: dict[int, int] = {}
-    for item in histogram:
-        if not isinstance(item, list) or len(item) != 2:
-            raise Damaged(f"expected [bin, count] in a histogram of errors, found {str(item)[:40]!r}")
-        bins[_count(item[0], MAX_BIN)] = _count(item[1])
-    return ErrorStats(float(record["sum"]), float(record["max"]), bins)
-
-
-# -- fidelity ---------------------------------------------------------------------------------------------------------
-#
-# What the codecs lost, merged over blocks.
+# -- statistics of an archive -----------------------------------------------------------------------------------------
 
 
 def merge_stats(teacher: TeacherSpec, stats: Sequence[Mapping[str, Json] | None]) -> dict[str, Json]:
-    """Per signal, the statistics of all blocks together; nothing for a signal that some block did not measure."""
+    """The statistics of all blocks together, by signal; none for a signal that some block did not measure."""
     merged: dict[str, Json] = {}
     for signal in teacher.signals:
         parts = [item[signal.name] for item in stats if item is not None and signal.name in item]
@@ -265,8 +270,8 @@ def merge_stats(teacher: TeacherSpec, stats: Sequence[Mapping[str, Json] | None]
 
 
 def summarise(stats: Json) -> dict[str, float]:
-    """The figures a reader of `inspect` wants."""
+    """`BlockStats.summary` of the statistics in a manifest."""
     try:
         return BlockStats.from_json(stats).summary()
     except Damaged as error:
-        raise Damaged(f"fidelity statistics of the manifest: {error}") from None
+        raise Damaged(f"manifest: {error}") from None

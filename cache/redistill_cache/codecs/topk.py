@@ -1,8 +1,8 @@
-"""Top-k: the k largest logits and two log-sum-exps. Only for what other formats already truncated.
+"""Top-k: the k largest logits and two log-sum-exps. Only for importing logits that another format truncated.
 
-What is outside the k is not known. Decoding gives all of it one value, such that the log-sum-exp at T = 1 comes out
-right (`tail_rule`); at other temperatures the distribution is wrong by the mass of the tail, which at T = 4 is most of
-it, and losses that look at the tail must not be trained on it unasked (`full_rows` is false).
+The logits outside of the top k are unknown. Decoding gives them all one value, such that the log-sum-exp at T = 1 is
+right. At other temperatures the distribution is wrong by the mass of the tail, which at T = 4 is most of it; losses
+that depend on the tail are refused (`full_rows` is false).
 """
 
 from __future__ import annotations
@@ -12,26 +12,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from redistill_cache.codecs.checks import Config, check_width
-from redistill_cache.codecs.protocol import Encoded, Json
-from redistill_cache.codecs.space import Array, Space, space_of, to_numpy
-from redistill_cache.codecs.stats import TEMPERATURES, check_finite, kl_rows
-from redistill_cache.errors import Damaged
+from redistill_cache.codecs.backend import Array, Backend, backend_of, to_numpy
+from redistill_cache.codecs.protocol import Encoded
+from redistill_cache.codecs.stats import check_finite, row_errors, top1_kept
 from redistill_cache.spec import ArraySpec
+from redistill_cache.strict_json import Fields, Json
 
 __all__ = ["TopKCodec"]
 
 
 @dataclass(frozen=True)
 class TopKCodec:
-    """`index` and `value` of the k largest, largest first; `lse_t1` and `lse_t4` of all. NaN where not known."""
+    """`index` and `value` of the k largest logits in descending order; `lse_t1` and `lse_t4` of all, NaN if unknown."""
 
     width: int
     k: int
     name: str = "topk"
 
     full_rows = False
-    tail_rule = "every class outside the top k gets one value, such that the log-sum-exp at T = 1 is right"
+    keeps_shift = True
 
     @property
     def rare(self) -> frozenset[str]:
@@ -57,52 +56,44 @@ class TopKCodec:
 
     def encode(self, rows: Array) -> Encoded:
         check_finite(rows)
-        space = space_of(rows)
-        rows = space.cast(rows, "float32")
-        index = space.largest(rows, self.k)
-        index = space.take(index, space.order(-space.take(rows, index)))
+        backend = backend_of(rows)
+        rows = backend.cast(rows, "float32")
+        index = backend.largest(rows, self.k)
+        index = backend.take(index, backend.order(-backend.take(rows, index)))
         arrays = {
-            "index": space.cast(index, "int64"),
-            "value": space.take(rows, index),
-            "lse_t1": space.cast(log_sum_exp(space, rows, 1.0), "float32"),
-            "lse_t4": space.cast(log_sum_exp(space, rows, 4.0), "float32"),
+            "index": backend.cast(index, "int64"),
+            "value": backend.take(rows, index),
+            "lse_t1": backend.cast(log_sum_exp(backend, rows, 1.0), "float32"),
+            "lse_t4": backend.cast(log_sum_exp(backend, rows, 4.0), "float32"),
         }
         decoded = self.decode(arrays)
-        errors = {f"kl_t{t:g}": np.array(to_numpy(kl_rows(rows, decoded, t))) for t in TEMPERATURES}
-        best = space.argmax_of_row(decoded)[:, None]
-        kept = to_numpy((space.take(rows, best) == space.max_of_row(rows))[:, 0])
         arrays["index"] = to_numpy(index).astype(self.arrays()[0].dtype)
-        return Encoded(arrays, errors, np.zeros(len(rows), bool), kept)
+        errors = row_errors(rows, decoded, "kl")
+        return Encoded(arrays, errors, np.zeros(len(rows), bool), top1_kept(rows, decoded))
 
     def decode(self, arrays: Mapping[str, Array]) -> Array:
         value, lse = arrays["value"], arrays["lse_t1"]
-        space = space_of(value)
-        top = space.cast(value, "float64")
-        left = 1.0 - space.exp(top - space.cast(lse, "float64")[:, None]).sum(1)
-        # Never above the smallest value that was kept: rounding can leave more mass than the tail can hold.
-        tail = space.cast(lse, "float64") + space.log(space.clip(left, 1e-12, None) / max(self.width - self.k, 1))
-        tail = space.minimum(tail, top[:, -1])
-        rows = space.zeros((len(value), self.width), "float32") + space.cast(tail, "float32")[:, None]
+        backend = backend_of(value)
+        top = backend.cast(value, "float64")
+        tail_mass = 1.0 - backend.exp(top - backend.cast(lse, "float64")[:, None]).sum(1)
+        tail_classes = max(self.width - self.k, 1)
+        tail = backend.cast(lse, "float64") + backend.log(backend.clip(tail_mass, 1e-12, None) / tail_classes)
+        # Never above the smallest of the top k: rounding can leave more mass than the tail can hold.
+        tail = backend.minimum(tail, top[:, -1])
+        rows = backend.zeros((len(value), self.width), "float32") + backend.cast(tail, "float32")[:, None]
         index = arrays["index"]
         if isinstance(index, np.ndarray):
-            index = space.constant(index.astype(np.int64))
-        return space.put(rows, index, value)
+            index = backend.constant(index.astype(np.int64))
+        return backend.put(rows, index, value)
 
     @classmethod
-    def open(cls, width: int, config: Mapping[str, Json], side: Mapping[str, np.ndarray]) -> TopKCodec:
-        """From an archive: everything is checked."""
-        reader = Config("topk", config)
-        check_width(width)
-        codec = cls(width, reader.integer("k", 1, width))
-        reader.choice("tail", ("uniform",))
-        reader.done()
-        if side:
-            raise Damaged(f"expected no side data of codec topk, found {', '.join(sorted(side)[:5])}")
-        return codec
+    def open(cls, width: int, config: Fields) -> TopKCodec:
+        config.choice("tail", ("uniform",))
+        return cls(width, config.integer("k", 1, width))
 
 
-def log_sum_exp(space: Space, rows: Array, temperature: float) -> Array:
-    """In float64."""
-    scaled = space.cast(rows, "float64") / temperature
-    largest = space.max_of_row(scaled)
-    return (space.log(space.exp(scaled - largest).sum(1)[:, None]) + largest)[:, 0]
+def log_sum_exp(backend: Backend, rows: Array, temperature: float) -> Array:
+    """Of every row, in float64."""
+    scaled = backend.cast(rows, "float64") / temperature
+    largest = backend.max_of_row(scaled)
+    return (backend.log(backend.exp(scaled - largest).sum(1)[:, None]) + largest)[:, 0]

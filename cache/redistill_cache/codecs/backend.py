@@ -1,7 +1,7 @@
-"""One spelling for the few array operations of the codecs, in numpy and in torch.
+"""The few array operations of the codecs, under one name in numpy and in torch.
 
-torch is never imported here: a torch tensor can only exist in a process that has imported it already, so the module
-is taken from sys.modules. Everything runs on the device of the rows it is given.
+Written by hand because torch must not be imported here: a tensor can only exist in a process that has imported torch
+already, so the module is taken from sys.modules. Everything runs on the device of the rows.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Array", "Space", "space_of", "to_numpy"]
+__all__ = ["Array", "Backend", "backend_of", "to_numpy"]
 
 Array = Any  # a numpy array or a torch tensor; typing both would import torch
 
-# Rows are always processed in tiles of this many, the last one padded: the shape of every matrix product is then the
-# same however the rows were batched, and with it the order of every sum.
+# Rows are processed in tiles of this size, the last one padded. Every matrix product then has the same shape, and every
+# sum the same order, whatever the batch size.
 TILE_ROWS_HOST = 256
 TILE_ROWS_DEVICE = 4096
 
 
 @dataclass(frozen=True)
-class Space:
+class Backend:
     """numpy, or torch on one device."""
 
     torch: Any = None
@@ -42,7 +42,7 @@ class Space:
         return TILE_ROWS_HOST if self.on_host else TILE_ROWS_DEVICE
 
     def constant(self, values: np.ndarray, dtype: str | None = None) -> Array:
-        """A numpy array, on the device."""
+        """A numpy array, copied to the device."""
         values = np.ascontiguousarray(values, dtype=dtype)
         if self.torch is None:
             return values
@@ -55,22 +55,17 @@ class Space:
             return x.astype(dtype, copy=False)
         return x.to(getattr(self.torch, dtype))
 
-    def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
-        if self.torch is None:
-            return np.empty(shape, dtype)
-        return self.torch.empty(shape, dtype=getattr(self.torch, dtype), device=self.device)
-
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
         if self.torch is None:
             return np.zeros(shape, dtype)
         return self.torch.zeros(shape, dtype=getattr(self.torch, dtype), device=self.device)
 
     def rint(self, x: Array) -> Array:
-        """To the nearest integer, halves to even, in both libraries."""
+        """To the nearest integer, ties to even in both libraries."""
         return np.rint(x) if self.torch is None else self.torch.round(x)
 
     def floor_divide(self, x: Array, divisor: Array) -> Array:
-        """Of integers."""
+        """Integer division, rounding down."""
         return x // divisor if self.torch is None else self.torch.div(x, divisor, rounding_mode="floor")
 
     def floor(self, x: Array) -> Array:
@@ -78,9 +73,6 @@ class Space:
 
     def exp(self, x: Array) -> Array:
         return np.exp(x) if self.torch is None else self.torch.exp(x)
-
-    def exp2(self, x: Array) -> Array:
-        return np.exp2(x) if self.torch is None else self.torch.exp2(x)
 
     def log(self, x: Array) -> Array:
         return np.log(x) if self.torch is None else self.torch.log(x)
@@ -103,9 +95,6 @@ class Space:
     def clip(self, x: Array, low: float | None, high: float | None) -> Array:
         return np.clip(x, low, high) if self.torch is None else self.torch.clamp(x, low, high)
 
-    def maximum(self, x: Array, y: Array) -> Array:
-        return np.maximum(x, y) if self.torch is None else self.torch.maximum(x, y)
-
     def minimum(self, x: Array, y: Array) -> Array:
         return np.minimum(x, y) if self.torch is None else self.torch.minimum(x, y)
 
@@ -117,7 +106,7 @@ class Space:
         return x.argmax(axis=1) if self.torch is None else x.argmax(1)
 
     def largest(self, x: Array, k: int) -> Array:
-        """Columns of the k largest of every row, in no particular order: [n, k]."""
+        """Column indices of the k largest values of every row, [n, k], unordered."""
         if self.torch is None:
             return np.argpartition(x, x.shape[1] - k, axis=1)[:, x.shape[1] - k :]
         return self.torch.topk(x, k, dim=1, sorted=False)[1]
@@ -129,30 +118,30 @@ class Space:
         return self.torch.gather(x, 1, index.long())
 
     def put(self, x: Array, index: Array, values: Array) -> Array:
-        """x with x[row, index[row, j]] = values[row, j]; x is overwritten."""
+        """x with x[row, index[row, j]] = values[row, j]; changes x in place."""
         if self.torch is None:
             np.put_along_axis(x, index, values, axis=1)
             return x
         return x.scatter_(1, index.long(), values)
 
     def order(self, x: Array) -> Array:
-        """Columns of every row from the smallest value to the largest, equal ones as they come."""
-        return np.argsort(x, axis=1, kind="stable") if self.torch is None else self.torch.argsort(x, 1, stable=True)
+        """Column indices that sort every row in ascending order; the sort is stable."""
+        return np.argsort(x, axis=1, kind="stable") if self.torch is None else self.torch.argsort(x, dim=1, stable=True)
 
     def lookup(self, table: Array, index: Array) -> Array:
-        """table[index], the index of a small unsigned integer type."""
+        """table[index], for an index of a small unsigned integer type."""
         if self.torch is None:
             return table.take(index, axis=0)
         return table[index if index.dtype == self.torch.int64 else index.to(self.torch.int32)]
 
     def running_sum(self, x: Array) -> Array:
-        """Along the rows of an int32 array, as int32."""
+        """Cumulative sum along the rows of an int32 array, as int32."""
         if self.torch is None:
             return np.cumsum(x, axis=1, dtype=np.int32)
         return self.torch.cumsum(x, 1, dtype=self.torch.int32)
 
     def inverse(self, x: Array) -> Array:
-        """Of every matrix [n, m, m]."""
+        """The inverse of every matrix of [n, m, m]."""
         return np.linalg.inv(x) if self.torch is None else self.torch.linalg.inv(x)
 
     def identity(self, size: int) -> Array:
@@ -165,7 +154,7 @@ class Space:
         return np.ascontiguousarray(x) if self.torch is None else x.contiguous()
 
     def pad_rows(self, x: Array, rows: int) -> Array:
-        """x with zero rows below, to `rows` of them, contiguous."""
+        """x with zero rows appended up to `rows` rows, contiguous."""
         if len(x) == rows:
             return self.contiguous(x)
         padded = self.zeros((rows, *x.shape[1:]), str(x.dtype).removeprefix("torch."))
@@ -177,16 +166,16 @@ class Space:
         return np.flatnonzero(mask) if self.torch is None else self.torch.nonzero(mask).flatten()
 
 
-def space_of(x: Array) -> Space:
-    """The space an array lives in."""
+def backend_of(x: Array) -> Backend:
+    """The backend of an array: its library and device."""
     if isinstance(x, np.ndarray):
-        return Space()
+        return Backend()
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(x, torch.Tensor):
-        return Space(torch, x.device)
+        return Backend(torch, x.device)
     raise TypeError(f"expected a numpy array or a torch tensor, found {type(x).__name__}")
 
 
 def to_numpy(x: Array) -> np.ndarray:
-    """The values on the host."""
+    """The values as a numpy array on the host."""
     return x if isinstance(x, np.ndarray) else np.asarray(x.detach().cpu().numpy())
