@@ -11,7 +11,7 @@ from redistill_cache.errors import Refused
 from redistill_cache.machine import usable_cores, usable_memory
 
 from redistill import doctor
-from redistill.doctor import examine, views_of
+from redistill.doctor import examine, open_views
 from tests import tiny_archive
 
 
@@ -68,21 +68,21 @@ class Many:
 
 def test_a_large_set_is_not_read_for_a_rate():
     images = Many()
-    dataset = views_of(images, None)
-    assert len(dataset.__getitems__(dataset.indices(0).tolist())) == len(images.seen) == doctor.IMAGES
+    dataset = open_views(images, None)
+    assert len(dataset.__getitems__(dataset.indices(0).tolist())) == len(images.seen) == doctor.MAX_IMAGES
     assert min(images.seen) == 0
     assert max(images.seen) > 900_000
-    assert len(views_of(Many(3), None)) == 3
+    assert len(open_views(Many(3), None)) == 3
     with pytest.raises(Refused, match="no image"):
-        views_of(Many(0), None)
+        open_views(Many(0), None)
 
 
 def test_an_archive_without_teachers_is_said_to_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(doctor, "SECONDS", 0.01)
+    monkeypatch.setattr(doctor, "SECONDS_PER_RATE", 0.01)
     tiny_archive.make(tmp_path / "bare.zarr", teachers=())
     found = examine(archive=tmp_path / "bare.zarr", folder=tmp_path)
     assert found.archive_load_rows_per_second is None
-    assert any("no teacher's answers" in advice for advice in found.advice)
+    assert any("has no teacher yet" in advice for advice in found.advice)
     tiny_archive.make(tmp_path / "full.zarr")
     rate = examine(archive=tmp_path / "full.zarr", folder=tmp_path).archive_decode_rows_per_second
     assert rate is not None

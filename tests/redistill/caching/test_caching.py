@@ -20,7 +20,7 @@ from redistill_cache.verify import verify
 
 import redistill
 from redistill.caching import CacheOptions, cache_teacher, estimate_cache
-from redistill.caching.run import ENOUGH_LABELS
+from redistill.caching.run import MIN_LABELLED
 from redistill.demo.run import DIFFICULTY, TEACHER_NETWORK, TEACHER_WEIGHTS
 from redistill.devices import pick_device
 from redistill.interrupts import Interrupted
@@ -248,7 +248,7 @@ def test_another_option_is_refused_by_name_and_changes_nothing(whole: Path, chan
         ({"teacher": python_teacher("gregarious")}, "depends on the other images of the batch"),
         ({"teacher": python_teacher("greedy")}, "ran out of memory on a batch of 16; try --batch-size 8"),
         ({"teacher": python_teacher("moody"), "allow_python": False}, "command line only"),
-        ({"recipe": "center?size=32", "size": 32}, "both say how large views are"),
+        ({"recipe": "center?size=32", "size": 32}, "both set the size of the views"),
         ({"signals": ("logits", "layer9")}, "layer9"),
         ({"extend_views": True}, "--extend-views"),
     ],
@@ -313,7 +313,7 @@ class Heard(NoProgress):
 
 
 def test_a_teacher_that_guesses_is_warned_of(tmp_path: Path):
-    trained = f"synthetic?{DIFFICULTY}&n={ENOUGH_LABELS}"
+    trained = f"synthetic?{DIFFICULTY}&n={MIN_LABELLED}"
     for teacher, warnings in ((f"{TEACHER_NETWORK}&weights={TEACHER_WEIGHTS}", 0), (OTHER_TEACHER, 1)):
         heard = Heard()
         options = asked(tmp_path / f"{warnings}.zarr", data=trained, teacher=teacher, views=1, batch_size=64)
@@ -343,7 +343,7 @@ def test_bad_places(tmp_path: Path):
         cache_teacher(asked(tmp_path / "file"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")
-    with pytest.raises(Refused, match="holds files that are no archive"):
+    with pytest.raises(Refused, match="holds files and is not an archive"):
         cache_teacher(asked(tmp_path / "full"))
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
     with pytest.raises(UsageError, match="URL"):

@@ -77,7 +77,7 @@ def test_whoever_is_there_does_the_work(whole: Path, ram: Path, monkeypatch: pyt
 
 
 def test_every_block_has_an_owner_and_helpers():
-    ranks = [Rank(rank, 3, rank, 3).order(range(11)) for rank in range(3)]
+    ranks = [Rank(rank, 3, rank, 3).work_order(range(11)) for rank in range(3)]
     assert [sorted(order) for order in ranks] == [list(range(11))] * 3
     assert [order[:3] for order in ranks] == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
     assert len({order[-1] for order in ranks}) == 3, "helpers do not all help with the same block"
@@ -102,7 +102,7 @@ def test_adding_views_is_continued_too(ram: Path):
     assert there.items() <= shards(path).items()
     assert first.id != second.id
     assert verify(path, full=True).ok
-    with pytest.raises(Refused, match=r"no teacher 'newcomer'.*it has: large"):
+    with pytest.raises(Refused, match=r"no teacher 'newcomer'.*its teachers: large"):
         cache_teacher(asked(path, views=3, teacher_name="newcomer", extend_views=True))
     with pytest.raises(Refused, match="cannot shrink"):
         cache_teacher(asked(path, views=1, extend_views=True))
