@@ -33,9 +33,9 @@ def main() -> None:
     rows = [
         {
             "name": f"stage 1, {views} views",
-            "ratio": peak_bytes / peaks[10],
+            "ratio": size / peaks[10],
             "goal": 1.0,
-            "mebibytes": peak_bytes / 2**20,
+            "mebibytes": size / 2**20,
         }
         for views, size in peaks.items()
     ]
