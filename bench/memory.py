@@ -1,8 +1,7 @@
 """Whether the memory of stage 1 grows with the views it writes: python bench/memory.py [--quick] [--json PATH]
 
-Each row is the most memory that a process of its own held while it wrote so many views of 1,024 images and 1,000
-classes, 4 MB of answers a view; the ratio is over the first row, which has enough views to fill every buffer.
-Stage 2 is measured beside its pace, in bench/stage2.py.
+Each row is the peak memory of a process that wrote so many views of 1,024 images and 1,000 classes, 4 MB of logits per
+view; the ratio is over the first row, which has enough views to fill every buffer. bench/stage2.py measures stage 2.
 """
 
 from __future__ import annotations
@@ -26,14 +25,19 @@ def peak(out: Path, views: int) -> int:
 
 def main() -> None:
     args = harness.arguments(__doc__ or "").parse_args()
-    found: dict[int, int] = {}
+    peaks: dict[int, int] = {}
     with tempfile.TemporaryDirectory() as folder:
         for views in (10, 25) if args.quick else (10, 25, 50):
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
-                found[views] = alone.submit(peak, Path(folder) / f"{views}.redistill.zarr", views).result()
+                peaks[views] = alone.submit(peak, Path(folder) / f"{views}.redistill.zarr", views).result()
     rows = [
-        {"name": f"stage 1, {views} views", "ratio": most / found[10], "goal": 1.0, "mebibytes": most / 2**20}
-        for views, most in found.items()
+        {
+            "name": f"stage 1, {views} views",
+            "ratio": size / peaks[10],
+            "goal": 1.0,
+            "mebibytes": size / 2**20,
+        }
+        for views, size in peaks.items()
     ]
     harness.report("memory", rows, args)
 

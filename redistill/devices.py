@@ -10,12 +10,12 @@ from redistill_cache.errors import Refused, UsageError
 
 __all__ = ["one_thread", "pick_amp", "pick_device", "refuse_out_of_memory"]
 
-# What torch says when the host, not a GPU, has no memory left; it has no class of its own.
-HOST_MEMORY = ("DefaultCPUAllocator", "not enough memory", "can't allocate memory")
+# A failed allocation on a CPU is a plain RuntimeError; only its text tells it from others.
+HOST_OUT_OF_MEMORY = ("DefaultCPUAllocator", "not enough memory", "can't allocate memory")
 
 
 def pick_device(text: str = "auto", *, local_rank: int = 0) -> torch.device:
-    """`auto` takes CUDA where there is one, else the CPU. Without a number, CUDA means this rank's own GPU."""
+    """`auto` is CUDA if there is a GPU, else the CPU. `cuda` without a number is the GPU of this local rank."""
     if text == "auto":
         text = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -25,7 +25,7 @@ def pick_device(text: str = "auto", *, local_rank: int = 0) -> torch.device:
     if device.type == "cuda":
         return cuda_device(device.index, local_rank)
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise Refused("device mps was asked for, but torch finds none here; use --device cpu or --device auto")
+        raise Refused("device mps was requested, but torch finds none; use --device cpu or --device auto")
     if device.type not in ("cpu", "mps"):
         raise UsageError(f"device {text!r} is not supported; expected auto, cpu, cuda, cuda:N or mps")
     return device
@@ -34,16 +34,16 @@ def pick_device(text: str = "auto", *, local_rank: int = 0) -> torch.device:
 def cuda_device(index: int | None, local_rank: int) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
-        raise Refused("device cuda was asked for, but torch finds no GPU here; use --device cpu or --device auto")
+        raise Refused("device cuda was requested, but torch finds no GPU; use --device cpu or --device auto")
     index = local_rank if index is None else index
     if index >= count:
-        raise Refused(f"device cuda:{index} was asked for, but there are {count} GPUs (cuda:0 to cuda:{count - 1})")
+        raise Refused(f"device cuda:{index} was requested, but there are {count} GPUs (cuda:0 to cuda:{count - 1})")
     return torch.device("cuda", index)
 
 
-def pick_amp(device: torch.device, wanted: bool | None) -> torch.dtype | None:
-    """The reduced precision of the forward pass, or None for float32. Not said: on for CUDA, off elsewhere."""
-    if wanted is False or (wanted is None and device.type != "cuda"):
+def pick_amp(device: torch.device, amp: bool | None) -> torch.dtype | None:
+    """The autocast type of the forward pass, or None for float32. By default (`amp=None`), autocast on CUDA only."""
+    if amp is False or (amp is None and device.type != "cuda"):
         return None
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16
@@ -52,11 +52,11 @@ def pick_amp(device: torch.device, wanted: bool | None) -> torch.dtype | None:
 
 @contextmanager
 def refuse_out_of_memory(batch_size: int, device: torch.device) -> Iterator[None]:
-    """Turn a failed allocation into one line that says which batch size to try."""
+    """Turn a failed allocation into one line with a batch size to try."""
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if not isinstance(error, torch.OutOfMemoryError) and not any(sign in str(error) for sign in HOST_MEMORY):
+    except RuntimeError as error:  # the base class of torch.OutOfMemoryError
+        if not isinstance(error, torch.OutOfMemoryError) and not any(text in str(error) for text in HOST_OUT_OF_MEMORY):
             raise
         advice = f"try --batch-size {batch_size // 2}" if batch_size > 1 else "not even one image fits"
         raise Refused(f"{device} ran out of memory on a batch of {batch_size}; {advice}") from error
@@ -64,10 +64,11 @@ def refuse_out_of_memory(batch_size: int, device: torch.device) -> Iterator[None
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """As in a worker of a DataLoader: small work is not worth sharing out, and on a busy machine waiting costs most."""
-    before = torch.get_num_threads()
+    """Run torch in one thread, as DataLoader workers do: for small tensors, starting and joining threads costs more
+    than it saves, most of all on a busy machine."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""What this machine can do: versions, devices, and a few short measurements that say what will limit training."""
+"""Measure this machine: versions, devices, and a few short benchmarks that show what will limit training."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ __all__ = ["Diagnosis", "examine"]
 
 PACKAGES = ("redistill", "torch", "torchvision", "zarr", "numcodecs", "numpy", "pillow", "webdataset")
 EXTRAS = ("timm", "wandb", "tensorboard")
-DRAWN = "synthetic?n=64"
-# Images that are looked at: rates need no more, and a large set should not be read for them.
-IMAGES = 64
-# Images below this side are shown as they are, others cropped and scaled.
-SMALL = 64
-SECONDS = 1.0
-WRITTEN = 32 << 20
-ROWS = 4096
+DEFAULT_DATA = "synthetic?n=64"
+# Images to measure with: more would not change the rates, and a large data set must not be read for them.
+MAX_IMAGES = 64
+# Images smaller than this are shown as they are, others cropped and scaled.
+SMALL_IMAGE = 64
+SECONDS_PER_RATE = 1.0
+BYTES_WRITTEN = 32 << 20
+ROWS_DECODED = 4096
 
 
 @dataclass
 class Diagnosis:
-    """Facts, rates and advice. Rates that need data or an archive are None without."""
+    """Facts, rates and advice. Rates that need an archive are None without one."""
 
     versions: dict[str, str | None]
     python: str
     system: str
     cores: int
-    """That may be kept busy: a container may be given the time of fewer than the machine has."""
+    """Cores that this process may use: a container may be limited to fewer than the machine has."""
     machine_cores: int
     memory_gib: float | None
     devices: list[str]
@@ -76,35 +76,35 @@ class Diagnosis:
 
 
 def examine(data: str | None = None, archive: Path | None = None, folder: Path | None = None) -> Diagnosis:
-    """Look at this machine for some seconds; `folder` is where archives would be written."""
+    """Measure for a few seconds; `folder` is where archives would be written, by default the current one."""
     device = pick_device("auto")
-    where = folder or Path.cwd()
+    folder = folder or Path.cwd()
     opened = None if archive is None else open_archive(archive)
-    dataset = views_of(data or DRAWN, opened if data is not None else None)
+    dataset = open_views(data or DEFAULT_DATA, opened if data is not None else None)
     size = dataset.size
-    student = "demo:small" if size < 64 else "torchvision:resnet18"
-    found = Diagnosis(
+    student = "demo:small" if size < SMALL_IMAGE else "torchvision:resnet18"
+    diagnosis = Diagnosis(
         versions={name: version_of(name) for name in (*PACKAGES, *EXTRAS)},
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
         cores=usable_cores(),
         machine_cores=os.cpu_count() or 1,
         memory_gib=None if (memory := usable_memory()) is None else memory / 2**30,
-        devices=devices(),
+        devices=device_names(),
         worker_start=worker_context().get_start_method(),
         workers=default_workers(),
-        disk_free_gib=free_gib(where),
-        disk_write_mib_per_second=write_rate(where),
-        data=data or "drawn images, as no --data was given",
+        disk_free_gib=free_gib(folder),
+        disk_write_mib_per_second=write_rate(folder),
+        data=data or "synthetic images, as no --data was given",
         view_size=size,
         views_per_second_and_core=render_rate(dataset),
         student=student,
         student_images_per_second=student_rate(student, size, device),
     )
     if opened is not None:
-        measure_archive(found, opened, device)
-    conclude(found)
-    return found
+        measure_archive(diagnosis, opened, device)
+    add_advice(diagnosis)
+    return diagnosis
 
 
 # -- facts ------------------------------------------------------------------------------------------------------------
@@ -117,22 +117,10 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def devices() -> list[str]:
+def device_names() -> list[str]:
     if not torch.cuda.is_available():
         return ["cpu"]
     return [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
-
-
-# -- rates ------------------------------------------------------------------------------------------------------------
-
-
-def pace(work: Callable[[], int]) -> float:
-    """Units a second of something that says how many units it did, repeated for about a second."""
-    work()
-    start, done = time.perf_counter(), 0
-    while time.perf_counter() - start < SECONDS:
-        done += work()
-    return done / (time.perf_counter() - start)
 
 
 def free_gib(folder: Path) -> float:
@@ -140,48 +128,60 @@ def free_gib(folder: Path) -> float:
         return shutil.disk_usage(folder).free / 2**30
 
 
+# -- rates ------------------------------------------------------------------------------------------------------------
+
+
+def rate_of(step: Callable[[], int]) -> float:
+    """Items per second of `step`, which returns how many items it processed; repeated for about a second."""
+    step()
+    start, items = time.perf_counter(), 0
+    while time.perf_counter() - start < SECONDS_PER_RATE:
+        items += step()
+    return items / (time.perf_counter() - start)
+
+
 def write_rate(folder: Path) -> float:
     """MiB/s of a durable write."""
-    block = np.random.default_rng(0).integers(0, 256, WRITTEN, np.uint8).data
+    block = np.random.default_rng(0).integers(0, 256, BYTES_WRITTEN, np.uint8).data
     with disk_trouble("write", folder), tempfile.TemporaryDirectory(dir=folder, prefix=".redistill-doctor-") as inside:
         start = time.perf_counter()
         LOCAL.publish(Path(inside) / "block", block)
-        return WRITTEN / 2**20 / (time.perf_counter() - start)
+        return BYTES_WRITTEN / 2**20 / (time.perf_counter() - start)
 
 
 @dataclass(frozen=True)
-class Some:
-    """A few samples of a source, from all over it."""
+class Subset:
+    """A few samples of a source, evenly spread over it."""
 
     source: Source
 
     def __len__(self) -> int:
-        return min(IMAGES, len(self.source))
+        return min(MAX_IMAGES, len(self.source))
 
     def sample(self, i: int) -> Sample:
         return self.source.sample(i * len(self.source) // len(self))
 
 
-def views_of(data: str, archive: Archive | None) -> ViewDataset:
-    """Views as training would render them: by the archive's recipe, or the usual one for images of their size."""
-    source = ObjectSource(Some(open_source(data)))
+def open_views(data: str, archive: Archive | None) -> ViewDataset:
+    """Views as in training: with the archive's recipe, or the default one for the size of the images."""
+    source = ObjectSource(Subset(open_source(data)))
     if not len(source):
-        raise Refused(f"{data} holds no image to measure with; name another --data, or none")
+        raise Refused(f"{data} holds no image to measure with; use another --data, or leave it out")
     index = index_source(source, workers=0)
-    usual = "cifar" if index.sizes.max() < SMALL else "rrc"
-    recipe = parse_recipe(usual) if archive is None else archive_recipe(archive)
+    default_recipe = "cifar" if index.sizes.max() < SMALL_IMAGE else "rrc"
+    recipe = parse_recipe(default_recipe) if archive is None else archive_recipe(archive)
     return ViewDataset(source, DrawnViews(index, recipe, seed=0, num_views=1))
 
 
 def render_rate(dataset: ViewDataset) -> float:
-    """Views a second on one core, as in a worker."""
-    some = iter(np.resize(dataset.indices(0), 1 << 20).tolist())
+    """Views per second on one core, as in a worker."""
+    indices = iter(np.resize(dataset.indices(0), 1 << 20).tolist())
     with one_thread():
-        return pace(lambda: len(dataset.__getitems__([next(some) for _ in range(4)])))
+        return rate_of(lambda: len(dataset.__getitems__([next(indices) for _ in range(4)])))
 
 
 def student_rate(student: str, size: int, device: torch.device) -> float:
-    """Images a second through forward and backward of a usual student."""
+    """Images per second through forward and backward of a typical student."""
     network = open_model(student, num_classes=100).module.to(device).train()
     batch = torch.zeros(32, 3, size, size, device=device)
 
@@ -191,20 +191,20 @@ def student_rate(student: str, size: int, device: torch.device) -> float:
             torch.cuda.synchronize(device)
         return len(batch)
 
-    return pace(step)
+    return rate_of(step)
 
 
-def measure_archive(found: Diagnosis, archive: Archive, device: torch.device) -> None:
-    """Rows a second: loading a view from disk, and decoding rows of it on the device."""
+def measure_archive(diagnosis: Diagnosis, archive: Archive, device: torch.device) -> None:
+    """Rows per second: loading a view from disk, and decoding rows of it on the device."""
     signals = [(name, signal.name) for name, teacher in archive.teachers.items() for signal in teacher.signals]
     if not signals:
-        found.advice.append(f"{archive.path} holds no teacher's answers yet: redistill cache-teacher adds them")
+        diagnosis.advice.append(f"{archive.path} has no teacher yet; add one with redistill cache-teacher")
         return
-    name, signal = min(signals, key=lambda pair: pair[1] != LOGITS)  # logits where there are any
+    name, signal = min(signals, key=lambda pair: pair[1] != LOGITS)  # logits if there are any
     start = time.perf_counter()
     view = archive.load_view(0, name, signal)
-    found.archive_load_rows_per_second = len(view) / (time.perf_counter() - start)
-    rows = np.random.default_rng(0).permutation(len(view))[:ROWS]
+    diagnosis.archive_load_rows_per_second = len(view) / (time.perf_counter() - start)
+    rows = np.random.default_rng(0).permutation(len(view))[:ROWS_DECODED]
 
     def decode() -> int:
         decode_on(view.codec, view.gather(rows), device)
@@ -212,32 +212,36 @@ def measure_archive(found: Diagnosis, archive: Archive, device: torch.device) ->
             torch.cuda.synchronize(device)
         return len(rows)
 
-    found.archive_decode_rows_per_second = pace(decode)
+    diagnosis.archive_decode_rows_per_second = rate_of(decode)
 
 
-# -- conclusions ------------------------------------------------------------------------------------------------------
+# -- advice -----------------------------------------------------------------------------------------------------------
 
 
-def conclude(found: Diagnosis) -> None:
-    """Which part is slowest, and what to do about it."""
-    loader = found.views_per_second_and_core * found.workers
-    rates = {"the loader": loader, "the student": found.student_images_per_second}
-    if found.archive_decode_rows_per_second is not None:
-        rates["decoding the archive"] = found.archive_decode_rows_per_second
+def add_advice(diagnosis: Diagnosis) -> None:
+    """Find the slowest part, and say what to do about it."""
+    rates = {
+        "the loader": diagnosis.views_per_second_and_core * diagnosis.workers,
+        "the student": diagnosis.student_images_per_second,
+    }
+    if diagnosis.archive_decode_rows_per_second is not None:
+        rates["decoding the archive"] = diagnosis.archive_decode_rows_per_second
     slowest = min(rates, key=lambda name: rates[name])
-    found.limit = f"{slowest}: about {rates[slowest]:.0f} images/s"
-    advice = found.advice
+    diagnosis.limit = f"{slowest}: about {rates[slowest]:.0f} images/s"
+    advice = diagnosis.advice
     if slowest == "the loader":
         advice.append("the loader limits training: train several students in one pass (--seed 0 --seed 1 ...)")
-        advice.append("or show several views of a decoded image (--views-per-image 2), or store smaller images")
-    if found.cores < found.machine_cores:
-        advice.append(f"{found.cores} of {found.machine_cores} cores may be used here: more --workers would not help")
-    if found.devices == ["cpu"]:
-        advice.append("no GPU: stage 1 with a large teacher belongs on a machine that has one; archives travel")
-    if found.memory_gib is not None and found.memory_gib < 4:
-        advice.append(f"{found.memory_gib:.1f} GiB of memory: keep --workers low and --cache-memory below 1")
-    if found.disk_free_gib < 5:
-        advice.append(f"{found.disk_free_gib:.1f} GiB are free: see --dry-run for what an archive takes")
-    missing = [name for name in EXTRAS if found.versions[name] is None]
+        advice.append("or show several views of each decoded image (--views-per-image 2), or store smaller images")
+    if diagnosis.cores < diagnosis.machine_cores:
+        advice.append(
+            f"only {diagnosis.cores} of {diagnosis.machine_cores} cores may be used: more --workers would not help"
+        )
+    if diagnosis.devices == ["cpu"]:
+        advice.append("no GPU: run stage 1 with a large teacher on a machine that has one, and copy the archive here")
+    if diagnosis.memory_gib is not None and diagnosis.memory_gib < 4:
+        advice.append(f"{diagnosis.memory_gib:.1f} GiB of memory: keep --workers low and --cache-memory below 1")
+    if diagnosis.disk_free_gib < 5:
+        advice.append(f"{diagnosis.disk_free_gib:.1f} GiB free: cache-teacher --dry-run estimates an archive's size")
+    missing = [name for name in EXTRAS if diagnosis.versions[name] is None]
     if missing:
-        advice.append(f"not installed, and needed only if asked for: {', '.join(missing)}")
+        advice.append(f"optional, not installed: {', '.join(missing)}")

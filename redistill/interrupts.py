@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request: the loop that spends the hours ends at a place of its own choosing."""
+"""Turn Ctrl-C and SIGTERM into a stop request, so that a long loop can stop at a safe point."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from redistill_cache.errors import RedistillError
 __all__ = ["Interrupted", "StopRequest", "stop_on_signals"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-AGAIN = "run the same command again to continue: what is finished is kept"
+RERUN = "run the same command again to continue; finished work is not repeated"
 
 
 class Interrupted(RedistillError):
-    """The user or the scheduler asked to stop, and everything worth keeping was kept."""
+    """The user or the scheduler requested a stop, and finished work is on disk."""
 
     def __init__(self, number: int, advice: str) -> None:
         super().__init__(f"interrupted by {signal.Signals(number).name}; {advice}")
@@ -26,7 +26,7 @@ class Interrupted(RedistillError):
 
 
 class StopRequest:
-    """Set by the first signal. A second one is not caught: whoever presses Ctrl-C twice means it."""
+    """Set by the first signal. The handlers are restored then, so a second signal has its usual effect."""
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -34,30 +34,30 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.number is not None
 
-    def raise_if_set(self, advice: str = AGAIN) -> None:
+    def raise_if_set(self, advice: str = RERUN) -> None:
         if self.number is not None:
             raise Interrupted(self.number, advice)
 
 
 @contextmanager
-def stop_on_signals(advice: str = AGAIN) -> Iterator[StopRequest]:
-    """Within the block, SIGINT and SIGTERM only set the request. In other threads than the main one it is never set.
+def stop_on_signals(advice: str = RERUN) -> Iterator[StopRequest]:
+    """Within the block, SIGINT and SIGTERM only set the request. Outside the main thread it is never set.
 
-    A scheduler signals all processes of a job, workers included. So what fails once the request is set, fails because
-    of it, and leaves the block as `Interrupted` with this advice.
+    A scheduler signals all processes of a job, workers included, so an error after a request is taken as a consequence
+    of the signal and leaves the block as `Interrupted` with this advice.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
+    previous: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
 
-    def ask(number: int, _: FrameType | None) -> None:
+    def set_request(number: int, _: FrameType | None) -> None:
         request.number = number
-        signal.signal(number, before[number])
+        signal.signal(number, previous[number])
 
     for number in SIGNALS:
-        signal.signal(number, ask)
+        signal.signal(number, set_request)
     try:
         yield request
     except RedistillError as error:
@@ -66,6 +66,6 @@ def stop_on_signals(advice: str = AGAIN) -> Iterator[StopRequest]:
         raise
     finally:
         for number in SIGNALS:
-            signal.signal(number, before[number])
+            signal.signal(number, previous[number])
     if request.number is not None:
-        signal.raise_signal(request.number)  # nobody in the block looked any more; whoever is around it will
+        signal.raise_signal(request.number)  # the block ended without checking it; leave it to the outer handler

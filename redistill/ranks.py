@@ -1,8 +1,9 @@
-"""Several processes under torchrun: which this is; and in stage 1, who creates, who waits, and which blocks are whose.
+"""Processes started by torchrun: `Rank` is this one's place among them, `World` the process group for training.
 
-Stage 1 has no communication but the archive. Rank 0 creates it and declares the teacher; every rank then writes its own
-share and, when it is through, what others have not written yet. A block that two ranks made is committed by the first
-and is the same anyway. So ranks may die, and come back as more or fewer.
+Training needs both. Stage 1 needs no process group, because its ranks communicate through the archive: rank 0 creates
+it and declares the teacher; then every rank writes its own share of the blocks and, when that is done, blocks of other
+ranks that are still missing. If two ranks compute the same block, the first commit counts, and the bytes are the same
+anyway. So ranks may die, and a resumed run may have more or fewer of them.
 """
 
 from __future__ import annotations
@@ -26,13 +27,16 @@ from redistill.interrupts import StopRequest
 __all__ = ["Rank", "World", "joined_world"]
 
 POLL_SECONDS = 0.25
+# Rank 0 may index a million images before the first step, while the others wait. This timeout need not detect a dead
+# process: torchrun and gloo notice that at once.
+CONTROL_TIMEOUT = timedelta(hours=24)
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Rank:
-    """This process among all, and among those of this machine."""
+    """This process among all processes, and among those on this machine."""
 
     rank: int = 0
     world: int = 1
@@ -41,7 +45,7 @@ class Rank:
 
     @classmethod
     def from_environment(cls) -> Rank:
-        """As torchrun says; alone where nobody says anything."""
+        """From the variables set by torchrun; a single process without them."""
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         texts = [os.environ.get(name) for name in names]
         if texts[0] is None or texts[1] is None:
@@ -59,38 +63,27 @@ class Rank:
     def first(self) -> bool:
         return self.rank == 0
 
-    def order(self, blocks: Sequence[T]) -> list[T]:
-        """This rank's share of what is to be done, then the shares of the next ranks, each from its far end."""
+    def work_order(self, blocks: Sequence[T]) -> list[T]:
+        """This rank's share of the blocks, then the shares of the next ranks, each of those backwards."""
         shares = [list(blocks[rank :: self.world]) for rank in range(self.world)]
-        after = [block for share in shares[self.rank + 1 :] + shares[: self.rank] for block in reversed(share)]
-        return shares[self.rank] + after
+        others = shares[self.rank + 1 :] + shares[: self.rank]
+        return shares[self.rank] + [block for share in others for block in reversed(share)]
 
-    def wait_until(self, done: Callable[[], bool], stop: StopRequest) -> None:
-        """Until the first rank has done it. torchrun ends this process when that one fails."""
-        while not done():
+    def wait_until(self, condition: Callable[[], bool], stop: StopRequest) -> None:
+        """Wait for work of rank 0. torchrun ends this process if that one fails."""
+        while not condition():
             stop.raise_if_set()
             time.sleep(POLL_SECONDS)
 
 
-# -- distributed ------------------------------------------------------------------------------------------------------
-#
-# Several processes under torchrun: what each is, and how they agree.
-
-Thing = TypeVar("Thing")
-
-# One process of a machine may read a million images before the first step while the others wait for it. A process that
-# has died is noticed at once, by torchrun and by gloo.
-PATIENCE = timedelta(hours=24)
-
-
 @dataclass(frozen=True)
 class World:
-    """This process, its device, and all the others."""
+    """This process, its device, and the process group it trains in. With one process, nothing is communicated."""
 
     rank: Rank
     device: torch.device
     control: dist.ProcessGroup | None = None
-    """For words between processes, apart from gradients: over gloo, so that no GPU waits for them."""
+    """A gloo group for everything but gradients, so that no GPU is synchronised for it."""
 
     @property
     def size(self) -> int:
@@ -101,76 +94,77 @@ class World:
         return self.rank.first
 
     def wrap(self, module: nn.Module, sync_bn: bool) -> nn.Module:
-        """The module as it is trained: gradients are averaged over processes in backward."""
+        """The module for training: backward averages its gradients over all ranks."""
         if self.size == 1:
             return module
         if sync_bn:
             if self.device.type != "cuda":
-                raise UsageError("--sync-bn needs GPUs: torch has it for CUDA only")
+                raise UsageError("--sync-bn needs GPUs: torch implements it for CUDA only")
             module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
         ids = [self.device.index] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(module, device_ids=ids)
 
-    def any(self, *mine: bool) -> list[bool]:
-        """For each question, whether it is so for any process; all of them must ask at the same point."""
-        if self.size == 1:
-            return list(mine)
-        flags = torch.tensor([float(flag) for flag in mine])
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.control)
-        return [bool(flag) for flag in flags]
+    # The following are collective: all ranks must call them in the same order.
 
-    def gather(self, mine: Thing) -> list[Thing]:
-        """What every process has, in the order of ranks."""
+    def any(self, *flags: bool) -> list[bool]:
+        """For each flag, whether it is set on any rank."""
         if self.size == 1:
-            return [mine]
-        everybody: list[Any] = [None] * self.size
-        dist.all_gather_object(everybody, mine, group=self.control)
-        return everybody
+            return list(flags)
+        values = torch.tensor([float(flag) for flag in flags])
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.control)
+        return [bool(value) for value in values]
 
-    def as_first_has(self, tensors: Iterable[Tensor]) -> None:
-        """Give every process the values that the first one has."""
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, in the order of ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite the tensors with those of rank 0."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
-    def wait(self) -> None:
-        """Until all processes are here."""
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
         self.any(False)
 
     @contextmanager
-    def first_here_first(self) -> Iterator[None]:
-        """One process of each machine does the block before the others: what it reads and keeps, they find."""
+    def local_first(self) -> Iterator[None]:
+        """One rank of each machine runs the block before the others, which then find what it has cached on disk."""
         if self.rank.local:
-            self.wait()
+            self.barrier()
         try:
             yield
         finally:
             if not self.rank.local:
-                self.wait()
+                self.barrier()
 
 
 @contextmanager
 def joined_world(device: str) -> Iterator[World]:
-    """The world of this process, joined as torchrun describes it; alone without torchrun."""
+    """The world of this process, with a process group when torchrun started it."""
     rank = Rank.from_environment()
-    picked = pick_device(device, local_rank=rank.local)
+    rank_device = pick_device(device, local_rank=rank.local)
     if rank.world == 1:
-        yield World(rank, picked)
+        yield World(rank, rank_device)
         return
-    if picked.type == "cuda":
-        torch.cuda.set_device(picked)
-        dist.init_process_group("nccl", device_id=picked)
+    if rank_device.type == "cuda":
+        torch.cuda.set_device(rank_device)
+        dist.init_process_group("nccl", device_id=rank_device)
     else:
         dist.init_process_group("gloo")
     try:
-        control: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
-        yield World(rank, picked, control)
+        control: Any = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+        yield World(rank, rank_device, control)
     except RuntimeError as error:
         if "by peer" not in str(error):
             raise
         raise Refused(
-            "another process of this run has ended, and has said why; run the same command again to go on from the "
-            "checkpoint"
+            "another rank exited; see its error above, then run the same command again to resume from the checkpoint"
         ) from error
     finally:
         dist.destroy_process_group()

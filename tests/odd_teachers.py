@@ -1,4 +1,4 @@
-"""Teachers that should not be written down, as a user's own module."""
+"""Teachers that stage 1 must refuse, as a module of a user: `--teacher python:tests.odd_teachers:NanLogits?...`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,10 @@ from redistill.models import open_model
 CLASSES = 5
 
 
-def network() -> nn.Module:
-    return open_model(f"demo:tiny?num_classes={CLASSES}&weights=random").module
-
-
 class Wrapped(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.inner = network()
+        self.inner = open_model(f"demo:tiny?num_classes={CLASSES}&weights=random").module
 
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(x)
@@ -29,13 +25,13 @@ class FixedSize(Wrapped):
         return self.inner(x)
 
 
-class Nan(Wrapped):
+class NanLogits(Wrapped):
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(x) * float("nan")
 
 
 class RarelyNan(Wrapped):
-    """NaN for about one view in four hundred, decided by its pixels."""
+    """NaN for about one view in four hundred, depending on its pixels."""
 
     def forward(self, x: Tensor) -> Tensor:
         logits = self.inner(x)
@@ -44,8 +40,20 @@ class RarelyNan(Wrapped):
         return torch.where(odd[:, None], logits * float("nan"), logits)
 
 
+class NanAfter700Images(Wrapped):
+    """NaN after every check has passed, but before the end of the run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += len(x)
+        return self.inner(x) * (float("nan") if self.seen > 700 else 1.0)
+
+
 class AlwaysTraining(Wrapped):
-    def train(self, mode: bool = True) -> nn.Module:  # noqa: ARG002  the point of it
+    def train(self, mode: bool = True) -> nn.Module:  # noqa: ARG002  ignoring it is the defect
         return super().train(True)
 
 
@@ -59,11 +67,8 @@ class CountsCalls(Wrapped):
         return self.inner(x)
 
 
-fixed_size, says_nan, rarely_nan, always_training, counts_calls = FixedSize, Nan, RarelyNan, AlwaysTraining, CountsCalls
-
-
-class Greedy(Wrapped):
-    """Runs out of memory with more than four images."""
+class OutOfMemory(Wrapped):
+    """Fails to allocate memory for more than four images."""
 
     def forward(self, x: Tensor) -> Tensor:
         if len(x) > 4:
@@ -71,39 +76,27 @@ class Greedy(Wrapped):
         return self.inner(x)
 
 
-class Moody(Wrapped):
-    """Another answer every time, and no trace of it in its state."""
+class NotDeterministic(Wrapped):
+    """Other logits at every call, with no trace of it in parameters or buffers."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.mood = 0.0
+        self.offset = 0.0
 
     def forward(self, x: Tensor) -> Tensor:
-        self.mood += 1.0
-        return self.inner(x) + torch.arange(CLASSES) * self.mood
+        self.offset += 1.0
+        return self.inner(x) + torch.arange(CLASSES) * self.offset
 
 
-class Gregarious(Wrapped):
-    """Normalises by the images beside one."""
+class BatchDependent(Wrapped):
+    """Normalises with the mean of the batch."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(x - x.mean(0))
 
 
-class Tired(Wrapped):
-    """NaN from its 700th image on: after every check, before the end."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen += len(x)
-        return self.inner(x) * (float("nan") if self.seen > 700 else 1.0)
-
-
-class Wide(nn.Module):
-    """Many classes from few features, as with face recognition."""
+class ManyClasses(nn.Module):
+    """120 classes from 24 features, as in face recognition: a valid teacher whose head is a good basis."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,6 +109,3 @@ class Wide(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.trunk(x))
-
-
-greedy, moody, gregarious, tired, wide = Greedy, Moody, Gregarious, Tired, Wide

@@ -1,4 +1,7 @@
-"""Stage 1: a teacher once over the views of an image set, into an archive."""
+"""Stage 1: run a teacher once over the views of an image set, into an archive.
+
+Reading order: run, plan, pilot, estimate, open_archive, encoder.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""From answers to committed blocks, in a thread: while it encodes and writes, the teacher is at the next batch."""
+"""Encode signals and commit blocks in a thread, while the teacher computes the next batches."""
 
 from __future__ import annotations
 
+import datetime
 import queue
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -11,56 +13,69 @@ from types import TracebackType
 
 import numpy as np
 import torch
+from redistill_cache import ArchiveWriter
 from redistill_cache.codecs import BlockStats, Encoded, NotFinite, join_encoded
 from redistill_cache.layout import Block, part_arrays
 from torch import Tensor
 
-from redistill.caching.open_archive import OpenedArchive, write_parameters
-from redistill.caching.pilot import refuse_row
+from redistill.caching.open_archive import write_view_params
+from redistill.caching.pilot import not_finite_error
+from redistill.caching.plan import Plan
 from redistill.devices import refuse_out_of_memory
 from redistill.signals import LOGITS
+from redistill.teachers import TeacherCheck
 
-__all__ = ["BlockEncoder", "WrittenBlocks"]
+__all__ = ["BlockEncoder", "RunStats"]
 
-# Rows encoded at once, and their values at most. A device is only busy with many; on a host more would be a longer
-# wait for the last of them. A piece depends on the block alone, as batches do, so that bytes do not depend on the run.
+# Rows that are encoded together, and an upper bound on their values. A GPU is busy only with many rows; on a CPU, more
+# rows mean a longer wait for the last ones. A piece is a function of its block, as a batch is, so that the bytes of an
+# archive do not depend on the run.
 PIECE_ROWS = {"cpu": 4096, "cuda": 16384}
-PIECE_VALUES = 1 << 24
-# Pieces that may wait for the thread: more would only take memory.
-WAITING = 2
+MIN_PIECE_ROWS = 1024
+MAX_PIECE_VALUES = 1 << 24
+# Pieces waiting for the thread: more would only take memory.
+QUEUE_SIZE = 2
 
 
 @dataclass
-class WrittenBlocks:
-    """What this process has committed so far."""
+class RunStats:
+    """What this process has done so far."""
 
+    began: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
+    start: float = field(default_factory=time.perf_counter)
+    check: TeacherCheck | None = None
     blocks: int = 0
+    """Blocks committed by this process; the counts below are of these blocks."""
     rows: int = 0
     bytes: int = 0
     labelled: int = 0
-    right: int = 0
-    """Labelled rows of which the teacher's first guess is the label."""
+    correct: int = 0
+    """Labelled rows whose largest logit is that of the label."""
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
 
     @property
     def top1(self) -> float | None:
-        return self.right / self.labelled if self.labelled else None
+        return self.correct / self.labelled if self.labelled else None
 
 
 @dataclass
 class Piece:
-    """Consecutive rows of one block, every signal."""
+    """Consecutive rows of one block: the batches of every signal."""
 
     block: Block
     start: int
-    answers: dict[str, list[Tensor]] = field(default_factory=dict)
+    signals: dict[str, list[Tensor]] = field(default_factory=dict)
     rows: int = 0
-    ready: torch.cuda.Event | None = None
-    """When the answers are there, for work on another stream."""
+    computed: torch.cuda.Event | None = None
+    """Recorded on the teacher's stream after the last batch."""
 
-    def add(self, answers: Mapping[str, Tensor]) -> None:
-        for name, rows in answers.items():
-            self.answers.setdefault(name, []).append(rows)
-        self.rows += len(answers[LOGITS])
+    def add(self, signals: Mapping[str, Tensor]) -> None:
+        for name, rows in signals.items():
+            self.signals.setdefault(name, []).append(rows)
+        self.rows += len(signals[LOGITS])
 
     @property
     def stop(self) -> int:
@@ -68,22 +83,24 @@ class Piece:
 
 
 class BlockEncoder:
-    """Encodes and writes blocks behind the forward pass. Leave the context to have everything whole on disk.
+    """Encodes and commits blocks behind the forward pass. When the context ends, all complete blocks are on disk.
 
-    A block whose rows did not all come is dropped. An error in the thread is raised by the next `add`, or at the end.
+    A block with missing rows is dropped. An error in the thread is raised by the next `add`, or when the context ends.
     """
 
-    def __init__(self, there: OpenedArchive, written: WrittenBlocks) -> None:
-        self.written = written
-        self._plan, self._writer, self._codecs = there.plan, there.writer, there.codecs
-        self._device = there.plan.teacher.device
-        self._layouts = part_arrays(there.writer.spec, there.writer.teachers, there.plan.part)
-        self._drawn: set[int] = set()  # views whose parameters are written
-        self._most = piece_rows(self._device, max(codec.width for codec in there.codecs.values()))
-        # Of its own: on the teacher's stream every look at a result would wait for the batches queued before it.
+    def __init__(self, plan: Plan, writer: ArchiveWriter, stats: RunStats) -> None:
+        self._plan, self._writer, self._stats = plan, writer, stats
+        self._device = plan.teacher.device
+        # The stored codecs, not the fitted ones: every rank and every resumed run must encode with the same.
+        archive, name = writer.read_back(), plan.teacher_name
+        self._codecs = {signal.name: archive.codec(name, signal.name) for signal in archive.teachers[name].signals}
+        self._layouts = part_arrays(writer.spec, writer.teachers, plan.part)
+        self._views_with_params: set[int] = set()
+        self._max_rows = max_piece_rows(self._device, max(codec.width for codec in self._codecs.values()))
+        # A stream of its own: on the teacher's, every copy to the host would wait for the batches queued before it.
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._piece: Piece | None = None
-        self._waiting: queue.Queue[Piece | None] = queue.Queue(WAITING)
+        self._queue: queue.Queue[Piece | None] = queue.Queue(QUEUE_SIZE)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="encode and write", daemon=True)
 
@@ -92,80 +109,82 @@ class BlockEncoder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._waiting.put(None)
+        self._queue.put(None)
         self._thread.join()
         if self._error is not None and error is None:
             raise self._error
 
-    def add(self, block: Block, rows: range, answers: Mapping[str, Tensor]) -> None:
+    def add(self, block: Block, rows: range, signals: Mapping[str, Tensor]) -> None:
         """The next rows of a block, in order."""
         if self._error is not None:
             raise self._error
         piece = self._piece = self._piece or Piece(block, rows.start)
-        assert piece.block == block, f"{block} began before {piece.block} was whole"
-        assert piece.stop == rows.start, f"expected row {piece.stop} of {block}, got {rows.start}"
-        piece.add(answers)
-        if piece.rows >= self._most or piece.stop == block.stop:
+        assert piece.block == block, f"{block} began before {piece.block} was complete"
+        assert piece.stop == rows.start, f"expected row {piece.stop} of {block}, found {rows.start}"
+        piece.add(signals)
+        if piece.rows >= self._max_rows or piece.stop == block.stop:
             if self._stream is not None:
-                piece.ready = torch.cuda.current_stream(self._device).record_event()
-            self._waiting.put(piece)
+                piece.computed = torch.cuda.current_stream(self._device).record_event()
+            self._queue.put(piece)
             self._piece = None
 
-    # -- in the thread ----------------------------------------------------------------------------------------------
+    # -- in the thread ------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        pieces: list[dict[str, Encoded]] = []
-        guesses: list[np.ndarray] = []
-        while (piece := self._waiting.get()) is not None:
+        encoded: list[dict[str, Encoded]] = []
+        predictions: list[np.ndarray] = []
+        while (piece := self._queue.get()) is not None:
             if self._error is not None:
-                continue  # keep taking, so that nobody waits for room
+                continue  # drain the queue, so that `add` never blocks
             try:
-                with self._beside(piece):
-                    guesses.append(torch.cat([rows.argmax(1) for rows in piece.answers[LOGITS]]).cpu().numpy())
-                    pieces.append(self._encode(piece))
+                with self._on_own_stream(piece):
+                    predictions.append(torch.cat([rows.argmax(1) for rows in piece.signals[LOGITS]]).cpu().numpy())
+                    encoded.append(self._encode(piece))
                 if piece.stop == piece.block.stop:
-                    self._write(piece.block, pieces, np.concatenate(guesses))
-                    pieces, guesses = [], []
-            except BaseException as error:  # noqa: BLE001  raised again where the work was handed over
+                    self._write(piece.block, encoded, np.concatenate(predictions))
+                    encoded, predictions = [], []
+            except BaseException as error:  # noqa: BLE001  raised in the main thread
                 self._error = error
 
-    def _beside(self, piece: Piece) -> AbstractContextManager[object]:
-        """Work on the encoder's own stream, once the teacher has answered; on a CPU there is nothing to arrange."""
-        if self._stream is None or piece.ready is None:
+    def _on_own_stream(self, piece: Piece) -> AbstractContextManager[object]:
+        """The encoder's stream, once the teacher's stream has computed the piece; nothing to do on a CPU."""
+        if self._stream is None or piece.computed is None:
             return nullcontext()
-        self._stream.wait_event(piece.ready)
+        self._stream.wait_event(piece.computed)
         return torch.cuda.stream(self._stream)
 
     def _encode(self, piece: Piece) -> dict[str, Encoded]:
         encoded = {}
-        for name, parts in piece.answers.items():
+        for name, batches in piece.signals.items():
             with refuse_out_of_memory(self._plan.options.batch_size, self._device):
-                rows = torch.cat(parts)
+                rows = torch.cat(batches)
                 try:
                     # numpy is several times faster than torch at the many small products of a row.
                     part = self._codecs[name].encode(rows.numpy() if rows.device.type == "cpu" else rows)
                 except NotFinite as error:
-                    raise refuse_row(self._plan, name, piece.block.view, piece.start + error.rows[0]) from error
-                encoded[name] = join_encoded([part])  # on the host: all work on the device is done
+                    row = piece.start + error.rows[0]
+                    raise not_finite_error(self._plan, name, piece.block.view, row) from error
+                encoded[name] = join_encoded([part])  # moves it to the host, so all work on the device is done
         return encoded
 
-    def _write(self, block: Block, pieces: list[dict[str, Encoded]], guesses: np.ndarray) -> None:
-        if block.view not in self._drawn:
-            write_parameters(self._plan, self._writer, block.view)
-            self._drawn.add(block.view)
+    def _write(self, block: Block, pieces: list[dict[str, Encoded]], predictions: np.ndarray) -> None:
+        if block.view not in self._views_with_params:
+            write_view_params(self._plan, self._writer, block.view)
+            self._views_with_params.add(block.view)
         whole = {name: join_encoded([piece[name] for piece in pieces]) for name in self._codecs}
         arrays = {f"{name}/{key}": np.asarray(a) for name, item in whole.items() for key, a in item.arrays.items()}
-        stats = {name: BlockStats.of(item).to_json() for name, item in whole.items()}
-        if not self._writer.write(block, arrays, stats):
-            return  # another process had it first, and counts it
-        labels, written = self._plan.index.labels[block.start : block.stop], self.written
+        block_stats = {name: BlockStats.of(item).to_json() for name, item in whole.items()}
+        if not self._writer.write(block, arrays, block_stats):
+            return  # another process committed it first, and counts it
+        labels, stats = self._plan.index.labels[block.start : block.stop], self._stats
         shards = (self._writer.path / array.shard_path(block.view, block.index) for array in self._layouts.values())
-        written.bytes += sum(shard.stat().st_size for shard in shards)
-        written.rows += len(labels)
-        written.labelled += int((labels >= 0).sum())
-        written.right += int(((labels == guesses) & (labels >= 0)).sum())
-        written.blocks += 1
+        stats.bytes += sum(shard.stat().st_size for shard in shards)
+        stats.rows += len(labels)
+        stats.labelled += int((labels >= 0).sum())
+        stats.correct += int(((labels == predictions) & (labels >= 0)).sum())
+        stats.blocks += 1
 
 
-def piece_rows(device: torch.device, width: int) -> int:
-    return max(1024, min(PIECE_ROWS.get(device.type, 1024), PIECE_VALUES // width))
+def max_piece_rows(device: torch.device, width: int) -> int:
+    rows = PIECE_ROWS.get(device.type, MIN_PIECE_ROWS)
+    return max(MIN_PIECE_ROWS, min(rows, MAX_PIECE_VALUES // width))

@@ -1,4 +1,4 @@
-"""What stage 1 will cost, before it is paid: bytes from encoding the pilot, hours from its pace."""
+"""Estimate the size and time of an archive from the pilot: bytes from its encoded rows, hours from its throughput."""
 
 from __future__ import annotations
 
@@ -25,30 +25,31 @@ from redistill.caching.plan import Plan
 
 __all__ = ["Estimate", "estimate", "existing_parent", "refuse_small_disk", "teacher_spec"]
 
-NO_ENTRY = FileEntry(100_000, "0" * 64)
-# A line of the manifest holds the path, the size and the hash of a file, with quotes, brackets and commas.
-LINE_BYTES = 64 + 16
-SLACK = 1.02
+# Stands for a file in a record whose length is estimated.
+SAMPLE_ENTRY = FileEntry(100_000, "0" * 64)
+# A line of the manifest holds a file's path, and its hash and size with quotes, brackets and commas.
+MANIFEST_LINE_BYTES = 64 + 16
+SAFETY_FACTOR = 1.02
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is to come, all of it: an archive that is half written costs half of it."""
+    """Cost of the whole archive, from nothing; what exists already is not subtracted."""
 
     samples: int
     views: int
     blocks: int
     files: int
     signal_bytes: int
-    """Of the teacher's arrays and side data."""
+    """The teacher's arrays and side data."""
     view_bytes: int
-    """Of view parameters and canaries."""
+    """View parameters and canaries."""
     other_bytes: int
-    """Of the sample index, metadata, commit records and the manifest."""
+    """The sample index, metadata, commit records and the manifest."""
     bytes_per_view: float
-    """Of the teacher's arrays."""
+    """The teacher's arrays only."""
     images_per_second: float
-    """Of all processes together, as measured on the pilot by one of them."""
+    """Of all ranks together, extrapolated from one rank's pilot."""
     seconds: float
     device: str
     device_hours: float
@@ -56,7 +57,7 @@ class Estimate:
     pilot_rows: int
     teacher_top1: float | None
     codecs: Mapping[str, str]
-    """Why each signal is coded as it is."""
+    """Per signal, the codec and why it was chosen."""
 
     @property
     def total_bytes(self) -> int:
@@ -64,10 +65,10 @@ class Estimate:
 
     @property
     def break_even(self) -> str:
-        """Against a teacher that runs beside every student, in epochs of training."""
+        """The number of epochs of online distillation that take the same teacher time."""
         return (
-            f"costs as much teacher time as {self.views} epoch{'s' * (self.views > 1)} of online distillation; every "
-            "epoch, student, seed and loss after that is free"
+            f"as much teacher time as {self.views} epoch{'s' * (self.views > 1)} of online distillation; after that, "
+            "every epoch, student, seed and loss needs no teacher time"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -75,58 +76,47 @@ class Estimate:
 
 
 def teacher_spec(plan: Plan, codecs: Mapping[str, Codec]) -> TeacherSpec:
-    """The teacher as the archive will declare it."""
+    """The teacher's specification in the archive."""
     return TeacherSpec(
         plan.teacher_name, tuple(SignalSpec.of(name, codec) for name, codec in codecs.items()), plan.model
     )
 
 
 def estimate(plan: Plan, pilot: Pilot, choices: Mapping[str, Choice]) -> Estimate:
-    """What the whole archive will cost, with these codecs."""
+    """The cost of the whole archive with these codecs."""
     spec = plan.spec.resolved()
     codecs = {name: choice.codec for name, choice in choices.items()}
     teacher = teacher_spec(plan, codecs).resolved(spec.block_rows)
-    everything = spec.num_samples * spec.num_views
-    per_view, stats = signal_bytes(spec, teacher, choices)
-    data = {f"{name}/{key}": array for name, codec in codecs.items() for key, array in codec.side().items()}
-    side = sum(len(encode_shard(array, data[name])) for name, array in layout.side_arrays(teacher).items())
-    others, files = other_bytes(plan, spec, teacher, stats)
-    pace = pilot.images_per_second * plan.rank.world
+    total_views = spec.num_samples * spec.num_views
+    bytes_per_view, stats = signal_bytes(spec, teacher, choices)
+    side = {f"{name}/{key}": array for name, codec in codecs.items() for key, array in codec.side().items()}
+    side_bytes = sum(len(encode_shard(array, side[name])) for name, array in layout.side_arrays(teacher).items())
+    other, files = other_bytes(plan, spec, teacher, stats)
+    images_per_second = pilot.images_per_second * plan.rank.world
     return Estimate(
         samples=spec.num_samples,
         views=spec.num_views,
         blocks=spec.num_views * spec.blocks_per_view,
         files=files,
-        signal_bytes=round(per_view * everything) + side,
-        view_bytes=round(parameter_bytes(plan, spec) * everything) + canary_bytes(spec),
-        other_bytes=others,
-        bytes_per_view=per_view,
-        images_per_second=pace,
-        seconds=everything / pace,
+        signal_bytes=round(bytes_per_view * total_views) + side_bytes,
+        view_bytes=round(view_params_bytes(plan, spec) * total_views) + canary_bytes(spec),
+        other_bytes=other,
+        bytes_per_view=bytes_per_view,
+        images_per_second=images_per_second,
+        seconds=total_views / images_per_second,
         device=str(plan.teacher.device),
-        device_hours=everything / pilot.images_per_second / 3600,
+        device_hours=total_views / pilot.images_per_second / 3600,
         free_bytes=free_bytes(plan.options.out),
         pilot_rows=len(pilot),
-        teacher_top1=pilot.right / pilot.labelled if pilot.labelled else None,
+        teacher_top1=pilot.correct / pilot.labelled if pilot.labelled else None,
         codecs={name: choice.reason for name, choice in choices.items()},
     )
-
-
-def free_bytes(path: Path) -> int:
-    return shutil.disk_usage(existing_parent(path)).free
-
-
-def existing_parent(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 def signal_bytes(
     spec: ArchiveSpec, teacher: TeacherSpec, choices: Mapping[str, Choice]
 ) -> tuple[float, dict[str, Any]]:
-    """Bytes a view of the teacher's shards, if what was tried is written as one block; and its statistics."""
+    """Bytes per view of the teacher's shards, with the codecs' trial rows written as one block; and its statistics."""
     total, stats, layouts = 0.0, {}, layout.teacher_arrays(spec, teacher)
     for name, choice in choices.items():
         encoded = choice.best.encoded
@@ -137,8 +127,8 @@ def signal_bytes(
     return total, stats
 
 
-def parameter_bytes(plan: Plan, spec: ArchiveSpec) -> float:
-    """Bytes a view of the shards of view parameters, from the first block."""
+def view_params_bytes(plan: Plan, spec: ArchiveSpec) -> float:
+    """Bytes per view of the shards of view parameters, measured on the first block."""
     rows = np.arange(min(spec.block_rows, spec.num_samples))
     params = plan.views.params(0, rows)
     arrays = layout.view_arrays(spec)
@@ -146,12 +136,12 @@ def parameter_bytes(plan: Plan, spec: ArchiveSpec) -> float:
 
 
 def canary_bytes(spec: ArchiveSpec) -> int:
-    """Fingerprints are close to noise and hardly compress."""
+    """Uncompressed size: canary fingerprints look like noise and hardly compress."""
     return spec.num_views * sum(array.index_bytes + array.chunk_bytes for array in layout.canary_arrays(spec).values())
 
 
 def other_bytes(plan: Plan, spec: ArchiveSpec, teacher: TeacherSpec, stats: dict[str, Any]) -> tuple[int, int]:
-    """Bytes of everything there is one of, or one a block, and the number of files."""
+    """Bytes of the sample index, metadata, records and manifest; and the number of files in the archive."""
     index = plan.index
     keys = pack_keys(index.keys)
     samples = {
@@ -177,17 +167,28 @@ def other_bytes(plan: Plan, spec: ArchiveSpec, teacher: TeacherSpec, stats: dict
         blocks = spec.num_views * (1 if part == "canaries" else spec.blocks_per_view)
         block = Block(part, 0, 0, 0, spec.block_rows)
         shards = [array.shard_path(0, 0) for array in arrays.values()]
-        record = Record(block, "0" * 64, dict.fromkeys(shards, NO_ENTRY), stats if part == plan.part else None)
+        record = Record(block, "0" * 64, dict.fromkeys(shards, SAMPLE_ENTRY), stats if part == plan.part else None)
         total += blocks * len(record.to_bytes())
         paths += [*shards, block.record_path] * blocks
-    return total + sum(len(path) + LINE_BYTES for path in paths), len(paths)
+    return total + sum(len(path) + MANIFEST_LINE_BYTES for path in paths), len(paths)
 
 
-def refuse_small_disk(path: Path, wanted: int) -> None:
-    """`wanted` bytes are still to be written."""
+def refuse_small_disk(path: Path, needed: int) -> None:
+    """Refuse to start when fewer than about `needed` bytes are free."""
     free = free_bytes(path)
-    if wanted * SLACK > free:
+    if needed * SAFETY_FACTOR > free:
         raise Refused(
-            f"{path}: about {human_bytes(wanted)} are still to be written, {human_bytes(free)} are free; make room, "
-            "choose another disk, fewer --views or a coarser --fidelity"
+            f"{path}: about {human_bytes(needed)} are needed, {human_bytes(free)} are free; free some space, use "
+            "another disk, fewer --views or a coarser --fidelity"
         )
+
+
+def free_bytes(path: Path) -> int:
+    return shutil.disk_usage(existing_parent(path)).free
+
+
+def existing_parent(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path

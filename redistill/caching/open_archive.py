@@ -1,170 +1,151 @@
-"""The archive of a run: a new one, or one that is there and fits, with the codecs of its teacher.
+"""The archive of a run: a new one, or an existing one that fits the plan.
 
-A new archive is created only when its teacher has been checked and its codecs are known, so that a refusal leaves
-nothing behind; one that is there is looked at from all sides before anything of it changes.
+A new archive is created only after its teacher has been checked and its codecs fitted, so a refused run leaves nothing
+behind. An existing one is checked completely before anything in it changes.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from redistill_cache import Archive, ArchiveWriter, TeacherSpec
-from redistill_cache.codecs import Codec
 from redistill_cache.errors import Refused, SpecMismatch
 from redistill_cache.layout import Block
 from redistill_cache.spec_files import read_root
 from redistill_cache.storage import is_leftover
 from redistill_cache.writer import refuse_difference
 
-from redistill.caching.estimate import existing_parent, refuse_small_disk, teacher_spec
+from redistill.caching.estimate import existing_parent, refuse_small_disk
 from redistill.caching.options import CacheOptions
-from redistill.caching.pilot import Forward
-from redistill.caching.plan import Plan, following, with_views
+from redistill.caching.pilot import TeacherRunner
+from redistill.caching.plan import Plan, use_stored_settings
 from redistill.views.canaries import canary_rows, fingerprint
 
 __all__ = [
-    "OpenedArchive",
-    "declare",
+    "archive_exists",
+    "check_new_path",
+    "create_archive",
+    "has_all_views",
     "is_committed",
-    "is_declared",
-    "is_ready",
-    "is_there",
     "open_existing",
-    "refuse_place",
+    "teacher_is_declared",
     "write_canaries",
-    "write_parameters",
+    "write_view_params",
 ]
 
 
-# -- parameters -------------------------------------------------------------------------------------------------------
-#
-# What an archive holds of its views beside the teacher's answers: their parameters, and canaries.
-
-
-def is_committed(writer: ArchiveWriter, block: Block) -> bool:
-    """Whether anybody has committed this block by now."""
-    return (writer.path / block.record_path).exists()
-
-
-def write_parameters(plan: Plan, writer: ArchiveWriter, view: int) -> None:
-    """The parameters of every row of a view: a mixed image needs those of a partner, which may be any."""
-    missing = [block for block in writer.missing("views") if block.view == view]
-    for block in plan.rank.order(missing):
-        if not is_committed(writer, block):
-            writer.write(block, plan.views.params(view, np.arange(block.start, block.stop)))
-
-
-def write_canaries(forward: Forward, writer: ArchiveWriter) -> None:
-    """Fingerprints of a few views of every kind, before the teacher is asked about the rest."""
-    plan = forward.plan
-
-    def batches() -> Iterator[tuple[tuple[Block, np.ndarray], list[int]]]:
-        for block in plan.rank.order(writer.missing("canaries")):
-            if not is_committed(writer, block):
-                rows = canary_rows(plan.spec.seed, block.view, plan.spec.num_samples, plan.spec.canaries_per_view)
-                yield (block, rows), forward.indices(block.view, rows.tolist())
-
-    for (block, rows), pixels in forward.rendered(batches()):
-        writer.write(block, {"row": rows, "pixels": fingerprint(pixels)})
-
-
-# -- opening ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class OpenedArchive:
-    """An archive to write to. The plan follows it in what only a first run decides."""
-
-    plan: Plan
-    writer: ArchiveWriter
-    codecs: dict[str, Codec]
-    """Those its teacher was declared with; none where it does not have this teacher yet."""
-
-
-def is_there(options: CacheOptions) -> bool:
+def archive_exists(options: CacheOptions) -> bool:
     return (options.out / "zarr.json").exists()
 
 
-def is_ready(options: CacheOptions) -> bool:
-    """Whether the archive is there with all the views that are asked for: others than the first rank wait for that."""
-    return is_there(options) and (not options.extend_views or read_root(options.out).spec.num_views >= options.views)
+def has_all_views(options: CacheOptions) -> bool:
+    """Whether the archive exists with all requested views: the other ranks wait for the first one to get it there."""
+    return archive_exists(options) and (
+        not options.extend_views or read_root(options.out).spec.num_views >= options.views
+    )
 
 
-def is_declared(plan: Plan) -> bool:
-    """Whether the teacher has its place in the archive, with its side data."""
+def teacher_is_declared(plan: Plan) -> bool:
+    """Whether the archive has the teacher's specification and side data."""
     return (plan.options.out / Block(f"{plan.part}/side", 0, 0, 0, 0).record_path).exists()
 
 
-def refuse_place(options: CacheOptions) -> None:
-    """A path that cannot become an archive is refused before the teacher is asked anything."""
-    path, above = options.out, existing_parent(options.out)
+def check_new_path(options: CacheOptions) -> None:
+    """Refuse a path where no archive can be created, before the teacher runs."""
+    path, parent = options.out, existing_parent(options.out)
     if options.extend_views:
-        raise Refused(f"{path} does not exist, so there is nothing to extend; leave out --extend-views")
+        raise Refused(f"{path} does not exist, so it has no views to extend; leave out --extend-views")
     if path.is_dir() and not all(map(is_leftover, path.iterdir())):
-        raise Refused(f"{path} holds files that are no archive; choose another --out")
-    if not above.is_dir():
-        raise Refused(f"{above} is a file; --out is a folder that does not exist yet")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise Refused(f"cannot write to {above}; check the permissions, or choose another --out")
+        raise Refused(f"{path} holds files and is not an archive; choose another --out")
+    if not parent.is_dir():
+        raise Refused(f"{parent} is a file; --out must be a new folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise Refused(f"cannot write to {parent}; check the permissions, or choose another --out")
 
 
-def open_existing(plan: Plan) -> OpenedArchive:
-    """The archive that is there. Refused unless all of it fits, before anything of it changes."""
+def create_archive(plan: Plan) -> ArchiveWriter:
+    writer = ArchiveWriter.create(plan.options.out, plan.spec)
+    write_samples(plan, writer)
+    return writer
+
+
+def open_existing(plan: Plan) -> tuple[Plan, ArchiveWriter]:
+    """The archive at `--out`, and the plan with the settings stored in it. Refused before anything in it changes."""
     options, path = plan.options, plan.options.out
-    plan = following(plan, read_root(path).spec)
+    plan = use_stored_settings(plan, read_root(path).spec)
     writer = ArchiveWriter.resume(path, plan.spec)
     write_samples(plan, writer)
     archive = writer.read_back()
     teacher = archive.teachers.get(plan.teacher_name)
     if teacher is None and options.extend_views:
-        known = ", ".join(sorted(archive.teachers)) or "none"
+        teachers = ", ".join(sorted(archive.teachers)) or "none"
         raise Refused(
-            f"{path} has no teacher {plan.teacher_name!r} whose views could be extended (it has: {known}); extend it "
-            "with a teacher it has, then add this one"
+            f"{path} has no teacher {plan.teacher_name!r} whose views could be extended (its teachers: {teachers}); "
+            "extend the views of one of those, then add this teacher"
         )
     if teacher is None:
-        return OpenedArchive(plan, writer, {})
-    refuse_other_teacher(path, teacher, plan)
-    codecs = {signal.name: archive.codec(teacher.name, signal.name) for signal in teacher.signals}
+        return plan, writer
+    check_same_teacher(path, teacher, plan)
     if options.extend_views:
-        plan = with_views(plan, options.views)
-    refuse_small_disk(path, bytes_to_come(plan, writer, archive))
+        plan = replace(plan, spec=replace(plan.spec, num_views=options.views))
+    refuse_small_disk(path, remaining_bytes(plan, writer, archive))
     if options.extend_views:
         writer = ArchiveWriter.extend_views(path, options.views)
-    return OpenedArchive(plan, writer, codecs)
-
-
-def declare(plan: Plan, writer: ArchiveWriter | None, codecs: dict[str, Codec]) -> OpenedArchive:
-    """Give the teacher its place, in a new archive where there is none."""
-    if writer is None:
-        writer = ArchiveWriter.create(plan.options.out, plan.spec)
-        write_samples(plan, writer)
-    writer.add_teacher(teacher_spec(plan, codecs), {name: codec.side() for name, codec in codecs.items()})
-    return OpenedArchive(plan, writer, codecs)
+    return plan, writer
 
 
 def write_samples(plan: Plan, writer: ArchiveWriter) -> None:
-    """The sample index; refused where the archive has another one."""
+    """Write the sample index. SpecMismatch where the archive has a different one."""
     index = plan.index
     writer.write_samples(index.keys, index.labels, index.digests, index.sizes)
 
 
-def refuse_other_teacher(path: Path, teacher: TeacherSpec, plan: Plan) -> None:
-    """An archive goes on only with the very teacher, asked in the very way, that it was begun with."""
+def check_same_teacher(path: Path, teacher: TeacherSpec, plan: Plan) -> None:
+    """Resume only with the same network and the same settings."""
     try:
         refuse_difference(dict(teacher.model), plan.model, f"{path}: teacher {teacher.name!r}")
     except SpecMismatch as error:
         raise SpecMismatch(f"{error}, or add it under another --teacher-name") from None
 
 
-def bytes_to_come(plan: Plan, writer: ArchiveWriter, archive: Archive) -> int:
-    """What the missing blocks of the teacher will take, if they are like those that are there."""
-    there = sum(entry.size for name, entry in archive.contents.files.items() if name.startswith(f"{plan.part}/"))
+def remaining_bytes(plan: Plan, writer: ArchiveWriter, archive: Archive) -> int:
+    """The size of the teacher's missing blocks, if they are like the written ones; 0 when none is written."""
+    written = sum(entry.size for name, entry in archive.contents.files.items() if name.startswith(f"{plan.part}/"))
     missing, per_view = len(writer.missing(plan.part)), writer.spec.blocks_per_view
     done = writer.spec.num_views * per_view - missing
-    more = missing + (plan.spec.num_views - writer.spec.num_views) * per_view
-    return there * more // done if done else 0
+    remaining = missing + (plan.spec.num_views - writer.spec.num_views) * per_view
+    return written * remaining // done if done else 0
+
+
+# -- view parameters and canaries -------------------------------------------------------------------------------------
+
+
+def is_committed(writer: ArchiveWriter, block: Block) -> bool:
+    """Whether any process has committed this block by now."""
+    return (writer.path / block.record_path).exists()
+
+
+def write_view_params(plan: Plan, writer: ArchiveWriter, view: int) -> None:
+    """Write the parameters of every row of a view: a mixed row needs those of its partner, which may be any row."""
+    missing = [block for block in writer.missing("views") if block.view == view]
+    for block in plan.rank.work_order(missing):
+        if not is_committed(writer, block):
+            writer.write(block, plan.views.params(view, np.arange(block.start, block.stop)))
+
+
+def write_canaries(runner: TeacherRunner, writer: ArchiveWriter) -> None:
+    """Write pixel fingerprints of a few rows of every view, before the teacher runs on all of them."""
+    plan = runner.plan
+
+    def batches() -> Iterator[tuple[tuple[Block, np.ndarray], list[int]]]:
+        for block in plan.rank.work_order(writer.missing("canaries")):
+            if not is_committed(writer, block):
+                rows = canary_rows(plan.spec.seed, block.view, plan.spec.num_samples, plan.spec.canaries_per_view)
+                yield (block, rows), runner.indices(block.view, rows.tolist())
+
+    for (block, rows), pixels in runner.render(batches()):
+        writer.write(block, {"row": rows, "pixels": fingerprint(pixels)})

@@ -22,23 +22,24 @@ from redistill.teachers import Teacher
 from redistill.views import DrawnViews, Recipe, ViewDataset, parse_recipe
 from redistill.views.canaries import CANARIES_PER_VIEW, view_environment
 
-__all__ = ["Plan", "following", "make_plan", "with_views"]
+__all__ = ["Plan", "make_plan", "use_stored_settings"]
 
-# Networks made for images below this size are trained on padded crops, others on random resized crops.
+# Networks for images below this size are trained on padded crops, others on random resized crops.
 SMALL_INPUT = 64
-# A block is what a crash can cost. So many of them make a view, unless that would make very small or very large ones:
-# committing one takes some tens of milliseconds, whatever it holds, and small views are answered for in much less.
+# A crash loses at most the block in progress. Aim for this many blocks per view, within limits on the rows of a block:
+# a commit takes some tens of milliseconds whatever its size, longer than the teacher needs for many small views.
 BLOCKS_PER_VIEW = 64
-FEWEST_ROWS = {True: 4096, False: 1024}  # of small views, of others
-MOST_ROWS = 65536
-# One canary for so many samples, within bounds: rendering them must cost next to nothing.
+MIN_BLOCK_ROWS = 1024
+MIN_BLOCK_ROWS_SMALL_VIEWS = 4096
+MAX_BLOCK_ROWS = 65536
+# One canary per this many samples, within limits: the time to render them must be negligible.
 SAMPLES_PER_CANARY = 256
-FEWEST_CANARIES = 16
+MIN_CANARIES = 16
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done. Two runs with equal `spec` and `model` write the same archive."""
+    """The inputs of a run. Two runs with equal `spec` and `model` write the same archive."""
 
     options: CacheOptions
     rank: Rank
@@ -48,7 +49,7 @@ class Plan:
     spec: ArchiveSpec
     teacher_name: str
     model: dict[str, Any]
-    """What the archive says about the teacher: the network, and every option that decides what it says."""
+    """The description of the teacher in the archive: the network, and every option that affects the stored values."""
     workers: int
 
     @property
@@ -65,11 +66,12 @@ class Plan:
 
     @property
     def part(self) -> str:
+        """The part of the archive that holds this teacher's signals."""
         return f"teachers/{self.teacher_name}"
 
 
 def make_plan(options: CacheOptions, rank: Rank, progress: Callable[[int, int], None] | None = None) -> Plan:
-    """Open everything and hold it against each other. Nothing is written."""
+    """Open data and teacher, and check that they fit each other. Nothing is written."""
     model = open_model(options.teacher, allow_python=options.allow_python)
     recipe = choose_recipe(options, model)
     device = pick_device(options.device, local_rank=rank.local)
@@ -85,7 +87,7 @@ def make_plan(options: CacheOptions, rank: Rank, progress: Callable[[int, int], 
     if not len(source):
         raise Refused(f"{options.data} holds no images")
     check_classes(source.class_names, model)
-    # This takes long in a large set: so only now, when whatever can be refused without it has been.
+    # Last, because indexing reads every image: all checks that do not need the index come before it.
     workers = default_workers(rank.local_world) if options.workers is None else options.workers
     index = index_source(source, workers=None if workers else 0, progress=progress, on_bad_image=options.on_bad_image)
     check_labels(index, model)
@@ -103,35 +105,35 @@ def make_plan(options: CacheOptions, rank: Rank, progress: Callable[[int, int], 
 
 
 def choose_recipe(options: CacheOptions, model: OpenedModel) -> Recipe:
-    """The recipe asked for, at the size asked for; else what fits the teacher."""
-    small = model.input_size is not None and model.input_size < SMALL_INPUT
-    text = options.recipe or ("cifar" if small else "rrc")
-    head, _, tail = text.partition("?")
-    stated = head.endswith(".toml") or any(pair.startswith("size=") for pair in tail.split("&"))
-    if options.size is not None and stated:
-        raise UsageError(f"--size {options.size} and the recipe {text!r} both say how large views are; keep one")
+    """The requested recipe and view size; where one is not set, the default for this teacher."""
+    is_small = model.input_size is not None and model.input_size < SMALL_INPUT
+    text = options.recipe or ("cifar" if is_small else "rrc")
+    name, _, parameters = text.partition("?")
+    sets_size = name.endswith(".toml") or any(pair.startswith("size=") for pair in parameters.split("&"))
+    if options.size is not None and sets_size:
+        raise UsageError(f"--size {options.size} and the recipe {text!r} both set the size of the views; drop one")
     size = options.size or model.input_size
-    if not stated and size is not None:
-        text = f"{text}{'&' if tail else '?'}size={size}"
+    if not sets_size and size is not None:
+        text = f"{text}{'&' if parameters else '?'}size={size}"
     return parse_recipe(text)
 
 
 def check_classes(names: tuple[str, ...] | None, model: OpenedModel) -> None:
-    """A teacher of other classes answers just as confidently, so this is looked at before it is asked."""
+    """A teacher of other classes gives confident logits too, so check before it runs."""
     if names is not None and len(names) != model.num_classes:
         raise Refused(
-            f"the data has {len(names)} classes, the teacher {model.spec!r} answers for {model.num_classes}; "
-            "use the teacher of these classes, or data without labels"
+            f"the data has {len(names)} classes, the teacher {model.spec!r} predicts {model.num_classes}; "
+            "use a teacher of these classes, or data without labels"
         )
 
 
 def check_labels(index: SourceIndex, model: OpenedModel) -> None:
-    """The same for data that does not name its classes."""
+    """The same check for data without class names."""
     highest = int(index.labels.max(initial=-1))
     if highest >= model.num_classes:
         raise Refused(
-            f"the data has the label {highest}, the teacher {model.spec!r} answers for {model.num_classes} classes; "
-            "use the teacher of these classes, or data without labels"
+            f"the data has the label {highest}, the teacher {model.spec!r} predicts {model.num_classes} classes; "
+            "use a teacher of these classes, or data without labels"
         )
 
 
@@ -146,11 +148,11 @@ def archive_spec(
         num_views=options.views,
         num_classes=num_classes,
         class_names=index.class_names,
-        block_rows=options.block_rows or rows_of_block(count, small=recipe.size < SMALL_INPUT),
+        block_rows=options.block_rows or default_block_rows(count, recipe.size),
         recipe=recipe.to_json(),
         seed=options.seed,
         view_arrays=recipe.arrays(),
-        canaries_per_view=min(count, max(FEWEST_CANARIES, min(CANARIES_PER_VIEW, count // SAMPLES_PER_CANARY))),
+        canaries_per_view=min(count, max(MIN_CANARIES, min(CANARIES_PER_VIEW, count // SAMPLES_PER_CANARY))),
         source=source.description,
         excluded=tuple({"key": key, "reason": reason} for key, reason in index.excluded),
         licence=options.licence,
@@ -159,17 +161,17 @@ def archive_spec(
     )
 
 
-def rows_of_block(count: int, *, small: bool) -> int:
-    """A power of two that makes at most `BLOCKS_PER_VIEW` blocks of a view, within bounds."""
-    rows = FEWEST_ROWS[small]
-    while rows < MOST_ROWS and rows * BLOCKS_PER_VIEW < count:
+def default_block_rows(count: int, view_size: int) -> int:
+    """A power of two with at most `BLOCKS_PER_VIEW` blocks per view, within limits."""
+    rows = MIN_BLOCK_ROWS_SMALL_VIEWS if view_size < SMALL_INPUT else MIN_BLOCK_ROWS
+    while rows < MAX_BLOCK_ROWS and rows * BLOCKS_PER_VIEW < count:
         rows *= 2
     return rows
 
 
 def describe_teacher(options: CacheOptions, teacher: Teacher) -> dict[str, Any]:
-    """The network and whatever else decides the stored numbers: on resume, each of these must be what it was."""
-    asked = {
+    """The network and every setting that affects the stored values. On resume, all of them must be the same."""
+    settings = {
         "device": teacher.device.type,
         "precision": str(teacher.amp or torch.float32).removeprefix("torch."),
         "channels_last": options.channels_last,
@@ -181,23 +183,18 @@ def describe_teacher(options: CacheOptions, teacher: Teacher) -> dict[str, Any]:
         "keep_shift": options.keep_shift,
         "signals": list(options.signals),
     }
-    return teacher.model.describe() | asked
+    return teacher.model.describe() | settings
 
 
-def following(plan: Plan, stored: ArchiveSpec) -> Plan:
-    """The plan for an archive that is there: in what nobody said now, it decides."""
+def use_stored_settings(plan: Plan, stored: ArchiveSpec) -> Plan:
+    """The plan for an existing archive: settings that this run leaves open are those of the archive."""
     options = plan.options
-    said = {
+    is_set = {
         "canaries_per_view": False,
         "num_views": not options.extend_views,
         "block_rows": options.block_rows is not None,
         "licence": bool(options.licence),
         "citation": bool(options.citation),
     }
-    kept = {name: getattr(stored, name) for name, is_said in said.items() if not is_said}
-    return replace(plan, spec=replace(plan.spec, **kept))
-
-
-def with_views(plan: Plan, views: int) -> Plan:
-    """The same plan for another number of views."""
-    return replace(plan, spec=replace(plan.spec, num_views=views))
+    stored_values = {name: getattr(stored, name) for name, value in is_set.items() if not value}
+    return replace(plan, spec=replace(plan.spec, **stored_values))

@@ -1,23 +1,21 @@
-"""Stage 1 from beginning to end: `cache_teacher(options)`.
+"""Stage 1: `cache_teacher(options)` runs a teacher once over the views of an image set, into an archive.
 
-    plan -> teacher checked, pilot, codecs -> archive -> canaries -> blocks, the first of them read back -> seal
+    plan -> check the teacher, pilot, codecs -> create the archive -> canaries -> blocks, the first one checked -> seal
 
-What is there already is not done again, so the same call continues an archive that was interrupted anywhere.
+Each step skips what the archive already has, so the same call resumes a run that was interrupted at any point.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from redistill_cache import Archive, ArchiveWriter, open_archive
+from redistill_cache import ArchiveWriter, open_archive
 from redistill_cache.codecs import kl_rows
 from redistill_cache.codecs.stats import relative_error
 from redistill_cache.errors import Refused
@@ -26,96 +24,227 @@ from redistill_cache.layout import Block
 from redistill_cache.wording import human_bytes
 from torch import Tensor
 
-from redistill.caching.encoder import BlockEncoder, WrittenBlocks
-from redistill.caching.estimate import Estimate, estimate, refuse_small_disk
+from redistill.caching.encoder import BlockEncoder, RunStats
+from redistill.caching.estimate import Estimate, estimate, refuse_small_disk, teacher_spec
 from redistill.caching.open_archive import (
-    OpenedArchive,
-    declare,
+    archive_exists,
+    check_new_path,
+    create_archive,
+    has_all_views,
     is_committed,
-    is_declared,
-    is_ready,
-    is_there,
     open_existing,
-    refuse_place,
+    teacher_is_declared,
     write_canaries,
-    write_parameters,
+    write_view_params,
 )
 from redistill.caching.options import CacheOptions
-from redistill.caching.pilot import Forward, check_first_batch, fit_codecs, pixels_of, run_pilot
+from redistill.caching.pilot import TeacherRunner, check_first_batch, fit_codecs, run_pilot, stack_pixels
 from redistill.caching.plan import Plan, make_plan
 from redistill.interrupts import StopRequest, stop_on_signals
 from redistill.progress import NoProgress, Progress
 from redistill.ranks import Rank
 from redistill.signals import LOGITS
-from redistill.teachers import TeacherCheck
 from redistill.views import ArchiveViews, ViewDataset, join_archive
 
-__all__ = [
-    "CacheResult",
-    "CacheRun",
-    "SelfTest",
-    "cache_teacher",
-    "estimate_cache",
-    "leave_note",
-    "result",
-    "seal",
-    "warn_of_chance",
-]
+__all__ = ["CacheResult", "cache_teacher", "declare_teacher", "estimate_cache", "teacher_batches", "write_teacher"]
+
+# The first block is computed twice and compared. On a GPU the second run may use other kernels, whose rounding differs.
+REPEAT_TOLERANCE = {"cpu": 1e-6, "cuda": 1e-3, "mps": 1e-3}
+# An accuracy below this multiple of chance is suspicious; with few classes, where that may exceed 1, below this
+# fraction of the way from chance to 1.
+MIN_TIMES_CHANCE, MIN_ABOVE_CHANCE = 2.0, 0.25
+MIN_LABELLED = 256
 
 
-# -- selftest ---------------------------------------------------------------------------------------------------------
-#
-# Read the first block back before the long run goes on: the same pixels, and what the teacher said of them.
+@dataclass(frozen=True)
+class CacheResult:
+    """The archive as this process leaves it. `id` is None while blocks are missing, of any teacher or rank."""
 
-# A GPU may pick other kernels the second time; what it says then differs by rounding, not by this much.
-REPEATED = {"cpu": 1e-6, "cuda": 1e-3, "mps": 1e-3}
+    path: str
+    id: str | None
+    samples: int
+    views: int
+    images: int
+    """Views whose logits this process has committed."""
+    seconds: float
+    images_per_second: float | None
+    total_bytes: int
+    bytes_per_view: float
+    teacher: str
+    teacher_top1: float | None
+    """On the labelled views of this process."""
+    floor: float | None
+    """Largest difference between the logits of the same views in two batch compositions."""
+    missing: tuple[str, ...] = ()
+    """Parts with missing blocks: the archive cannot be sealed yet."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
 
 
-class SelfTest:
-    """Keeps the first batch it is shown. Once its block is committed, it is rendered again from the archive alone, and
-    held against what workers made of it, and what is stored against what the teacher says."""
+def cache_teacher(options: CacheOptions, progress: Progress | None = None) -> CacheResult:
+    """Run the teacher over all views that the archive lacks, and seal the archive when it is complete."""
+    stats, rank = RunStats(), Rank.from_environment()
+    progress = progress if progress is not None and rank.first else NoProgress()
+    with stop_on_signals() as stop:
+        plan = make_plan_of_rank(options, rank, progress, stop)
+        writer: ArchiveWriter | None = None
+        if archive_exists(options):
+            plan, writer = open_existing(plan)
+        with TeacherRunner(plan, stop) as runner:
+            if writer is None or not teacher_is_declared(plan):
+                writer = declare_teacher(runner, writer, stats, progress)
+            write_canaries(runner, writer)
+            try:
+                write_teacher(runner, writer, stats, progress)
+            finally:
+                write_provenance(plan, writer, stats)
+    missing = tuple(part for part in writer.parts() if writer.missing(part)) if rank.first else ()
+    identity = writer.seal() if rank.first and not missing else None
+    return cache_result(plan, writer, stats, identity, missing)
 
-    def __init__(self, plan: Plan, writer: ArchiveWriter) -> None:
-        self._plan, self._writer = plan, writer
-        self._first: tuple[int, range, Tensor] | None = None
-        self._passed = False
 
-    @property
-    def due(self) -> bool:
-        return self._first is not None and not self._passed
+def estimate_cache(options: CacheOptions, progress: Progress | None = None) -> Estimate:
+    """The cost of `cache_teacher`. Runs the teacher on a pilot, writes nothing."""
+    progress = progress or NoProgress()
+    with stop_on_signals() as stop:
+        plan = make_plan(options, Rank.from_environment(), partial(progress.advance, "index"))
+        with TeacherRunner(plan, stop) as runner:
+            check_first_batch(runner)
+            pilot = run_pilot(runner)
+        return estimate(plan, pilot, fit_codecs(plan, pilot))
 
-    def keep(self, block: Block, rows: range, pixels: Tensor) -> None:
-        if self._first is None:
-            self._first = block.view, rows, pixels.clone()
 
-    def run(self) -> None:
-        assert self._first is not None
-        view, rows, rendered = self._first
-        archive = self._writer.read_back()
-        pixels = replayed(self._plan, archive, view, rows)
-        differing = int((pixels != rendered).flatten(1).any(1).sum())
-        if differing:
-            raise Refused(
-                f"self-test: {differing} of {len(rows)} views come out differently from the archive than they were "
-                "drawn; do the images change while they are read?"
+# -- steps, in order --------------------------------------------------------------------------------------------------
+
+
+def make_plan_of_rank(options: CacheOptions, rank: Rank, progress: Progress, stop: StopRequest) -> Plan:
+    """The plan. All ranks but the first wait for the first one to create the archive and to declare the teacher."""
+
+    def index_progress(done: int, total: int) -> None:
+        stop.raise_if_set()
+        progress.advance("index", done, total)
+
+    if not rank.first:
+        rank.wait_until(lambda: has_all_views(options), stop)
+    elif not archive_exists(options):
+        check_new_path(options)
+    plan = make_plan(options, rank, index_progress)
+    if not rank.first:
+        rank.wait_until(lambda: teacher_is_declared(plan), stop)
+    return plan
+
+
+def declare_teacher(
+    runner: TeacherRunner, writer: ArchiveWriter | None, stats: RunStats, progress: Progress
+) -> ArchiveWriter:
+    """Check a new teacher, fit its codecs, estimate the cost, and add it to the archive, which is created if needed."""
+    plan = runner.plan
+    stats.check = check_first_batch(runner)
+    pilot = run_pilot(runner)
+    warn_of_chance_accuracy(plan, pilot.correct, pilot.labelled, progress)
+    choices = fit_codecs(plan, pilot)
+    cost = estimate(plan, pilot, choices)
+    refuse_small_disk(plan.options.out, cost.total_bytes if writer is None else cost.signal_bytes)
+    for signal, choice in choices.items():
+        progress.info(f"{signal}: {choice.reason}")
+    progress.info(
+        f"{cost.samples:,} samples x {cost.views} views: about {human_bytes(cost.total_bytes)}, "
+        f"{max(cost.seconds / 60, 0.1):,.1f} minutes at {cost.images_per_second:.0f} images/s"
+    )
+    runner.stop.raise_if_set()
+    codecs = {signal: choice.codec for signal, choice in choices.items()}
+    writer = create_archive(plan) if writer is None else writer
+    writer.add_teacher(teacher_spec(plan, codecs), {name: codec.side() for name, codec in codecs.items()})
+    return writer
+
+
+def warn_of_chance_accuracy(plan: Plan, correct: int, labelled: int, progress: Progress) -> None:
+    """Train mode, wrong preprocessing and another class order all give an accuracy near chance."""
+    chance = 1 / plan.spec.num_classes
+    lowest = min(MIN_TIMES_CHANCE * chance, chance + MIN_ABOVE_CHANCE * (1 - chance))
+    if labelled >= MIN_LABELLED and correct < lowest * labelled:
+        progress.warning(
+            f"the teacher's accuracy is {correct / labelled:.1%} on {labelled:,} views, chance is {chance:.1%}; check "
+            "its weights, its normalisation and the order of its classes"
+        )
+
+
+def write_teacher(runner: TeacherRunner, writer: ArchiveWriter, stats: RunStats, progress: Progress) -> None:
+    """Write the teacher's missing blocks, and the view parameters that are still missing after that."""
+    plan = runner.plan
+    blocks = plan.rank.work_order(writer.missing(plan.part))
+    if blocks:
+        if stats.check is None:
+            stats.check = check_first_batch(runner)
+        write_blocks(runner, writer, blocks, stats, progress)
+    for view in sorted({block.view for block in writer.missing("views")}):
+        write_view_params(plan, writer, view)
+
+
+def write_blocks(
+    runner: TeacherRunner, writer: ArchiveWriter, blocks: Sequence[Block], stats: RunStats, progress: Progress
+) -> None:
+    """Run the teacher and write its blocks. The first block is checked while the next ones are computed."""
+    plan = runner.plan
+    total, images = sum(len(block.rows) for block in blocks), 0
+    unchecked: tuple[int, range, Tensor] | None = None
+    with BlockEncoder(plan, writer, stats) as encoder:
+        for (block, rows), pixels, signals in runner.run(teacher_batches(runner, writer, blocks)):
+            encoder.add(block, rows, signals)
+            if images == 0:
+                unchecked = block.view, rows, pixels.clone()
+            images += len(rows)
+            # This process sees only its own progress, and assumes that the other ranks are as fast.
+            progress.advance(
+                "teacher",
+                min(images * plan.rank.world, total),
+                total,
+                blocks=stats.blocks,
+                written=human_bytes(stats.bytes),
             )
-        name = self._plan.teacher_name
-        for signal, said in self._plan.teacher(pixels).items():
-            stored = archive.features(view, np.asarray(rows), layer=signal, teacher=name)
-            lost = largest_error(signal, said.cpu().numpy(), stored)
-            bound = archive.codec(name, signal).config().get("fidelity", 0.0) + REPEATED[self._plan.teacher.device.type]
-            if lost > bound:
-                raise Refused(
-                    f"self-test: stored {signal} are {lost:.3g} away from what the teacher says now, {bound:.3g} is "
-                    "the bound; does the teacher give the same answer twice?"
-                )
-        self._passed = True
+            if unchecked is not None and stats.blocks:
+                check_stored_batch(plan, writer, *unchecked)
+                unchecked = None
+    if unchecked is not None:
+        check_stored_batch(plan, writer, *unchecked)
 
 
-def replayed(plan: Plan, archive: Archive, view: int, rows: range) -> Tensor:
-    """These views as a student will see them."""
+def teacher_batches(
+    runner: TeacherRunner, writer: ArchiveWriter, blocks: Sequence[Block]
+) -> Iterator[tuple[tuple[Block, range], list[int]]]:
+    """The batches of a block depend on the block alone, so its bytes do too. Skips blocks committed by other ranks."""
+    batch_size = runner.plan.options.batch_size
+    for block in blocks:
+        if is_committed(writer, block):
+            continue
+        for start in range(block.start, block.stop, batch_size):
+            rows = range(start, min(start + batch_size, block.stop))
+            yield (block, rows), runner.indices(block.view, rows)
+
+
+def check_stored_batch(plan: Plan, writer: ArchiveWriter, view: int, rows: range, rendered: Tensor) -> None:
+    """Self-test before the long part of the run: render a batch from the archive alone, as a student will, and compare
+    its pixels with those that workers `rendered`, and the stored signals with the teacher's."""
+    archive = writer.read_back()
     dataset = ViewDataset(plan.source, ArchiveViews(archive, join_archive(plan.index, archive)))
-    return pixels_of(dataset.__getitems__([dataset.index(view, row) for row in rows]))
+    pixels = stack_pixels(dataset.__getitems__([dataset.index(view, row) for row in rows]))
+    differing = int((pixels != rendered).flatten(1).any(1).sum())
+    if differing:
+        raise Refused(
+            f"self-test: {differing} of {len(rows)} views rendered from the archive differ from those the teacher saw; "
+            "check whether the images are changing during the run"
+        )
+    for signal, exact in plan.teacher(pixels).items():
+        stored = archive.features(view, np.asarray(rows), layer=signal, teacher=plan.teacher_name)
+        error = largest_error(signal, exact.cpu().numpy(), stored)
+        fidelity = archive.codec(plan.teacher_name, signal).config().get("fidelity", 0.0)
+        bound = fidelity + REPEAT_TOLERANCE[plan.teacher.device.type]
+        if error > bound:
+            raise Refused(
+                f"self-test: the error of the stored {signal} is {error:.3g}, expected at most {bound:.3g}; check "
+                "whether the teacher gives the same output twice"
+            )
 
 
 def largest_error(signal: str, exact: np.ndarray, stored: np.ndarray) -> float:
@@ -125,235 +254,55 @@ def largest_error(signal: str, exact: np.ndarray, stored: np.ndarray) -> float:
     return max(float(kl_rows(exact, stored, temperature).max()) for temperature in (1.0, 4.0))
 
 
-# -- outcome ----------------------------------------------------------------------------------------------------------
-#
-# The end of stage 1: seal, leave a note, say what is there.
-
-# Fewer right answers than this many times chance, and something is wrong with weights, preprocessing or class order;
-# with few classes, where that is all of them, fewer than so much of the way up from chance.
-TIMES_CHANCE, WAY_UP = 2.0, 0.25
-ENOUGH_LABELS = 256
-
-
-@dataclass
-class CacheRun:
-    """What one process did, as far as it has come."""
-
-    began: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
-    start: float = field(default_factory=time.perf_counter)
-    check: TeacherCheck | None = None
-    written: WrittenBlocks = field(default_factory=WrittenBlocks)
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self.start
-
-
-@dataclass(frozen=True)
-class CacheResult:
-    """What is there when stage 1 ends. `id` is None where another teacher's blocks, or another rank's, are missing."""
-
-    path: str
-    id: str | None
-    samples: int
-    views: int
-    images: int
-    """Views whose answers this process has committed."""
-    seconds: float
-    images_per_second: float | None
-    total_bytes: int
-    bytes_per_view: float
-    teacher: str
-    teacher_top1: float | None
-    """Over the labelled views of this process."""
-    floor: float | None
-    """Largest difference of logits between the same views in two batch compositions."""
-    missing: tuple[str, ...] = ()
-    """Parts that still have to be written before the archive can be sealed."""
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def warn_of_chance(plan: Plan, right: int, labelled: int, progress: Progress) -> None:
-    """Train mode, wrong preprocessing, and classes in another order all look like this."""
-    chance = 1 / plan.spec.num_classes
-    enough = min(TIMES_CHANCE * chance, chance + WAY_UP * (1 - chance))
-    if labelled >= ENOUGH_LABELS and right < enough * labelled:
-        progress.warning(
-            f"the teacher is right on {right / labelled:.1%} of {labelled:,} views, chance is {chance:.1%}: are its "
-            "weights, its normalisation and the order of the classes right?"
-        )
-
-
-def leave_note(there: OpenedArchive, run: CacheRun) -> None:
-    """How it went, for whoever wonders; a run that commits nothing leaves none. No part of the archive's identity."""
-    plan, written, check = there.plan, run.written, run.check
-    if not written.blocks:
+def write_provenance(plan: Plan, writer: ArchiveWriter, stats: RunStats) -> None:
+    """A note of how the run went, if it has committed anything. Not part of the archive's identity."""
+    if not stats.blocks:
         return
+    check = stats.check
     note = {
-        "began": run.began.isoformat(timespec="seconds"),
+        "began": stats.began.isoformat(timespec="seconds"),
         "command": plan.options.command,
         "device": device_name(plan.teacher.device),
         "environment": dict(plan.spec.environment),
         "rank": plan.rank.rank,
         "processes": plan.rank.world,
-        "seconds": round(run.seconds, 3),
-        "images_per_second": round(written.rows / run.seconds, 3),
-        "blocks": written.blocks,
-        "images": written.rows,
-        "bytes": written.bytes,
-        "labelled": written.labelled,
-        "right": written.right,
-        "teacher_top1": written.top1,
+        "seconds": round(stats.seconds, 3),
+        "images_per_second": round(stats.rows / stats.seconds, 3),
+        "blocks": stats.blocks,
+        "images": stats.rows,
+        "bytes": stats.bytes,
+        "labelled": stats.labelled,
+        "right": stats.correct,
+        "teacher_top1": stats.top1,
         "floor": None if check is None else check.floor,
         "relative_floor": None if check is None else check.relative_floor,
     }
-    with contextlib.suppress(Refused):  # a disk that is full must not hide why the run ends
-        there.writer.note(f"{plan.teacher_name}-{run.began:%Y%m%dt%H%M%S}-{plan.rank.rank}", note)
+    with contextlib.suppress(Refused):  # a full disk must not hide the error that ended the run
+        writer.note(f"{plan.teacher_name}-{stats.began:%Y%m%dt%H%M%S}-{plan.rank.rank}", note)
 
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def seal(there: OpenedArchive) -> tuple[str | None, tuple[str, ...]]:
-    """The archive's id, or what is missing for one. The first rank seals."""
-    writer = there.writer
-    if not there.plan.rank.first:
-        return None, ()
-    missing = tuple(part for part in writer.parts() if writer.missing(part))
-    return (None if missing else writer.seal()), missing
-
-
-def result(there: OpenedArchive, run: CacheRun, identity: str | None, missing: tuple[str, ...]) -> CacheResult:
-    """All of it in a few numbers."""
-    plan, written, seconds = there.plan, run.written, run.seconds
-    found = describe(there.writer.read_back() if identity is None else open_archive(there.writer.path))
+def cache_result(
+    plan: Plan, writer: ArchiveWriter, stats: RunStats, identity: str | None, missing: tuple[str, ...]
+) -> CacheResult:
+    seconds = stats.seconds
+    description = describe(writer.read_back() if identity is None else open_archive(writer.path))
+    signals = description["teachers"][plan.teacher_name].values()
     return CacheResult(
         path=str(plan.options.out),
         id=identity,
         samples=plan.spec.num_samples,
         views=plan.spec.num_views,
-        images=written.rows,
+        images=stats.rows,
         seconds=seconds,
-        images_per_second=written.rows / seconds if written.rows else None,
-        total_bytes=found["total_bytes"],
-        bytes_per_view=sum(signal["bytes_per_view"] for signal in found["teachers"][plan.teacher_name].values()),
+        images_per_second=stats.rows / seconds if stats.rows else None,
+        total_bytes=description["total_bytes"],
+        bytes_per_view=sum(signal["bytes_per_view"] for signal in signals),
         teacher=plan.teacher_name,
-        teacher_top1=written.top1,
-        floor=None if run.check is None else run.check.floor,
+        teacher_top1=stats.top1,
+        floor=None if stats.check is None else stats.check.floor,
         missing=missing,
     )
-
-
-# -- run --------------------------------------------------------------------------------------------------------------
-
-
-def estimate_cache(options: CacheOptions, progress: Progress | None = None) -> Estimate:
-    """What `cache_teacher` would cost. Runs the teacher on a pilot, writes nothing."""
-    progress = progress or NoProgress()
-    with stop_on_signals() as stop:
-        plan = make_plan(options, Rank.from_environment(), partial(progress.advance, "index"))
-        with Forward(plan, stop) as forward:
-            check_first_batch(forward)
-            pilot = run_pilot(forward)
-        return estimate(plan, pilot, fit_codecs(plan, pilot))
-
-
-def cache_teacher(options: CacheOptions, progress: Progress | None = None) -> CacheResult:
-    """Run the teacher over all views that are missing in the archive, and seal it when nothing is."""
-    run, rank = CacheRun(), Rank.from_environment()
-    progress = progress if progress is not None and rank.first else NoProgress()
-    with stop_on_signals() as stop:
-        plan = planned(options, rank, progress, stop)
-        there = open_existing(plan) if is_there(options) else None
-        with Forward(plan if there is None else there.plan, stop) as forward:
-            if there is None or not there.codecs:
-                there = declare_teacher(forward, there, run, progress)
-            write_canaries(forward, there.writer)
-            try:
-                write_teacher(forward, there, run, progress)
-            finally:
-                leave_note(there, run)
-    identity, missing = seal(there)
-    return result(there, run, identity, missing)
-
-
-def planned(options: CacheOptions, rank: Rank, progress: Progress, stop: StopRequest) -> Plan:
-    """The plan. Other ranks than the first one make theirs when that one has created the archive."""
-
-    def index(done: int, total: int) -> None:
-        stop.raise_if_set()
-        progress.advance("index", done, total)
-
-    if not rank.first:
-        rank.wait_until(lambda: is_ready(options), stop)
-    elif not is_there(options):
-        refuse_place(options)
-    plan = make_plan(options, rank, index)
-    if not rank.first:
-        rank.wait_until(lambda: is_declared(plan), stop)
-    return plan
-
-
-def declare_teacher(forward: Forward, there: OpenedArchive | None, run: CacheRun, progress: Progress) -> OpenedArchive:
-    """A teacher that the archive does not have: looked at, its codecs fitted, its costs weighed, and declared."""
-    plan = forward.plan
-    run.check = check_first_batch(forward)
-    pilot = run_pilot(forward)
-    warn_of_chance(plan, pilot.right, pilot.labelled, progress)
-    choices = fit_codecs(plan, pilot)
-    found = estimate(plan, pilot, choices)
-    refuse_small_disk(plan.options.out, found.total_bytes if there is None else found.signal_bytes)
-    for signal, choice in choices.items():
-        progress.info(f"{signal}: {choice.reason}")
-    progress.info(
-        f"{found.samples:,} samples x {found.views} views: about {human_bytes(found.total_bytes)}, "
-        f"{max(found.seconds / 60, 0.1):,.1f} minutes at {found.images_per_second:.0f} images/s"
-    )
-    forward.stop.raise_if_set()
-    codecs = {signal: choice.codec for signal, choice in choices.items()}
-    return declare(plan, None if there is None else there.writer, codecs)
-
-
-def write_teacher(forward: Forward, there: OpenedArchive, run: CacheRun, progress: Progress) -> None:
-    """Every missing block of the teacher. The first one is read back while the next ones are on their way."""
-    plan, writer, written = there.plan, there.writer, run.written
-    blocks = plan.rank.order(writer.missing(plan.part))
-    if blocks and run.check is None:
-        run.check = check_first_batch(forward)
-    total, images = sum(len(block.rows) for block in blocks), 0
-    test = SelfTest(plan, writer)
-    with BlockEncoder(there, written) as encoder:
-        for (block, rows), pixels, said in forward.answers(batches(forward, writer, blocks)):
-            encoder.add(block, rows, said)
-            images += len(rows)
-            # Of the other processes we know that they do their share.
-            progress.advance(
-                "teacher",
-                min(images * plan.rank.world, total),
-                total,
-                blocks=written.blocks,
-                written=human_bytes(written.bytes),
-            )
-            test.keep(block, rows, pixels)
-            if test.due and written.blocks:
-                test.run()
-    if test.due:
-        test.run()
-    for view in sorted({block.view for block in writer.missing("views")}):
-        write_parameters(plan, writer, view)
-
-
-def batches(
-    forward: Forward, writer: ArchiveWriter, blocks: Sequence[Block]
-) -> Iterator[tuple[tuple[Block, range], list[int]]]:
-    """Batches are a function of the block, so that its bytes are. Blocks that others have committed are left out."""
-    size = forward.plan.options.batch_size
-    for block in blocks:
-        if is_committed(writer, block):
-            continue
-        for start in range(block.start, block.stop, size):
-            rows = range(start, min(start + size, block.stop))
-            yield (block, rows), forward.indices(block.view, rows)

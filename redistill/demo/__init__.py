@@ -1,4 +1,4 @@
-"""The whole of redistill in a few minutes on a CPU: a teacher, its archive, students, and a teacher that errs."""
+"""All of redistill in a few minutes on a CPU: a teacher, its archive, students, and the same with a misled teacher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An archive again with other logits: a coarser codec, or a teacher that errs. For studies; views and samples stay."""
+"""Copy an archive with other logits, for studies: in another codec, or with wrong predictions. The rest is the same."""
 
 from __future__ import annotations
 
@@ -32,55 +32,56 @@ def rewrite_logits(
     change: Change | None = None,
     changed_how: str = "",
 ) -> str:
-    """Write `out` with the logits of one teacher of `archive`, after `change`, in another codec; the id of `out`."""
-    stored = archive.teacher(teacher)
+    """Copy `archive` to `out` with one teacher, whose logits go through `change` into `codec`. Returns the new id."""
+    spec = archive.teacher(teacher)
 
     def logits(view: int, rows: np.ndarray) -> np.ndarray:
-        exact = archive.logits(view, rows, teacher=stored.name)
-        return exact if change is None else change(exact, view, rows)
+        original = archive.logits(view, rows, teacher=spec.name)
+        return original if change is None else change(original, view, rows)
 
     writer = ArchiveWriter.create(out, replace(archive.spec, num_views=archive.num_views))
     writer.write_samples(archive.keys, archive.labels, archive.digests, archive.sizes)
-    fitted = fit_codec(codec, pilot(archive, logits), fidelity=fidelity, k=k)
-    model = {**stored.model, "derived_from": archive.id, "changed_how": changed_how}
-    writer.add_teacher(TeacherSpec(stored.name, (SignalSpec.of(LOGITS, fitted),), model), {LOGITS: fitted.side()})
+    fitted = fit_codec(codec, pilot_rows(archive, logits), fidelity=fidelity, k=k)
+    model = {**spec.model, "derived_from": archive.id, "changed_how": changed_how}
+    writer.add_teacher(TeacherSpec(spec.name, (SignalSpec.of(LOGITS, fitted),), model), {LOGITS: fitted.side()})
     for block in writer.missing("views"):
         writer.write(block, archive.view_params(block.view, block.rows))
     for block in writer.missing("canaries"):
         rows, pixels = archive.canaries(block.view)
         writer.write(block, {"row": rows, "pixels": pixels})
-    for block in writer.missing(f"teachers/{stored.name}"):
-        writer.write(block, *encoded(fitted, logits(block.view, np.arange(block.start, block.stop))))
+    for block in writer.missing(f"teachers/{spec.name}"):
+        writer.write(block, *encode_rows(fitted, logits(block.view, np.arange(block.start, block.stop))))
     return writer.seal()
 
 
-def pilot(archive: Archive, logits: Callable[[int, np.ndarray], np.ndarray]) -> np.ndarray:
-    """Rows evenly spread over all views."""
-    everything = archive.num_samples * archive.num_views
-    count = min(everything, PILOT_ROWS)
-    views, rows = np.divmod(np.arange(count) * everything // count, archive.num_samples)
+def pilot_rows(archive: Archive, logits: Callable[[int, np.ndarray], np.ndarray]) -> np.ndarray:
+    """Logits of rows that are evenly spread over all views."""
+    total = archive.num_samples * archive.num_views
+    count = min(total, PILOT_ROWS)
+    views, rows = np.divmod(np.arange(count) * total // count, archive.num_samples)
     return np.concatenate([logits(int(view), rows[views == view]) for view in np.unique(views)])
 
 
-def encoded(codec: Codec, rows: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, object]]:
-    """What a writer takes of a block: its arrays and its statistics."""
-    whole = join_encoded([codec.encode(rows[at : at + PIECE_ROWS]) for at in range(0, len(rows), PIECE_ROWS)])
-    arrays = {f"{LOGITS}/{name}": np.asarray(array) for name, array in whole.arrays.items()}
-    return arrays, {LOGITS: BlockStats.of(whole).to_json()}
+def encode_rows(codec: Codec, rows: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, object]]:
+    """Arrays and statistics of a block, as `ArchiveWriter.write` takes them."""
+    pieces = [codec.encode(rows[start : start + PIECE_ROWS]) for start in range(0, len(rows), PIECE_ROWS)]
+    encoded = join_encoded(pieces)
+    arrays = {f"{LOGITS}/{name}": np.asarray(array) for name, array in encoded.arrays.items()}
+    return arrays, {LOGITS: BlockStats.of(encoded).to_json()}
 
 
 def mislead(share: float, seed: int = 0) -> Change:
-    """A teacher that is confidently wrong about `share` of what it is asked, each view of an image by itself.
+    """Make a teacher confidently wrong on `share` of the views, drawn for each view of an image independently.
 
-    In such a row the largest logit changes places with that of a random other class.
+    In such a row, the largest logit is swapped with that of a random other class.
     """
 
     def change(logits: np.ndarray, view: int, rows: np.ndarray) -> np.ndarray:
-        classes = logits.shape[1]
+        num_classes = logits.shape[1]
         draws = np.stack([np.random.default_rng((seed, view, int(row))).random(2) for row in rows])
         wrong = np.flatnonzero(draws[:, 0] < share)
         top = logits[wrong].argmax(1)
-        other = (top + 1 + (draws[wrong, 1] * (classes - 1)).astype(np.int64)) % classes
+        other = (top + 1 + (draws[wrong, 1] * (num_classes - 1)).astype(np.int64)) % num_classes
         misled = logits.copy()
         misled[wrong, top], misled[wrong, other] = logits[wrong, other], logits[wrong, top]
         return misled

@@ -1,4 +1,7 @@
-"""Run the demo: every step is the one a user would take, and what is done already is not done again."""
+"""The demo: the steps a user would take, on a small synthetic task. Finished steps are not repeated.
+
+The task is to tell ten kinds of glyphs apart, with few images for the students and many for the teacher.
+"""
 
 from __future__ import annotations
 
@@ -44,13 +47,8 @@ __all__ = [
     "run_demo",
 ]
 
-
-# -- setting ----------------------------------------------------------------------------------------------------------
-#
-# The demo's task: ten kinds of drawn glyphs, few images for the students, many for the teacher.
-
 DIFFICULTY = "classes=10&noise=0.3&clutter=0.2&similarity=0"
-# Another seed: the teacher has never seen an image of the students.
+# Another seed, so the teacher has never seen an image of the students.
 TEACHER_DATA = f"synthetic?{DIFFICULTY}&n=30000&seed=1"
 STUDENT_DATA = f"synthetic?{DIFFICULTY}&n=500"
 VAL_DATA = f"synthetic?{DIFFICULTY}&n=2000&split=val"
@@ -59,129 +57,60 @@ STUDENT_NETWORK = "demo:small"
 # Made by examples/train_demo_teacher.py.
 TEACHER_WEIGHTS = Path(__file__).with_name("teacher.safetensors")
 
-
-# -- summary ----------------------------------------------------------------------------------------------------------
-#
-# What the demo found, for people and machines.
-
-# Under the names of their runs.
-LOSSES = ("ce", "kl", "power")
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Top-1 on unseen images, over seeds."""
-
-    top1_mean: float
-    top1_sd: float
-    n: int
-
-
-@dataclass(frozen=True)
-class Storage:
-    """Bytes of a view of the teacher's answers: as archived, and as they are kept elsewhere."""
-
-    archived: float
-    float16: float
-    top10: float
-    """Ten float16 probabilities and ten int16 classes, which forget the other classes."""
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Images a second while training one student."""
-
-    cached: float
-    online: float
-
-    @property
-    def ratio(self) -> float:
-        return self.cached / self.online
-
-
-@dataclass(frozen=True)
-class Summary:
-    teacher_top1: float
-    students: Mapping[str, Accuracy]
-    misled: Mapping[str, Accuracy]
-    """The same when a fifth of the teacher's answers is confidently wrong."""
-    storage: Storage
-    speed: Speed
-    seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "teacher": {"top1": self.teacher_top1},
-            "students": {name: asdict(found) for name, found in self.students.items()},
-            "students_of_misled_teacher": {name: asdict(found) for name, found in self.misled.items()},
-            "bytes_per_view": asdict(self.storage),
-            "images_per_second": asdict(self.speed) | {"ratio": self.speed.ratio},
-            "seconds": self.seconds,
-        }
-
-
-def accuracies(outcomes: Sequence[TrainResult]) -> dict[str, Accuracy]:
-    """By loss, from runs named <loss>-<seed>."""
-    found: dict[str, list[float]] = {}
-    for outcome in outcomes:
-        assert outcome.top1 is not None, "the demo validates"
-        found.setdefault(outcome.run.rpartition("-")[0], []).append(outcome.top1)
-    return {
-        name: Accuracy(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values))
-        for name, values in found.items()
-    }
-
-
-# -- run --------------------------------------------------------------------------------------------------------------
-
 VIEWS = 8
 RECIPE = "cifar?hflip=0&padding=3&padding_mode=reflect"
+LOSSES = ("ce", "kl", "power")
 SEEDS = (0, 1, 2)
 BATCH_SIZE = 32
 OPTIM = OptimConfig(opt="nesterov", lr=0.1, weight_decay=5e-4, epochs=48, warmup_epochs=1.0)
 MISLED_SHARE = 0.2
-ARCHIVE, VAL_ARCHIVE, MISLED = "teacher.redistill.zarr", "val.redistill.zarr", "misled.redistill.zarr"
+ARCHIVE, VAL_ARCHIVE, MISLED_ARCHIVE = "teacher.redistill.zarr", "val.redistill.zarr", "misled.redistill.zarr"
+RUNS, MISLED_RUNS = "runs", "runs-misled"
 
 
 def run_demo(out: Path, progress: Progress) -> Summary:
-    """Everything into `out`; a second call takes up what is there."""
+    """Run all steps and write everything into `out`; a second call resumes."""
     start = time.monotonic()
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "teacher.safetensors").exists())):
-        raise Refused(f"{out} is there and is no demo; choose another --out")
+        raise Refused(f"{out} exists and is not a demo folder; choose another --out")
     teacher = out / "teacher.safetensors"
     with disk_trouble("write", out):
         out.mkdir(parents=True, exist_ok=True)
         if not teacher.exists():
             LOCAL.publish(teacher, TEACHER_WEIGHTS.read_bytes())
-    progress.stage(f"stage 1: the teacher answers once for {VIEWS} views of the students' images")
-    cached(out, ARCHIVE, STUDENT_DATA, RECIPE, VIEWS, progress)
-    cached(out, VAL_ARCHIVE, VAL_DATA, "center", 1, progress)
-    mislead_archive(out)
+    progress.stage(f"stage 1: the teacher runs once over {VIEWS} views of the students' images")
+    write_archive(out, ARCHIVE, STUDENT_DATA, RECIPE, VIEWS, progress)
+    write_archive(out, VAL_ARCHIVE, VAL_DATA, "center", 1, progress)
+    write_misled_archive(out)
     progress.stage(
-        "stage 2: nine students from the archive in one pass over the images; beside them, six whose teacher is "
-        "confidently wrong about a fifth of what it is asked"
+        "stage 2: nine students train from the archive in one pass over the images; in parallel, six more train with "
+        f"a misled teacher, which is confidently wrong on {MISLED_SHARE:.0%} of the views"
     )
-    with one_thread():  # two trainings of tiny networks share the cores better than the threads of one
-        clean, astray = train_both(run_options(out, ARCHIVE, "runs", LOSSES), misled_options(out), progress)
-        progress.stage("the speed of training with the archive, and with the teacher beside the student")
-        paces = speed(out, progress)
-    found = Summary(
+    with one_thread():  # two trainings of tiny networks use two cores better than one training with two threads
+        # Training on labels does not depend on the teacher, so it is not repeated with the misled one.
+        misled_options = train_options(out, MISLED_ARCHIVE, MISLED_RUNS, LOSSES[1:])
+        results, misled_results = train_both(train_options(out, ARCHIVE, RUNS, LOSSES), misled_options, progress)
+        progress.stage("training speed: with the archive, and with the teacher running beside the student")
+        speed = measure_speed(out, progress)
+    students = accuracies(results)
+    summary = Summary(
         teacher_top1=evaluate(teacher, VAL_DATA, workers=0).metrics.top1,
-        students=accuracies(clean),
-        misled={"ce": accuracies(clean)["ce"], **accuracies(astray)},
-        storage=storage(out / ARCHIVE),
-        speed=paces,
+        students=students,
+        misled={"ce": students["ce"], **accuracies(misled_results)},
+        storage=storage_of(out / ARCHIVE),
+        speed=speed,
         seconds=time.monotonic() - start,
     )
-    LOCAL.publish(out / "summary.json", (json.dumps(found.to_json(), indent=1) + "\n").encode())
-    runs = [
-        out / folder / outcome.run for folder, some in (("runs", clean), ("runs-misled", astray)) for outcome in some
-    ]
+    LOCAL.publish(out / "summary.json", (json.dumps(summary.to_json(), indent=1) + "\n").encode())
+    runs = [out / RUNS / result.run for result in results] + [out / MISLED_RUNS / r.run for r in misled_results]
     write_report(runs, out / "report.html", archive=out / ARCHIVE, data=STUDENT_DATA)
-    return found
+    return summary
 
 
-def cached(out: Path, name: str, data: str, recipe: str, views: int, progress: Progress) -> None:
+# -- steps ------------------------------------------------------------------------------------------------------------
+
+
+def write_archive(out: Path, name: str, data: str, recipe: str, views: int, progress: Progress) -> None:
     options = CacheOptions(
         data=data,
         teacher=f"{TEACHER_NETWORK}&weights={out / 'teacher.safetensors'}",
@@ -194,20 +123,21 @@ def cached(out: Path, name: str, data: str, recipe: str, views: int, progress: P
     cache_teacher(options, progress)
 
 
-def mislead_archive(out: Path) -> None:
-    if (out / MISLED / "_redistill" / "manifest.json").exists():
+def write_misled_archive(out: Path) -> None:
+    path = out / MISLED_ARCHIVE
+    if (path / "_redistill" / "manifest.json").exists():
         return
-    shutil.rmtree(out / MISLED, ignore_errors=True)  # half of one is worth nothing, and it is made in seconds
+    shutil.rmtree(path, ignore_errors=True)  # rewriting takes seconds, so an incomplete archive is not resumed
     archive = open_archive(out / ARCHIVE)
-    rewrite_logits(archive, out / MISLED, change=mislead(MISLED_SHARE), changed_how=f"misled {MISLED_SHARE}")
+    rewrite_logits(archive, path, change=mislead(MISLED_SHARE), changed_how=f"misled {MISLED_SHARE}")
 
 
-def run_options(out: Path, archive: str, folder: str, losses: Sequence[str]) -> TrainOptions:
+def train_options(out: Path, archive: str, runs: str, losses: Sequence[str]) -> TrainOptions:
     return TrainOptions(
         data=STUDENT_DATA,
         archive=out / archive,
         students=(STUDENT_NETWORK,),
-        out=out / folder,
+        out=out / runs,
         losses=tuple(losses),
         seeds=SEEDS,
         batch_size=BATCH_SIZE,
@@ -220,32 +150,20 @@ def run_options(out: Path, archive: str, folder: str, losses: Sequence[str]) -> 
     )
 
 
-def misled_options(out: Path) -> TrainOptions:
-    """Labels do not hear the teacher, so they are not trained again."""
-    return run_options(out, MISLED, "runs-misled", LOSSES[1:])
-
-
 def train_both(
-    here: TrainOptions, beside: TrainOptions, progress: Progress
+    options: TrainOptions, parallel_options: TrainOptions, progress: Progress
 ) -> tuple[list[TrainResult], list[TrainResult]]:
-    """Two cohorts at once, the second in a process of its own."""
+    """Train two cohorts at the same time, the second one in a process of its own."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, torch.set_num_threads, (1,)) as pool:
-        other = pool.submit(train, beside)
-        return train(here, progress), other.result()
+        parallel = pool.submit(train, parallel_options)
+        return train(options, progress), parallel.result()
 
 
-def storage(path: Path) -> Storage:
-    archive = open_archive(path)
-    (signals,) = describe(archive)["teachers"].values()
-    kept = min(10, archive.num_classes)
-    return Storage(signals["logits"]["bytes_per_view"], 2.0 * archive.num_classes, 4.0 * kept)
+def measure_speed(out: Path, progress: Progress) -> Speed:
+    """Train one student for a few epochs with the archive, and for a few with the teacher."""
 
-
-def speed(out: Path, progress: Progress) -> Speed:
-    """A few epochs of one student each way."""
-
-    def pace(name: str, teacher: str | None) -> float:
+    def images_per_second(name: str, teacher: str | None) -> float:
         options = TrainOptions(
             data=STUDENT_DATA,
             archive=out / ARCHIVE,
@@ -263,5 +181,80 @@ def speed(out: Path, progress: Progress) -> Speed:
         column = rows[0].split(",").index("images_per_second")
         return max(float(row.split(",")[column]) for row in rows[2:])  # the first epoch waits for workers to start
 
-    online = f"{TEACHER_NETWORK}&weights={out / 'teacher.safetensors'}"
-    return Speed(cached=pace("cached", None), online=pace("online", online))
+    online_teacher = f"{TEACHER_NETWORK}&weights={out / 'teacher.safetensors'}"
+    return Speed(cached=images_per_second("cached", None), online=images_per_second("online", online_teacher))
+
+
+def storage_of(path: Path) -> Storage:
+    archive = open_archive(path)
+    (signals,) = describe(archive)["teachers"].values()
+    top = min(10, archive.num_classes)
+    return Storage(signals["logits"]["bytes_per_view"], 2.0 * archive.num_classes, 4.0 * top)
+
+
+def accuracies(results: Sequence[TrainResult]) -> dict[str, Accuracy]:
+    """By loss, from runs named <loss>-<seed>."""
+    top1_by_loss: dict[str, list[float]] = {}
+    for result in results:
+        assert result.top1 is not None, "the demo validates"
+        top1_by_loss.setdefault(result.run.rpartition("-")[0], []).append(result.top1)
+    return {
+        loss: Accuracy(statistics.mean(top1), statistics.stdev(top1) if len(top1) > 1 else 0.0, len(top1))
+        for loss, top1 in top1_by_loss.items()
+    }
+
+
+# -- summary ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Top-1 accuracy on validation images, over seeds."""
+
+    top1_mean: float
+    top1_sd: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Bytes per view of the teacher's logits: in the archive, and in two common formats."""
+
+    archived: float
+    float16: float
+    top10: float
+    """Ten float16 probabilities and ten int16 classes; the other classes are lost."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Images per second while training one student."""
+
+    cached: float
+    online: float
+
+    @property
+    def ratio(self) -> float:
+        return self.cached / self.online
+
+
+@dataclass(frozen=True)
+class Summary:
+    teacher_top1: float
+    students: Mapping[str, Accuracy]
+    """By loss."""
+    misled: Mapping[str, Accuracy]
+    """The same with a teacher that is confidently wrong on a fifth of the views."""
+    storage: Storage
+    speed: Speed
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "teacher": {"top1": self.teacher_top1},
+            "students": {loss: asdict(accuracy) for loss, accuracy in self.students.items()},
+            "students_of_misled_teacher": {loss: asdict(accuracy) for loss, accuracy in self.misled.items()},
+            "bytes_per_view": asdict(self.storage),
+            "images_per_second": asdict(self.speed) | {"ratio": self.speed.ratio},
+            "seconds": self.seconds,
+        }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
@@ -14,7 +13,7 @@ import torch
 from redistill_cache.errors import Refused
 from torch import Tensor
 
-from redistill.loading import batch_loader
+from redistill.loading import BatchLoader
 from redistill.views import ViewDataset
 from redistill.views.dataset import MixedView, RenderedView
 
@@ -123,17 +122,15 @@ class Feed:
 
     def start(self, epoch: int = 0, batch: int = 0) -> Iterator[TrainBatch]:
         """Every batch from there to the end. Workers stay from epoch to epoch."""
-        waiting: deque[tuple[Position, tuple[int, ...], Rows, int]] = deque()
 
-        def indices() -> Iterator[list[int]]:
+        def batches_with_indices() -> Iterator[tuple[tuple[Position, tuple[int, ...], Rows, int], list[int]]]:
             for now in range(epoch, self.epochs):
                 batches, views = self.batches(now), self.views(now)
                 for at in range(batch if now == epoch else 0, len(batches)):
                     rows = share_of_rank(batches[at], self.rank, self.world)
-                    waiting.append((Position(now, at, len(batches)), views, rows, len(batches[at]) * len(views)))
-                    yield [self.dataset.index(view, row) for row in rows.tolist() for view in views]
+                    batch_tag = Position(now, at, len(batches)), views, rows, len(batches[at]) * len(views)
+                    yield batch_tag, [self.dataset.index(view, row) for row in rows.tolist() for view in views]
 
-        loader = batch_loader(self.dataset, indices(), workers=self.workers, collate=carry, pin=self.pin)
-        for carried in loader:
-            place, views, rows, count = waiting.popleft()
+        loader = BatchLoader(self.dataset, workers=self.workers, collate=carry, pin=self.pin)
+        for (place, views, rows, count), carried in loader.load(batches_with_indices()):
             yield TrainBatch(place, views, rows, count, carried)

@@ -162,7 +162,7 @@ class Training:
         if validation is None:
             return [None] * len(self.run.members)
         for member in self.run.members:  # running statistics of batch norms are each process's own
-            self.world.as_first_has(member.student.buffers())
+            self.world.broadcast(member.student.buffers())
         students = [(member.student, member.normalise) for member in self.run.members]
         mine = validation.tallies(students, self.world.device, self.run.members[0].amp)
         found: list[Metrics | None] = []
@@ -181,7 +181,7 @@ class Training:
         if self.world.first:
             members, deciding = self.run.members, self.options.deciding()
             save_checkpoint(self.options.out, members, deciding, self.run.archive.id, (epoch, batch))
-        self.world.wait()
+        self.world.barrier()
         self.saved = time.monotonic()
 
     def _pool_counts(self) -> None:

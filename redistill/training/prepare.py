@@ -49,7 +49,7 @@ class TrainSetup:
 
 def prepare(options: TrainOptions, world: World, progress: Progress) -> TrainSetup:
     """What is quick to find out comes first: nobody should wait for a million images to read of a typing error."""
-    with world.first_here_first():
+    with world.local_first():
         archive = open_archive(options.archive)
     specs = options.members()
     size = archive_recipe(archive).size if options.size is None else options.size
@@ -60,7 +60,7 @@ def prepare(options: TrainOptions, world: World, progress: Progress) -> TrainSet
     if isinstance(targets, CachedTargets) and targets.residence.spilled:
         progress.info("the teacher's rows of two views exceed --cache-memory; they lie in a temporary file")
     workers = default_workers(world.rank.local_world) if options.workers is None else options.workers
-    with world.first_here_first():
+    with world.local_first():
         dataset = aligned_dataset(options, archive, workers, progress)
         validation = open_validation(options, archive, size, workers, world)
     feed = Feed(

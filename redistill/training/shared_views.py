@@ -121,7 +121,7 @@ class SharedViews:
         """All processes must ask at the same point, and the views taken before are given up by all."""
         if not self.shared:
             return self._load(views, then)
-        self.world.wait()  # nobody looks any more at the buffers that are about to be filled again
+        self.world.barrier()  # nobody looks any more at the buffers that are about to be filled again
         loaded: list[list[PackedView]] = []
         told: Any = None
         if self._loaders:
@@ -132,7 +132,7 @@ class SharedViews:
                 raise said
         if not self._loaders:
             loaded = self._look(views, everybody[self.world.rank.rank - self.world.rank.local])
-        self.world.wait()
+        self.world.barrier()
         self._passing.close()
         return loaded
 

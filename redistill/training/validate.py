@@ -14,7 +14,7 @@ from redistill_cache.errors import Refused
 from torch import Tensor, nn
 
 from redistill.devices import refuse_out_of_memory
-from redistill.loading import batch_loader
+from redistill.loading import BatchLoader
 from redistill.metrics import Tally, tally
 from redistill.models.model_info import Normalise
 from redistill.sources.index import SourceIndex, index_source
@@ -120,14 +120,10 @@ class Validation:
             return
         pieces = [self.rows[at : at + self.batch_size] for at in range(0, len(self.rows), self.batch_size)]
         keep = len(self.rows) * 3 * self.dataset.size**2 <= KEPT_BYTES
-        loader = batch_loader(
-            self.dataset,
-            ([self.dataset.index(0, row) for row in rows.tolist()] for rows in pieces),
-            workers=self.workers,
-            collate=carry,
-        )
+        loader = BatchLoader(self.dataset, workers=self.workers, collate=carry)
+        batches = ((rows, [self.dataset.index(0, row) for row in rows.tolist()]) for rows in pieces)
         kept = []
-        for rows, carried in zip(pieces, loader, strict=True):
+        for rows, carried in loader.load(batches):
             if keep:
                 kept.append((rows, carried.pixels))
             yield rows, carried.pixels

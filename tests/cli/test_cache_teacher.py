@@ -15,7 +15,7 @@ from redistill_cache.verify import verify
 from redistill_cli.__main__ import main
 
 from tests import odd_teachers
-from tests.stage1 import files_of, note_of
+from tests.stage1 import file_hashes, read_note
 
 DATA, TEACHER = "synthetic?n=90&classes=5", "demo:small?num_classes=5&weights=random"
 PLAIN = ("--workers", "0", "--batch-size", "16", "--block-rows", "32")
@@ -60,7 +60,7 @@ def test_json_has_the_outcome_and_nothing_else(cached):
         *("path", "id", "samples", "views", "images", "seconds", "images_per_second", "total_bytes"),
         *("bytes_per_view", "teacher", "teacher_top1", "floor", "missing"),
     }
-    assert done["total_bytes"] == sum((Path("a.zarr") / name).stat().st_size for name in files_of(Path("a.zarr")))
+    assert done["total_bytes"] == sum((Path("a.zarr") / name).stat().st_size for name in file_hashes(Path("a.zarr")))
     code, out, _ = cached("--views", "2", "--json")
     assert (code, json.loads(out)["images"], json.loads(out)["id"]) == (0, 0, done["id"])
 
@@ -81,17 +81,17 @@ def test_a_dry_run_says_what_it_would_cost_and_leaves_nothing(cached, tmp_path: 
 def test_secrets_are_masked_in_the_recorded_command(cached):
     code, _, err = cached("--citation", "https://me:hunter2@example.org/a?token=s3cr3t&x=1")
     assert code == 0, err
-    command = note_of(Path("a.zarr"))["command"]
+    command = read_note(Path("a.zarr"))["command"]
     assert command.startswith(f"cache-teacher {DATA} --teacher {TEACHER} --out a.zarr --workers 0")
     assert command.endswith("--citation https://***@example.org/a?token=***&x=1")
 
 
 WRONG = {
     "classes": (3, {"data": "synthetic?n=30&classes=6"}, (), "6 classes"),
-    "size": (3, {"teacher": odd("fixed_size")}, ("--size", "40"), "use --size 32"),
-    "NaN": (3, {"teacher": odd("says_nan")}, (), "NaN or infinity for 16 of 16"),
-    "train mode": (3, {"teacher": odd("always_training")}, (), "stays in train mode"),
-    "state": (3, {"teacher": odd("counts_calls")}, (), "changes its own state when it answers: calls"),
+    "size": (3, {"teacher": odd("FixedSize")}, ("--size", "40"), "use --size 32"),
+    "NaN": (3, {"teacher": odd("NanLogits")}, (), "NaN or infinity for 16 of 16"),
+    "train mode": (3, {"teacher": odd("AlwaysTraining")}, (), "stays in train mode"),
+    "state": (3, {"teacher": odd("CountsCalls")}, (), "changes its own state when it answers: calls"),
     "weights": (3, {"teacher": "demo:small?num_classes=5"}, (), "add weights=PATH"),
     "no data": (3, {"data": "folder:nowhere"}, (), "'nowhere' is not a folder"),
     "place": (3, {"out": "/dev/null/a.zarr"}, (), "/dev/null is a file"),
@@ -153,12 +153,12 @@ OTHERWISE = {
 
 def test_every_option_that_decides_content_is_refused_by_name(cached):
     assert cached()[0] == 0
-    before = files_of(Path("a.zarr"))
+    before = file_hashes(Path("a.zarr"))
     for option, (words, named) in OTHERWISE.items():
         code, _, err = cached(*words)
         assert code == 3, (option, err)
         assert named in the_line(err), option
-        assert files_of(Path("a.zarr")) == before, option
+        assert file_hashes(Path("a.zarr")) == before, option
     assert verify("a.zarr", full=True).ok
 
 
@@ -175,5 +175,5 @@ def test_a_disk_that_is_full_is_one_line_and_the_rest_is_done_later(cached, tmp_
         assert code == 3
         assert f"{tmp_path / 'a.zarr'}: File too large; check the disk" in the_line(err)
     assert cached("--views", "3")[0] == 0
-    assert files_of(Path("a.zarr")) == files_of(Path("whole.zarr"))
+    assert file_hashes(Path("a.zarr")) == file_hashes(Path("whole.zarr"))
     assert verify("a.zarr", full=True).ok

@@ -23,7 +23,7 @@ from redistill_cache.errors import Incomplete
 from redistill_cache.verify import verify
 
 from redistill.caching import cache_teacher
-from tests.stage1 import asked, command, files_of, started
+from tests.stage1 import cache_options, command_line, file_hashes, start_command
 
 SECONDS = 120
 BLOCKS = {"block_rows": 8, "views": 2}
@@ -34,7 +34,7 @@ Place = dict[str, tuple[int, int]]
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("uninterrupted") / "a.zarr"
-    cache_teacher(asked(path, **BLOCKS))
+    cache_teacher(cache_options(path, **BLOCKS))
     return path
 
 
@@ -48,12 +48,14 @@ class Run:
         self.output = path.with_suffix(".txt")
         if real:
             with self.output.open("w") as file:
-                words = [sys.executable, "-m", "redistill_cli", *command(path, **BLOCKS | {"workers": 1})]
+                words = [sys.executable, "-m", "redistill_cli", *command_line(path, **BLOCKS | {"workers": 1})]
                 self.popen = subprocess.Popen(words, stdout=file, stderr=file, start_new_session=True)
             self.pid, self.code = self.popen.pid, self.popen.poll
             self.wait: Callable[[], object] = lambda: self.popen.wait(SECONDS)
         else:
-            forked = started(command(path, **BLOCKS), self.output, XDG_CACHE_HOME=os.environ["XDG_CACHE_HOME"])
+            forked = start_command(
+                command_line(path, **BLOCKS), self.output, XDG_CACHE_HOME=os.environ["XDG_CACHE_HOME"]
+            )
             assert forked.pid is not None
             self.pid, self.code, self.wait = forked.pid, lambda: forked.exitcode, lambda: forked.join(SECONDS)
 
@@ -130,7 +132,7 @@ def kill_often(folder: Path, whole: Path, kills: int, real_every: int | None = N
     start = time.monotonic()
     assert not Run(folder / "pace.zarr", real=False).kill_when(lambda: False)
     pace = time.monotonic() - start
-    assert files_of(folder / "pace.zarr") == files_of(whole)
+    assert file_hashes(folder / "pace.zarr") == file_hashes(whole)
     while killed < kills:
         path, kept = folder / f"{archives}.zarr", Place()
         for _ in range(min(PER_ARCHIVE, kills - killed)):
@@ -144,7 +146,7 @@ def kill_often(folder: Path, whole: Path, kills: int, real_every: int | None = N
                 break
         assert not Run(path, real=False).kill_when(lambda: False)
         check_killed(path, whole, kept)
-        assert files_of(path) == files_of(whole)
+        assert file_hashes(path) == file_hashes(whole)
         assert not list(path.rglob("*.partial"))
         assert verify(path, full=True).ok
         archives += 1

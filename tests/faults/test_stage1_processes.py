@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from redistill.caching import cache_teacher
-from tests.stage1 import OTHER_TEACHER, asked, command, files_of
+from tests.stage1 import OTHER_TEACHER, cache_options, command_line, file_hashes
 
 # Real commands with real workers: each takes seconds to start.
 pytestmark = pytest.mark.slow
@@ -27,14 +27,14 @@ TORCHRUN = ("torch.distributed.run", "--master-port=0", "--nproc-per-node={}", "
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("uninterrupted") / "a.zarr"
-    cache_teacher(asked(path, **MANY))
+    cache_teacher(cache_options(path, **MANY))
     return path
 
 
 @contextmanager
 def running(path: Path, module: tuple[str, ...] = ("redistill_cli",), **changed: object) -> Iterator[subprocess.Popen]:
     """The command as a user starts it, in a group of its own, with its first block of the teacher committed."""
-    words = [sys.executable, "-m", *module, *command(path, **MANY | changed)]
+    words = [sys.executable, "-m", *module, *command_line(path, **MANY | changed)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         wait_for(lambda: process.poll() is not None or any(path.glob("_redistill/blocks/teachers.tiny.0.*")))
@@ -82,8 +82,8 @@ def workers(pid: int) -> list[int]:
 
 def assert_continues(path: Path, uninterrupted: Path) -> None:
     assert not (path / "_redistill/manifest.json").exists(), "it was over before it was stopped"
-    cache_teacher(asked(path, **MANY))
-    assert files_of(path) == files_of(uninterrupted)
+    cache_teacher(cache_options(path, **MANY))
+    assert file_hashes(path) == file_hashes(uninterrupted)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -129,10 +129,10 @@ def test_a_killed_rank_is_made_up_for_by_any_number(ram: Path, uninterrupted: Pa
     if then == 1:
         assert_continues(path, uninterrupted)
         return
-    words = [sys.executable, "-m", *(word.format(then) for word in TORCHRUN), *command(path, **MANY)]
+    words = [sys.executable, "-m", *(word.format(then) for word in TORCHRUN), *command_line(path, **MANY)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert done.returncode == 0, done.stderr
-    assert files_of(path) == files_of(uninterrupted)
+    assert file_hashes(path) == file_hashes(uninterrupted)
 
 
 def rank_of(pid: int) -> str | None:

@@ -1,4 +1,4 @@
-"""What a machine gives us, as told by files of its kernel; and a doctor who looks at little and stops at nothing."""
+"""Limits on cores and memory, as read from files of the kernel; and what doctor reads and reports."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from redistill_cache.errors import Refused
 from redistill_cache.machine import usable_cores, usable_memory
 
 from redistill import doctor
-from redistill.doctor import examine, views_of
+from redistill.doctor import examine, open_views
 from tests import tiny_archive
 
 
-def kernel(tmp_path: Path, membership: str, files: dict[str, str]) -> tuple[Path, Path]:
-    """The files by which a kernel tells of limits."""
+def kernel_files(tmp_path: Path, membership: str, files: dict[str, str]) -> tuple[Path, Path]:
+    """A cgroup folder and a membership file with these contents."""
     (tmp_path / "membership").write_text(membership)
     for name, text in files.items():
         file = tmp_path / "cgroup" / name
@@ -38,21 +38,23 @@ def kernel(tmp_path: Path, membership: str, files: dict[str, str]) -> tuple[Path
         ("nonsense\n\n", {"cpu.max": "what?\n"}, None),
     ],
 )
-def test_cores_that_may_be_used(tmp_path: Path, membership: str, files: dict[str, str], cores: int | None):
-    """Fewer than the machine's where a quota says so; the smallest of all groups above counts."""
-    found = usable_cores(*kernel(tmp_path, membership, files))
-    assert found == (len(os.sched_getaffinity(0)) if cores is None else cores)
+def test_usable_cores(tmp_path: Path, membership: str, files: dict[str, str], cores: int | None):
+    """A quota limits the cores; of all parent groups, the smallest quota counts."""
+    usable = usable_cores(*kernel_files(tmp_path, membership, files))
+    assert usable == (len(os.sched_getaffinity(0)) if cores is None else cores)
 
 
-def test_memory_that_may_be_used(tmp_path: Path):
-    assert usable_memory(*kernel(tmp_path, "4:memory:/\n", {"memory/memory.limit_in_bytes": "1048576\n"})) == 1 << 20
-    assert usable_memory(*kernel(tmp_path, "0::/x\n", {"x/memory.max": "2097152\n"})) == 2 << 20
+def test_usable_memory(tmp_path: Path):
+    assert (
+        usable_memory(*kernel_files(tmp_path, "4:memory:/\n", {"memory/memory.limit_in_bytes": "1048576\n"})) == 1 << 20
+    )
+    assert usable_memory(*kernel_files(tmp_path, "0::/x\n", {"x/memory.max": "2097152\n"})) == 2 << 20
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert usable_memory(tmp_path, tmp_path / "no such file") == total
 
 
-class Many:
-    """A million images; remembers which were asked for."""
+class ManyImages:
+    """A million images; records which of them are read."""
 
     def __init__(self, count: int = 1_000_000) -> None:
         self.count = count
@@ -66,23 +68,23 @@ class Many:
         return np.full((32, 32, 3), i % 256, np.uint8), 0, str(i)
 
 
-def test_a_large_set_is_not_read_for_a_rate():
-    images = Many()
-    dataset = views_of(images, None)
-    assert len(dataset.__getitems__(dataset.indices(0).tolist())) == len(images.seen) == doctor.IMAGES
+def test_only_a_few_images_of_a_large_set_are_read():
+    images = ManyImages()
+    dataset = open_views(images, None)
+    assert len(dataset.__getitems__(dataset.indices(0).tolist())) == len(images.seen) == doctor.MAX_IMAGES
     assert min(images.seen) == 0
     assert max(images.seen) > 900_000
-    assert len(views_of(Many(3), None)) == 3
+    assert len(open_views(ManyImages(3), None)) == 3
     with pytest.raises(Refused, match="no image"):
-        views_of(Many(0), None)
+        open_views(ManyImages(0), None)
 
 
-def test_an_archive_without_teachers_is_said_to_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(doctor, "SECONDS", 0.01)
+def test_an_archive_without_teachers_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(doctor, "SECONDS_PER_RATE", 0.01)
     tiny_archive.make(tmp_path / "bare.zarr", teachers=())
-    found = examine(archive=tmp_path / "bare.zarr", folder=tmp_path)
-    assert found.archive_load_rows_per_second is None
-    assert any("no teacher's answers" in advice for advice in found.advice)
+    diagnosis = examine(archive=tmp_path / "bare.zarr", folder=tmp_path)
+    assert diagnosis.archive_load_rows_per_second is None
+    assert any("has no teacher yet" in advice for advice in diagnosis.advice)
     tiny_archive.make(tmp_path / "full.zarr")
     rate = examine(archive=tmp_path / "full.zarr", folder=tmp_path).archive_decode_rows_per_second
     assert rate is not None
@@ -90,7 +92,7 @@ def test_an_archive_without_teachers_is_said_to_be_one(tmp_path: Path, monkeypat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bare.zarr", "full.zarr"]
 
 
-def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path):
+def test_a_missing_folder_is_an_error_in_one_line(tmp_path: Path):
     with pytest.raises(Refused, match="cannot look at") as error:
         examine(folder=tmp_path / "missing")
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""A request to stop is looked at, or handed on: never swallowed."""
+"""A stop request is either handled in the block or passed on, never lost."""
 # ruff: noqa: PT012  # the block that raises is what is tested
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from redistill.interrupts import Interrupted, stop_on_signals
 
 @pytest.fixture(autouse=True)
 def _python_handles_ctrl_c() -> Iterator[None]:
-    """As it does in a terminal; what a shell starts behind & ignores it."""
+    """As in a terminal; processes that a shell starts in the background ignore SIGINT."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-def test_a_request_waits_until_it_is_looked_at():
+def test_a_request_waits_until_it_is_checked():
     with pytest.raises(Interrupted, match="SIGTERM; again") as left, stop_on_signals() as stop:
         assert not stop
         signal.raise_signal(signal.SIGTERM)
@@ -29,7 +29,7 @@ def test_a_request_waits_until_it_is_looked_at():
     assert left.value.exit_code == 143
 
 
-def test_a_request_that_nobody_looked_at_reaches_the_one_around():
+def test_an_unchecked_request_reaches_the_outer_handler():
     with pytest.raises(KeyboardInterrupt), stop_on_signals():
         signal.raise_signal(signal.SIGINT)
     with pytest.raises(Interrupted), stop_on_signals() as outer:
@@ -38,13 +38,13 @@ def test_a_request_that_nobody_looked_at_reaches_the_one_around():
         outer.raise_if_set("again")
 
 
-def test_what_fails_after_a_request_fails_because_of_it():
+def test_an_error_after_a_request_becomes_interrupted():
     with pytest.raises(Interrupted, match="then again"), stop_on_signals("then again"):
         signal.raise_signal(signal.SIGINT)
-        raise Refused("a worker is gone")
+        raise Refused("a worker has died")
 
 
-def test_handlers_are_put_back():
+def test_handlers_are_restored():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with stop_on_signals():
         assert signal.getsignal(signal.SIGINT) != before[0]

@@ -299,7 +299,7 @@ def test_devices_are_picked_by_name():
 
 
 @pytest.mark.parametrize(
-    ("device", "says"), [("gpu", "unknown device"), ("cuda:99", "was asked for, but"), ("meta", "not supported")]
+    ("device", "says"), [("gpu", "unknown device"), ("cuda:99", "was requested, but"), ("meta", "not supported")]
 )
 def test_a_device_that_is_not_there_is_one_line(device: str, says: str):
     with pytest.raises(RedistillError, match=says) as caught:
@@ -309,7 +309,7 @@ def test_a_device_that_is_not_there_is_one_line(device: str, says: str):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_cuda_asked_for_and_absent():
-    with pytest.raises(Refused, match="finds no GPU here; use --device cpu"):
+    with pytest.raises(Refused, match="finds no GPU; use --device cpu"):
         pick_device("cuda")
 
 

@@ -1,0 +1,134 @@
+"""Options, data and teachers that do not fit are refused in one line, before anything is written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from redistill_cache.errors import Refused, SpecMismatch, UsageError
+from redistill_cache.verify import verify
+
+from redistill.caching import cache_teacher
+from tests.stage1 import file_hashes, five_class_options, odd_teacher
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("archive") / "a.zarr"
+    cache_teacher(five_class_options(path))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"batch_size": 32}, "batch_size"),
+        ({"fidelity": 1e-2}, "fidelity"),
+        ({"feature_fidelity": 0.1}, "feature_fidelity"),
+        ({"compile": True}, "compile"),
+        ({"citation": "me"}, "citation"),
+        ({"views": 3, "extend_views": True, "seed": 1}, "seed"),
+        ({"views": 3, "extend_views": True, "batch_size": 32}, "batch_size"),
+        ({"codec": "float16"}, "codec"),
+        ({"signals": ("logits", "layer2")}, "signals"),
+        ({"keep_shift": True}, "keep_shift"),
+        ({"amp": True}, "precision"),
+        ({"channels_last": False}, "channels_last"),
+        ({"teacher": "demo:small?num_classes=5&weights=random&seed=1"}, "weights_digest"),
+        ({"teacher": "demo:tiny?num_classes=5&weights=random", "teacher_name": "small"}, "name"),
+        ({"views": 3}, "num_views"),
+        ({"seed": 1}, "seed"),
+        ({"recipe": "center"}, "recipe"),
+        ({"size": 24}, "recipe.size"),
+        ({"block_rows": 16}, "block_rows"),
+        ({"licence": "MIT"}, "licence"),
+        ({"data": "synthetic?n=91&classes=5"}, "num_samples"),
+        ({"data": "synthetic?n=90&classes=5&seed=3"}, "source.seed"),
+    ],
+)
+def test_a_changed_option_is_refused_by_name_and_changes_nothing(archive: Path, changes: dict, field: str):
+    before = file_hashes(archive)
+    with pytest.raises(SpecMismatch) as error:
+        cache_teacher(five_class_options(archive, **changes))
+    assert field in str(error.value)
+    assert "\n" not in str(error.value)
+    assert file_hashes(archive) == before
+    assert verify(archive).ok
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": "synthetic?n=30&classes=6"}, "6 classes"),
+        ({"data": "synthetic?n=30&classes=4"}, "4 classes"),
+        ({"device": "cuda"}, "--device cpu"),
+        ({"teacher": "demo:small?num_classes=5"}, "no weights"),
+        ({"teacher": odd_teacher("FixedSize"), "size": 40}, "--size 32"),
+        ({"teacher": odd_teacher("NanLogits")}, "NaN"),
+        ({"teacher": odd_teacher("AlwaysTraining")}, "train mode"),
+        ({"teacher": odd_teacher("CountsCalls")}, "state"),
+        ({"teacher": odd_teacher("NanLogits"), "amp": True}, "try --no-amp"),
+        ({"teacher": odd_teacher("NotDeterministic")}, "for the same images"),
+        ({"teacher": odd_teacher("BatchDependent")}, "other images of the batch"),
+        ({"teacher": odd_teacher("OutOfMemory")}, "ran out of memory on a batch of 16; try --batch-size 8"),
+        ({"teacher": odd_teacher("NotDeterministic"), "allow_python": False}, "command line only"),
+        ({"recipe": "center?size=32", "size": 32}, "both set the size of the views"),
+        ({"signals": ("logits", "layer9")}, "layer9"),
+        ({"extend_views": True}, "--extend-views"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="one of the cases is a machine without GPU")
+def test_unusable_data_or_teacher_is_refused_in_one_line(tmp_path: Path, changes: dict, message: str):
+    options = five_class_options(tmp_path / "a.zarr", **{"allow_python": True, **changes})
+    with pytest.raises((Refused, UsageError)) as error:
+        cache_teacher(options)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not options.out.exists()
+
+
+def test_changed_images_are_refused(tmp_path: Path):
+    def write_image(i: int, seed: int) -> None:
+        path = tmp_path / "images" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)
+
+    for i in range(6):
+        write_image(i, i)
+    data, teacher = f"folder:{tmp_path / 'images'}", "demo:tiny?num_classes=2&weights=random"
+    options = five_class_options(tmp_path / "a.zarr", data=data, teacher=teacher, views=1)
+    cache_teacher(options)
+    before = file_hashes(options.out)
+    write_image(1, 99)
+    for attempt in (options, replace(options, views=2, extend_views=True)):
+        with pytest.raises(SpecMismatch, match="the sample index"):
+            cache_teacher(attempt)
+    write_image(6, 6)
+    with pytest.raises(SpecMismatch, match=r"num_samples = 6.*7"):
+        cache_teacher(options)
+    assert file_hashes(options.out) == before
+
+
+def test_a_path_that_cannot_become_an_archive(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Refused, match="is a file"):
+        cache_teacher(five_class_options(tmp_path / "file"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+    with pytest.raises(Refused, match="holds files and is not an archive"):
+        cache_teacher(five_class_options(tmp_path / "full"))
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+    with pytest.raises(UsageError, match="URL"):
+        five_class_options(Path("s3://bucket/a.zarr"))
+
+
+@pytest.mark.parametrize(
+    "option", [{"views": 0}, {"block_rows": 0}, {"size": 0}, {"workers": -1}, {"codec": "zip"}, {"fidelity": 2.0}]
+)
+def test_invalid_options(tmp_path: Path, option: dict):
+    with pytest.raises(UsageError, match="|".join(option)):
+        five_class_options(tmp_path / "a.zarr", **option)

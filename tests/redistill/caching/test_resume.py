@@ -1,0 +1,206 @@
+"""An archive is the same to the byte however often it was interrupted, by how many ranks, and on a full disk."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import redistill_cache
+from redistill_cache import ArchiveWriter
+from redistill_cache.errors import Damaged, Incomplete, Refused
+from redistill_cache.verify import verify
+
+from redistill.caching import cache_teacher
+from redistill.interrupts import Interrupted
+from redistill.progress import NoProgress
+from tests.faults.failing_disk import FailingDisk, Failure
+from tests.stage1 import (
+    FIVE_CLASSES,
+    OTHER_TEACHER,
+    SignalAtBatch,
+    cache_options,
+    command_line,
+    file_hashes,
+    five_class_options,
+    start_command,
+)
+
+
+@pytest.fixture(scope="module")
+def complete_five_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("complete") / "a.zarr"
+    cache_teacher(five_class_options(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("complete") / "a.zarr"
+    cache_teacher(cache_options(path))
+    return path
+
+
+@pytest.mark.parametrize("batches", [1, 3, 7])
+def test_an_interrupted_run_resumes_to_the_same_bytes(complete_five_classes: Path, tmp_path: Path, batches: int):
+    path = tmp_path / "a.zarr"
+    with pytest.raises(Interrupted, match="same command") as stop:
+        cache_teacher(five_class_options(path), SignalAtBatch(signal.SIGTERM, batches))
+    assert stop.value.exit_code == 143
+    with pytest.raises(Incomplete):
+        redistill_cache.open_archive(path)
+    cache_teacher(five_class_options(path))
+    assert file_hashes(path) == file_hashes(complete_five_classes)
+
+
+def test_workers_and_ranks_do_not_change_a_byte(complete_five_classes: Path, tmp_path: Path):
+    cache_teacher(five_class_options(tmp_path / "workers.zarr", workers=2))
+    assert file_hashes(tmp_path / "workers.zarr") == file_hashes(complete_five_classes)
+    arguments = command_line(tmp_path / "ranks.zarr", **FIVE_CLASSES)
+    outputs = [tmp_path / f"{rank}.txt" for rank in range(2)]
+    ranks = [start_command(arguments, outputs[rank], RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
+    for rank in ranks:
+        rank.join(120)
+    assert [rank.exitcode for rank in ranks] == [0, 0], [output.read_text() for output in outputs]
+    assert outputs[1].read_text() == "", "only the first rank prints"
+    assert file_hashes(tmp_path / "ranks.zarr") == file_hashes(complete_five_classes)
+
+
+class CommitsFromAnotherProcess(NoProgress):
+    """After our first batch, another process has committed view 0 but has not yet renamed its files."""
+
+    def __init__(self, path: Path, complete: Path) -> None:
+        self.path, self.complete = path, complete
+
+    def advance(self, task: str, *_: object, **__: object) -> None:
+        if task != "teacher":
+            return
+        for record in (self.complete / "_redistill" / "blocks").glob("*.0.?.json"):
+            if (self.path / "_redistill" / "blocks" / record.name).exists():
+                continue
+            for name, _, sha256 in json.loads(record.read_text())["files"]:
+                shutil.copy(self.complete / name, self.path / f"{name}.{sha256}.partial")
+            shutil.copy(record, self.path / "_redistill" / "blocks")
+
+
+def test_blocks_committed_by_another_process_are_left_alone(complete_five_classes: Path, tmp_path: Path):
+    path = tmp_path / "a.zarr"
+    result = cache_teacher(five_class_options(path), CommitsFromAnotherProcess(path, complete_five_classes))
+    assert file_hashes(path) == file_hashes(complete_five_classes)
+    assert result.images == 90, "only the second view is written by this process"
+
+
+def test_a_second_run_does_nothing(complete: Path):
+    before = {path: path.stat().st_mtime_ns for path in complete.rglob("*") if path.is_file()}
+    result = cache_teacher(cache_options(complete))
+    assert result.images == 0
+    assert result.id == redistill_cache.open_archive(complete).id
+    assert {path: path.stat().st_mtime_ns for path in complete.rglob("*") if path.is_file()} == before
+
+
+def test_adding_views_or_a_teacher_changes_no_existing_shard(tmp_path: Path):
+    path = tmp_path / "a.zarr"
+    first = cache_teacher(five_class_options(path, views=1))
+    extended = cache_teacher(five_class_options(path, extend_views=True))
+    assert extended.images == 90
+    shards = {p: p.read_bytes() for p in path.rglob("c.*")}
+    second = cache_teacher(five_class_options(path, teacher="demo:tiny?num_classes=5&weights=random"))
+    assert {p: p.read_bytes() for p in shards} == shards
+    assert len({first.id, extended.id, second.id}) == 3
+    assert set(redistill_cache.open_archive(path).teachers) == {"small", "tiny"}
+    # One teacher alone may extend, but the archive is complete only when all have.
+    third = cache_teacher(five_class_options(path, views=3, extend_views=True))
+    assert third.id is None
+    assert third.missing == ("teachers/tiny",)
+    fourth = cache_teacher(five_class_options(path, views=3, teacher="demo:tiny?num_classes=5&weights=random"))
+    assert fourth.id is not None
+
+
+def test_a_second_teacher_interrupted_on_a_sealed_archive_resumes(tmp_path: Path):
+    path = tmp_path / "a.zarr"
+    first = cache_teacher(five_class_options(path))
+    other = {"teacher": "demo:tiny?num_classes=5&weights=random"}
+    with pytest.raises(Interrupted):
+        cache_teacher(five_class_options(path, **other), SignalAtBatch(signal.SIGTERM, 4))
+    assert redistill_cache.open_archive(path).id == first.id, "the sealed archive stays readable"
+    assert cache_teacher(five_class_options(path, **other)).id not in (None, first.id)
+
+
+SLOW = [pytest.param(nth, marks=pytest.mark.slow) for nth in (3, 20, 60, 75, 105, 120)]
+
+
+@pytest.mark.parametrize("nth", [40, 90, *SLOW])
+def test_a_full_disk_stops_the_run_which_then_resumes(
+    complete: Path, ram: Path, monkeypatch: pytest.MonkeyPatch, nth: int
+):
+    """From the nth file operation on, every write fails."""
+    path, disk = ram / "a.zarr", FailingDisk(nth, Failure(errno.ENOSPC, persistent=True))
+    with monkeypatch.context() as patched:
+        for make in (ArchiveWriter.create, ArchiveWriter.resume):
+            patched.setitem(make.__func__.__kwdefaults__, "files", disk)  # type: ignore[attr-defined]
+        with pytest.raises(Refused, match="No space left on device; free some space") as error:
+            cache_teacher(cache_options(path))
+    assert "\n" not in str(error.value)
+    assert disk.failed
+    cache_teacher(cache_options(path))
+    assert file_hashes(path) == file_hashes(complete)
+
+
+def test_any_rank_finishes_the_work_of_others(complete: Path, ram: Path, monkeypatch: pytest.MonkeyPatch):
+    """The first rank dies after one batch, the last of three computes the rest, and a single process seals."""
+    path = ram / "a.zarr"
+    with pytest.raises(Interrupted):
+        cache_teacher(cache_options(path), SignalAtBatch(signal.SIGTERM))
+    with monkeypatch.context() as last:
+        last.setenv("RANK", "2")
+        last.setenv("WORLD_SIZE", "3")
+        result = cache_teacher(cache_options(path))
+    assert (result.id, result.images) == (None, 122)
+    with pytest.raises(Incomplete):
+        redistill_cache.open_archive(path)
+    assert cache_teacher(cache_options(path)).images == 0
+    assert file_hashes(path) == file_hashes(complete)
+
+
+def test_options_left_out_keep_their_stored_values(ram: Path):
+    """Licence, citation and block size need not be repeated."""
+    path = ram / "a.zarr"
+    first = cache_teacher(cache_options(path, licence="CC-BY-4.0", citation="us"))
+    assert cache_teacher(cache_options(path, block_rows=None)).id == first.id
+    assert redistill_cache.open_archive(path).spec.licence == "CC-BY-4.0"
+
+
+def test_adding_views_resumes(ram: Path):
+    path = ram / "a.zarr"
+    first = cache_teacher(cache_options(path, views=1))
+    before = shard_hashes(path)
+    with pytest.raises(Interrupted):
+        cache_teacher(cache_options(path, extend_views=True), SignalAtBatch(signal.SIGINT, 6))
+    second = cache_teacher(cache_options(path, extend_views=True))
+    assert second.images in (29, 61), "a block committed before the interruption is not repeated"
+    assert before.items() <= shard_hashes(path).items()
+    assert first.id != second.id
+    assert verify(path, full=True).ok
+    with pytest.raises(Refused, match=r"no teacher 'newcomer'.*its teachers: large"):
+        cache_teacher(cache_options(path, views=3, teacher_name="newcomer", extend_views=True))
+    with pytest.raises(Refused, match="cannot shrink"):
+        cache_teacher(cache_options(path, views=1, extend_views=True))
+    assert redistill_cache.open_archive(path).id == second.id
+    assert cache_teacher(cache_options(path, teacher=OTHER_TEACHER)).id != second.id
+
+
+def shard_hashes(path: Path) -> dict[str, str]:
+    return {name: digest for name, digest in file_hashes(path).items() if Path(name).name.startswith("c.")}
+
+
+def test_a_damaged_archive_is_not_resumed(tmp_path: Path):
+    path = tmp_path / "a.zarr"
+    with pytest.raises(Interrupted):
+        cache_teacher(cache_options(path), SignalAtBatch(signal.SIGTERM))
+    text = (path / "zarr.json").read_text()
+    (path / "zarr.json").write_text(text.replace('"seed":0', '"seed": 0'))
+    with pytest.raises(Damaged, match=r"zarr\.json"):
+        cache_teacher(cache_options(path))
