@@ -169,8 +169,7 @@ def joined_world(device: str) -> Iterator[World]:
         if "by peer" not in str(error):
             raise
         raise Refused(
-            "another process of this run has ended, and has said why; run the same command again to go on from the "
-            "checkpoint"
+            "another rank exited; see its error above, then run the same command again to resume from the checkpoint"
         ) from error
     finally:
         dist.destroy_process_group()

@@ -48,7 +48,7 @@ from redistill.progress import NoProgress, Progress
 from redistill.ranks import Rank
 from redistill.signals import LOGITS
 from redistill.teachers import TeacherCheck
-from redistill.views import ArchiveViews, ViewDataset, join_archive
+from redistill.views import ViewDataset, join_archive
 
 __all__ = [
     "CacheResult",
@@ -113,8 +113,8 @@ class SelfTest:
 
 
 def replayed(plan: Plan, archive: Archive, view: int, rows: range) -> Tensor:
-    """These views as a student will see them."""
-    dataset = ViewDataset(plan.source, ArchiveViews(archive, join_archive(plan.index, archive)))
+    """The same views, rendered from the parameters in the archive, as in training."""
+    dataset = ViewDataset(plan.source, archive, joined=join_archive(plan.index, archive))
     return pixels_of(dataset.__getitems__([dataset.index(view, row) for row in rows]))
 
 
