@@ -28,8 +28,8 @@ class CachedTeacher:
     are decoded on the device. `rows` are row numbers of the archive, as `ViewDataset` returns them.
     """
 
-    # The trainer's SharedViews is not used: its ranks must all ask for the same views at the same step, which nobody
-    # can promise for a loop that is not ours.
+    # Not the trainer's SharedViews: that is a collective operation, for which all ranks must request the same views at
+    # the same step. A user's loop need not do this. What both share is ViewLoader, PackedView and `decode_rows`.
 
     def __init__(self, archive: Archive, device: str | torch.device = "cpu", *, teacher: str | None = None) -> None:
         self.archive, self.device = archive, torch.device(device)

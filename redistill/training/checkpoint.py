@@ -1,6 +1,7 @@
-"""The state of a run in one file: written atomically, checksummed, and loaded without unpickling code.
+"""The state of a run in one file: written atomically, checksummed, and loaded without running code from it.
 
-last.ckpt is the newest state, last.previous.ckpt the one before it. A kill at any time leaves at least one of them.
+last.ckpt is the newest state, last.previous.ckpt the one before it. From the first save on,
+a kill at any time leaves at least one of them intact.
 """
 
 from __future__ import annotations

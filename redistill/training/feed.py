@@ -116,7 +116,7 @@ class Feed:
 def epoch_batches(seed: int, epoch: int, rows: Rows, batch_size: int) -> list[Rows]:
     """The rows of one epoch in random order, each once, in as few batches of at most `batch_size` as possible.
 
-    Sizes of batches differ by at most one, so the last batch is not a small one, on which batch norms would be poor.
+    Batch sizes differ by at most one: a small last batch would give batch norms poor statistics.
     """
     shuffled = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64))).permutation(rows)
     return np.array_split(shuffled, max(1, -(-len(rows) // batch_size)))

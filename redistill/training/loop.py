@@ -57,6 +57,8 @@ def train(options: TrainOptions, progress: Progress | None = None) -> list[Train
 
 
 class Training:
+    """The steps and epochs of a run that is set up."""
+
     def __init__(
         self,
         options: TrainOptions,
@@ -133,7 +135,7 @@ class Training:
             self._interrupt()
 
     def _report(self, plan: BatchPlan) -> None:
-        """Images done and in all; batches differ by one image at most, so both are close enough."""
+        """Images done and in all, estimated from this batch: batches differ by at most one image."""
         epoch_images = plan.global_size * plan.batches
         done = plan.epoch * epoch_images + (plan.batch + 1) * plan.global_size
         means = {name: f"{value:.3f}" for name, value in self.members[0].loss_means().items()}

@@ -1,6 +1,6 @@
 """Everything a run needs, opened and checked against each other before the first step.
 
-Checks that take no time come first: a typing error in a loss is reported before a million images are indexed.
+Checks that take no time come first: a typo in a loss is reported before a million images are indexed.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ __all__ = ["TrainSetup", "prepare"]
 
 @dataclass(frozen=True)
 class TrainSetup:
+    """A run that is opened and checked."""
+
     archive: Archive
     feed: Feed
     members: list[Member]
@@ -102,7 +104,7 @@ def refuse_objective(objective: Objective, archive: Archive, options: TrainOptio
 
 
 def try_mixed_labels(objective: Objective, num_classes: int) -> None:
-    """Compute the loss once with two labels per row: a term that cannot do this raises an error that says so."""
+    """Compute the loss once with two labels per row: a term that cannot do this raises Refused."""
     logits, labels = torch.zeros(2, num_classes), torch.zeros(2, dtype=torch.int64)
     objective.eval()  # terms with a state change it in training mode only
     with torch.no_grad(), torch.random.fork_rng(devices=[]):

@@ -91,7 +91,7 @@ class SharedViews:
     def _load_and_export(
         self, views: tuple[int, ...], next_views: tuple[int, ...] | None
     ) -> tuple[list[list[PackedView]], list[list[FileView]] | RedistillError]:
-        """The views, and the same for other ranks. An error goes to all of them, so that none waits for ever."""
+        """The views, and the same for other ranks. An error is sent to all of them, so that none waits forever."""
         try:
             loaded = self._load(views, next_views)
             return loaded, [[self._export(view) for view in of_teacher] for of_teacher in loaded]

@@ -22,7 +22,7 @@ from redistill.training.feed import collate_views
 from redistill.views import DrawnViews, ViewDataset, parse_recipe
 from redistill.views.aligned import aligned_views
 
-__all__ = ["Validation", "labels_by_name"]
+__all__ = ["Validation"]
 
 # Pixels up to this size stay in memory after the first pass.
 CACHED_BYTES = 1 << 29

@@ -74,7 +74,7 @@ def exits(out: Path, processes: list[ForkServerProcess]) -> list[tuple[int | Non
         process.join(SECONDS)
         process.kill()
     outputs = [out.with_name(f"{out.stem}.txt-{rank}").read_text().splitlines() for rank in range(2)]
-    metrics = ("epoch", "views are exact", "run", "power-0")
+    metrics = ("epoch", "views are exact", "run", "power-0", "report:")
     texts = [[line for line in lines if line.strip() and not line.startswith(metrics)] for lines in outputs]
     return [(process.exitcode, lines) for process, lines in zip(processes, texts, strict=True)]
 
