@@ -1,15 +1,15 @@
-"""What stage 2 costs beside plain training: python bench/stage2.py [--quick] [--json PATH]
+"""The cost of stage 2 compared with plain training: python bench/stage2.py [--quick] [--json PATH]
 
-cached over labels      images/s with the archive over images/s with cross-entropy alone; the same loader and student
-cached over online      images/s with the archive over images/s with the teacher beside the student, and what share that
-                        is of (T + S) / S, where T and S are the seconds of teacher and student for the same images
+cached over labels      images/s with the archive over images/s with cross-entropy alone; same loader, same student
+cached over online      images/s with the archive over images/s with the teacher beside the student, and the share of
+                        (T + S) / S that is reached; T and S are the seconds of teacher and student for the same images
 cohort of four          seconds of four students in one pass over seconds of one
-many views over few     images/s, and peak memory, from an archive of 16 views over one of 2
+many views over few     images/s, and peak memory, with an archive of 16 views over one of 2
 
-Runs take turns, the first epoch of each (workers start, kernels are chosen) is not counted; a ratio is the median of
-those of the turns: machines drift. How far it is to be believed, labels over labels says: that is 1.
-Batches are of 128, as `redistill train` makes them. JPEG images are 500 x 375; rendered at 64 px for a small student,
-the loader is what limits.
+The runs that are compared alternate, and a ratio is the median of the ratios of neighbouring runs, because the speed of
+a machine drifts. The first epoch is not counted: workers start, kernels are chosen. Labels over labels shows how far a
+ratio can be trusted: it should be 1. Batches are of 128, the default of `redistill train`. JPEG images are 500 x 375;
+rendered at 64 px for a small student, the loader is the limit.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from redistill.training import TrainOptions, train
 
 CLASSES = 10
 TEACHER = f"demo:large?num_classes={CLASSES}&weights=random"
-WIDE = "demo:large?num_classes=1000&weights=random"  # float16 rows of 2 kB: an archive that is resident whole is seen
+WIDE = "demo:large?num_classes=1000&weights=random"  # float16 rows of 2 kB, so that views in memory show in the peak
 LARGE, SMALL = f"torchvision:resnet50?num_classes={CLASSES}&weights=random", "torchvision:resnet18"
 DRAWN = f"synthetic?classes={CLASSES}"
 
@@ -50,7 +50,7 @@ class Bench:
         self.device = pick_device("auto")
 
     def jpegs(self, count: int) -> str:
-        """A folder of photographs' size and detail, drawn and enlarged."""
+        """A folder of images with the size and detail of photographs: synthetic images, enlarged, with noise."""
         root, source = self.folder / f"jpeg-{count}", open_source(f"{DRAWN}&n={count}&size=96")
         noise = np.random.default_rng(0)
         for i in range(count):
@@ -69,7 +69,7 @@ class Bench:
         return path
 
     def pace(self, data: str, archive: Path, **changed: object) -> float:
-        """Images a second over all epochs but the first. Single ones say little: images are drawn across their ends."""
+        """Images/s over all epochs but the first. Those of single epochs vary: the loader prefetches across epochs."""
         self.runs += 1
         out = self.folder / f"run-{self.runs}"
         plain = {
@@ -88,21 +88,21 @@ class Bench:
         return sum(pace * seconds for pace, seconds in epochs) / sum(seconds for _, seconds in epochs)
 
     def peak(self, data: str, archive: Path) -> int:
-        """The most memory that a process of its own takes for a run."""
+        """Peak memory of a run in a process of its own."""
         self.runs += 1
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
             return alone.submit(peak_of_run, self, data, archive).result()
 
     def compare(self, one: dict[str, object], other: dict[str, object], turns: int = 3) -> dict[str, float]:
-        """The median of `one` over `other`, which take turns, forwards and backwards; and the median pace of `one`."""
-        found = []
+        """Runs alternate, in both orders. The median of the ratios of images/s, and the median images/s of `one`."""
+        pairs = []
         for turn in range(1 if self.quick else turns):
-            kinds = [one, other][:: -1 if turn % 2 else 1]
-            paces = [self.pace(**kind) for kind in kinds][:: -1 if turn % 2 else 1]  # type: ignore[arg-type]  # a table
-            found.append(paces)
+            order = -1 if turn % 2 else 1
+            paces = [self.pace(**options) for options in [one, other][::order]]  # type: ignore[arg-type]  # a table
+            pairs.append(paces[::order])
         return {
-            "ratio": statistics.median(pace / beside for pace, beside in found),
-            "images_per_second": statistics.median(pace for pace, _ in found),
+            "ratio": statistics.median(first / second for first, second in pairs),
+            "images_per_second": statistics.median(first for first, _ in pairs),
         }
 
 
@@ -112,21 +112,21 @@ def peak_of_run(bench: Bench, data: str, archive: Path) -> int:
 
 
 def over_labels(bench: Bench, name: str, data: str, archive: Path, loss: str = "power") -> dict[str, object]:
-    one, labels = ({"data": data, "archive": archive, "losses": (some,)} for some in (loss, "ce"))
+    one, labels = ({"data": data, "archive": archive, "losses": (term,)} for term in (loss, "ce"))
     what = "labels" if loss == "ce" else "cached"
     return {"name": f"{what} over labels, {name}", "goal": 0.98, **bench.compare(one, labels, turns=5)}
 
 
 def over_online(bench: Bench, name: str, data: str, archive: Path, size: int, **pair: str) -> dict[str, object]:
     common = {"data": data, "archive": archive, "students": (pair["student"],)}
-    found = bench.compare(common, common | {"online_teacher": pair["teacher"]})
-    limit = 1 + teacher_seconds(pair["teacher"], size, bench.device) * found["images_per_second"]
-    share = found["ratio"] / limit
-    return {"name": f"cached over online, {name}", "goal": 0.95, **found, "limit": limit, "share_of_limit": share}
+    result = bench.compare(common, common | {"online_teacher": pair["teacher"]})
+    limit = 1 + teacher_seconds(pair["teacher"], size, bench.device) * result["images_per_second"]
+    share = result["ratio"] / limit
+    return {"name": f"cached over online, {name}", "goal": 0.95, **result, "limit": limit, "share_of_limit": share}
 
 
 def teacher_seconds(spec: str, size: int, device: torch.device) -> float:
-    """Of one image, in batches as they are in training."""
+    """Of one image, in batches of the size used in training."""
     teacher = Teacher(open_model(spec), device=device)
     pixels = torch.zeros(128, 3, size, size, dtype=torch.uint8)
     times = []
@@ -139,15 +139,15 @@ def teacher_seconds(spec: str, size: int, device: torch.device) -> float:
 
 def cohort(bench: Bench, data: str, archive: Path) -> dict[str, object]:
     one = {"data": data, "archive": archive, "students": ("demo:tiny",)}
-    found = bench.compare(one, one | {"seeds": (0, 1, 2, 3)})
-    return {"name": "cohort of four over one, seconds", "goal": 2.0, **found}
+    result = bench.compare(one, one | {"seeds": (0, 1, 2, 3)})
+    return {"name": "cohort of four over one, seconds", "goal": 2.0, **result}
 
 
 def many_views(bench: Bench, data: str, few: Path, many: Path) -> list[dict[str, object]]:
-    found = bench.compare({"data": data, "archive": many}, {"data": data, "archive": few})
+    speed = bench.compare({"data": data, "archive": many}, {"data": data, "archive": few})
     memory = bench.peak(data, many) / bench.peak(data, few)
     return [
-        {"name": "16 views over 2, images/s", "goal": 1.0, **found},
+        {"name": "16 views over 2, images/s", "goal": 1.0, **speed},
         {"name": "16 views over 2, peak memory", "goal": 1.0, "ratio": memory},
     ]
 

@@ -1,13 +1,13 @@
-"""What the archive adds to a step of a student: python bench/steps.py [--quick] [--json PATH]
+"""Time that the archive adds to a training step: python bench/steps.py [--quick] [--json PATH]
 
-bench/stage2.py compares whole runs, which a busy machine makes uncertain. Here students of the power divergence and of
-labels alone take the same batch of 128 in turns of milliseconds, in one process and one thread, so that both meet the
-same machine; times are medians over the turns, each in an order of its own. Loading costs both the same, so images/s of
-one over the other lie between 1 and
+bench/stage2.py compares whole runs, which other load on the machine makes uncertain. Here a student with the power
+divergence and one with labels alone do single steps on the same batch of 128, in turns of milliseconds, in one process
+and one thread, so that load affects both alike. Times are medians over the turns; the order within a turn is random.
+Loading costs both the same, so the ratio of images/s of whole runs is between 1 and
 
-steps       a step with labels alone over one with the archive, its rows gathered and decoded, if loading cost nothing
-with views  the same with the rendering of the batch added to both, as where the processors limit
-control     labels alone over labels alone: 1, were the machine quiet
+steps       a step with labels alone over one with the archive (gathering and decoding rows), if loading is free
+with views  the same with the rendering of the batch added to both, for a machine whose CPU is the limit
+control     labels alone over labels alone: 1 on a quiet machine
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def step(run: TrainSetup, item: TrainBatch, world: World) -> None:
-    """As the loop of training takes it."""
-    pixels, labels = item.carried.pixels.to(world.device), item.carried.labels.to(world.device)
-    teacher = None if run.targets is None else run.targets(item, pixels)
+    """The same as in redistill.training.loop."""
+    pixels, labels = item.images.pixels.to(world.device), item.images.labels.to(world.device)
+    teacher = None if run.targets is None else run.targets(item.plan, pixels)
     for member in run.members:
         member.step(pixels, teacher, labels, None, START, 1.0)
 
@@ -66,8 +66,8 @@ def measure(data: str, archive: Path, student: str, turns: int) -> dict[str, obj
         item = next(iter(feed.start(0, 0)))
         for run in runs:
             if run.targets is not None:
-                run.targets.begin(item.views, None)
-        indices = [feed.dataset.index(item.views[0], row) for row in range(item.global_rows)]
+                run.targets.begin_epoch(item.plan.views, None)
+        indices = [feed.dataset.index(item.plan.views[0], row) for row in range(item.plan.global_size)]
         work: list[Callable[[], object]] = [partial(step, run, item, world) for run in runs]
         work.append(partial(feed.dataset.__getitems__, indices))
         times: list[list[float]] = [[] for _ in work]
@@ -75,12 +75,12 @@ def measure(data: str, archive: Path, student: str, turns: int) -> dict[str, obj
         for _ in range(turns):
             for at in order.sample(range(len(work)), len(work)):
                 times[at].append(seconds(work[at], world.device))
-    power, labels, again, render = (statistics.median(found[turns // 10 :]) for found in times)
+    power, labels, control, render = (statistics.median(of_work[turns // 10 :]) for of_work in times)
     return {
         "name": f"{student}, {archive.name.partition('.')[0]}",
         "steps": labels / power,
         "with views": (labels + render) / (power + render),
-        "control": labels / again,
+        "control": labels / control,
         "goal": 0.98,
         "ms of a step": 1e3 * labels,
         "ms added": 1e3 * (power - labels),

@@ -1,6 +1,6 @@
 """An archive in Lightning: python examples/lightning_loop.py ARCHIVE DATA [EPOCHS]
 
-The module below is an ordinary one. Its loader is made anew for every epoch, because every epoch has a view of its own.
+An ordinary LightningModule, except that the loader is recreated every epoch, because each epoch trains on another view.
 """
 
 from __future__ import annotations

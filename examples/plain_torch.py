@@ -1,6 +1,6 @@
 """An archive in an ordinary training loop: python examples/plain_torch.py ARCHIVE DATA [EPOCHS]
 
-Nothing of the loop is ours but the dataset, the teacher and the loss.
+Only the dataset, the teacher and the loss come from redistill.
 """
 
 from __future__ import annotations

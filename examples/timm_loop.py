@@ -1,6 +1,6 @@
-"""An archive in a loop of timm's pieces: python examples/timm_loop.py ARCHIVE DATA [EPOCHS]
+"""An archive in a training loop with timm: python examples/timm_loop.py ARCHIVE DATA [EPOCHS]
 
-Model, optimiser, schedule and weight average are timm's; the dataset, the teacher and the loss are ours.
+Model, optimiser, schedule and weight average come from timm; dataset, teacher and loss from redistill.
 """
 
 from __future__ import annotations

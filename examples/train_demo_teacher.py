@@ -1,7 +1,7 @@
-"""Train the teacher that `redistill demo` brings along: python examples/train_demo_teacher.py OUT.safetensors
+"""Train the teacher that ships with `redistill demo`: python examples/train_demo_teacher.py OUT.safetensors
 
-It sees twenty times as many images as the demo's students. About four minutes on one core; the file in
-redistill/demo/ was made by this script.
+It is trained on twenty times as many images as the demo's students, in about four minutes on one core. The weights in
+redistill/demo/ were written by this script.
 """
 
 from __future__ import annotations
@@ -56,17 +56,17 @@ def train(model: OpenedModel, pixels: torch.Tensor, labels: torch.Tensor) -> Non
 @torch.no_grad()
 def top1(model: OpenedModel, pixels: torch.Tensor, labels: torch.Tensor) -> float:
     network, normalise = model.module.eval(), model.normalise()
-    guesses = torch.cat([network(normalise(some)).argmax(1) for some in pixels.split(500)])
-    return float((guesses == labels).float().mean())
+    predictions = torch.cat([network(normalise(batch)).argmax(1) for batch in pixels.split(500)])
+    return float((predictions == labels).float().mean())
 
 
 def main(out: Path) -> None:
     model = open_model(f"{TEACHER_NETWORK}&weights=random")
     train(model, *pixels_of(TEACHER_DATA))
-    model.module.half()  # half the file; the network computes in float32 all the same
+    model.module.half()  # halves the file; the weights are converted back to float32 when they are loaded
     save_weights(model.module, out, model.metadata())
-    found = top1(open_model(f"{TEACHER_NETWORK}&weights={out}"), *pixels_of(VAL_DATA))
-    print(f"{out}: top-1 {found:.2%} on unseen images")
+    accuracy = top1(open_model(f"{TEACHER_NETWORK}&weights={out}"), *pixels_of(VAL_DATA))
+    print(f"{out}: top-1 {accuracy:.2%} on held-out images")
 
 
 if __name__ == "__main__":

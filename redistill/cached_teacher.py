@@ -1,4 +1,4 @@
-"""A teacher that is an archive, for anybody's training loop."""
+"""A teacher whose logits come from an archive, for any training loop."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ from redistill_cache.errors import OutOfRange
 from torch import Tensor
 
 from redistill.signals import LOGITS
-from redistill.training.targets import decode_on
 
-__all__ = ["CachedTeacher"]
+__all__ = ["CachedTeacher", "decode_rows"]
 
 
 class CachedTeacher:
-    """teacher(rows, view) -> float32 logits [n, classes] on `device`, as the teacher said them of these very views.
+    """teacher(rows, view) -> float32 logits [n, classes] on `device`, as the teacher computed them for these views.
 
         teacher = redistill.CachedTeacher(archive, device="cuda")
         for view in range(archive.num_views):
             for pixels, labels, rows, views in DataLoader(dataset, 256, sampler=dataset.indices(view)):
                 loss = power_divergence(student(pixels.cuda()), teacher(rows, view))
 
-    The packed rows of the view in use stay in memory, those of the next one are loaded meanwhile; they are decoded on
-    the device. `rows` are row numbers of the archive, as `ViewDataset` gives them.
+    The packed rows of the current view are in memory, those of the next view are loaded in the background, and rows
+    are decoded on the device. `rows` are row numbers of the archive, as `ViewDataset` returns them.
     """
+
+    # Not the trainer's SharedViews: that is a collective operation, for which all ranks must request the same views at
+    # the same step. A user's loop need not do this. What both share is ViewLoader, PackedView and `decode_rows`.
 
     def __init__(self, archive: Archive, device: str | torch.device = "cpu", *, teacher: str | None = None) -> None:
         self.archive, self.device = archive, torch.device(device)
@@ -38,7 +40,7 @@ class CachedTeacher:
         return self._signal(LOGITS, rows, view)
 
     def features(self, rows: Tensor | np.ndarray | Sequence[int], view: int, layer: str) -> Tensor:
-        """float32 [n, width] of a feature layer that the archive keeps."""
+        """float32 [n, width] of a feature layer in the archive."""
         return self._signal(layer, rows, view)
 
     def _signal(self, signal: str, rows: Any, view: int) -> Tensor:  # noqa: ANN401  rows in any of three forms
@@ -48,7 +50,7 @@ class CachedTeacher:
             raise OutOfRange(f"expected a list of rows in [0, {len(resident)}), found {wanted.tolist()!r:.60}")
         if not len(wanted):
             return torch.zeros(0, resident.codec.width, device=self.device)
-        return decode_on(resident.codec, resident.gather(wanted), self.device)
+        return decode_rows(resident, wanted, self.device)
 
     def _resident(self, signal: str, view: int) -> PackedView:
         if not 0 <= view < self.archive.num_views:
@@ -58,3 +60,17 @@ class CachedTeacher:
             self.archive.signal(self.name, signal)
             loader = self._loaders[signal] = self.archive.loader(self.name, signal)
         return loader.take(view, then=(view + 1) % self.archive.num_views)
+
+
+def decode_rows(view: PackedView, rows: np.ndarray, device: torch.device) -> Tensor:
+    """float32 [n, width] on `device`. Packed rows are what is copied to a GPU; they are decoded there."""
+    if device.type == "cpu":  # numpy has less overhead per operation than torch, and multiplies as fast
+        return torch.from_numpy(view.decode(rows))
+    packed = {}
+    for name, array in view.gather(rows).items():
+        tensor = torch.from_numpy(array)
+        if device.type == "cuda":
+            tensor = tensor.pin_memory()
+        packed[name] = tensor.to(device, non_blocking=True)
+    decoded: Tensor = view.codec.decode(packed)
+    return decoded

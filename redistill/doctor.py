@@ -20,6 +20,7 @@ from redistill_cache.errors import Refused
 from redistill_cache.machine import usable_cores, usable_memory
 from redistill_cache.storage import LOCAL, disk_trouble
 
+from redistill.cached_teacher import decode_rows
 from redistill.devices import one_thread, pick_device
 from redistill.loading import default_workers, worker_context
 from redistill.models import open_model
@@ -27,7 +28,6 @@ from redistill.signals import LOGITS
 from redistill.sources.base import ObjectSource, Sample, Source
 from redistill.sources.index import index_source
 from redistill.sources.open_source import open_source
-from redistill.training.targets import decode_on
 from redistill.views import DrawnViews, ViewDataset, parse_recipe
 from redistill.views.view_params import archive_recipe
 
@@ -207,7 +207,7 @@ def measure_archive(diagnosis: Diagnosis, archive: Archive, device: torch.device
     rows = np.random.default_rng(0).permutation(len(view))[:ROWS_DECODED]
 
     def decode() -> int:
-        decode_on(view.codec, view.gather(rows), device)
+        decode_rows(view, rows, device)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return len(rows)

@@ -1,4 +1,4 @@
-"""How good a trained student is on a set of images, and how close to its teacher: `evaluate(run_or_weights, data)`."""
+"""Metrics of a trained student on a set of images, and its agreement with its teacher."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from redistill.devices import pick_amp, pick_device
 from redistill.loading import default_workers
 from redistill.metrics import Metrics
 from redistill.models import OpenedModel, open_model, open_weights
-from redistill.sources.index import index_source
-from redistill.sources.open_source import open_source
 from redistill.training.run_files import STUDENT, headline
 from redistill.training.validate import Validation
+from redistill.views import archive_recipe
 
 __all__ = ["Evaluation", "evaluate"]
 
@@ -59,56 +58,44 @@ def evaluate(
     workers: int | None = None,
     allow_python: bool = False,
 ) -> Evaluation:
-    """The student of a run folder or of a weights file, on `data`.
+    """Evaluate the student of a run folder or of a weights file on `data`.
 
-    `student` names the network of weights that do not say it themselves. With `archive`, one over the same images,
-    the views are the archive's first and the student is also held against the teacher.
+    `student` names the network if the weights file does not. With `archive`, an archive of the same images, the
+    archive's view 0 is rendered and the student is also compared with the teacher.
     """
     path = run_or_weights / STUDENT if run_or_weights.is_dir() else run_or_weights
     if not path.exists():
         raise Refused(f"{path} does not exist; expected the folder of a finished run, or a file of weights")
-    opened = open_given(path, student, allow_python)
-    names, view_size = expected_of(data, opened, archive, size)
+    model = open_student(path, student, allow_python)
+    teacher = None if archive is None else open_archive(archive)
+    if size is None:
+        size = model.input_size if teacher is None else archive_recipe(teacher).size
+    if size is None:
+        raise UsageError(f"the size of the views is not known for {model.spec!r}; add --size")
     used = pick_device(device)
     validation = Validation.open(
         data,
-        class_names=names,
-        num_classes=opened.num_classes,
-        size=view_size,
-        archive=archive,
+        class_names=None if teacher is None else teacher.class_names,
+        num_classes=model.num_classes,
+        size=size,
+        archive=teacher,
         teachers=teachers,
         batch_size=batch_size,
         workers=default_workers() if workers is None else workers,
     )
-    network = opened.module.to(used).eval()
+    names = validation.class_names
+    if teacher is None and names is not None and len(names) != model.num_classes:
+        raise Refused(f"the data has {len(names)} classes, the student {model.num_classes}")
+    network = model.module.to(used).eval()
     start = time.perf_counter()
-    (tally,) = validation.tallies([(network, opened.normalise().to(used))], used, pick_amp(used, amp))
-    pace = len(validation) / (time.perf_counter() - start)
-    return Evaluation(str(path), opened.portable_spec, tally.metrics(), names, pace)
+    (tally,) = validation.tallies([(network, model.normalise().to(used))], used, pick_amp(used, amp))
+    images_per_second = len(validation) / (time.perf_counter() - start)
+    return Evaluation(str(path), model.portable_spec, tally.metrics(), names, images_per_second)
 
 
-def open_given(path: Path, student: str | None, allow_python: bool) -> OpenedModel:
+def open_student(path: Path, student: str | None, allow_python: bool) -> OpenedModel:
     if student is None:
         return open_weights(path)
     if "weights=" in student:
-        raise UsageError(f"{student!r} names weights, and so does {str(path)!r}; keep one")
+        raise UsageError(f"{student!r} and {str(path)!r} both name weights; give only one of them")
     return open_model(f"{student}{'&' if '?' in student else '?'}weights={path}", allow_python=allow_python)
-
-
-def expected_of(
-    data: str | Any,  # noqa: ANN401  as above
-    opened: OpenedModel,
-    archive: Path | None,
-    size: int | None,
-) -> tuple[tuple[str, ...] | None, int]:
-    """The class names that labels are held against, and the side of the views."""
-    if archive is not None:
-        spec = open_archive(archive).spec
-        return spec.class_names, size or int(spec.recipe["size"])
-    names = index_source(open_source(data)).class_names
-    if names is not None and len(names) != opened.num_classes:
-        raise Refused(f"the data has {len(names)} classes, the student {opened.num_classes}")
-    side = size or opened.input_size
-    if side is None:
-        raise UsageError(f"the size of the views is not known for {opened.spec!r}; add --size")
-    return names, side

@@ -1,4 +1,4 @@
-"""A student with dropout, as a user's own module."""
+"""A student with dropout, in a module of a user."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A student that writes down which images it sees, step by step, and asks to be stopped at one of the steps."""
+"""A student that records the images of every training step, and sends its process SIGTERM at one of the steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Recording(nn.Module):
+class RecordingStudent(nn.Module):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.inner = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, num_classes))
@@ -33,4 +33,4 @@ class Recording(nn.Module):
 
 
 def build(num_classes: int = 8) -> nn.Module:
-    return Recording(num_classes)
+    return RecordingStudent(num_classes)

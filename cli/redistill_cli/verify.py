@@ -64,15 +64,12 @@ def verify(
 
 
 def _align(archive: Path, data: str) -> dict[str, Any]:
-    """The canaries of the archive, made again from the images at hand."""
+    """Re-create the canaries of the archive from the images in `data`."""
     from redistill_cache.reader import open_archive
 
-    from redistill.sources.open_source import open_source
-    from redistill.views.canaries import check_canaries
-    from redistill.views.view_params import join_archive
+    from redistill.views.aligned import aligned_views
 
-    source, opened = open_source(data), open_archive(archive)
-    alignment = check_canaries(source, opened, join_archive(source, opened))
+    alignment = aligned_views(data, open_archive(archive)).alignment
     return alignment.to_json() | {"message": alignment.message}
 
 

@@ -44,7 +44,7 @@ from redistill.interrupts import StopRequest, stop_on_signals
 from redistill.progress import NoProgress, Progress
 from redistill.ranks import Rank
 from redistill.signals import LOGITS
-from redistill.views import ArchiveViews, ViewDataset, join_archive
+from redistill.views import ViewDataset, join_archive
 
 __all__ = ["CacheResult", "cache_teacher", "declare_teacher", "estimate_cache", "teacher_batches", "write_teacher"]
 
@@ -227,7 +227,7 @@ def check_stored_batch(plan: Plan, writer: ArchiveWriter, view: int, rows: range
     """Self-test before the long part of the run: render a batch from the archive alone, as a student will, and compare
     its pixels with those that workers `rendered`, and the stored signals with the teacher's."""
     archive = writer.read_back()
-    dataset = ViewDataset(plan.source, ArchiveViews(archive, join_archive(plan.index, archive)))
+    dataset = ViewDataset(plan.source, archive, joined=join_archive(plan.index, archive))
     pixels = stack_pixels(dataset.__getitems__([dataset.index(view, row) for row in rows]))
     differing = int((pixels != rendered).flatten(1).any(1).sum())
     if differing:

@@ -1,4 +1,4 @@
-"""Stage 2: students from an archive, with no teacher in memory."""
+"""Stage 2: train students from an archive, without a teacher in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The state of a run in one file: written whole or not at all, checked, and read without running anybody's code."""
+"""The state of a run in one file: written atomically, checksummed, and loaded without running code from it.
+
+last.ckpt is the newest state, last.previous.ckpt the one before it. From the first save on,
+a kill at any time leaves at least one of them intact.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +27,9 @@ __all__ = ["LAST", "PREVIOUS", "has_checkpoint", "load_checkpoint", "save_checkp
 
 LAST = "last.ckpt"
 PREVIOUS = "last.previous.ckpt"
-SET_ASIDE = "last.damaged.ckpt"
+DAMAGED = "last.damaged.ckpt"
 VERSION = 2
-# Behind the file that torch wrote, where torch does not mind it: its own check sums are not looked at when it reads.
+# Appended to the file that torch wrote, with a digest: torch does not verify its own checksums on reading.
 SEAL = b"\nsha256:"
 
 Options = Mapping[str, Any]
@@ -36,19 +40,15 @@ def has_checkpoint(out: Path) -> bool:
 
 
 def save_checkpoint(
-    out: Path,
-    members: Sequence[Member],
-    options: Options,
-    archive: str | None,
-    place: tuple[int, int],
+    out: Path, members: Sequence[Member], options: Options, archive: str | None, *, epoch: int, batch: int
 ) -> None:
-    """The run after so many epochs, and so many batches of the next. At any moment a whole file of a save is there."""
+    """Save the run after `batch` batches of `epoch`."""
     state = {
         "version": VERSION,
         "options": dict(options),
         "archive": archive,
-        "epoch": place[0],
-        "batch": place[1],
+        "epoch": epoch,
+        "batch": batch,
         "members": {member.spec.name: member.state() for member in members},
     }
     buffer = io.BytesIO()
@@ -56,7 +56,7 @@ def save_checkpoint(
     buffer.seek(0, io.SEEK_END)
     buffer.write(SEAL + hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
     last, fresh = out / LAST, out / f"{LAST}.{uuid.uuid4().hex}{LEFTOVER}"
-    with disk_trouble("write", last, "; the checkpoint before it is untouched"):
+    with disk_trouble("write", last, "; the previous checkpoint is intact"):
         try:
             LOCAL.write(fresh, buffer.getbuffer())
             LOCAL.sync_file(fresh)
@@ -73,33 +73,31 @@ def save_checkpoint(
 def load_checkpoint(
     out: Path, members: Sequence[Member], options: Options, archive: str | None, progress: Progress
 ) -> tuple[int, int]:
-    """Put the members where the run in `out` was left: (epoch, batches done); the beginning where nothing was left."""
-    found = newest_state(out, progress)
-    if found is None:
+    """Restore the members from the newest checkpoint in `out`, and return its (epoch, batch); (0, 0) without one."""
+    newest = newest_state(out, progress)
+    if newest is None:
         return 0, 0
-    path, state = found
+    path, state = newest
     if state["archive"] != archive:
-        raise Refused(
-            f"{path} was trained from the archive {state['archive']}, this one is {archive}; use another --out"
-        )
+        raise Refused(f"{path} was trained from archive {state['archive']}, --archive is {archive}; use another --out")
     refuse_difference(out, state["options"], options)
-    place = (int(state["epoch"]), int(state["batch"]))
+    epoch, batch = int(state["epoch"]), int(state["batch"])
     for member in members:
-        member.load(state["members"][member.spec.name], place)
-    return place
+        member.load(state["members"][member.spec.name], epoch, batch)
+    return epoch, batch
 
 
 def newest_state(out: Path, progress: Progress) -> tuple[Path, dict[str, Any]] | None:
-    """Of the last checkpoint, or of the one before where that is damaged."""
+    """The last checkpoint, or the previous one if the last is damaged."""
     for path in (out / LAST, out / PREVIOUS):
         try:
             state = read_state(path)
         except Damaged as error:
             if path.name == PREVIOUS or not (out / PREVIOUS).exists():
-                raise Damaged(f"{error}; remove it to start the run again") from None
-            progress.warning(f"{error}; goes on from {PREVIOUS}")
-            with contextlib.suppress(FileNotFoundError):  # else the next save would put it over the good one
-                LOCAL.rename(path, out / SET_ASIDE)
+                raise Damaged(f"{error}; remove it to restart the run from the beginning") from None
+            progress.warning(f"{error}; resuming from {PREVIOUS}")
+            with contextlib.suppress(FileNotFoundError):  # else the next save would overwrite the good one with it
+                LOCAL.rename(path, out / DAMAGED)
             continue
         if state is not None:
             return path, state
@@ -107,39 +105,39 @@ def newest_state(out: Path, progress: Progress) -> tuple[Path, dict[str, Any]] |
 
 
 def read_state(path: Path) -> dict[str, Any] | None:
-    """What was saved, once it is proven to be that; None where nothing is."""
+    """The saved state, after its digest was verified; None if the file does not exist."""
     with disk_trouble("read", path):
         try:
             data = memoryview(path.read_bytes())
-        except FileNotFoundError:  # killed between two renames, or set aside by another process just now
+        except FileNotFoundError:  # killed between two renames, or just renamed by another rank
             return None
-    inside, seal = data[: -len(SEAL) - 64], bytes(data[-len(SEAL) - 64 :])
-    if seal != SEAL + hashlib.sha256(inside).hexdigest().encode():
-        raise Damaged(f"{path} is damaged: its bytes are not those that were written")
+    content, seal = data[: -len(SEAL) - 64], bytes(data[-len(SEAL) - 64 :])
+    if seal != SEAL + hashlib.sha256(content).hexdigest().encode():
+        raise Damaged(f"{path} is damaged: its SHA-256 is not the one it was saved with")
     try:
-        state = torch.load(io.BytesIO(inside), map_location="cpu", weights_only=True)
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise Refused(
-            f"{path} cannot be read by this torch ({first_line(error)}); use the one it was made with"
+            f"{path} cannot be read by torch {torch.__version__} ({first_line(error)}); use the version that saved it"
         ) from None
     if not isinstance(state, dict) or state.get("version") != VERSION:
-        raise Refused(f"{path} is no checkpoint of this version of redistill; use another --out")
+        raise Refused(f"{path} is not a checkpoint of version {VERSION}, which this redistill reads; use another --out")
     return state
 
 
-def refuse_difference(out: Path, before: Options, now: Options) -> None:
-    """A run goes on with what it was started with, or not at all."""
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
-            was, is_now = (f"{side[name]!r:.80}" if name in side else "not given" for side in (before, now))
+def refuse_difference(out: Path, saved: Options, current: Options) -> None:
+    """A run is resumed with the options it was started with."""
+    for name in sorted(saved.keys() | current.keys()):
+        if saved.get(name) != current.get(name):
+            was, now = (f"{side[name]!r:.80}" if name in side else "not given" for side in (saved, current))
             raise SpecMismatch(
-                f"{out} holds a run with {name} = {was}, now it is {is_now}; say the same to go on with it, or give "
+                f"{out} holds a run with {name} = {was}, found {name} = {now}; use the original value to resume, or "
                 "another --out"
             )
 
 
 def sweep(out: Path) -> None:
-    """Remove what a killed process left half written."""
+    """Remove the partial files of a killed process."""
     for path in out.glob(f"*{LEFTOVER}"):
         if is_leftover(path):
             path.unlink(missing_ok=True)

@@ -1,4 +1,7 @@
-"""Batches of views, epoch after epoch, from workers that carry pixels and row numbers only."""
+"""Batches of rendered views, epoch after epoch. Workers return pixels and labels; teacher logits stay in the trainer.
+
+Which rows form which batch depends on (seed, epoch) alone, for any number of ranks and workers.
+"""
 
 from __future__ import annotations
 
@@ -17,82 +20,56 @@ from redistill.loading import BatchLoader
 from redistill.views import ViewDataset
 from redistill.views.dataset import MixedView, RenderedView
 
-__all__ = ["Feed", "Position", "RenderedRows", "TrainBatch", "epoch_batches", "share_of_rank", "views_of_epoch"]
-
-
-# -- order ------------------------------------------------------------------------------------------------------------
-#
-# Which rows make which batch: a function of (seed, epoch) alone, whatever the number of processes.
+__all__ = [
+    "BatchPlan",
+    "Feed",
+    "TrainBatch",
+    "ViewBatch",
+    "collate_views",
+    "epoch_batches",
+    "rank_rows",
+    "views_of_epoch",
+]
 
 Rows = npt.NDArray[np.int64]
 
 
-def epoch_batches(seed: int, epoch: int, rows: Rows, batch_size: int) -> list[Rows]:
-    """The rows of one epoch in random order, each once, in as few batches of at most `batch_size` as it takes.
-
-    Batches differ by one row at most, so the last one is no smaller than the others: batch norms need neighbours.
-    """
-    shuffled = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64))).permutation(rows)
-    return np.array_split(shuffled, max(1, -(-len(rows) // batch_size)))
-
-
-def share_of_rank(batch: Rows, rank: int, world: int) -> Rows:
-    """The rows of a global batch that one of `world` processes computes."""
-    return batch[rank::world]
-
-
-def views_of_epoch(epoch: int, num_views: int, views_per_image: int) -> tuple[int, ...]:
-    """The views an epoch shows of every image."""
-    return tuple((epoch * views_per_image + j) % num_views for j in range(views_per_image))
-
-
-# -- feed -------------------------------------------------------------------------------------------------------------
-
-
-class RenderedRows(NamedTuple):
-    """What comes from a worker."""
-
-    pixels: Tensor  # uint8 [B, 3, size, size]
-    labels: Tensor  # int64 [B]
-    partner_labels: Tensor | None  # int64 [B], of recipes that mix
-    weights: Tensor | None  # float32 [B]
-
-
-class Position(NamedTuple):
-    """Where in the run a batch is."""
+class BatchPlan(NamedTuple):
+    """A global batch and the rows of it that this rank computes."""
 
     epoch: int
     batch: int
     batches: int
-    """Of the epoch."""
-
-
-@dataclass(frozen=True)
-class TrainBatch:
-    """This process's share of a global batch."""
-
-    place: Position
+    """In the epoch."""
     views: tuple[int, ...]
     rows: Rows
     """Of the archive, one per image; with several views per image, item i is of row i // len(views)."""
-    global_rows: int
-    """Views in the batch over all processes."""
-    carried: RenderedRows
+    global_size: int
+    """Views in the batch over all ranks."""
+
+    @property
+    def last(self) -> bool:
+        """Whether the batch ends its epoch."""
+        return self.batch + 1 == self.batches
 
 
-def carry(items: list[RenderedView | MixedView]) -> RenderedRows:
-    labels = torch.tensor([item.label for item in items])
-    pixels = torch.stack([item.pixels for item in items])
-    if not isinstance(items[0], MixedView):
-        return RenderedRows(pixels, labels, None, None)
-    mixed = [item for item in items if isinstance(item, MixedView)]
-    partners = torch.tensor([item.partner_label for item in mixed])
-    return RenderedRows(pixels, labels, partners, torch.tensor([float(item.weight) for item in mixed]))
+class ViewBatch(NamedTuple):
+    """Rendered views, collated by a worker."""
+
+    pixels: Tensor  # uint8 [B, 3, size, size]
+    labels: Tensor  # int64 [B]
+    partner_labels: Tensor | None  # int64 [B], of recipes that mix
+    mix_weights: Tensor | None  # float32 [B]
+
+
+class TrainBatch(NamedTuple):
+    plan: BatchPlan
+    images: ViewBatch
 
 
 @dataclass(frozen=True)
 class Feed:
-    """The batches of a whole run for one process. Iterating from a place gives what an unbroken run would give."""
+    """The batches of a whole run for one rank. Starting in the middle gives the batches an unbroken run would give."""
 
     dataset: ViewDataset
     epochs: int
@@ -107,30 +84,58 @@ class Feed:
     def views(self, epoch: int) -> tuple[int, ...]:
         return views_of_epoch(epoch, self.dataset.views.num_views, self.views_per_image)
 
-    def batches(self, epoch: int) -> list[Rows]:
-        """The global batches of an epoch, as rows of the archive."""
+    def global_batches(self, epoch: int) -> list[Rows]:
+        """The batches of an epoch over all ranks, as rows of the archive."""
         usable = reduce(
             np.intersect1d, (self.dataset.indices(view) % self.dataset.num_rows for view in self.views(epoch))
         )
-        images = self.batch_size // self.views_per_image
         if len(usable) < self.world:
-            raise Refused(f"{len(usable)} rows cannot be shared by {self.world} processes; use fewer")
-        found = epoch_batches(self.seed, epoch, usable, images)
-        if len(found[-1]) < self.world:
-            raise Refused(f"--batch-size {self.batch_size} is too small for {self.world} processes")
-        return found
+            raise Refused(f"{len(usable)} rows cannot be split over {self.world} ranks; use fewer ranks")
+        batches = epoch_batches(self.seed, epoch, usable, self.batch_size // self.views_per_image)
+        if len(batches[-1]) < self.world:
+            raise Refused(f"--batch-size {self.batch_size} is too small for {self.world} ranks")
+        return batches
 
     def start(self, epoch: int = 0, batch: int = 0) -> Iterator[TrainBatch]:
-        """Every batch from there to the end. Workers stay from epoch to epoch."""
+        """Every batch from this one to the end of the run. The workers live for all epochs."""
 
-        def batches_with_indices() -> Iterator[tuple[tuple[Position, tuple[int, ...], Rows, int], list[int]]]:
+        def plans() -> Iterator[tuple[BatchPlan, list[int]]]:
             for now in range(epoch, self.epochs):
-                batches, views = self.batches(now), self.views(now)
-                for at in range(batch if now == epoch else 0, len(batches)):
-                    rows = share_of_rank(batches[at], self.rank, self.world)
-                    batch_tag = Position(now, at, len(batches)), views, rows, len(batches[at]) * len(views)
-                    yield batch_tag, [self.dataset.index(view, row) for row in rows.tolist() for view in views]
+                batches, views = self.global_batches(now), self.views(now)
+                for i in range(batch if now == epoch else 0, len(batches)):
+                    rows = rank_rows(batches[i], self.rank, self.world)
+                    plan = BatchPlan(now, i, len(batches), views, rows, len(batches[i]) * len(views))
+                    yield plan, [self.dataset.index(view, row) for row in rows.tolist() for view in views]
 
-        loader = BatchLoader(self.dataset, workers=self.workers, collate=carry, pin=self.pin)
-        for (place, views, rows, count), carried in loader.load(batches_with_indices()):
-            yield TrainBatch(place, views, rows, count, carried)
+        loader = BatchLoader(self.dataset, workers=self.workers, collate=collate_views, pin=self.pin)
+        for plan, images in loader.load(plans()):
+            yield TrainBatch(plan, images)
+
+
+def epoch_batches(seed: int, epoch: int, rows: Rows, batch_size: int) -> list[Rows]:
+    """The rows of one epoch in random order, each once, in as few batches of at most `batch_size` as possible.
+
+    Batch sizes differ by at most one: a small last batch would give batch norms poor statistics.
+    """
+    shuffled = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64))).permutation(rows)
+    return np.array_split(shuffled, max(1, -(-len(rows) // batch_size)))
+
+
+def rank_rows(batch: Rows, rank: int, world: int) -> Rows:
+    """The rows of a global batch that one of `world` ranks computes."""
+    return batch[rank::world]
+
+
+def views_of_epoch(epoch: int, num_views: int, views_per_image: int) -> tuple[int, ...]:
+    """The views of every image that an epoch trains on."""
+    return tuple((epoch * views_per_image + j) % num_views for j in range(views_per_image))
+
+
+def collate_views(items: list[RenderedView | MixedView]) -> ViewBatch:
+    labels = torch.tensor([item.label for item in items])
+    pixels = torch.stack([item.pixels for item in items])
+    if not isinstance(items[0], MixedView):
+        return ViewBatch(pixels, labels, None, None)
+    mixed = [item for item in items if isinstance(item, MixedView)]
+    partners = torch.tensor([item.partner_label for item in mixed])
+    return ViewBatch(pixels, labels, partners, torch.tensor([float(item.weight) for item in mixed]))

@@ -1,4 +1,7 @@
-"""Everything that is held against everything else before the first step; each misfit is one line."""
+"""Everything a run needs, opened and checked against each other before the first step.
+
+Checks that take no time come first: a typo in a loss is reported before a million images are indexed.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ from functools import partial
 import torch
 from redistill_cache import Archive, open_archive
 from redistill_cache.errors import Refused, UsageError
-from torch import nn
 
 from redistill.devices import pick_amp
 from redistill.loading import default_workers
@@ -18,8 +20,6 @@ from redistill.models import OpenedModel, open_model
 from redistill.progress import Progress
 from redistill.ranks import World
 from redistill.signals import LOGITS
-from redistill.sources.index import index_source
-from redistill.sources.open_source import open_source
 from redistill.specs import first_line
 from redistill.teachers import Teacher
 from redistill.training.feed import Feed
@@ -28,41 +28,45 @@ from redistill.training.options import MemberSpec, TrainOptions
 from redistill.training.shared_views import SharedViews
 from redistill.training.targets import CachedTargets, OnlineTargets
 from redistill.training.validate import Validation
-from redistill.views import ArchiveViews, ViewDataset, join_archive
-from redistill.views.canaries import check_canaries
-from redistill.views.view_params import archive_recipe
+from redistill.views import ViewDataset, archive_recipe
+from redistill.views.aligned import aligned_views
 
 __all__ = ["TrainSetup", "prepare"]
 
 
 @dataclass(frozen=True)
 class TrainSetup:
-    """A run that fits together."""
+    """A run that is opened and checked."""
 
     archive: Archive
     feed: Feed
     members: list[Member]
     targets: CachedTargets | OnlineTargets | None
-    """None where no loss asks for a teacher."""
+    """None if no loss needs a teacher."""
     validation: Validation | None
 
 
 def prepare(options: TrainOptions, world: World, progress: Progress) -> TrainSetup:
-    """What is quick to find out comes first: nobody should wait for a million images to read of a typing error."""
     with world.local_first():
         archive = open_archive(options.archive)
+    if options.views_per_image > archive.num_views:
+        raise Refused(
+            f"--views-per-image {options.views_per_image} needs that many views, the archive has {archive.num_views}"
+        )
     specs = options.members()
+    objectives = [Objective(spec.losses) for spec in specs]
+    for objective in objectives:
+        refuse_objective(objective, archive, options)
     size = archive_recipe(archive).size if options.size is None else options.size
-    refuse_options(options, specs, archive)
     students = [open_student(spec, archive, size, options) for spec in specs]
     amp = pick_amp(world.device, options.amp)
-    targets = make_targets(options, specs, archive, world, amp)
-    if isinstance(targets, CachedTargets) and targets.residence.spilled:
-        progress.info("the teacher's rows of two views exceed --cache-memory; they lie in a temporary file")
+    targets = make_targets(options, objectives, archive, world, amp)
+    if isinstance(targets, CachedTargets) and targets.shared_views.spilled:
+        progress.info("the teacher rows of two views exceed --cache-memory; they are in a temporary file")
     workers = default_workers(world.rank.local_world) if options.workers is None else options.workers
     with world.local_first():
-        dataset = aligned_dataset(options, archive, workers, progress)
-        validation = open_validation(options, archive, size, workers, world)
+        dataset = open_dataset(options, archive, workers, progress)
+        validation = None if options.val is None else open_validation(options, archive, size, workers, world)
     feed = Feed(
         dataset,
         epochs=options.optim.epochs,
@@ -74,60 +78,22 @@ def prepare(options: TrainOptions, world: World, progress: Progress) -> TrainSet
         workers=workers,
         pin=world.device.type == "cuda",
     )
-    feed.batches(0)
-    members = [Member(spec, options, opened, world, amp) for spec, opened in zip(specs, students, strict=True)]
+    feed.global_batches(0)  # refuses a batch size that is too small for the ranks
+    members = [
+        Member(spec, options, student, objective, world, amp)
+        for spec, student, objective in zip(specs, students, objectives, strict=True)
+    ]
     return TrainSetup(archive, feed, members, targets, validation)
 
 
-def open_validation(
-    options: TrainOptions, archive: Archive, size: int, workers: int, world: World
-) -> Validation | None:
-    if options.val is None:
-        return None
-    return Validation.open(
-        options.val,
-        class_names=archive.class_names,
-        num_classes=archive.num_classes,
-        size=size,
-        archive=options.val_archive,
-        teachers=options.teachers,
-        workers=workers,
-        rank=world.rank.rank,
-        world=world.size,
-    )
-
-
-def aligned_dataset(options: TrainOptions, archive: Archive, workers: int, progress: Progress) -> ViewDataset:
-    """The archive's views from the data at hand, which are proven to be those the teacher saw."""
-    source = open_source(options.data)
-    index = index_source(source, workers=None if workers else 0, progress=partial(progress.advance, "index"))
-    joined = join_archive(index, archive, allow_missing=options.allow_missing)
-    if not joined.exact:
-        progress.info(f"data and archive: {joined.summary()}")
-    if archive.spec.canaries_per_view:
-        progress.info(check_canaries(source, archive, joined).require().message)
-    else:
-        progress.warning("the archive has no canaries: nothing proves that views here are those the teacher saw")
-    return ViewDataset(source, ArchiveViews(archive, joined), size=options.size)
-
-
-def refuse_options(options: TrainOptions, specs: Sequence[MemberSpec], archive: Archive) -> None:
-    if options.views_per_image > archive.num_views:
-        raise Refused(
-            f"--views-per-image {options.views_per_image} needs that many views, the archive has {archive.num_views}"
-        )
-    for spec in specs:
-        refuse_objective(spec, archive, options)
-
-
-def refuse_objective(spec: MemberSpec, archive: Archive, options: TrainOptions) -> None:
-    """A loss must get what it asks for: labels, whole rows, unshifted rows, one label a row."""
-    objective = Objective(spec.losses)
+def refuse_objective(objective: Objective, archive: Archive, options: TrainOptions) -> None:
+    """Refuse an archive without what the objective needs: labels, whole rows, unshifted rows, one label per row."""
     if archive_recipe(archive).mixes:
-        try_mixing(objective, archive.num_classes)
+        try_mixed_labels(objective, archive.num_classes)
     if objective.needs.labels and int(archive.labels.min()) < 0:
         raise Refused(
-            f"loss {'+'.join(spec.losses)} needs labels, and the archive has samples without; use ce?weight=0"
+            f"loss {'+'.join(objective.specs)} needs labels, and the archive has samples without a label; "
+            "use ce?weight=0"
         )
     if not objective.needs.teacher or options.online_teacher is not None:
         return
@@ -135,9 +101,10 @@ def refuse_objective(spec: MemberSpec, archive: Archive, options: TrainOptions) 
         objective.refuse_codec(archive.codec(teacher, LOGITS))
 
 
-def try_mixing(objective: Objective, num_classes: int) -> None:
-    """Some losses have no value for two labels of a row; they say so themselves."""
+def try_mixed_labels(objective: Objective, num_classes: int) -> None:
+    """Compute the loss once with two labels per row: a term that cannot do this raises Refused."""
     logits, labels = torch.zeros(2, num_classes), torch.zeros(2, dtype=torch.int64)
+    objective.eval()  # terms with a state change it in training mode only
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         objective(logits, logits, labels, mix=Mix(labels, torch.ones(2)))
 
@@ -145,22 +112,22 @@ def try_mixing(objective: Objective, num_classes: int) -> None:
 def chosen_teachers(options: TrainOptions, archive: Archive) -> tuple[str, ...]:
     for name in options.teachers:
         archive.teacher(name)
-    if options.teachers or not archive.teachers:
-        return options.teachers
-    return tuple(archive.teachers)
+    return options.teachers or tuple(archive.teachers)
 
 
 def make_targets(
-    options: TrainOptions, specs: Sequence[MemberSpec], archive: Archive, world: World, amp: torch.dtype | None
+    options: TrainOptions, objectives: Sequence[Objective], archive: Archive, world: World, amp: torch.dtype | None
 ) -> CachedTargets | OnlineTargets | None:
-    if not any(Objective(spec.losses).needs.teacher for spec in specs):
+    if not any(objective.needs.teacher for objective in objectives):
         if options.online_teacher is not None:
-            raise UsageError(f"--online-teacher {options.online_teacher} is asked for, but no --loss needs a teacher")
+            raise UsageError(f"--online-teacher {options.online_teacher} is not used: no --loss needs a teacher")
         return None
     if options.online_teacher is None:
         names = chosen_teachers(options, archive)
-        residence = SharedViews(archive, names, options.views_per_image, options.cache_memory, world)
-        return CachedTargets(residence, world.device)
+        if not names:
+            raise Refused(f"{archive.path} has no teacher; add one with redistill cache-teacher, or use --loss ce")
+        views = SharedViews(archive, names, options.views_per_image, options.cache_memory, world)
+        return CachedTargets(views, world.device)
     model = open_model(options.online_teacher, num_classes=archive.num_classes, allow_python=options.allow_python)
     if model.num_classes != archive.num_classes:
         raise Refused(f"the online teacher has {model.num_classes} classes, the archive {archive.num_classes}")
@@ -168,26 +135,57 @@ def make_targets(
 
 
 def open_student(spec: MemberSpec, archive: Archive, size: int, options: TrainOptions) -> OpenedModel:
-    """The network with fresh weights of this seed, tried on one view."""
+    """The network with initial weights of this seed, after a forward pass on one empty view."""
     opened = open_model(
         spec.student, num_classes=archive.num_classes, seed=spec.seed, allow_python=options.allow_python
     )
     if opened.num_classes != archive.num_classes:
         raise Refused(
             f"the student {spec.student!r} has {opened.num_classes} classes, the archive {archive.num_classes}; "
-            f"leave num_classes= out, or use weights of these classes"
+            f"omit num_classes=, or use weights for these classes"
         )
     try:
         with torch.no_grad():
-            found = tuple(opened.module.eval()(torch.zeros(1, 3, size, size)).shape)
+            shape = tuple(opened.module.eval()(torch.zeros(1, 3, size, size)).shape)
     except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:  # from inside the network
         raise Refused(
-            f"the student {spec.student!r} cannot take views of {size} px: {first_line(error)}; use --size"
+            f"the student {spec.student!r} cannot process views of {size} px: {first_line(error)}; use --size"
         ) from error
-    if found != (1, archive.num_classes):
-        raise Refused(f"the student {spec.student!r} answers with {found[1:]}, expected {archive.num_classes} logits")
+    if shape != (1, archive.num_classes):
+        raise Refused(
+            f"the student {spec.student!r} has outputs of shape {shape[1:]}, expected {archive.num_classes} logits"
+        )
     return opened
 
 
-def count_parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def open_dataset(options: TrainOptions, archive: Archive, workers: int, progress: Progress) -> ViewDataset:
+    """The archive's views from the user's images, proven to be those the teacher was run on."""
+    views = aligned_views(
+        options.data,
+        archive,
+        size=options.size,
+        allow_missing=options.allow_missing,
+        workers=None if workers else 0,
+        progress=partial(progress.advance, "index"),
+    )
+    if not views.joined.exact:
+        progress.info(f"data and archive: {views.joined.summary()}")
+    if views.canaries is None:
+        progress.warning("the archive has no canaries: nothing proves that these views are those of the teacher")
+    else:
+        progress.info(views.canaries.require().message)
+    return views.dataset
+
+
+def open_validation(options: TrainOptions, archive: Archive, size: int, workers: int, world: World) -> Validation:
+    return Validation.open(
+        options.val,
+        class_names=archive.class_names,
+        num_classes=archive.num_classes,
+        size=size,
+        archive=None if options.val_archive is None else open_archive(options.val_archive),
+        teachers=options.teachers,
+        workers=workers,
+        rank=world.rank.rank,
+        world=world.size,
+    )

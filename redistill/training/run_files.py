@@ -1,11 +1,18 @@
-"""What a run writes about itself: its configuration, a line for every epoch, the best weights so far, the result."""
+"""What a run writes about itself. Every member of a cohort has a folder with
+
+    config.toml                          the options of the run, the archive and the versions of libraries
+    metrics.csv, events.out.tfevents.*   one row per epoch; TensorBoard and Weights & Biases on request
+    best.safetensors                     the weights of the best epoch by validation accuracy
+    student.safetensors, result.json     the final weights and metrics, written when the run is finished
+
+The checkpoint of the whole cohort lies beside these folders (checkpoint.py).
+"""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,75 +27,24 @@ from redistill.metrics import Metrics
 from redistill.models.weights import save_weights
 from redistill.optim import lr_at
 from redistill.training.checkpoint import sweep
-from redistill.training.feed import TrainBatch
 from redistill.training.member import Member
 from redistill.training.options import TrainOptions, write_config
-from redistill.training.prepare import TrainSetup, count_parameters
+from redistill.training.prepare import TrainSetup
 
-__all__ = [
-    "BEST",
-    "RESULT",
-    "STUDENT",
-    "Lap",
-    "Logs",
-    "RunFiles",
-    "Throughput",
-    "TrainResult",
-    "open_logs",
-    "write_result",
-]
-
-
-# -- clock ------------------------------------------------------------------------------------------------------------
-#
-# How fast a run goes, and which share of the time is spent waiting for data.
-
-
-class Lap(NamedTuple):
-    seconds: float
-    images_per_second: float
-    waiting: float
-    """Share of the time in which no batch was there, or its teacher's rows were not."""
-
-
-class Throughput:
-    """Runs while an epoch is trained; validation and checkpoints are not counted."""
-
-    def __init__(self) -> None:
-        self.start()
-
-    def start(self) -> None:
-        self.begun = self.last = time.perf_counter()
-        self.waited = 0.0
-        self.images = 0
-
-    def got(self) -> None:
-        """A batch is there."""
-        self.waited += time.perf_counter() - self.last
-
-    def done(self, images: int) -> None:
-        """It has been used."""
-        self.last = time.perf_counter()
-        self.images += images
-
-    def lap(self) -> Lap:
-        seconds = max(time.perf_counter() - self.begun, 1e-9)
-        return Lap(seconds, self.images / seconds, self.waited / seconds)
-
-
-def images_of_run(batch: TrainBatch, epochs: int) -> tuple[int, int]:
-    """About how many images are done after this batch, and how many there are in all: batches are equal but for one."""
-    epoch = batch.global_rows * batch.place.batches
-    return batch.place.epoch * epoch + (batch.place.batch + 1) * batch.global_rows, epochs * epoch
-
-
-# -- outcome ----------------------------------------------------------------------------------------------------------
-#
-# What a run leaves when it is done: weights, and a result for machines.
+__all__ = ["BEST", "RESULT", "STUDENT", "EpochTimes", "RunFiles", "TrainResult", "headline"]
 
 RESULT = "result.json"
 STUDENT = "student.safetensors"
 BEST = "best.safetensors"
+
+LIBRARIES = ("redistill", "torch", "torchvision", "numpy", "zarr")
+
+
+class EpochTimes(NamedTuple):
+    seconds: float
+    images_per_second: float
+    waiting: float
+    """Share of the time in which no batch was ready, or the teacher's view was still loading."""
 
 
 @dataclass(frozen=True)
@@ -112,45 +68,150 @@ class TrainResult:
     seconds: float
     parameters: int
     evaluation: dict[str, Any] | None
-    """Everything about the last epoch: reliability bins, accuracy per class, beside the teacher."""
+    """All metrics of the last epoch: reliability bins, accuracy per class, comparison with the teacher."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def write_result(folder: Path, outcome: TrainResult) -> None:
-    LOCAL.publish(folder / RESULT, (json.dumps(outcome.to_json(), indent=1) + "\n").encode())
+class RunFiles:
+    """The folders of all members. Every rank calls the same methods; only the first one writes."""
+
+    def __init__(self, options: TrainOptions, setup: TrainSetup, *, first_epoch: int, writes: bool) -> None:
+        self.options, self.setup, self.writes = options, setup, writes
+        self.logs: list[list[Log]] = []
+        if writes:
+            options.out.mkdir(parents=True, exist_ok=True)
+            sweep(options.out)
+            self.logs = [self._open_folder(member, first_epoch) for member in setup.members]
+
+    def _open_folder(self, member: Member, first_epoch: int) -> list[Log]:
+        spec, archive = member.spec, self.setup.archive
+        folder = self.options.folder(spec)
+        folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder)
+        own = {"students": [spec.student], "losses": ["+".join(spec.losses)], "seeds": [spec.seed], "out": str(folder)}
+        facts: dict[str, dict[str, Any]] = {
+            "archive": {"id": archive.id, "samples": archive.num_samples, "views": archive.num_views},
+            "versions": {name: version(name) for name in LIBRARIES},
+        }
+        write_config(folder, self.options.to_json() | own, facts)
+        return [open_log(kind, folder, first_epoch=first_epoch + 1) for kind in self.options.log]
+
+    def end_epoch(self, epoch: int, metrics: Sequence[Metrics | None], times: EpochTimes) -> list[dict[str, Any]]:
+        """Log an epoch and save the best weights; returns the logged rows with the members' names."""
+        rows = []
+        for member, of_member in zip(self.setup.members, metrics, strict=True):
+            member.history.append(self._row(epoch, member, of_member, times))
+            rows.append({"name": member.spec.name, **member.history[-1]})
+            if of_member is not None and of_member.top1 > member.best:
+                member.best, member.best_epoch = of_member.top1, epoch + 1
+                self._save_weights(member, BEST)
+        for member, logs in zip(self.setup.members, self.logs, strict=False):
+            for log in logs:
+                log.epoch(member.history)
+        return rows
+
+    def _row(self, epoch: int, member: Member, metrics: Metrics | None, times: EpochTimes) -> dict[str, Any]:
+        """The columns of metrics.csv."""
+        row: dict[str, Any] = {
+            "epoch": epoch + 1,
+            "view": "+".join(str(view) for view in self.setup.feed.views(epoch)),
+            "seconds": round(times.seconds, 3),
+            "images_per_second": round(times.images_per_second, 1),
+            "data_wait": round(times.waiting, 4),
+            "lr": lr_at(member.optim, float(epoch)),
+            **{f"train_{name}": value for name, value in member.loss_means().items()},
+        }
+        for name, value in headline(metrics).items():
+            row[f"val_{name}"] = "" if value is None else value
+        row["val_kl_t1"] = "" if metrics is None or metrics.teacher is None else metrics.teacher.kl_t1
+        return row
+
+    def _save_weights(self, member: Member, name: str) -> None:
+        if self.writes:
+            save_weights(member.student, self.options.folder(member.spec) / name, member.opened.metadata())
+
+    def finish(self, metrics: Sequence[Metrics | None]) -> list[TrainResult]:
+        """Write weights and results, from the metrics of the last epoch."""
+        results = []
+        for member, of_member in zip(self.setup.members, metrics, strict=True):
+            result = self._result(member, of_member)
+            results.append(result)
+            self._save_weights(member, STUDENT)
+            if self.writes:
+                text = json.dumps(result.to_json(), indent=1) + "\n"
+                LOCAL.publish(self.options.folder(member.spec) / RESULT, text.encode())
+        for logs in self.logs:
+            for log in logs:
+                log.close()
+        return results
+
+    def _result(self, member: Member, metrics: Metrics | None) -> TrainResult:
+        rows = member.history
+        seconds = sum(row["seconds"] for row in rows)
+        images = sum(row["seconds"] * row["images_per_second"] for row in rows)
+        validated = self.setup.validation is not None
+        return TrainResult(
+            run=member.spec.name,
+            student=member.spec.student,
+            loss="+".join(member.spec.losses),
+            seed=member.spec.seed,
+            archive_id=self.setup.archive.id,
+            epochs=len(rows),
+            best_epoch=member.best_epoch if validated else None,
+            best_top1=member.best if validated else None,
+            **headline(metrics),
+            images_per_second=images / seconds if seconds else 0.0,
+            seconds=seconds,
+            parameters=sum(parameter.numel() for parameter in member.module.parameters()),
+            evaluation=None if metrics is None else metrics.to_json(),
+        )
 
 
-def headline(found: Metrics | None) -> dict[str, float | None]:
-    """The fixed keys of `train` and `evaluate`."""
-    if found is None:
+def headline(metrics: Metrics | None) -> dict[str, float | None]:
+    """The metrics that `train` and `evaluate` report under fixed keys."""
+    if metrics is None:
         return dict.fromkeys(("top1", "top5", "nll", "ece", "agreement"))
-    agreement = None if found.teacher is None else found.teacher.agreement
-    return {"top1": found.top1, "top5": found.top5, "nll": found.nll, "ece": found.ece, "agreement": agreement}
+    agreement = None if metrics.teacher is None else metrics.teacher.agreement
+    return {
+        "top1": metrics.top1,
+        "top5": metrics.top5,
+        "nll": metrics.nll,
+        "ece": metrics.ece,
+        "agreement": agreement,
+    }
 
 
-# -- logs -------------------------------------------------------------------------------------------------------------
-#
-# Figures of every epoch, for people and their tools: metrics.csv, TensorBoard, Weights & Biases.
+# -- logs of epochs ---------------------------------------------------------------------------------------------------
 
-Row = Mapping[str, Any]
+History = Sequence[Mapping[str, Any]]
 
 
 class Log(Protocol):
-    def epoch(self, row: Row, history: Sequence[Row]) -> None: ...
+    def epoch(self, history: History) -> None:
+        """Log the last row of `history`, which has the rows of all epochs so far."""
+
     def close(self) -> None: ...
 
 
+def open_log(kind: str, folder: Path, *, first_epoch: int) -> Log:
+    """The log of a run that starts, or is resumed, with `first_epoch`."""
+    if kind == "csv":
+        return CsvLog(folder)
+    if kind == "tensorboard":
+        return TensorBoardLog(folder, first_epoch)
+    return WandbLog(folder)
+
+
 class CsvLog:
-    """metrics.csv, written anew from the whole history every epoch: a resumed run leaves no line twice."""
+    """metrics.csv, rewritten from the whole history every epoch, so that a resumed run has no duplicate rows."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "metrics.csv"
 
-    def epoch(self, row: Row, history: Sequence[Row]) -> None:
-        del row
-        columns = list(dict.fromkeys(name for line in history for name in line))
+    def epoch(self, history: History) -> None:
+        columns = list(dict.fromkeys(name for row in history for name in row))
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
@@ -164,15 +225,15 @@ class TensorBoardLog:
     def __init__(self, folder: Path, first_epoch: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
+        except ImportError as error:
             raise UsageError(
-                "--log tensorboard needs an extra: pip install 'redistill[tensorboard]', or --log csv"
+                f"--log tensorboard cannot import tensorboard ({error}); pip install tensorboard, or use --log csv"
             ) from None
-        # What an interrupted run wrote beyond the place it goes on from is dropped by TensorBoard.
+        # TensorBoard drops what an interrupted run logged after the checkpoint.
         self.writer = SummaryWriter(str(folder), purge_step=first_epoch)
 
-    def epoch(self, row: Row, history: Sequence[Row]) -> None:
-        del history
+    def epoch(self, history: History) -> None:
+        row = history[-1]
         for name, value in row.items():
             if name != "epoch" and isinstance(value, int | float):
                 self.writer.add_scalar(name, value, row["epoch"])
@@ -183,144 +244,19 @@ class TensorBoardLog:
 
 
 class WandbLog:
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path) -> None:
         try:
             import wandb
         except ImportError:
             raise UsageError("--log wandb needs an extra: pip install 'redistill[wandb]'") from None
-        kept = folder / "wandb-id.txt"  # a run that goes on is the same run there
-        if not kept.exists():
-            LOCAL.publish(kept, uuid.uuid4().hex.encode())
-        self.run = wandb.init(project="redistill", name=name, dir=str(folder), id=kept.read_text(), resume="allow")
+        id_file = folder / "wandb-id.txt"  # a resumed run is the same run on the server
+        if not id_file.exists():
+            LOCAL.publish(id_file, uuid.uuid4().hex.encode())
+        run_id = id_file.read_text()
+        self.run = wandb.init(project="redistill", name=folder.name, dir=str(folder), id=run_id, resume="allow")
 
-    def epoch(self, row: Row, history: Sequence[Row]) -> None:
-        del history
-        self.run.log(dict(row), step=row["epoch"])
+    def epoch(self, history: History) -> None:
+        self.run.log(dict(history[-1]), step=history[-1]["epoch"])
 
     def close(self) -> None:
         self.run.finish()
-
-
-class Logs:
-    """Every log of one run."""
-
-    def __init__(self, logs: Sequence[Log]) -> None:
-        self.logs = logs
-
-    def epoch(self, row: Row, history: Sequence[Row]) -> None:
-        """`row` is the last of `history`."""
-        for log in self.logs:
-            log.epoch(row, history)
-
-    def close(self) -> None:
-        for log in self.logs:
-            log.close()
-
-
-def open_logs(folder: Path, kinds: Sequence[str], *, first_epoch: int = 0) -> Logs:
-    """The logs of a run that goes on with `first_epoch`."""
-    logs: list[Log] = []
-    for kind in kinds:
-        if kind == "csv":
-            logs.append(CsvLog(folder))
-        elif kind == "tensorboard":
-            logs.append(TensorBoardLog(folder, first_epoch))
-        else:
-            logs.append(WandbLog(folder, folder.name))
-    return Logs(logs)
-
-
-# -- records ----------------------------------------------------------------------------------------------------------
-
-LIBRARIES = ("redistill", "torch", "torchvision", "numpy", "zarr")
-
-
-class RunFiles:
-    """The folders of all members. Every process counts; only the first one writes."""
-
-    def __init__(self, options: TrainOptions, run: TrainSetup, *, first_epoch: int, writes: bool) -> None:
-        self.options, self.run, self.writes = options, run, writes
-        self.logs: list[Logs] = []
-        if writes:
-            options.out.mkdir(parents=True, exist_ok=True)
-            sweep(options.out)
-            self.logs = [self._open(member, first_epoch) for member in run.members]
-
-    def _open(self, member: Member, first_epoch: int) -> Logs:
-        spec, archive = member.spec, self.run.archive
-        folder = self.options.folder(spec)
-        folder.mkdir(parents=True, exist_ok=True)
-        sweep(folder)
-        own = {"students": [spec.student], "losses": ["+".join(spec.losses)], "seeds": [spec.seed], "out": str(folder)}
-        facts: dict[str, dict[str, Any]] = {
-            "archive": {"id": archive.id, "samples": archive.num_samples, "views": archive.num_views},
-            "versions": {name: version(name) for name in LIBRARIES},
-        }
-        write_config(folder, self.options.to_json() | own, facts)
-        return open_logs(folder, self.options.log, first_epoch=first_epoch + 1)
-
-    def epoch(self, epoch: int, found: Sequence[Metrics | None], lap: Lap) -> list[dict[str, Any]]:
-        """Keep the figures of an epoch, and the weights where they are the best; the rows, by the members' names."""
-        rows = []
-        for member, metrics in zip(self.run.members, found, strict=True):
-            member.history.append(self._row(epoch, member, metrics, lap))
-            rows.append({"name": member.spec.name, **member.history[-1]})
-            if metrics is not None and metrics.top1 > member.best:
-                member.best, member.best_epoch = metrics.top1, epoch + 1
-                self._keep(member, BEST)
-        for member, logs in zip(self.run.members, self.logs, strict=False):
-            logs.epoch(member.history[-1], member.history)
-        return rows
-
-    def _row(self, epoch: int, member: Member, metrics: Metrics | None, lap: Lap) -> dict[str, Any]:
-        """Under the names of metrics.csv."""
-        row: dict[str, Any] = {
-            "epoch": epoch + 1,
-            "view": "+".join(str(view) for view in self.run.feed.views(epoch)),
-            "seconds": round(lap.seconds, 3),
-            "images_per_second": round(lap.images_per_second, 1),
-            "data_wait": round(lap.waiting, 4),
-            "lr": lr_at(member.optim, float(epoch)),
-            **{f"train_{name}": value for name, value in member.means().items()},
-        }
-        for name, value in headline(metrics).items():
-            row[f"val_{name}"] = "" if value is None else value
-        row["val_kl_t1"] = "" if metrics is None or metrics.teacher is None else metrics.teacher.kl_t1
-        return row
-
-    def _keep(self, member: Member, name: str) -> None:
-        if self.writes:
-            save_weights(member.student, self.options.folder(member.spec) / name, member.opened.metadata())
-
-    def finish(self, found: Sequence[Metrics | None]) -> list[TrainResult]:
-        """Weights and results of the members, given the metrics of their last epoch."""
-        outcomes = []
-        for member, metrics in zip(self.run.members, found, strict=True):
-            outcomes.append(self._outcome(member, metrics))
-            self._keep(member, STUDENT)
-            if self.writes:
-                write_result(self.options.folder(member.spec), outcomes[-1])
-        for logs in self.logs:
-            logs.close()
-        return outcomes
-
-    def _outcome(self, member: Member, metrics: Metrics | None) -> TrainResult:
-        rows = member.history
-        seconds = sum(row["seconds"] for row in rows)
-        images = sum(row["seconds"] * row["images_per_second"] for row in rows)
-        validated = self.run.validation is not None
-        return TrainResult(
-            run=member.spec.name,
-            student=member.spec.student,
-            loss="+".join(member.spec.losses),
-            seed=member.spec.seed,
-            archive_id=self.run.archive.id,
-            epochs=len(rows),
-            best_epoch=member.best_epoch if validated else None,
-            best_top1=member.best if validated else None,
-            **headline(metrics),
-            images_per_second=images / seconds if seconds else 0.0,
-            seconds=seconds,
-            parameters=count_parameters(member.module),
-            evaluation=None if metrics is None else metrics.to_json(),
-        )

@@ -1,15 +1,14 @@
-"""Held-out images: how good the students are, and how close to their teacher where its answers are known."""
+"""Metrics of students on held-out images, and their agreement with a teacher if an archive of these images exists."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from redistill_cache import open_archive
+from redistill_cache import Archive
 from redistill_cache.errors import Refused
 from torch import Tensor, nn
 
@@ -19,35 +18,36 @@ from redistill.metrics import Tally, tally
 from redistill.models.model_info import Normalise
 from redistill.sources.index import SourceIndex, index_source
 from redistill.sources.open_source import open_source
-from redistill.training.feed import carry
-from redistill.views import ArchiveViews, DrawnViews, ViewDataset, join_archive, parse_recipe
-from redistill.views.canaries import check_canaries
+from redistill.training.feed import collate_views
+from redistill.views import DrawnViews, ViewDataset, parse_recipe
+from redistill.views.aligned import aligned_views
 
-__all__ = ["Validation", "labels_by_name"]
+__all__ = ["Validation"]
 
-# Pixels up to this size stay in memory from the first pass on.
-KEPT_BYTES = 1 << 29
+# Pixels up to this size stay in memory after the first pass.
+CACHED_BYTES = 1 << 29
 
 
 class Validation:
-    """Labelled images, cut in the middle; or the first view of an archive over them, with what its teacher said."""
+    """Labelled images with a center crop; or view 0 of an archive of them, with the logits of its teacher."""
 
     def __init__(
         self,
         dataset: ViewDataset,
         labels: np.ndarray,
         teacher_logits: np.ndarray | None,
+        class_names: tuple[str, ...] | None,
         *,
         batch_size: int,
         workers: int,
-        rank: int = 0,
-        world: int = 1,
+        rank: int,
+        world: int,
     ) -> None:
         """Use `open`."""
-        self.dataset, self.labels, self.teacher_logits = dataset, labels, teacher_logits
+        self.dataset, self.labels, self.teacher_logits, self.class_names = dataset, labels, teacher_logits, class_names
         self.rows = np.flatnonzero(labels >= 0)[rank::world]
         self.batch_size, self.workers = batch_size, workers
-        self._kept: list[tuple[np.ndarray, Tensor]] = []
+        self._cached: list[tuple[np.ndarray, Tensor]] = []
 
     @classmethod
     def open(
@@ -57,34 +57,36 @@ class Validation:
         class_names: tuple[str, ...] | None,
         num_classes: int,
         size: int,
-        archive: Path | None = None,
+        archive: Archive | None = None,
         teachers: Sequence[str] = (),
         batch_size: int = 256,
         workers: int = 0,
         rank: int = 0,
         world: int = 1,
     ) -> Validation:
-        """`class_names` and `num_classes` are the student's; another order of the same names is put right."""
-        source = open_source(data)
-        index = index_source(source, workers=None if workers else 0)
-        labels = labels_by_name(index, class_names, num_classes, str(data))
+        """`class_names` (None: those of the data) and `num_classes` are the student's; classes are matched by name."""
+        indexing = None if workers else 0
         teacher_logits = None
         if archive is None:
-            recipe = parse_recipe(f"center?size={size}")
-            dataset = ViewDataset(source, DrawnViews(index, recipe, seed=0, num_views=1))
+            source = open_source(data)
+            index = index_source(source, workers=indexing)
+            labels = labels_by_name(index, class_names, num_classes, str(data))
+            class_names = index.class_names if class_names is None else class_names
+            dataset = ViewDataset(source, DrawnViews(index, parse_recipe(f"center?size={size}"), seed=0, num_views=1))
         else:
-            opened = open_archive(archive)
-            joined = join_archive(index, opened)
-            check_canaries(source, opened, joined).require()
-            dataset = ViewDataset(source, ArchiveViews(opened, joined), size=size)
-            if (opened.class_names, opened.num_classes) != (class_names, num_classes):
-                raise Refused(f"{archive} is of other classes than the students; cache the same teacher over {data}")
-            labels = np.asarray(opened.labels)
-            said = [opened.logits(0, teacher=name) for name in teachers or opened.teachers]
-            teacher_logits = np.mean(said, axis=0)  # as in training: the mean of the teachers' logits
+            if (archive.class_names, archive.num_classes) != (class_names, num_classes):
+                raise Refused(
+                    f"the classes of {archive.path} are not the student's; cache the same teacher over {data}"
+                )
+            views = aligned_views(data, archive, size=size, workers=indexing)
+            views.alignment.require()
+            dataset, labels = views.dataset, np.asarray(archive.labels)
+            logits = [archive.logits(0, teacher=name) for name in teachers or archive.teachers]
+            teacher_logits = np.mean(logits, axis=0)  # as in training: the mean of the teachers' logits
         if not (labels >= 0).any():
-            raise Refused(f"{data} has no labels, so nothing can be validated on it")
-        return cls(dataset, labels, teacher_logits, batch_size=batch_size, workers=workers, rank=rank, world=world)
+            raise Refused(f"{data} has no labels; validation needs them")
+        options = {"batch_size": batch_size, "workers": workers, "rank": rank, "world": world}
+        return cls(dataset, labels, teacher_logits, class_names, **options)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -93,57 +95,56 @@ class Validation:
     def tallies(
         self, students: Sequence[tuple[nn.Module, Normalise]], device: torch.device, amp: torch.dtype | None = None
     ) -> list[Tally]:
-        """What each student gets right of this process's share, all from one pass over the images."""
+        """The counts of each student over this rank's images, from one pass over the images."""
         totals: list[Tally | None] = [None] * len(students)
         for rows, pixels in self._batches():
             moved = pixels.to(device)
             labels = torch.from_numpy(self.labels[rows]).to(device)
-            said = None if self.teacher_logits is None else torch.from_numpy(self.teacher_logits[rows]).to(device)
-            for at, (network, normalise) in enumerate(students):
+            teacher = None if self.teacher_logits is None else torch.from_numpy(self.teacher_logits[rows]).to(device)
+            for i, (network, normalise) in enumerate(students):
                 network.eval()
                 with (
                     refuse_out_of_memory(len(pixels), device),
                     torch.autocast(device.type, amp) if amp is not None else nullcontext(),
                 ):
                     logits = network(normalise(moved))
-                one = tally(logits, labels, said)
-                before = totals[at]
-                totals[at] = one if before is None else before + one
-        found = [total for total in totals if total is not None]
-        if len(found) < len(students):
-            raise Refused(f"{len(self.labels)} images for validation cannot be shared by so many processes")
-        return found
+                batch, total = tally(logits, labels, teacher), totals[i]
+                totals[i] = batch if total is None else total + batch
+        complete = [total for total in totals if total is not None]
+        if len(complete) < len(students):
+            raise Refused(f"{len(self.labels)} validation images are too few for this number of ranks")
+        return complete
 
     def _batches(self) -> Iterator[tuple[np.ndarray, Tensor]]:
-        if self._kept:
-            yield from self._kept
+        """(rows, uint8 pixels) of this rank."""
+        if self._cached:
+            yield from self._cached
             return
-        pieces = [self.rows[at : at + self.batch_size] for at in range(0, len(self.rows), self.batch_size)]
-        keep = len(self.rows) * 3 * self.dataset.size**2 <= KEPT_BYTES
-        loader = BatchLoader(self.dataset, workers=self.workers, collate=carry)
-        batches = ((rows, [self.dataset.index(0, row) for row in rows.tolist()]) for rows in pieces)
-        kept = []
-        for rows, carried in loader.load(batches):
-            if keep:
-                kept.append((rows, carried.pixels))
-            yield rows, carried.pixels
-        self._kept = kept
+        batches = [self.rows[start : start + self.batch_size] for start in range(0, len(self.rows), self.batch_size)]
+        cache = len(self.rows) * 3 * self.dataset.size**2 <= CACHED_BYTES
+        loader = BatchLoader(self.dataset, workers=self.workers, collate=collate_views)
+        cached = []
+        for rows, images in loader.load(
+            (rows, [self.dataset.index(0, row) for row in rows.tolist()]) for rows in batches
+        ):
+            if cache:
+                cached.append((rows, images.pixels))
+            yield rows, images.pixels
+        self._cached = cached
 
 
 def labels_by_name(index: SourceIndex, class_names: tuple[str, ...] | None, num_classes: int, data: str) -> np.ndarray:
-    """The labels of an index as the classes of a student, by name where both sides have names."""
+    """The labels of an index as classes of the student, matched by name if both sides have names."""
     names, labels = index.class_names, np.asarray(index.labels)
     if names is None or class_names is None or names == class_names:
         if labels.max(initial=-1) >= num_classes:
-            raise Refused(f"{data} has the label {labels.max()}, the student knows {num_classes} classes")
+            raise Refused(f"{data} has the label {labels.max()}, the student has {num_classes} classes")
         return labels
-    place = {name: i for i, name in enumerate(class_names)}
-    unknown = [name for name in names if name not in place]
-    if unknown or len(place) < len(class_names):
-        raise Refused(
-            f"{data} has the class {unknown[0]!r}, which the student does not know; validate on the same classes"
-            if unknown
-            else "class names of the archive repeat, so classes cannot be matched by name"
-        )
-    mapping = np.array([place[name] for name in names], np.int64)
+    class_of_name = {name: i for i, name in enumerate(class_names)}
+    unknown = [name for name in names if name not in class_of_name]
+    if unknown:
+        raise Refused(f"{data} has the class {unknown[0]!r}, the student does not; validate on the same classes")
+    if len(class_of_name) < len(class_names):
+        raise Refused("class names of the archive repeat, so classes cannot be matched by name")
+    mapping = np.array([class_of_name[name] for name in names], np.int64)
     return np.where(labels >= 0, mapping[np.maximum(labels, 0)], labels)

@@ -186,9 +186,10 @@ def render(
     view: int,
     size: int | None = None,
 ) -> torch.Tensor:
-    """The very view that the teacher saw: uint8 [3, size, size], the recipe's own size where none is given.
+    """One view of an archive as the teacher saw it: uint8 [3, size, size], by default of the recipe's size.
 
-    The image is looked up by content, so the order of the source does not matter; refused when it has changed.
+    The image is found by content, so the order of the source does not matter; a changed image is refused. The canaries
+    are not checked: `aligned_views` does this for a whole dataset.
     """
     source = open_source(source)
     recipe = archive_recipe(archive)

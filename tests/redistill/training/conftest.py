@@ -1,4 +1,4 @@
-"""One small archive of a real teacher, made by stage 1, and short runs on it."""
+"""A small archive of a real teacher, written by stage 1, and options of short runs on it."""
 
 from __future__ import annotations
 
@@ -27,10 +27,8 @@ def options(archive: Path, tmp_path: Path):
 
     def make(**changed) -> TrainOptions:
         optim = {"lr": 0.05, "epochs": 3, "warmup_epochs": 0.5}
-        for name in list(changed):
-            if name in OptimConfig.__dataclass_fields__:
-                optim[name] = changed.pop(name)
-        plain = {
+        optim |= {name: changed.pop(name) for name in list(changed) if name in OptimConfig.__dataclass_fields__}
+        defaults = {
             "data": DATA,
             "archive": archive,
             "students": ("demo:tiny",),
@@ -39,6 +37,6 @@ def options(archive: Path, tmp_path: Path):
             "workers": 0,
             "log": ("csv",),
         }
-        return TrainOptions(**(plain | changed), optim=OptimConfig(**optim))
+        return TrainOptions(**(defaults | changed), optim=OptimConfig(**optim))
 
     return make

@@ -1,11 +1,8 @@
-"""Runs: what they leave, that they go on bit for bit, that a cohort is its members, that the archive is the teacher."""
+"""Runs: the files they leave, exact resume, a cohort equals its members, the archive stands for the teacher."""
 
 from __future__ import annotations
 
-import csv
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -14,66 +11,39 @@ from safetensors.torch import load_file
 
 from redistill.interrupts import Interrupted
 from redistill.models import open_model, open_weights
-from redistill.progress import NoProgress
 from redistill.training import TrainOptions, train
 from redistill.training.loop import Diverged
 from redistill.training.options import read_config
+from tests.redistill.training.runs import InterruptAt, history, weights
 from tests.small_archive import TEACHER, VAL
 
 
-class StopAt(NoProgress):
-    """Press Ctrl-C at a step."""
-
-    def __init__(self, step: int) -> None:
-        self.left = step
-
-    def advance(self, task: str, *_: object, **__: object) -> None:
-        self.left -= task == "train"
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGINT)
-
-
-def weights(folder: Path) -> bytes:
-    return (folder / "student.safetensors").read_bytes()
-
-
-def history(folder: Path) -> list[dict[str, str]]:
-    with (folder / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        for timing in ("seconds", "images_per_second", "data_wait"):
-            del row[timing]
-    return rows
-
-
 def test_a_run_leaves_everything_a_user_needs(options, val_archive: Path):
-    asked = options(val=VAL, val_archive=val_archive, log=("csv", "tensorboard"), ema=0.9)
-    outcome = train(asked)[0]
-    found = {path.name.partition(".out")[0] for path in asked.out.iterdir()}
-    kept = {"config.toml", "metrics.csv", "last.ckpt", "best.safetensors", "student.safetensors", "result.json"}
-    assert kept <= found
-    assert any(name.startswith("events") for name in found)
-    assert len(history(asked.out)) == 3
-    result = json.loads((asked.out / "result.json").read_text())
-    assert result["top1"] == outcome.top1 == float(history(asked.out)[-1]["val_top1"])
+    run = options(val=VAL, val_archive=val_archive, log=("csv", "tensorboard"), ema=0.9)
+    returned = train(run)[0]
+    files = {path.name.partition(".out")[0] for path in run.out.iterdir()}
+    expected = {"config.toml", "metrics.csv", "last.ckpt", "best.safetensors", "student.safetensors", "result.json"}
+    assert expected <= files
+    assert any(name.startswith("events") for name in files)
+    assert len(history(run.out)) == 3
+    result = json.loads((run.out / "result.json").read_text())
+    assert result["top1"] == returned.top1 == float(history(run.out)[-1]["val_top1"])
     assert 0 <= result["agreement"] <= 1
-    assert result["archive_id"] == outcome.archive_id
+    assert result["archive_id"] == returned.archive_id
     plain = open_model("demo:tiny?num_classes=8").module
-    plain.load_state_dict(load_file(asked.out / "student.safetensors"))
-    opened = open_weights(asked.out / "best.safetensors")
-    assert opened.num_classes == 8
-    again = TrainOptions.read(read_config(asked.out / "config.toml"))
-    assert again.to_json() == asked.to_json()
+    plain.load_state_dict(load_file(run.out / "student.safetensors"))
+    assert open_weights(run.out / "best.safetensors").num_classes == 8
+    assert TrainOptions.read(read_config(run.out / "config.toml")).to_json() == run.to_json()
 
 
 @pytest.mark.parametrize("step", [1, 5, 7, 14])
-def test_going_on_is_bit_for_bit(options, tmp_path: Path, step: int):
-    """Five batches an epoch: stops in the middle, at the end, and right after the start of an epoch."""
+def test_a_resumed_run_is_the_same_to_the_bit(options, tmp_path: Path, step: int):
+    """Five batches an epoch: interrupted in the middle, at the end, and right after the start of an epoch."""
     straight = options(out=tmp_path / "straight", val=VAL, ema=0.95)
     train(straight)
     broken = options(out=tmp_path / "broken", val=VAL, ema=0.95)
     with pytest.raises(Interrupted) as stop:
-        train(broken, StopAt(step))
+        train(broken, InterruptAt(step))
     assert stop.value.exit_code == 130
     assert "same command" in str(stop.value)
     train(broken)
@@ -81,16 +51,16 @@ def test_going_on_is_bit_for_bit(options, tmp_path: Path, step: int):
     assert history(broken.out) == history(straight.out)
 
 
-def test_a_run_that_goes_on_is_one_run_for_wandb(options, monkeypatch: pytest.MonkeyPatch):
+def test_a_resumed_run_is_one_run_for_wandb(options, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("wandb", reason="needs wandb: pip install 'redistill[wandb]'")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    asked = options(log=("csv", "wandb"))
+    run = options(log=("csv", "wandb"))
     with pytest.raises(Interrupted):
-        train(asked, StopAt(7))
-    train(asked)
-    [identity] = {path.name.rpartition("-")[2] for path in (asked.out / "wandb").glob("offline-run-*")}
-    assert identity == (asked.out / "wandb-id.txt").read_text()
+        train(run, InterruptAt(7))
+    train(run)
+    [identity] = {path.name.rpartition("-")[2] for path in (run.out / "wandb").glob("offline-run-*")}
+    assert identity == (run.out / "wandb-id.txt").read_text()
 
 
 def test_workers_do_not_change_a_bit(options, tmp_path: Path):
@@ -99,7 +69,7 @@ def test_workers_do_not_change_a_bit(options, tmp_path: Path):
     assert weights(tmp_path / "none") == weights(tmp_path / "two")
 
 
-def test_a_cohort_is_its_members(options, tmp_path: Path):
+def test_a_cohort_equals_its_members(options, tmp_path: Path):
     losses, seeds = ("power", "kl?weight=0.5+dist?weight=1+ce?weight=1", "ce"), (3, 4)
     train(options(out=tmp_path / "cohort", losses=losses, seeds=seeds, students=("demo:tiny",), val=VAL))
     names = {"power": "power", losses[1]: "kl+dist", "ce": "ce"}
@@ -112,20 +82,18 @@ def test_a_cohort_is_its_members(options, tmp_path: Path):
             assert history(member) == history(alone)
 
 
-def test_members_with_dropout_do_not_share_noise(options, tmp_path: Path):
-    """A member that draws random numbers in its forward pass must not move the others' generators."""
+def test_members_with_dropout_do_not_share_a_random_state(options, tmp_path: Path):
+    """A member that draws random numbers in its forward pass must not advance the generators of the others."""
     students = ("cifar:resnet8", "python:tests.noisy_student:build?norm=half")
-    cohort = options(out=tmp_path / "cohort", students=students, epochs=1, allow_python=True)
-    train(cohort)
+    train(options(out=tmp_path / "cohort", students=students, epochs=1, allow_python=True))
     for student, name in zip(students, ("cifar-resnet8", "python-tests.noisy_student-build"), strict=True):
-        alone = options(out=tmp_path / name, students=(student,), epochs=1, allow_python=True)
-        train(alone)
+        train(options(out=tmp_path / name, students=(student,), epochs=1, allow_python=True))
         assert weights(tmp_path / name) == weights(tmp_path / "cohort" / f"{name}-power-0")
 
 
 @pytest.mark.parametrize(("loss", "term"), [("kl?temperature=1", "kl"), ("power", "power")])
 def test_the_archive_stands_for_the_teacher(options, tmp_path: Path, loss: str, term: str):
-    """Step by step, since an epoch is one batch: with the cached and with the online teacher the loss is the same.
+    """An epoch is one batch, so the history is step by step: cached and online teacher give the same loss.
 
     The certificate is a KL of at most e = 1e-5 for every row, so losses differ by at most 2 sqrt(e * loss), to first
     order: 0.0014 here. That is the worst case; errors of rows are independent, and 150 of them average out.
@@ -138,19 +106,19 @@ def test_the_archive_stands_for_the_teacher(options, tmp_path: Path, loss: str, 
     )
     assert len(cached) == len(online) == 8
     assert cached == pytest.approx(online, abs=2e-4)
-    assert max(cached) - min(cached) > 0.02, "the loss moves by much more than that"
-    assert cached != online, "two ways to the same answers, and not one"
+    assert max(cached) - min(cached) > 0.02, "the loss changes by much more than that"
+    assert cached != online, "the logits were computed in two ways"
 
 
-def test_parts_of_a_batch_and_several_views_of_an_image(options, tmp_path: Path):
+def test_a_batch_in_parts_and_several_views_of_an_image(options, tmp_path: Path):
     train(options(out=tmp_path / "parts", grad_accum=3, epochs=1))
     train(options(out=tmp_path / "single", grad_accum=32, epochs=1))
-    outcome = train(options(out=tmp_path / "views", views_per_image=2, epochs=2))[0]
-    assert outcome.epochs == 2
+    result = train(options(out=tmp_path / "views", views_per_image=2, epochs=2))[0]
+    assert result.epochs == 2
     assert [row["view"] for row in history(tmp_path / "views")] == ["0+1", "2+0"]
 
 
-def test_rows_beyond_the_memory_lie_in_a_file(options, tmp_path: Path):
+def test_rows_above_the_memory_limit_are_in_a_file(options, tmp_path: Path):
     train(options(out=tmp_path / "memory"))
     train(options(out=tmp_path / "file", cache_memory=1e-9))
     assert weights(tmp_path / "memory") == weights(tmp_path / "file")
@@ -159,7 +127,7 @@ def test_rows_beyond_the_memory_lie_in_a_file(options, tmp_path: Path):
 def test_another_option_is_refused_by_name(options):
     train(options(epochs=1))
     for changed in ({"lr": 0.1}, {"batch_size": 16}, {"losses": ("kl",)}, {"students": ("demo:small",)}, {"ema": 0.9}):
-        with pytest.raises(SpecMismatch) as error:
+        with pytest.raises(SpecMismatch, match="use the original value to resume") as error:
             train(options(**{"epochs": 1, **changed}))
         assert next(iter(changed)) in str(error.value)
 
@@ -170,11 +138,9 @@ def test_a_finished_run_is_not_run_again(options):
     assert (first.top1, first.epochs, first.seconds) == (second.top1, second.epochs, second.seconds)
 
 
-def test_weights_that_the_last_step_ruined_are_not_kept(options):
-    """One batch, one step: the loss before it is fine, and no loss comes after it."""
+def test_weights_that_the_last_step_ruined_are_not_saved(options):
+    """One batch, one step: the loss before it is finite, and no loss comes after it."""
     ruined = options(batch_size=150, epochs=1, warmup_epochs=0, lr=1e38, weight_decay=1e6, losses=("ce",))
-    with pytest.raises(
-        Diverged, match="weights are no longer finite at the end of epoch 1; no checkpoint was made yet"
-    ):
+    with pytest.raises(Diverged, match="weights are no longer finite at the end of epoch 1; no checkpoint was saved"):
         train(ruined)
     assert {path.name for path in ruined.out.iterdir()} == {"config.toml"}

@@ -1,4 +1,4 @@
-"""The command in processes of its own: something to kill, to starve of disk, and to let talk to each other.
+"""`redistill` in processes of its own, which tests kill, deprive of disk space, or start as several ranks.
 
 They are forked from a server that has imported torch, so that fifty of them cost no start-up time.
 """
@@ -16,14 +16,17 @@ from pathlib import Path
 
 from redistill_cli.__main__ import main
 
-__all__ = ["start", "start_ranks"]
+__all__ = ["SECONDS", "start", "start_ranks"]
+
+SECONDS = 120
+"""After which a process that still runs is a failure."""
 
 
-def command(arguments: list[str], said: Path, environment: Mapping[str, str], largest_file: int | None) -> None:
+def command(arguments: list[str], output: Path, environment: Mapping[str, str], largest_file: int | None) -> None:
     os.environ.update(environment)
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    with said.open("w") as file:
+    with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = ["redistill", *arguments]
@@ -31,20 +34,22 @@ def command(arguments: list[str], said: Path, environment: Mapping[str, str], la
 
 
 def start(
-    *arguments: object, said: Path, environment: Mapping[str, str] | None = None, largest_file: int | None = None
+    *arguments: object, output: Path, environment: Mapping[str, str] | None = None, largest_file: int | None = None
 ) -> ForkServerProcess:
-    """A running `redistill ...`; what it prints goes to the file `said`."""
+    """A running `redistill ...`; stdout and stderr go to the file `output`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["redistill.training", "redistill_cli.app"])
     process = context.Process(
-        target=command, args=([str(part) for part in arguments], said, environment or {}, largest_file)
+        target=command, args=([str(part) for part in arguments], output, environment or {}, largest_file)
     )
     process.start()
     return process
 
 
-def start_ranks(world: int, *arguments: object, said: Path, environment: Mapping[str, str]) -> list[ForkServerProcess]:
-    """The processes that torchrun would start on one machine, with what it would tell them."""
+def start_ranks(
+    world: int, *arguments: object, output: Path, environment: Mapping[str, str]
+) -> list[ForkServerProcess]:
+    """The processes that torchrun would start on one machine, in the same environment. Rank r writes `output`-r."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -52,7 +57,7 @@ def start_ranks(world: int, *arguments: object, said: Path, environment: Mapping
     return [
         start(
             *arguments,
-            said=said.with_name(f"{said.name}-{rank}"),
+            output=output.with_name(f"{output.name}-{rank}"),
             environment={**shared, **environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(world)

@@ -1,4 +1,4 @@
-"""A run that is killed, starved of disk or damaged comes out as if nothing had been."""
+"""A run that is killed, has no disk space or has a damaged checkpoint gives the same weights as an undisturbed one."""
 
 from __future__ import annotations
 
@@ -16,25 +16,24 @@ from redistill.interrupts import Interrupted
 from redistill.progress import NoProgress
 from redistill.training import train
 from redistill.training.checkpoint import LAST, PREVIOUS, has_checkpoint, read_state
-from tests.redistill.training.test_training_runs import StopAt, history, weights
-from tests.redistill.training.train_process import start
+from tests.redistill.training.runs import InterruptAt, history, weights
+from tests.redistill.training.train_process import SECONDS, start
 from tests.small_archive import DATA, VAL
-
-SECONDS = 120
 
 
 def arguments(archive: Path, out: Path) -> list[object]:
-    """A checkpoint after every batch, so that a kill often meets one half written."""
+    """A checkpoint after every batch, so that many kills happen while one is written."""
     plain = "--student demo:tiny --epochs 3 --lr 0.05 --workers 0 --batch-size 32 --ema 0.9 --checkpoint-minutes 0"
     return ["train", DATA, "--archive", archive, "--out", out, "--val", VAL, "--log", "csv", *plain.split()]
 
 
 def run_to_the_end(archive: Path, out: Path) -> float:
-    begun = time.monotonic()
-    process = start(*arguments(archive, out), said=out.with_suffix(".txt"))
+    """Seconds of an undisturbed run."""
+    started = time.monotonic()
+    process = start(*arguments(archive, out), output=out.with_suffix(".txt"))
     process.join(SECONDS)
     assert process.exitcode == 0, out.with_suffix(".txt").read_text()
-    return time.monotonic() - begun
+    return time.monotonic() - started
 
 
 def wait_for_a_save(process: ForkServerProcess, path: Path) -> None:
@@ -49,77 +48,77 @@ def wait_for_a_save(process: ForkServerProcess, path: Path) -> None:
         time.sleep(0.005)
 
 
-def kill_often(folder: Path, archive: Path, times: int) -> None:
-    """Runs that are killed and taken up until they are through, until there were so many kills."""
+def kill_and_resume(folder: Path, archive: Path, kills: int) -> None:
+    """Kill runs at random times and resume them, until there were so many kills; compare every finished run."""
     seed = int(os.environ.get("REDISTILL_SEED", "20261121"))
-    print(f"replay with REDISTILL_SEED={seed}")
+    print(f"repeat with REDISTILL_SEED={seed}")
     rng = random.Random(seed)
     run_to_the_end(archive, folder / "straight")
-    whole = run_to_the_end(archive, folder / "again")  # the first one waits for the server to import torch
-    killed = inside = runs = 0
-    while killed < times:
+    whole = run_to_the_end(archive, folder / "again")  # the first run includes the start of the server
+    killed = with_checkpoint = runs = 0
+    while killed < kills:
         runs += 1
-        assert runs < 20 + 4 * times, f"runs end before they are killed: {killed} kills in {runs} runs"
+        assert runs < 20 + 4 * kills, f"runs end before they are killed: {killed} kills in {runs} runs"
         out = folder / f"run{runs}"
         done = False
         while not done:
-            process = start(*arguments(archive, out), said=folder / "said.txt")
-            if killed % 2 == 0:  # every other one while it trains, the rest from its start on
+            process = start(*arguments(archive, out), output=folder / "output.txt")
+            if killed % 2 == 0:  # every other one while it trains, the rest at any time
                 wait_for_a_save(process, out / LAST)
             else:
                 process.join(rng.uniform(0, whole / 2))
-            process.join(rng.uniform(0, whole / 4) if killed < times else SECONDS)
+            process.join(rng.uniform(0, whole / 4) if killed < kills else SECONDS)
             process.kill()
             process.join(SECONDS)
-            assert process.exitcode in (0, -signal.SIGKILL), (folder / "said.txt").read_text()
+            assert process.exitcode in (0, -signal.SIGKILL), (folder / "output.txt").read_text()
             done = process.exitcode == 0
             killed += not done
-            inside += not done and has_checkpoint(out)
+            with_checkpoint += not done and has_checkpoint(out)
         assert weights(out) == weights(folder / "straight")
         assert history(out) == history(folder / "straight")
         assert not list(out.glob("*.partial"))
-    print(f"{killed} kills, {inside} of them after the first checkpoint, {runs} runs")
-    assert inside >= times // 2, "most kills came before there was anything to lose"
+    print(f"{killed} kills, {with_checkpoint} of them after the first checkpoint, {runs} runs")
+    assert with_checkpoint >= kills // 2, "most kills were too early to lose anything"
 
 
-def test_killed_runs_are_taken_up(tmp_path: Path, archive: Path):
-    kill_often(tmp_path, archive, 2)
+def test_killed_runs_are_resumed(tmp_path: Path, archive: Path):
+    kill_and_resume(tmp_path, archive, 2)
 
 
 @pytest.mark.slow
 def test_fifty_kills(tmp_path: Path, archive: Path):
-    kill_often(tmp_path, archive, 50)
+    kill_and_resume(tmp_path, archive, 50)
 
 
-def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, archive: Path):
-    """The system refuses files above a size that configuration and figures fit into, and a checkpoint does not."""
+def test_a_full_disk_leaves_the_previous_checkpoint_intact(tmp_path: Path, archive: Path):
+    """The system refuses files above a size that is enough for configuration and metrics, but not for a checkpoint."""
     out = tmp_path / "run"
     run_to_the_end(archive, tmp_path / "straight")
-    process = start(*arguments(archive, out), said=tmp_path / "first.txt")
+    process = start(*arguments(archive, out), output=tmp_path / "first.txt")
     while process.is_alive() and not (out / PREVIOUS).exists():
         time.sleep(0.01)
     process.terminate()
     process.join(SECONDS)
     assert process.exitcode == 128 + signal.SIGTERM, (tmp_path / "first.txt").read_text()
-    kept = (out / LAST).read_bytes()
-    process = start(*arguments(archive, out), said=tmp_path / "full.txt", largest_file=len(kept) // 2)
+    checkpoint = (out / LAST).read_bytes()
+    process = start(*arguments(archive, out), output=tmp_path / "full.txt", largest_file=len(checkpoint) // 2)
     process.join(SECONDS)
-    said = [line for line in (tmp_path / "full.txt").read_text().splitlines() if line.startswith("redistill:")]
-    assert process.exitcode == 3, said
-    assert len(said) == 1
-    assert "cannot write" in said[0]
-    assert "the checkpoint before it is untouched" in said[0]
-    assert (out / LAST).read_bytes() == kept
+    errors = [line for line in (tmp_path / "full.txt").read_text().splitlines() if line.startswith("redistill:")]
+    assert process.exitcode == 3, errors
+    assert len(errors) == 1
+    assert "cannot write" in errors[0]
+    assert "the previous checkpoint is intact" in errors[0]
+    assert (out / LAST).read_bytes() == checkpoint
     run_to_the_end(archive, out)
     assert weights(out) == weights(tmp_path / "straight")
 
 
-class Warned(NoProgress):
+class Warnings(NoProgress):
     def __init__(self) -> None:
-        self.words: list[str] = []
+        self.texts: list[str] = []
 
     def warning(self, text: str) -> None:
-        self.words.append(text)
+        self.texts.append(text)
 
 
 def flip(path: Path, at: float) -> None:
@@ -128,11 +127,11 @@ def flip(path: Path, at: float) -> None:
     path.write_bytes(data)
 
 
-def test_a_flipped_bit_is_noticed(options, tmp_path: Path):
+def test_a_flipped_bit_is_detected_and_the_previous_checkpoint_used(options, tmp_path: Path):
     straight, broken = options(out=tmp_path / "straight"), options(out=tmp_path / "broken")
     train(straight)
     with pytest.raises(Interrupted):
-        train(broken, StopAt(12))
+        train(broken, InterruptAt(12))
     for at in (0.0, 0.001, 0.3, 0.7, 0.9999):
         flip(broken.out / LAST, at)
         with pytest.raises(Damaged):
@@ -140,11 +139,11 @@ def test_a_flipped_bit_is_noticed(options, tmp_path: Path):
         flip(broken.out / LAST, at)
     assert read_state(broken.out / LAST), "flipped back"
     flip(broken.out / LAST, 0.3)
-    progress = Warned()
+    progress = Warnings()
     train(broken, progress)
-    assert len(progress.words) == 1
-    assert "last.ckpt is damaged" in progress.words[0]
-    assert "goes on from last.previous.ckpt" in progress.words[0]
+    assert len(progress.texts) == 1
+    assert "last.ckpt is damaged" in progress.texts[0]
+    assert "resuming from last.previous.ckpt" in progress.texts[0]
     assert weights(broken.out) == weights(straight.out)
     for path in (broken.out / LAST, broken.out / PREVIOUS):
         flip(path, 0.3)
@@ -154,26 +153,26 @@ def test_a_flipped_bit_is_noticed(options, tmp_path: Path):
 
 def descendants(pid: int) -> set[int]:
     try:
-        children = {int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+        children = {int(text) for text in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
     except FileNotFoundError:
         return set()
     return children.union(*map(descendants, children))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="asks Linux which processes there are")
-def test_nobody_is_left_when_the_main_process_is_killed(tmp_path: Path, archive: Path):
-    """Rendering processes hold memory; those of a run that was killed must not stay beside those that take it up."""
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="lists processes as Linux does")
+def test_workers_exit_when_the_main_process_is_killed(tmp_path: Path, archive: Path):
+    """Workers hold memory; those of a killed run must not stay beside those of the resumed one."""
     out = tmp_path / "run"
-    process = start(*arguments(archive, out), "--epochs", 500, "--workers", 2, said=tmp_path / "said.txt")
+    process = start(*arguments(archive, out), "--epochs", 500, "--workers", 2, output=tmp_path / "output.txt")
     while process.is_alive() and not (out / LAST).exists():
         time.sleep(0.01)
     assert process.pid is not None
     others = descendants(process.pid)
     process.kill()
     process.join(SECONDS)
-    assert len(others) >= 3, "a server and the two that render"
+    assert len(others) >= 3, "a server and two workers"
     until = time.monotonic() + 20
-    while (left := [pid for pid in others if Path(f"/proc/{pid}").exists()]) and time.monotonic() < until:
+    while (alive := [pid for pid in others if Path(f"/proc/{pid}").exists()]) and time.monotonic() < until:
         time.sleep(0.1)
-    assert not left
+    assert not alive

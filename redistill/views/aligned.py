@@ -1,0 +1,60 @@
+"""The views of an archive, rendered from images at hand and compared with the views its teacher was run on.
+
+views = aligned_views("folder:imagenet/train", open_archive("teacher.redistill.zarr"))
+views.alignment.require()
+views.dataset                                     # a ViewDataset: pixels, label, row, view
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from redistill_cache.errors import Refused
+
+from redistill.sources.index import index_source
+from redistill.sources.join import Join
+from redistill.sources.open_source import open_source
+from redistill.views.canaries import Alignment, CanaryArchive, check_canaries
+from redistill.views.dataset import ViewDataset
+from redistill.views.view_params import join_archive
+
+__all__ = ["AlignedViews", "aligned_views"]
+
+
+@dataclass(frozen=True)
+class AlignedViews:
+    """A dataset of an archive's views, and what is known of its alignment with the archive."""
+
+    dataset: ViewDataset
+    joined: Join
+    canaries: Alignment | None
+    """None if the archive has no canaries."""
+
+    @property
+    def alignment(self) -> Alignment:
+        if self.canaries is None:
+            raise Refused("the archive has no canaries, so the views cannot be compared with those of the teacher")
+        return self.canaries
+
+
+def aligned_views(
+    data: Any,  # noqa: ANN401  a spec string, a path, or any object that can be made a source
+    archive: CanaryArchive,
+    *,
+    size: int | None = None,
+    allow_missing: bool = False,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> AlignedViews:
+    """Open and index `data`, match its images to the rows of `archive`, and re-create the archive's canaries.
+
+    `size` is the side of the rendered views, by default the recipe's. `workers` and `progress` are for indexing.
+    """
+    source = open_source(data)
+    joined = join_archive(
+        index_source(source, workers=workers, progress=progress), archive, allow_missing=allow_missing
+    )
+    canaries = check_canaries(source, archive, joined) if archive.spec.canaries_per_view else None
+    return AlignedViews(ViewDataset(source, archive, size=size, joined=joined), joined, canaries)
