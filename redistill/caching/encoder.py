@@ -12,7 +12,7 @@ from types import TracebackType
 import numpy as np
 import torch
 from redistill_cache.codecs import BlockStats, Encoded, NotFinite, join_encoded
-from redistill_cache.layout import Block, part_arrays
+from redistill_cache.layout import Block
 from torch import Tensor
 
 from redistill.caching.open_archive import OpenedArchive, write_parameters
@@ -77,7 +77,6 @@ class BlockEncoder:
         self.written = written
         self._plan, self._writer, self._codecs = there.plan, there.writer, there.codecs
         self._device = there.plan.teacher.device
-        self._layouts = part_arrays(there.writer.spec, there.writer.teachers, there.plan.part)
         self._drawn: set[int] = set()  # views whose parameters are written
         self._most = piece_rows(self._device, max(codec.width for codec in there.codecs.values()))
         # Of its own: on the teacher's stream every look at a result would wait for the batches queued before it.
@@ -156,11 +155,11 @@ class BlockEncoder:
         whole = {name: join_encoded([piece[name] for piece in pieces]) for name in self._codecs}
         arrays = {f"{name}/{key}": np.asarray(a) for name, item in whole.items() for key, a in item.arrays.items()}
         stats = {name: BlockStats.of(item).to_json() for name, item in whole.items()}
-        if not self._writer.write(block, arrays, stats):
-            return  # another process had it first, and counts it
+        record = self._writer.write(block, arrays, stats)
+        if record is None:
+            return  # another process committed it first, and counts it
         labels, written = self._plan.index.labels[block.start : block.stop], self.written
-        shards = (self._writer.path / array.shard_path(block.view, block.index) for array in self._layouts.values())
-        written.bytes += sum(shard.stat().st_size for shard in shards)
+        written.bytes += sum(entry.size for entry in record.files.values())
         written.rows += len(labels)
         written.labelled += int((labels >= 0).sum())
         written.right += int(((labels == guesses) & (labels >= 0)).sum())

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 from redistill_cache import Archive, ArchiveWriter, TeacherSpec
 from redistill_cache.codecs import Codec
+from redistill_cache.commits import Commits
 from redistill_cache.errors import Refused, SpecMismatch
-from redistill_cache.layout import Block
+from redistill_cache.layout import Block, side_block
 from redistill_cache.spec_files import read_root
-from redistill_cache.storage import is_leftover
+from redistill_cache.storage import LOCAL, is_leftover
 from redistill_cache.writer import refuse_difference
 
 from redistill.caching.estimate import existing_parent, refuse_small_disk, teacher_spec
@@ -29,7 +30,6 @@ from redistill.views.canaries import canary_rows, fingerprint
 __all__ = [
     "OpenedArchive",
     "declare",
-    "is_committed",
     "is_declared",
     "is_ready",
     "is_there",
@@ -45,16 +45,11 @@ __all__ = [
 # What an archive holds of its views beside the teacher's answers: their parameters, and canaries.
 
 
-def is_committed(writer: ArchiveWriter, block: Block) -> bool:
-    """Whether anybody has committed this block by now."""
-    return (writer.path / block.record_path).exists()
-
-
 def write_parameters(plan: Plan, writer: ArchiveWriter, view: int) -> None:
     """The parameters of every row of a view: a mixed image needs those of a partner, which may be any."""
     missing = [block for block in writer.missing("views") if block.view == view]
     for block in plan.rank.order(missing):
-        if not is_committed(writer, block):
+        if not writer.is_committed(block):
             writer.write(block, plan.views.params(view, np.arange(block.start, block.stop)))
 
 
@@ -64,7 +59,7 @@ def write_canaries(forward: Forward, writer: ArchiveWriter) -> None:
 
     def batches() -> Iterator[tuple[tuple[Block, np.ndarray], list[int]]]:
         for block in plan.rank.order(writer.missing("canaries")):
-            if not is_committed(writer, block):
+            if not writer.is_committed(block):
                 rows = canary_rows(plan.spec.seed, block.view, plan.spec.num_samples, plan.spec.canaries_per_view)
                 yield (block, rows), forward.indices(block.view, rows.tolist())
 
@@ -96,7 +91,7 @@ def is_ready(options: CacheOptions) -> bool:
 
 def is_declared(plan: Plan) -> bool:
     """Whether the teacher has its place in the archive, with its side data."""
-    return (plan.options.out / Block(f"{plan.part}/side", 0, 0, 0, 0).record_path).exists()
+    return Commits(plan.options.out, LOCAL).is_committed(side_block(plan.teacher_name))
 
 
 def refuse_place(options: CacheOptions) -> None:
@@ -163,7 +158,7 @@ def refuse_other_teacher(path: Path, teacher: TeacherSpec, plan: Plan) -> None:
 
 def bytes_to_come(plan: Plan, writer: ArchiveWriter, archive: Archive) -> int:
     """What the missing blocks of the teacher will take, if they are like those that are there."""
-    there = sum(entry.size for name, entry in archive.contents.files.items() if name.startswith(f"{plan.part}/"))
+    there = sum(entry.size for name, entry in archive.state.files.items() if name.startswith(f"{plan.part}/"))
     missing, per_view = len(writer.missing(plan.part)), writer.spec.blocks_per_view
     done = writer.spec.num_views * per_view - missing
     more = missing + (plan.spec.num_views - writer.spec.num_views) * per_view

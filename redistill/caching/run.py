@@ -31,7 +31,6 @@ from redistill.caching.estimate import Estimate, estimate, refuse_small_disk
 from redistill.caching.open_archive import (
     OpenedArchive,
     declare,
-    is_committed,
     is_declared,
     is_ready,
     is_there,
@@ -352,7 +351,7 @@ def batches(
     """Batches are a function of the block, so that its bytes are. Blocks that others have committed are left out."""
     size = forward.plan.options.batch_size
     for block in blocks:
-        if is_committed(writer, block):
+        if writer.is_committed(block):
             continue
         for start in range(block.start, block.stop, size):
             rows = range(start, min(start + size, block.stop))

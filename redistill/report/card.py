@@ -116,7 +116,7 @@ def small(number: float | None) -> str:
 
 def fidelity_chart(archive: Archive, teacher: str, signal: str) -> str:
     """How many rows lost how much, from the statistics that were kept while encoding."""
-    stats = archive.contents.stats.get(teacher, {}).get(signal)
+    stats = archive.state.stats.get(teacher, {}).get(signal)
     if stats is None:
         return ""
     errors = BlockStats.from_json(stats).errors

@@ -13,7 +13,7 @@ import google_crc32c
 import numpy as np
 from numcodecs import zstd
 from redistill_cache import layout
-from redistill_cache.journal import parse_manifest, sha256
+from redistill_cache.journal import sha256
 from redistill_cache.spec import SideArray
 from redistill_cache.strict_json import canonical
 
@@ -27,6 +27,7 @@ from tests.attacks.forge import (
     parsed,
     put_rows,
     read,
+    read_manifest,
     repeated_shard,
     reseal,
     shard_of,
@@ -181,12 +182,12 @@ def teachers_named(*names: str) -> Attack:
     """The manifest names these teachers as well; each has a document where its name would lead."""
 
     def attack(path: Path) -> None:
-        manifest = parse_manifest((path / MANIFEST).read_bytes(), "attack")
+        stats = read_manifest(path).teachers
         for name in names:
             target = path / "teachers" / name
             target.mkdir(parents=True, exist_ok=True)
             shutil.copy(path / "teachers/net/zarr.json", target)
-        reseal(path, teachers=dict(manifest.teachers) | {name: {} for name in names})
+        reseal(path, teachers=dict(stats) | {name: {} for name in names})
 
     return attack
 

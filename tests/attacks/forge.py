@@ -15,7 +15,7 @@ import numpy as np
 from numcodecs import zstd
 from redistill_cache import layout
 from redistill_cache.errors import RedistillError
-from redistill_cache.journal import FileEntry, Manifest, Record, parse_manifest, sha256
+from redistill_cache.journal import FileEntry, Manifest, Record, parse_files, parse_header, sha256
 from redistill_cache.layout import ArrayLayout, all_blocks, expected_files
 from redistill_cache.shards import encode_shard
 from redistill_cache.spec import ArchiveSpec, TeacherSpec, archive_identity, teacher_identity
@@ -33,6 +33,12 @@ MOST_FILES = 2000
 
 def read(file: Path) -> Json:
     return json.loads(file.read_bytes())
+
+
+def read_manifest(path: Path) -> Manifest:
+    data = (path / MANIFEST).read_bytes()
+    header = parse_header(data, "forged")
+    return Manifest(header.identity, header.views, header.teachers, parse_files(data, header, "forged"))
 
 
 def documents(path: Path) -> tuple[dict[str, Json], dict[str, dict[str, Json]]]:
@@ -91,7 +97,7 @@ def forge(path: Path, root: dict[str, Json], teachers: dict[str, dict[str, Json]
         write(old, Record(block, bound, entries(path, names), stats).to_bytes())
     files = entries(path, expected_files(spec, specs, spec.num_views))
     honest: dict[str, Any] = {"identity": identity, "views": spec.num_views, "files": files}
-    stats_of = parse_manifest((path / MANIFEST).read_bytes(), "forged").teachers
+    stats_of = read_manifest(path).teachers
     honest["teachers"] = {name: stats_of.get(name, {}) for name in specs}
     write(path / MANIFEST, Manifest(**honest | header).to_bytes())
     return None
@@ -106,7 +112,7 @@ def reseal(path: Path, **header: object) -> None:
         ]
         del value["sha256"]
         record.write_bytes(canonical(value | {"sha256": sha256(canonical(value))}))
-    manifest = parse_manifest((path / MANIFEST).read_bytes(), "forged")
+    manifest = read_manifest(path)
     try:
         identity = archive_identity(documents(path)[0])
     except (ValueError, LookupError, TypeError, RecursionError):

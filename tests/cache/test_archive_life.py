@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,49 +23,12 @@ from redistill_cache.errors import Incomplete
 from redistill_cache.layout import Block, part_blocks
 from redistill_cache.storage import LOCAL, Files
 
+from tests.faults.power_cut import PowerCut, PowerCutDisk
 from tests.tiny_archive import SPEC, TEACHER, block_data, contents, make, samples, stored_logits
 
 SMALL = replace(SPEC, num_samples=20, num_views=1)
 LAST_VIEW = 3
 Held = set[tuple[str, int, int]]
-
-
-class Killed(BaseException):
-    """What a process does not live to see."""
-
-
-class Mortal(Files):
-    """A disk whose process dies just before operation number `last`."""
-
-    def __init__(self, last: int) -> None:
-        self._left = last
-
-    def _step(self, operation: Callable[..., None], *arguments: Any) -> None:
-        self._left -= 1
-        if self._left <= 0:  # dead processes do nothing more, not even tidy up
-            raise Killed
-        operation(*arguments)
-
-    def make_directory(self, path: Path) -> None:
-        self._step(super().make_directory, path)
-
-    def write(self, path: Path, data: bytes | memoryview) -> None:
-        self._step(super().write, path, data)
-
-    def sync_file(self, path: Path) -> None:
-        self._step(super().sync_file, path)
-
-    def sync_directory(self, path: Path) -> None:
-        self._step(super().sync_directory, path)
-
-    def rename(self, old: Path, new: Path) -> None:
-        self._step(super().rename, old, new)
-
-    def link(self, old: Path, new: Path) -> None:
-        self._step(super().link, old, new)
-
-    def remove(self, path: Path) -> None:
-        self._step(super().remove, path)
 
 
 @functools.cache
@@ -104,6 +66,10 @@ class Life(RuleBasedStateMachine):
     def resume(self, files: Files = LOCAL) -> None:
         self.writer = ArchiveWriter.resume(self.path, replace(self.spec, environment={"run": "another"}), files=files)
 
+    def mortal(self, last: int) -> Files:
+        """A disk whose process dies just before operation number `last`, and does nothing more."""
+        return PowerCutDisk(Path(self.folder.name), cut_at=last - 1)
+
     # -- what can happen ----------------------------------------------------------------------------------------------
 
     @precondition(lambda self: self.missing())
@@ -124,20 +90,20 @@ class Life(RuleBasedStateMachine):
     def die_while_writing(self, data: st.DataObject, last: int) -> None:
         block = data.draw(st.sampled_from(self.missing()))
         self.resume()
-        mortal = ArchiveWriter(self.path, self.writer.spec, Mortal(last))
-        mortal.teachers = self.writer.teachers
+        writer = ArchiveWriter(self.path, self.writer.spec, self.mortal(last))
+        writer.teachers = self.writer.teachers
         try:
-            mortal.write(block, *data_of(block))
-        except Killed:
+            writer.write(block, *data_of(block))
+        except PowerCut:
             self.resume()
         # Dead before or after its record was linked: only the disk knows.
-        if (self.path / block.record_path).exists():
+        if self.writer.is_committed(block):
             self.held.add(key(block))
 
     @rule(last=st.integers(1, 60))
     def die_while_resuming(self, last: int) -> None:
-        with contextlib.suppress(Killed):
-            self.resume(Mortal(last))
+        with contextlib.suppress(PowerCut):
+            self.resume(self.mortal(last))
         self.resume()
 
     @precondition(lambda self: len(self.teachers) < 2)
@@ -152,8 +118,8 @@ class Life(RuleBasedStateMachine):
     def extend(self, last: int) -> None:
         views = self.spec.num_views + 1
         try:
-            ArchiveWriter.extend_views(self.path, views, files=Mortal(last))
-        except Killed:
+            ArchiveWriter.extend_views(self.path, views, files=self.mortal(last))
+        except PowerCut:
             ArchiveWriter.extend_views(self.path, views)
         self.spec = replace(self.spec, num_views=views)
         self.resume()
@@ -174,7 +140,7 @@ class Life(RuleBasedStateMachine):
     @invariant()
     def offers_what_is_committed(self) -> None:
         archive = self.writer.read_back()
-        committed = {item for item in archive.contents.committed or () if "side" not in item[0]}
+        committed = {item for item in archive.state.committed or () if "side" not in item[0]}
         assert committed == self.held | {("samples", 0, 0)}
         for name in self.teachers:
             for view in range(self.spec.num_views):

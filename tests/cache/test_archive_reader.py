@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import pwd
 import shutil
 import threading
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import redistill_cache.open_state
+import redistill_cache.machine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from redistill_cache import Archive, ArchiveWriter, open_archive
@@ -28,6 +29,7 @@ from redistill_cache.errors import (
     UsageError,
 )
 from redistill_cache.strict_json import canonical
+from redistill_cache.verified_files import cache_folder
 
 from tests.attacks.forge import documents, forge
 from tests.tiny_archive import (
@@ -123,7 +125,7 @@ def test_any_kind_of_integers_are_rows_and_views(archive: Archive):
 @pytest.mark.parametrize("row", [-1, N, 2**40, -(2**40)])
 def test_rows_out_of_range(archive: Archive, row: int):
     for call in (lambda: archive.logits(0, [0, row], teacher="tiny"), lambda: archive.view_params(0, [row])):
-        refused(OutOfRange, f"rows 0 to 49, asked for row {row}", call)
+        refused(OutOfRange, f"rows 0 to 49, requested row {row}", call)
 
 
 @pytest.mark.parametrize("rows", [5, [0.5], ["a"], [[1]], [True], [None], [2**80]])
@@ -141,7 +143,7 @@ def test_views_out_of_range(archive: Archive, view: int):
         lambda: archive.rows_available(view, "tiny"),
     ]
     for call in calls:
-        refused(OutOfRange, f"views 0 to 2, asked for view {view}", call)
+        refused(OutOfRange, f"views 0 to 2, requested view {view}", call)
 
 
 @pytest.mark.parametrize("view", [0.5, "0", None, [0]])
@@ -150,7 +152,7 @@ def test_views_that_are_none(archive: Archive, view: Any):
 
 
 def test_teachers_and_signals_are_named(archive: Archive):
-    refused(OutOfRange, "has 2 teachers; say which of: second, tiny", lambda: archive.logits(0))
+    refused(OutOfRange, "has 2 teachers; name one of: second, tiny", lambda: archive.logits(0))
     refused(OutOfRange, "no teacher 'big'; teachers: second, tiny", lambda: archive.logits(0, teacher="big"))
     wrong = lambda: archive.features(0, layer="fc", teacher="tiny")  # noqa: E731
     refused(OutOfRange, r"no signal 'fc'; signals: logits, layer4\.1", wrong)
@@ -162,10 +164,10 @@ def test_what_is_not_an_archive(tmp_path: Path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/zarr.json").write_text('{"zarr_format":3,"node_type":"group","attributes":{}}')
     for name, words in {
-        "nothing": "nothing is there",
-        "file": "that is a file",
+        "nothing": "it does not exist",
+        "file": "it is a file",
         "folder": "no zarr.json",
-        "other": "does not say so",
+        "other": "not that of one",
     }.items():
         refused(NotAnArchive, words, lambda name=name: open_archive(tmp_path / name))  # type: ignore[misc]
     refused(UsageError, "'once' or 'full'", lambda: open_archive(tmp_path, verify="never"))  # type: ignore[arg-type]
@@ -185,11 +187,11 @@ def test_newer_formats(whole: Path, tmp_path: Path):
     document = {"zarr_format": 3, "node_type": "group", "attributes": {"redistill": {"format": "redistill-archive"}}}
     document["attributes"]["redistill"]["version"] = "2.0"  # type: ignore[index]
     (path / "zarr.json").write_bytes(canonical(document))
-    refused(NewerFormat, "format 2.0, this redistill reads 1.x; upgrade", lambda: open_archive(path))
+    refused(NewerFormat, "archive format 2.0, this version of redistill reads 1.x; upgrade", lambda: open_archive(path))
 
 
 def test_what_does_not_fit_the_memory_is_refused_before_it_is_read(archive: Archive, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(redistill_cache.open_state.os, "sysconf", lambda name: 20)
+    monkeypatch.setattr(redistill_cache.machine, "memory_limit", lambda: 100)
     refused(Refused, "of memory", lambda: archive.logits(0, teacher="tiny"))
     refused(Refused, "of memory", lambda: archive.load_view(0, "tiny"))
     refused(Refused, "of memory", lambda: archive.digests)
@@ -202,7 +204,7 @@ def test_an_unfinished_archive_offers_what_is_committed(tmp_path: Path):
     path = tmp_path / "a"
     writer = ArchiveWriter.create(path, SPEC)
     refused(Incomplete, "never sealed", lambda: open_archive(path))
-    refused(Incomplete, "not even its sample index", lambda: open_archive(path, allow_partial=True))
+    refused(Incomplete, "has no sample index yet", lambda: open_archive(path, allow_partial=True))
     writer.write_samples(**samples())
     assert not open_archive(path, allow_partial=True).teachers
     writer.add_teacher(TEACHER)
@@ -244,7 +246,8 @@ def test_a_relative_path_stays_the_same_place(made: Path, tmp_path: Path, monkey
 def test_a_machine_without_a_home_hashes_every_time(made: Path, monkeypatch: pytest.MonkeyPatch):
     for name in ("XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(Path, "home", classmethod(lambda cls: (_ for _ in ()).throw(RuntimeError("no home"))))
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # nor an entry in the password file
+    assert cache_folder() == Path("/dev/null/redistill")
     assert np.array_equal(open_archive(made).logits(0), stored_logits(0))
 
 
@@ -289,7 +292,7 @@ def test_a_file_that_changes_while_the_archive_is_open_is_noticed(archive_copy: 
     shard.write_bytes(shard.read_bytes()[::-1])
     refused(Damaged, "does not have the SHA-256", lambda: archive.logits(0))
     shard.unlink()
-    refused(Damaged, "is gone", lambda: archive.logits(0))
+    refused(Damaged, "is missing", lambda: archive.logits(0))
 
 
 # -- views one after another ------------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def test_nothing_is_added_to_an_archive_of_a_newer_minor_version(tmp_path: Path)
     (tmp_path / "a/zarr.json").write_bytes(canonical(document))
     assert read_root(tmp_path / "a").newer == "1.1"
     for attempt in (ArchiveWriter.resume, lambda path: ArchiveWriter.extend_views(path, 9)):
-        with pytest.raises(NewerFormat, match="cannot add to it"):
+        with pytest.raises(NewerFormat, match="not added to"):
             attempt(tmp_path / "a")
 
 
@@ -348,7 +348,7 @@ BAD_SPECS: dict[str, tuple[Mapping[str, Any], str]] = {
     "two arrays of one name": ({"view_arrays": (ArraySpec("a", "uint8"),) * 2}, "duplicates"),
     "an array out of the archive": ({"view_arrays": (ArraySpec("../a", "uint8"),)}, "a-z"),
     "an array in capitals": ({"view_arrays": (ArraySpec("Crop", "uint8"),)}, "a-z"),
-    "parameters of a picture": ({"view_arrays": (ArraySpec("a", "uint8", (224, 224)),)}, "4096 bytes a view"),
+    "parameters of a picture": ({"view_arrays": (ArraySpec("a", "uint8", (224, 224)),)}, "4096 bytes per view"),
     "more canaries than samples": ({"canaries_per_view": 51}, "canaries_per_view"),
     "an excuse without a reason": ({"excluded": ({"key": "a"},)}, "a key and a reason"),
 }

@@ -58,7 +58,7 @@ def check_after(path: Path, said: list[str], reference: Reference) -> bool:
     """Nothing that was promised is lost, nothing wrong is believed, and the next run ends the same. Was it early?"""
     records = [word for word in said if word.endswith(".json")]
     if records:
-        committed = redistill_cache.open_archive(path, allow_partial=True).contents
+        committed = redistill_cache.open_archive(path, allow_partial=True).state
         lost = [record for record in records if not (path / record).exists()]
         assert not lost, f"committed and gone: {lost}"
         held = committed.committed

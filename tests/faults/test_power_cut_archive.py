@@ -100,8 +100,8 @@ def check(path: Path, promised: list[Block], sealed: bool, reference: Reference,
     if sealed:
         assert redistill_cache.open_archive(path).id == reference[0], f"{seed}: a sealed archive is gone"
     if promised:
-        contents = redistill_cache.open_archive(path, allow_partial=True).contents
-        lost = [str(block) for block in promised if not contents.holds(block)]
+        state = redistill_cache.open_archive(path, allow_partial=True).state
+        lost = [str(block) for block in promised if not state.holds(block)]
         assert not lost, f"{seed}: committed and lost: {lost}"
 
 

@@ -21,6 +21,7 @@ from redistill_cache.codecs.space import Array, to_numpy
 from redistill_cache.codecs.stats import BlockStats, check_finite
 from redistill_cache.codecs.topk import TopKCodec
 from redistill_cache.errors import Damaged, Refused, UsageError
+from redistill_cache.spec import CODECS
 
 __all__ = [
     "CODECS",
@@ -116,7 +117,6 @@ OPENERS: Mapping[str, Any] = {
     "compander": CompanderCodec.open,
     "topk": TopKCodec.open,
 }
-CODECS = tuple(OPENERS)
 # Beyond this many classes looking at one value at a time is hopeless.
 MOST_COMPANDED = 256
 
