@@ -70,7 +70,7 @@ class Files:
     def remove(self, path: Path) -> None:
         path.unlink()
 
-    # -- compositions -------------------------------------------------------------------------------------------
+    # -- compositions -------------------------------------------------------------------------------------------------
 
     def make_directories(self, path: Path) -> None:
         """Create `path` and its missing parents, each made durable in its parent."""

@@ -1,4 +1,4 @@
-"""Hostile archives: each attack takes a finished, honest archive and spoils it the way somebody might."""
+"""Hostile archives: each attack changes a finished, honest archive in a way that an attacker might."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tests.attacks.builders import (
     canary_row,
     chunk,
     copied_record,
+    extra_file,
     field,
     file_for_folder,
     first_view_array,
@@ -38,7 +39,6 @@ from tests.attacks.builders import (
     side_bomb,
     signal_field,
     statistics,
-    stranger,
     teachers_named,
     text_of,
     unsealed,
@@ -53,7 +53,7 @@ __all__ = ["ATTACKS", "PARTIAL_ATTACKS", "REASONS"]
 DOCUMENTS: dict[str, Attack] = {
     "terabyte of samples": field("num_samples", 2**40),
     "four billion samples": field("num_samples", 2**32 - 1),
-    "a billion samples, all in order": billion_samples,
+    "a billion samples, otherwise valid": billion_samples,
     "one sample more than there are digests": field("num_samples", SAMPLES + 1),
     "most views": field("num_views", 65_535),
     "negative samples": field("num_samples", -SAMPLES),
@@ -78,7 +78,7 @@ DOCUMENTS: dict[str, Attack] = {
     "chunk size of zero": first_view_array(chunk_rows=0),
     "newer format": field("version", "2.0"),
     "version of a million digits": field("version", "1." + "9" * 1_000_000),
-    "half a letter": text_of("zarr.json", b'"class-0"', b'"\\ud800"'),
+    "half a surrogate pair": text_of("zarr.json", b'"class-0"', b'"\\ud800"'),
     "duplicate key": seed(b'0,"seed":1'),
     "not a number": seed(b"NaN"),
     "minus infinity": seed(b"-Infinity"),
@@ -87,11 +87,11 @@ DOCUMENTS: dict[str, Attack] = {
     "number with a million leading zeros": seed(b"0." + b"0" * 1_000_000 + b"1"),
     "deep nesting": whole_text("zarr.json", b'{"a":' * 100_000 + b"1" + b"}" * 100_000),
     "deep recipe": field("recipe", nested(500)),
-    "deep recipe, quietly": field("recipe", nested(20)),
+    "slightly too deep recipe": field("recipe", nested(20)),
     "a million empty objects": whole_text("zarr.json", b'{"attributes":[' + b"{}," * 1_300_000 + b"{}]}"),
     "a million empty objects in the recipe": field("recipe", {"ops": [{}] * 1_000_000}),
     "a million numbers": whole_text("zarr.json", b"[" + b"0," * 2_000_000 + b"0]"),
-    "a text that never ends": whole_text("zarr.json", b'{"a":"' + b'\\"' * 2_000_000),
+    "a string without an end": whole_text("zarr.json", b'{"a":"' + b'\\"' * 2_000_000),
     "half a megabyte of recipe": field("recipe", {"note": "x" * 500_000}),
     "half a megabyte of provenance": field("environment", {"note": "x" * 500_000}),
     "a million class names": lambda path: edit(
@@ -99,9 +99,9 @@ DOCUMENTS: dict[str, Attack] = {
     ),
     "sixty thousand excluded": field("excluded", [{"key": "k", "reason": "r"}] * 60_000),
     "class names of other classes": field("class_names", ["a"]),
-    "as many values as may be": field("recipe", {"ops": [{}] * 120_000}),
+    "almost too many values": field("recipe", {"ops": [{}] * 120_000}),
     "huge metadata": whole_text("zarr.json", b'{"a":"' + b"x" * (64 << 20) + b'"}'),
-    "bytes that are no text": whole_text("zarr.json", b'{"attributes":"\xff\xfe"}'),
+    "bytes that are not UTF-8": whole_text("zarr.json", b'{"attributes":"\xff\xfe"}'),
     "a byte order mark": text_of("zarr.json", b"{", b"\xef\xbb\xbf{"),
     "something after the end": lambda path: (
         (path / "zarr.json").write_bytes((path / "zarr.json").read_bytes() + b" {}"),
@@ -116,7 +116,7 @@ DOCUMENTS: dict[str, Attack] = {
     ),
     "unknown codec": signal_field(lambda signal: signal.update(codec="python:os.system")),
     "codec with another width": signal_field(lambda signal: signal["config"].update(bytes=10**9)),
-    "codec that is told a number as text": signal_field(lambda signal: signal["config"].update(rank="7")),
+    "codec with a number as text": signal_field(lambda signal: signal["config"].update(rank="7")),
     "codec with wider rows": array_field("q", row_shape=[4096]),
     "codec with other numbers": array_field("level", dtype="float64"),
     "codec with an array too many": signal_field(
@@ -145,10 +145,10 @@ FILES: dict[str, Attack] = {
     "path in capitals": lines(lambda old: [line.replace(b"views/flip/c.0.0", b"views/flip/C.0.0") for line in old]),
     "size of a petabyte": lines(lambda old: [old[0].replace(b",", b",9", 1), *old[1:]]),
     "teacher out of the archive": teachers_named("../../evil"),
-    "teacher of a stranger": teachers_named("second"),
+    "teacher of another archive": teachers_named("second"),
     "teacher in capitals": teachers_named("NET"),
     "statistics of another kind": statistics({"rows": "many"}),
-    "statistics without end": statistics(
+    "statistics with a negative maximum": statistics(
         {"rows": 1, "exact_rows": 0, "top1_kept": 0, "errors": {"kl_t1": {"sum": 1e308, "max": -1, "histogram": []}}}
     ),
     "views that do not exist": lambda path: reseal(path, views=3),
@@ -156,8 +156,8 @@ FILES: dict[str, Attack] = {
     "small zstd bomb": chunk(lambda frame: bytes(zstd.Zstd(level=3, checksum=True).encode(bytes(1 << 24)))),
     "frame without a size": chunk(lambda frame: frame[:4] + bytes([frame[4] & 0b00011111]) + frame[5:]),
     "frame without a checksum": chunk(lambda frame: bytes(zstd.compress(bytes(8), 3))),
-    "frame that says too little": chunk(lambda frame: bytes(zstd.Zstd(level=3, checksum=True).encode(bytes(7)))),
-    "frame that keeps less than it says": chunk(
+    "frame that states too little": chunk(lambda frame: bytes(zstd.Zstd(level=3, checksum=True).encode(bytes(7)))),
+    "frame that holds less than it states": chunk(
         lambda frame: frame[:5] + bytes([8]) + bytes(zstd.Zstd(level=3, checksum=True).encode(bytes(7)))[6:]
     ),
     "frame with a dictionary": chunk(lambda frame: frame[:4] + bytes([frame[4] | 1]) + b"\x01" + frame[5:]),
@@ -169,18 +169,18 @@ FILES: dict[str, Attack] = {
     ),
     "overlapping chunks": index(lambda entries: entries.__setitem__((1, 0), 0)),
     "chunk beyond the file": index(lambda entries: entries.__setitem__((1, 1), 2**40)),
-    "chunk at the end of the world": index(lambda entries: entries.__setitem__((1, 0), 2**64 - 16)),
+    "chunk at the largest offset": index(lambda entries: entries.__setitem__((1, 0), 2**64 - 16)),
     "absent chunk": index(lambda entries: entries.__setitem__(1, 2**64 - 1)),
     "chunks in another order": index(lambda entries: entries.__setitem__(slice(None), entries[::-1].copy())),
     "key bomb": key_bomb(400 << 20),
     "key bomb for many samples": key_bomb(400 << 20, samples=120_000),
     "side data bomb": side_bomb,
-    "labels of no class": other_samples("label", np.full(SAMPLES, CLASSES)),
+    "labels of a missing class": other_samples("label", np.full(SAMPLES, CLASSES)),
     "labels below none": other_samples("label", np.full(SAMPLES, -2)),
     "key offsets that fall": other_samples("key_offsets", np.arange(SAMPLES + 1, dtype=np.uint64)[::-1].copy()),
-    "key offsets without end": other_samples("key_offsets", np.full(SAMPLES + 1, 2**64 - 1, np.uint64)),
-    "canary of no sample": canary_row,
-    "rows kept exactly, nowhere": flags,
+    "key offsets beyond all data": other_samples("key_offsets", np.full(SAMPLES + 1, 2**64 - 1, np.uint64)),
+    "canary of a missing sample": canary_row,
+    "exact rows without data": flags,
     "link to a file": link("views/flip/c.0.0"),
     "link to a folder": link("views"),
     "link to the journal": link("_redistill"),
@@ -193,10 +193,10 @@ FILES: dict[str, Attack] = {
     "folder for a shard": instead("views/flip/c.0.0", Path.mkdir),
     "folder for the manifest": instead(MANIFEST, Path.mkdir),
     "file for a folder": file_for_folder,
-    "name that drives a terminal": stranger("views/\x1b]0;owned\x07"),
-    "name of two lines": stranger("views/a\nb"),
-    "name that is no text": stranger(os.fsdecode(b"views/\xff\xfe")),
-    "a deep folder": stranger("/".join(["views", *["d"] * 500, "x"])),
+    "name that controls a terminal": extra_file("views/\x1b]0;owned\x07"),
+    "name of two lines": extra_file("views/a\nb"),
+    "name that is not UTF-8": extra_file(os.fsdecode(b"views/\xff\xfe")),
+    "a deep folder": extra_file("/".join(["views", *["d"] * 500, "x"])),
 }
 ATTACKS = DOCUMENTS | FILES
 
@@ -212,7 +212,7 @@ PARTIAL_ATTACKS: dict[str, Attack] = {
     "record with a negative size": record("views.0.0", lambda value: value["files"][0].__setitem__(1, -1)),
     "record with deep statistics": record("views.0.0", lambda value: value.update(stats=nested(200))),
     "many records": many_records,
-    "a teacher nobody can name": stranger("teachers/Evil Name/zarr.json"),
+    "a teacher with an invalid name": extra_file("teachers/Evil Name/zarr.json"),
     "pipe for a record": instead(f"{layout.BLOCKS}/views.0.0.json", os.mkfifo),
     "link among the records": link(f"{layout.BLOCKS}/views.0.0.json"),
     "link to the views": link("views"),
@@ -222,20 +222,20 @@ PARTIAL_ATTACKS: dict[str, Attack] = {
 }
 PARTIAL_ATTACKS = {f"unsealed: {name}": unsealed(attack) for name, attack in PARTIAL_ATTACKS.items()}
 
-# What must be in the refusal, where another check could hide that the right one is missing.
+# What the error must contain, where another check could hide that the right one is missing.
 REASONS = {
-    "a billion samples, all in order": "digests of 1000000000 samples",
+    "a billion samples, otherwise valid": "digests of 1000000000 samples",
     "one sample more than there are digests": "digests of 22 samples",
     "sixteen million chunks": "at most 65536 chunks",
     "parameters of a mebibyte": "at most 4096 bytes per view",
     "deep recipe": "nested",
-    "deep recipe, quietly": "nested",
+    "slightly too deep recipe": "nested",
     "a million empty objects": "values, more than the limit",
     "a million class names": "values, the limit",
-    "a text that never ends": "values, the limit",
+    "a string without an end": "values, the limit",
     "sixty thousand excluded": "at most 20000 items",
     "half a megabyte of recipe": "at most 65536 bytes",
-    "as many values as may be": "at most 65536 bytes",
+    "almost too many values": "at most 65536 bytes",
     "codec with wider rows": "the arrays of its codec",
     "codec with other numbers": "the arrays of its codec",
     "logits of other classes": "the number of classes",
@@ -248,8 +248,8 @@ REASONS = {
     "small zstd bomb": "states 16777216 bytes",
     "frame without a size": "does not state its size",
     "frame without a checksum": "has no checksum",
-    "frame that says too little": "states 7 bytes",
-    "frame that keeps less than it says": "does not decompress",
+    "frame that states too little": "states 7 bytes",
+    "frame that holds less than it states": "does not decompress",
     "frame with a dictionary": "dictionary",
     "frame that is text": "not a zstd frame",
     "two frames in a chunk": "does not decompress",
@@ -257,14 +257,14 @@ REASONS = {
     "chunk larger than what it holds": "it decodes to",
     "overlapping chunks": "back to back",
     "chunk beyond the file": "back to back",
-    "chunk at the end of the world": "back to back",
+    "chunk at the largest offset": "back to back",
     "absent chunk": "back to back",
     "chunks in another order": "back to back",
     "key bomb": "keys of 21 samples",
     "key bomb for many samples": "keys of 120000 samples",
     "side data bomb": "side data of signal",
-    "canary of no sample": "canary",
-    "labels of no class": "labels",
+    "canary of a missing sample": "canary",
+    "labels of a missing class": "labels",
     "name of two lines": "is not a valid file name",
     "a deep folder": "is not a valid file name",
     "unsealed: record without files": "does not list the files",
