@@ -240,7 +240,7 @@ def committed_file(
     hashing: Literal["never", "once", "always"] = "once",
     hashed: list[HashedFile] | None = None,
 ) -> Iterator[tuple[int, str | None]]:
-    """The open file `name` of an archive, and in words why it is not the one that was committed (None: it is).
+    """The open file `name` of an archive, and the reason why it is not the one that was committed (None: it is).
 
     Its size is always checked; its SHA-256 never, always, or unless this machine has verified it before ("once"). A
     file whose hash was computed and is right is appended to `hashed`, or without that added to `state.verified_files`.
