@@ -182,7 +182,7 @@ def view_rows(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     archive = open_archive(path)
     packed = archive.load_view(0)  # hashes the files: once a machine
     loading, alone, from_files = take_turns(lambda: archive.load_view(0, into=packed), *loading_limits(archive, packed))
-    written = sum(entry.size for name, entry in archive.contents.files.items() if "/logits/" in name)
+    written = sum(entry.size for name, entry in archive.state.files.items() if "/logits/" in name)
     rare = {f"rows with {name}": len(values) / rows for name, (_, values) in packed.rare.items()}
     return [
         {"name": "write", "rows_per_second": rows / seconds, "bytes_per_view": written / rows, **rare},
@@ -249,7 +249,7 @@ def opening_rows(folder: Path, quick: bool) -> list[dict[str, Any]]:
     grown = resident() - before
     (second,) = take_turns(lambda: open_archive(path))
     return [
-        {"name": f"open {blocks} blocks, first time", "seconds": first, "files": len(archive.contents.files)},
+        {"name": f"open {blocks} blocks, first time", "seconds": first, "files": len(archive.state.files)},
         {"name": f"open {blocks} blocks, again", "seconds": second, "megabytes": grown},
         {"name": f"seal {blocks} blocks", "seconds": sealing},
     ]

@@ -1,4 +1,4 @@
-"""A small archive of a real teacher over drawn images, made by stage 1."""
+"""A small archive of a real teacher over synthetic images, written by stage 1."""
 
 from __future__ import annotations
 

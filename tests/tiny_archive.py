@@ -1,4 +1,4 @@
-"""A small archive with everything in it, made from a seed: several views, canaries, a teacher, a tail block."""
+"""A small archive with one of everything, a function of its seed: several views, canaries, a teacher, a short block."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def samples(spec: ArchiveSpec = SPEC) -> dict[str, Any]:
 
 
 def logits(view: int, spec: ArchiveSpec = SPEC, teacher: str = "tiny") -> np.ndarray:
-    """What the teacher said of all rows of a view."""
+    """The teacher's logits of all rows of a view."""
     return generator("logits", teacher, view).normal(0, 3, (spec.num_samples, CLASSES)).astype(np.float32)
 
 
@@ -79,7 +79,7 @@ def signals(view: int, spec: ArchiveSpec = SPEC, teacher: str = "tiny") -> dict[
 
 
 def stored_logits(view: int, spec: ArchiveSpec = SPEC, teacher: str = "tiny") -> np.ndarray:
-    """The logits as the archive gives them back."""
+    """The logits as the archive returns them."""
     codec = CODECS["logits"]
     return np.asarray(codec.decode(codec.encode(logits(view, spec, teacher)).arrays))
 
@@ -102,7 +102,7 @@ def canaries(view: int, spec: ArchiveSpec = SPEC) -> dict[str, np.ndarray]:
 
 
 def block_data(block: Block, spec: ArchiveSpec = SPEC) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
-    """What belongs into a block, and its statistics."""
+    """The arrays of a block, and its statistics."""
     rows = slice(block.start, block.stop)
     if block.part == "views":
         return {name: array[rows] for name, array in view_params(block.view, spec).items()}, None
@@ -118,7 +118,7 @@ def block_data(block: Block, spec: ArchiveSpec = SPEC) -> tuple[dict[str, np.nda
 def start(
     path: Path, spec: ArchiveSpec = SPEC, teachers: Iterable[str] = ("tiny",), files: Files = LOCAL
 ) -> ArchiveWriter:
-    """Create the archive and write what there is one of."""
+    """Create the archive and write everything except the blocks of views."""
     writer = ArchiveWriter.create(path, spec, files=files)
     writer.write_samples(**samples(spec))
     for name in teachers:
@@ -134,7 +134,7 @@ def fill(writer: ArchiveWriter, parts: Iterable[str] | None = None) -> None:
 
 
 def make(path: Path, spec: ArchiveSpec = SPEC, teachers: Iterable[str] = ("tiny",)) -> str:
-    """A whole, sealed archive; its id."""
+    """Write and seal the archive, and return its id."""
     writer = start(path, spec, teachers)
     fill(writer)
     return writer.seal()

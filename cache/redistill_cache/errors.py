@@ -1,14 +1,14 @@
-"""Every error a user can meet, and the exit code each one ends a command with.
+"""The exceptions for user errors, and the exit code of a command that ends with each.
 
     RedistillError                 base; one line: what was expected, what was found, what to do
-    ├── UsageError                 2  an option, name or spec string that cannot be understood  (also ValueError)
+    ├── UsageError                 2  invalid option, name or spec string              (also ValueError)
     ├── Refused                    3  data, archive, disk or model do not fit together
-    │   ├── NotAnArchive           3  nothing that looks like an archive is there           (also FileNotFoundError)
-    │   ├── NewerFormat            3  written by a newer version of the format
+    │   ├── NotAnArchive           3  the path does not hold an archive                (also FileNotFoundError)
+    │   ├── NewerFormat            3  written in a newer version of the format
     │   ├── Incomplete             3  not sealed, or blocks are missing
-    │   ├── SpecMismatch           3  resumed with another specification
-    │   └── OutOfRange             3  a view, row, teacher or signal the archive does not hold (also LookupError)
-    └── Damaged                    4  bytes that are not the bytes that were committed
+    │   ├── SpecMismatch           3  resumed with a different specification
+    │   └── OutOfRange             3  no such view, row, teacher or signal             (also LookupError)
+    └── Damaged                    4  bytes differ from those that were committed
 
 Bugs are not in this tree: an AssertionError or TypeError keeps its traceback.
 """
@@ -29,19 +29,19 @@ __all__ = [
 
 
 class RedistillError(Exception):
-    """Base of all errors that are the user's to mend. `str(error)` is one line."""
+    """Base of all errors that a user can fix. `str(error)` is one line."""
 
     exit_code = 1
 
 
 class UsageError(RedistillError, ValueError):
-    """An option, a name or a spec string that cannot be understood."""
+    """An invalid option, name or spec string."""
 
     exit_code = 2
 
 
 class Refused(RedistillError):
-    """What was given is understood, but does not fit together; nothing was changed."""
+    """The input is valid, but its parts do not fit together; nothing was changed."""
 
     exit_code = 3
 
@@ -49,13 +49,13 @@ class Refused(RedistillError):
 class NotAnArchive(Refused, FileNotFoundError):
     """The path does not hold a redistill archive."""
 
-    # OSError would print "[Errno ...]" forms; the message is ours.
+    # OSError would print "[Errno ...]" forms.
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""
 
 
 class NewerFormat(Refused):
-    """The archive's major format version is not one this reader knows."""
+    """The archive's major format version is newer than this reader supports."""
 
 
 class Incomplete(Refused):
@@ -63,14 +63,14 @@ class Incomplete(Refused):
 
 
 class SpecMismatch(Refused):
-    """An archive was resumed with a specification that differs in a field that decides its content."""
+    """An archive was resumed with a specification that differs in a field that determines its content."""
 
 
 class OutOfRange(Refused, LookupError):
-    """A view, row, teacher or signal that the archive does not hold."""
+    """The archive has no such view, row, teacher or signal."""
 
 
 class Damaged(RedistillError):
-    """Bytes on disk are not the bytes that were committed."""
+    """Bytes on disk differ from those that were committed."""
 
     exit_code = 4

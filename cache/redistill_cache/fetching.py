@@ -1,9 +1,9 @@
-"""Archives at a URL: a verified copy on this machine, fetched once.
+"""Archives at a URL: a verified local copy, fetched once.
 
-The manifest says which archive it is, and what every other file of it must be; its copy lies in a folder named after
-its id, so that an archive that is replaced at its address becomes another copy and never a mixture. Files come in any
-order, each under its final name only once its hash is right; the manifest comes last, so a copy that was interrupted is
-no archive yet, and the next call fetches what is missing.
+The manifest identifies the archive and lists every other file with its hash. The copy lies in a folder named after the
+archive's id, so that an archive that is replaced at its address gets another copy and never a mixture. Files are
+fetched in any order, and each gets its final name once its hash is verified; the manifest is written last, so an
+interrupted copy is not an archive yet, and the next call fetches only what is missing.
 """
 
 from __future__ import annotations
@@ -37,23 +37,22 @@ from redistill_cache.wording import one_line
 __all__ = ["fetch_archive", "is_missing", "is_url", "pull"]
 
 
-# -- downloads --------------------------------------------------------------------------------------------------------
-#
-# The bytes at an address: http(s) by the standard library, anything else (s3://, hf://, gs://) by fsspec.
+# -- one file ---------------------------------------------------------------------------------------------------------
 
 PIECE = 1 << 20
 TIMEOUT_S = 60
-WAITS = (1.0, 4.0)  # seconds before another try
-# Errors of our own disk, not of the network.
-DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-# Extras of this project that bring the packages of a scheme.
+WAITS = (1.0, 4.0)  # seconds before another attempt
+# Errors of the local disk, not of the network.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+# Extras of this project that install the packages for a scheme.
 EXTRAS = {"s3": "s3", "hf": "hub"}
 
 
 def pull(address: str, file: BinaryIO, *, most: int | None = None, stop: threading.Event | None = None) -> FileEntry:
-    """Copy what lies at `address` into `file`: size and hash of what came. Of more than `most` bytes one more comes.
+    """Copy the bytes at `address` into `file`, and return their size and hash; at most `most` bytes and one more.
 
-    What breaks off is asked for again; `Refused` when that does not help.
+    http and https use the standard library, other schemes (s3, hf, gs) fsspec. A failed download is retried;
+    `Refused` when that does not help.
     """
     stop = stop or threading.Event()
     for wait in (*WAITS, None):
@@ -62,14 +61,14 @@ def pull(address: str, file: BinaryIO, *, most: int | None = None, stop: threadi
             file.truncate()
             return _copy(address, file, most, stop)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            if isinstance(error, OSError) and error.errno in DISK_TROUBLE:
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                 raise
             if wait is None or _is_final(error):
                 raise Refused(
-                    f"cannot fetch {address}: {one_line(error)}; check the address and the network, and run it again"
+                    f"cannot fetch {address}: {one_line(error)}; check the address and the network, then try again"
                 ) from error
             stop.wait(wait)
-    raise AssertionError("the last try returns or raises")
+    raise AssertionError("the last attempt returns or raises")
 
 
 def is_missing(error: BaseException | None) -> bool:
@@ -78,22 +77,22 @@ def is_missing(error: BaseException | None) -> bool:
 
 def _copy(address: str, file: BinaryIO, most: int | None, stop: threading.Event) -> FileEntry:
     digest, size = hashlib.sha256(), 0
-    with _stream(address) as (stream, promised):
+    with _stream(address) as (stream, length):
         while not stop.is_set():
             piece = stream.read(PIECE if most is None else min(PIECE, most + 1 - size))
-            if not piece:  # the end, or nothing more is wanted
+            if not piece:  # the end, or more than `most` bytes
                 break
             digest.update(piece)
             size += file.write(piece)
     enough = stop.is_set() or (most is not None and size > most)
-    if promised is not None and size != promised and not enough:
-        raise ConnectionError(f"it broke off after {size} of {promised} bytes")  # http.client keeps silent about this
+    if length is not None and size != length and not enough:  # http.client does not check this
+        raise ConnectionError(f"the connection closed after {size} of {length} bytes")
     return FileEntry(size, digest.hexdigest())
 
 
 @contextmanager
 def _stream(address: str) -> Iterator[tuple[BinaryIO, int | None]]:
-    """An open stream, and how many bytes it is said to have."""
+    """An open stream, and its announced length in bytes."""
     scheme = address.partition("://")[0].lower()
     if scheme in ("http", "https"):
         try:
@@ -101,7 +100,7 @@ def _stream(address: str) -> Iterator[tuple[BinaryIO, int | None]]:
                 length = response.headers.get("Content-Length")
                 yield response, None if length is None else int(length)
         except urllib.error.HTTPError as error:
-            error.close()  # it is a response, too, and would keep its socket
+            error.close()  # it is also a response with an open socket
             raise
         return
     try:
@@ -111,30 +110,30 @@ def _stream(address: str) -> Iterator[tuple[BinaryIO, int | None]]:
     except ImportError as error:
         extra = f"; pip install 'redistill[{EXTRAS[scheme]}]'" if scheme in EXTRAS else ""
         raise Refused(
-            f"{address}: {scheme}:// needs a package that is not installed: {one_line(error)}{extra}"
+            f"{address}: {scheme}:// needs a package that is not installed ({one_line(error)}){extra}"
         ) from error
     except ValueError as error:
-        raise Refused(f"{address}: {one_line(error)}; expected http(s)://, or what fsspec can open") from error
+        raise Refused(f"{address}: {one_line(error)}; expected http(s):// or a scheme of fsspec") from error
     try:
         with opened as stream:
             yield cast(BinaryIO, stream), None
     except OSError:
         raise
-    except Exception as error:  # the packages for buckets have errors of their own
+    except Exception as error:  # packages for buckets raise errors of their own
         raise ConnectionError(one_line(error)) from error
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether asking again is no use."""
-    refused = isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500
-    return refused or is_missing(error) or isinstance(error, ValueError)
+    """Whether a retry cannot help."""
+    client_error = isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500
+    return client_error or is_missing(error) or isinstance(error, ValueError)
 
 
-# -- fetching ---------------------------------------------------------------------------------------------------------
+# -- a whole archive --------------------------------------------------------------------------------------------------
 
 FetchProgress = Callable[[int, int], None]
 
-AT_ONCE = 8
+CONNECTIONS = 8
 
 
 def is_url(text: object) -> bool:
@@ -142,7 +141,7 @@ def is_url(text: object) -> bool:
 
 
 def fetch_archive(url: str, *, progress: FetchProgress | None = None) -> Path:
-    """The local copy of the sealed archive at `url`; `progress(bytes done, bytes in all)` while it is fetched."""
+    """The local copy of the sealed archive at `url`; `progress(bytes done, total bytes)` while it is fetched."""
     address = url.rstrip("/")
     try:
         manifest = _small(f"{address}/{layout.MANIFEST}", limits.MAX_MANIFEST_BYTES)
@@ -150,7 +149,7 @@ def fetch_archive(url: str, *, progress: FetchProgress | None = None) -> Path:
         if not is_missing(error.__cause__):
             raise
         raise Incomplete(
-            f"{address} is no finished archive: it has no {layout.MANIFEST}; expected the address of a folder like "
+            f"{address} is not a finished archive: it has no {layout.MANIFEST}; expected the address of a folder like "
             "name.redistill.zarr that 'redistill cache-teacher' has finished"
         ) from error
     identity = sha256(manifest)
@@ -158,7 +157,7 @@ def fetch_archive(url: str, *, progress: FetchProgress | None = None) -> Path:
     target = cache_folder() / "archives" / identity / name
     with disk_trouble("write", target):
         LOCAL.make_directories(target)
-        with _alone(target.parent / "lock"):
+        with _locked(target.parent / "lock"):
             if not (target / layout.MANIFEST).is_file():
                 _fetch_all(address, target, _files(address, manifest, target.parent), progress)
                 LOCAL.make_directories(target / layout.JOURNAL)
@@ -167,7 +166,7 @@ def fetch_archive(url: str, *, progress: FetchProgress | None = None) -> Path:
 
 
 def _files(address: str, manifest: bytes, folder: Path) -> dict[str, FileEntry]:
-    """What the archive consists of, once its documents have been found to agree with its manifest."""
+    """The files of an archive, after checking its documents against its manifest."""
     header = parse_header(manifest, f"{address}/{layout.MANIFEST}")
     with TemporaryDirectory(dir=folder) as temporary:
         documents = Path(temporary)
@@ -182,19 +181,19 @@ def _files(address: str, manifest: bytes, folder: Path) -> dict[str, FileEntry]:
 
 
 def _fetch_all(address: str, target: Path, files: dict[str, FileEntry], progress: FetchProgress | None) -> None:
-    missing = {name: entry for name, entry in files.items() if not _there(target / name, entry)}
+    missing = {name: entry for name, entry in files.items() if not _is_fetched(target / name, entry)}
     total = sum(entry.size for entry in files.values())
     done = total - sum(entry.size for entry in missing.values())
     free = shutil.disk_usage(target).free
     if total - done > free:
         raise Refused(
-            f"{address}: {total - done} bytes are to be fetched, {free} are free at {target}; free some space, "
-            "or set XDG_CACHE_HOME to a larger disk"
+            f"{address}: needs {total - done} bytes, {free} are free at {target}; free some space, "
+            "or set XDG_CACHE_HOME to a folder on a larger disk"
         )
     for folder in sorted({(target / name).parent for name in missing}):
         LOCAL.make_directories(folder)
     stop = threading.Event()
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
         fetched = {pool.submit(_fetch, f"{address}/{name}", target / name, e, stop): e for name, e in missing.items()}
         try:
             for future in as_completed(fetched):
@@ -208,8 +207,8 @@ def _fetch_all(address: str, target: Path, files: dict[str, FileEntry], progress
             raise
 
 
-def _there(path: Path, entry: FileEntry) -> bool:
-    """Files get their names after their hash was right; a reader hashes them once more."""
+def _is_fetched(path: Path, entry: FileEntry) -> bool:
+    """A file gets its name after its hash was verified, so its size is enough; a reader hashes it once more."""
     return path.is_file() and path.stat().st_size == entry.size
 
 
@@ -217,11 +216,11 @@ def _fetch(address: str, target: Path, entry: FileEntry, stop: threading.Event) 
     temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}{LEFTOVER}")
     try:
         with temporary.open("xb") as file:
-            found = pull(address, file, most=entry.size, stop=stop)
+            received = pull(address, file, most=entry.size, stop=stop)
         if stop.is_set():
             return
-        if found != entry:
-            raise Damaged(f"{address}: not the bytes that the manifest promises; fetch it again, or ask its owner")
+        if received != entry:
+            raise Damaged(f"{address}: size or SHA-256 differ from the manifest; fetch it again, or tell its owner")
         LOCAL.sync_file(temporary)
         LOCAL.rename(temporary, target)
         LOCAL.sync_directory(target.parent)
@@ -230,7 +229,7 @@ def _fetch(address: str, target: Path, entry: FileEntry, stop: threading.Event) 
 
 
 def _small(address: str, cap: int) -> bytes:
-    """A document, refused above `cap`."""
+    """A document of at most `cap` bytes."""
     data = io.BytesIO()
     if pull(address, data, most=cap).size > cap:
         raise Refused(f"{address}: more than the limit of {cap} bytes for this file; not read")
@@ -238,8 +237,8 @@ def _small(address: str, cap: int) -> bytes:
 
 
 @contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """One process of this machine fetches; the others find it done."""
+def _locked(lock: Path) -> Iterator[None]:
+    """One process of this machine fetches an archive; the others wait for it."""
     with lock.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

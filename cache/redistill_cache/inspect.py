@@ -1,4 +1,4 @@
-"""What an archive is, as plain JSON: the words of `redistill inspect --json`."""
+"""The description of an archive as plain JSON: the output of `redistill inspect --json`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["describe"]
 
 def describe(archive: Archive) -> dict[str, Any]:
     """Identity, sizes, recipe, provenance, and per teacher and signal: codec, bytes per view, achieved fidelity."""
-    contents, spec = archive.contents, archive.spec
+    state, spec = archive.state, archive.spec
     manifest = archive.path / layout.MANIFEST
-    total = sum(entry.size for entry in contents.files.values()) + (manifest.stat().st_size if archive.complete else 0)
+    total = sum(entry.size for entry in state.files.values()) + (manifest.stat().st_size if archive.complete else 0)
     return {
         "path": str(archive.path),
         "id": archive.id,
@@ -27,7 +27,7 @@ def describe(archive: Archive) -> dict[str, Any]:
         "class_names": None if spec.class_names is None else list(spec.class_names),
         "total_bytes": total,
         "bytes_per_view": total / (archive.num_samples * archive.num_views),
-        "committed_blocks": None if contents.committed is None else len(contents.committed),
+        "committed_blocks": None if state.committed is None else len(state.committed),
         "recipe": spec.recipe,
         "seed": spec.seed,
         "canaries_per_view": spec.canaries_per_view,
@@ -48,7 +48,7 @@ def describe(archive: Archive) -> dict[str, Any]:
 def _signal(archive: Archive, teacher: TeacherSpec, signal: SignalSpec) -> dict[str, Any]:
     folder = f"teachers/{teacher.name}/{signal.name}"
     arrays = _bytes_by_array(archive, [f"{folder}/{array.name}" for array in signal.arrays])
-    side = sum(entry.size for name, entry in archive.contents.files.items() if name.startswith(f"{folder}/side/"))
+    side = sum(entry.size for name, entry in archive.state.files.items() if name.startswith(f"{folder}/side/"))
     return {
         "codec": signal.codec,
         "width": signal.width,
@@ -61,10 +61,10 @@ def _signal(archive: Archive, teacher: TeacherSpec, signal: SignalSpec) -> dict[
 
 
 def _bytes_by_array(archive: Archive, paths: list[str]) -> dict[str, float]:
-    """Written bytes of each array over the rows it holds."""
+    """Stored bytes per row of each array."""
     rows = archive.num_samples * archive.num_views
     sizes = dict.fromkeys(paths, 0)
-    for name, entry in archive.contents.files.items():
+    for name, entry in archive.state.files.items():
         folder, _, shard = name.rpartition("/")
         if folder in sizes and shard.startswith("c."):
             sizes[folder] += entry.size
@@ -72,8 +72,8 @@ def _bytes_by_array(archive: Archive, paths: list[str]) -> dict[str, float]:
 
 
 def _fidelity(archive: Archive, teacher: TeacherSpec, signal: SignalSpec) -> dict[str, Any] | None:
-    """The bound that was asked for and what was measured on every row; None where the writer measured nothing."""
-    stats = archive.contents.stats.get(teacher.name, {}).get(signal.name)
+    """The requested bound and the errors measured on every row; None where the writer measured nothing."""
+    stats = archive.state.stats.get(teacher.name, {}).get(signal.name)
     if stats is None:
         return None
     return {"bound": signal.config.get("fidelity")} | summarise(stats)

@@ -1,8 +1,8 @@
 """The journal: one commit record per block, and the manifest that seals them.
 
-What is not in the journal did not happen. Records and manifest name every file with its size and SHA-256, carry a hash
-of themselves, and are bound to the specification, so that no byte of one can change, or come from another archive,
-unnoticed. Nothing in them depends on time, host or process.
+A block without a record is not committed. Records and manifest list every file with its size and SHA-256, contain a
+hash of themselves, and are bound to the specification, so that a byte that changed, or came from another archive, is
+detected. Nothing in them depends on time, host or process.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ __all__ = [
     "Record",
     "parse_files",
     "parse_header",
-    "parse_manifest",
     "parse_record",
+    "sha256",
 ]
 
 PATH = re.compile(r"[a-z0-9_](?:[a-z0-9_./-]{0,400})")
@@ -46,27 +46,27 @@ class FileEntry(NamedTuple):
 
 
 class FileTable(Mapping[str, FileEntry]):
-    """The files of a sealed archive, which may be hundreds of thousands: an entry is made when it is asked for."""
+    """The files of a sealed archive, which may be hundreds of thousands: entries are created on access."""
 
     def __init__(self, names: Sequence[str], sizes: Sequence[int], hashes: Sequence[str]) -> None:
-        self._places = {name: place for place, name in enumerate(names)}
+        self._indices = {name: index for index, name in enumerate(names)}
         self._sizes, self._hashes = sizes, hashes
 
     def __getitem__(self, name: str) -> FileEntry:
-        place = self._places[name]
-        return FileEntry(self._sizes[place], self._hashes[place])
+        index = self._indices[name]
+        return FileEntry(self._sizes[index], self._hashes[index])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._indices)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._indices)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._places
+        return name in self._indices
 
     def keys(self) -> KeysView[str]:
-        return self._places.keys()
+        return self._indices.keys()
 
 
 def sha256(data: bytes | memoryview) -> str:
@@ -74,7 +74,11 @@ def sha256(data: bytes | memoryview) -> str:
 
 
 def _is_path(path: object) -> bool:
-    return isinstance(path, str) and bool(PATH.fullmatch(path)) and ".." not in path and "//" not in path
+    return isinstance(path, str) and bool(PATH.fullmatch(path)) and _stays_inside(path)
+
+
+def _stays_inside(path: str) -> bool:
+    return ".." not in path and "//" not in path
 
 
 # -- commit records ---------------------------------------------------------------------------------------------------
@@ -82,7 +86,7 @@ def _is_path(path: object) -> bool:
 
 @dataclass(frozen=True)
 class Record:
-    """The commit of one block: its files, and what its writer measured (`stats`)."""
+    """The commit of one block: its files, and the statistics its writer measured."""
 
     block: Block
     identity: str  # of the archive's specification, for a teacher's block of the teacher's
@@ -103,10 +107,10 @@ class Record:
 
 
 def parse_record(data: bytes, block: Block, identity: str, where: str) -> Record:
-    """The record of `block`. `Damaged` unless it is, byte for byte, what a writer of this archive wrote for it."""
+    """The record of `block`. `Damaged` unless it is byte for byte what a writer of this archive would write."""
     try:
         value = parse(data, cap=limits.MAX_RECORD_BYTES, where=where)
-        record = _record(Fields(value, where), block, identity)
+        record = _parse_fields(Fields(value, where), block, identity)
     except Refused as error:
         raise Damaged(f"{error}; the commit record of {block} is damaged") from None
     if record.to_bytes() != data:
@@ -114,20 +118,23 @@ def parse_record(data: bytes, block: Block, identity: str, where: str) -> Record
     return record
 
 
-def _record(fields: Fields, block: Block, identity: str) -> Record:
-    found = Block(
+def _parse_fields(fields: Fields, block: Block, identity: str) -> Record:
+    rows = fields.integers("rows", 2)
+    if len(rows) != 2:
+        fields.refuse("rows", "[start, stop]")
+    recorded = Block(
         fields.text("part", 256),
         fields.integer("view", 0, limits.MAX_VIEWS),
         fields.integer("index", 0, limits.MAX_SAMPLES),
-        *_pair(fields),
+        *rows,
     )
-    if found != block:
-        fields.refuse("part", f"of {block}, rows {block.start} to {block.stop}; this is the record of {found}")
+    if recorded != block:
+        fields.refuse("part", f"of {block}, rows {block.start} to {block.stop}; this is the record of {recorded}")
     if fields.text("identity", 64) != identity:
         fields.refuse("identity", f"{identity[:12]}...: the record belongs to another archive")
     files = {}
     for item in fields.items("files", 4 * limits.MAX_ARRAYS * limits.MAX_SIGNALS):
-        path, entry = _file(fields, item)
+        path, entry = _parse_file(fields, item)
         files[path] = entry
     stats = None if fields.is_null("stats") else fields.mapping("stats")
     fields.text("sha256", 64)
@@ -135,14 +142,7 @@ def _record(fields: Fields, block: Block, identity: str) -> Record:
     return Record(block, identity, files, stats)
 
 
-def _pair(fields: Fields) -> tuple[int, int]:
-    rows = fields.integers("rows", 2)
-    if len(rows) != 2:
-        fields.refuse("rows", "[start, stop]")
-    return rows[0], rows[1]
-
-
-def _file(fields: Fields, item: Json) -> tuple[str, FileEntry]:
+def _parse_file(fields: Fields, item: Json) -> tuple[str, FileEntry]:
     fits = isinstance(item, list) and len(item) == 3 and _is_path(item[0]) and type(item[1]) is int and item[1] >= 0
     if not fits or not isinstance(item[2], str) or not HEX.fullmatch(item[2]):
         fields.refuse("files", "a list of [path, size, sha256]")
@@ -162,7 +162,7 @@ class Manifest:
     files: Mapping[str, FileEntry] = field(repr=False)
 
     def to_bytes(self) -> bytes:
-        """One JSON document with one file per line, so that it can be read without trusting a JSON parser's memory."""
+        """One JSON document with one file per line, so that its files can be read without a JSON parser."""
         header = {
             "format": MANIFEST_FORMAT,
             "version": f"{VERSION[0]}.{VERSION[1]}",
@@ -170,7 +170,7 @@ class Manifest:
             "views": self.views,
             "teachers": self.teachers,
         }
-        # Canonical JSON, too: no name of a file needs an escape.
+        # Also canonical JSON: no file name needs an escape.
         lines = [f'["{path}",{entry.size},"{entry.sha256}"]' for path, entry in sorted(self.files.items())]
         body = OPEN + canonical(header) + FILES + ",\n".join(lines).encode() + b"\n"
         return body + CLOSE + sha256(body).encode() + END
@@ -184,7 +184,7 @@ LINES, LAST_LINE = re.compile(b"(?:%s,\n)*+" % LINE), re.compile(b"%s\n" % LINE)
 
 @dataclass(frozen=True)
 class Header:
-    """What a manifest says before its files; `files` is where those are."""
+    """The part of a manifest before its files; `files` is where those lie in its bytes."""
 
     identity: str
     views: int
@@ -193,7 +193,7 @@ class Header:
 
 
 def parse_header(data: bytes, where: str) -> Header:
-    """The header of a manifest whose hash of itself fits; `Damaged` or refused otherwise."""
+    """The header of a manifest, after checking the manifest's hash of itself; `Damaged` or `Refused` otherwise."""
     if len(data) > limits.MAX_MANIFEST_BYTES:
         raise Refused(f"{where}: {len(data)} bytes, more than the limit of {limits.MAX_MANIFEST_BYTES}")
     body = memoryview(data)[:-TAIL]
@@ -208,9 +208,9 @@ def parse_header(data: bytes, where: str) -> Header:
     _, minor = parse_version(fields, where)
     teachers = fields.mapping("teachers")
     if len(teachers) > limits.MAX_TEACHERS or not all(isinstance(item, dict) for item in teachers.values()):
-        fields.refuse("teachers", "a short mapping of names to statistics")
+        fields.refuse("teachers", f"an object of at most {limits.MAX_TEACHERS} objects, the statistics by teacher")
     if not all(map(is_name, teachers)):  # they become parts of paths
-        raise Refused(f"{where}: the manifest has a teacher of an impossible name; it was made to mislead")
+        raise Refused(f"{where}: the manifest has a teacher with an invalid name; it was edited")
     header = Header(
         identity=fields.text("identity", 64),
         views=fields.integer("views", 1, limits.MAX_VIEWS),
@@ -222,28 +222,18 @@ def parse_header(data: bytes, where: str) -> Header:
 
 
 def parse_files(data: bytes, header: Header, where: str, *, most: int = limits.MAX_FILES) -> FileTable:
-    """The files of a manifest, whose bytes are exactly those that a writer makes."""
+    """The files of a manifest, whose bytes must be exactly those that a writer produces."""
     start, end = header.files.start, header.files.stop
     count = data.count(b"\n", start, end)
     if count > most:
-        raise Damaged(f"{where}: the manifest names {count} files, its specification makes at most {most}")
-    good = LINES.match(data, start, end)
-    assert good is not None, "it matches nothing, too"
-    if not LAST_LINE.fullmatch(data, good.end(), end):
-        found = data[good.end() : min(good.end() + 60, end)]
-        raise Refused(f"{where}: expected one [path, size, sha256] a line, found {found!a}")
+        raise Damaged(f"{where}: the manifest lists {count} files, its specification allows at most {most}")
+    valid = LINES.match(data, start, end)
+    assert valid is not None, "it also matches no lines"
+    if not LAST_LINE.fullmatch(data, valid.end(), end):
+        rest = data[valid.end() : min(valid.end() + 60, end)]
+        raise Refused(f"{where}: expected one [path, size, sha256] per line, found {rest!a}")
     pieces = data[start:end].decode("ascii").split('"')
     names = pieces[1::4]
-    if any(a >= b for a, b in itertools.pairwise(names)) or not all(map(_is_plain, names)):
+    if any(a >= b for a, b in itertools.pairwise(names)) or not all(map(_stays_inside, names)):
         raise Refused(f"{where}: its files are not sorted, or a path leads out of the archive")
     return FileTable(names, [int(piece[1:-1]) for piece in pieces[2::4]], pieces[3::4])
-
-
-def parse_manifest(data: bytes, where: str) -> Manifest:
-    """All of a manifest."""
-    header = parse_header(data, where)
-    return Manifest(header.identity, header.views, header.teachers, parse_files(data, header, where))
-
-
-def _is_plain(path: str) -> bool:
-    return ".." not in path and "//" not in path

@@ -1,9 +1,9 @@
-"""Sample keys by the million: one buffer of UTF-8 and one of offsets, as they lie in an archive.
+"""Millions of sample keys: one buffer of UTF-8 and one of offsets, as they are stored in an archive.
 
-A list of 1.28 million Python strings takes 100 MB and a set of them twice that; packed, they take their own bytes
-plus eight. Everything that looks at all keys at once (joining, finding duplicates) works on numpy arrays: keys are
-hashed together, compared by hash, and every hit is then confirmed byte by byte, so that a collision, chance or
-crafted, can lose a match but never invent one.
+A list of 1.28 million Python strings takes 100 MB and a set of them twice that; packed, a key takes its own bytes plus
+eight. Operations on all keys (joining, finding duplicates) work on numpy arrays: keys are hashed, compared by hash, and
+every match is then confirmed byte by byte, so that a collision, by chance or crafted, can lose a match but never
+produce a wrong one.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from redistill_cache.errors import Damaged
 
 __all__ = ["PackedKeys", "hash_words", "pack_keys"]
 
-# Rows are looked at in slices whose zero-padded matrix stays about this big, however long a single key is.
+# Keys are processed in slices whose zero-padded matrix takes about this many bytes, however long a single key is.
 SLICE_BYTES = 8 << 20
-# Drawn once a process: nobody can prepare keys that collide here.
+# Random per process, so that keys cannot be crafted to collide.
 _MULTIPLIERS = np.array([secrets.randbits(64) | 1 for _ in range(2)], dtype=np.uint64)
 _SHIFT = np.uint64(29)
 
@@ -32,13 +32,13 @@ class PackedKeys(Sequence[str]):
     __slots__ = ("data", "offsets")
 
     def __init__(self, data: np.ndarray, offsets: np.ndarray) -> None:
-        """Take arrays from anywhere, an archive included: offsets that do not fit the data are `Damaged`."""
+        """The arrays may be untrusted: `Damaged` when the offsets do not fit the data."""
         data, offsets = np.asarray(data, np.uint8), np.asarray(offsets)
         fits = (
             offsets.ndim == 1 and offsets.size > 0 and data.ndim == 1 and offsets[0] == 0 and offsets[-1] == len(data)
         )
         if not fits or np.any(offsets[1:] < offsets[:-1]):
-            raise Damaged("key offsets must rise from 0 to the number of key bytes; these do not, the keys are damaged")
+            raise Damaged("the keys are damaged: expected offsets that rise from 0 to the number of key bytes")
         self.data = data
         self.offsets = offsets.astype(np.uint64, copy=False)
 
@@ -96,7 +96,7 @@ class PackedKeys(Sequence[str]):
         return PackedKeys(data, offsets)
 
     def hashes(self) -> np.ndarray:
-        """A 64-bit hash of every key, the same for equal keys within this process only."""
+        """A 64-bit hash of every key; comparable within one process only."""
         lengths = self.lengths()
         out = np.empty(len(self), np.uint64)
         for part in _slices(lengths):
@@ -132,13 +132,11 @@ class PackedKeys(Sequence[str]):
 
 
 def pack_keys(keys: Iterable[str]) -> PackedKeys:
-    """Pack strings; keys that are packed already pass through."""
+    """Pack strings; packed keys are returned as they are."""
     if isinstance(keys, PackedKeys):
         return keys
     texts, parts, lengths = iter(keys), [], [np.zeros(1, np.uint64)]
-    while encoded := [
-        key.encode() for key in islice(texts, 65536)
-    ]:  # a million bytes objects at once would weigh 80 MB
+    while encoded := [key.encode() for key in islice(texts, 65536)]:  # a million bytes objects would take 80 MB
         parts.append(b"".join(encoded))
         lengths.append(np.fromiter(map(len, encoded), np.uint64, len(encoded)))
     offsets = np.cumsum(np.concatenate(lengths), dtype=np.uint64)
@@ -146,9 +144,9 @@ def pack_keys(keys: Iterable[str]) -> PackedKeys:
 
 
 def hash_words(words: np.ndarray, lengths: np.ndarray | None = None) -> np.ndarray:
-    """A 64-bit hash of each row of a matrix of 64-bit words, keyed by this process.
+    """A 64-bit hash of each row of a matrix of 64-bit words; comparable within one process only.
 
-    With `lengths` (in bytes), a row ends there and the padding after it does not count.
+    With `lengths` (in bytes), a row ends there and the padding after it is ignored.
     """
     state = np.full(len(words), _MULTIPLIERS[1], np.uint64)
     if lengths is not None:

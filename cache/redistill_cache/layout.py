@@ -1,7 +1,7 @@
-"""Where everything of an archive lies and how each array is cut: pure functions of the specification.
+"""The files of an archive and how each array is cut into them: pure functions of the specification.
 
 A zarr.json is written from here and, when an archive is read, compared byte by byte with what is made here. Metadata
-that came with an archive is never interpreted, so it cannot lie.
+that came with an archive is never interpreted.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ import numpy as np
 
 from redistill_cache import limits
 from redistill_cache.errors import UsageError
-from redistill_cache.spec import CHUNK_BYTES, ArchiveSpec, ArraySpec, SideArray, SignalSpec, TeacherSpec
+from redistill_cache.spec import CHUNK_BYTES, ArchiveSpec, ArraySpec, SignalSpec, TeacherSpec
 from redistill_cache.strict_json import Json, canonical
 
 __all__ = [
     "BLOCKS",
-    "CANARY_SHAPE",
     "CHECKSUM",
     "MANIFEST",
     "ArrayLayout",
@@ -33,6 +32,7 @@ __all__ = [
     "part_arrays",
     "part_blocks",
     "parts",
+    "row_block",
     "sample_arrays",
     "samples_block",
     "side_arrays",
@@ -42,9 +42,7 @@ __all__ = [
 ]
 
 
-# -- array layout -----------------------------------------------------------------------------------------------------
-#
-# One zarr array of an archive: its folder, its shape, how it is cut into files and chunks, and its zarr.json.
+# -- one array --------------------------------------------------------------------------------------------------------
 
 INDEX_ENTRY = 16  # offset and length, little-endian uint64
 CHECKSUM = 4  # CRC-32C, of the index and of chunks that are not compressed
@@ -52,10 +50,10 @@ CHECKSUM = 4  # CRC-32C, of the index and of chunks that are not compressed
 
 @dataclass(frozen=True)
 class ArrayLayout:
-    """One zarr array: its folder, shape, and cut into shards (files) and inner chunks.
+    """One zarr array: its folder, its shape, and how it is cut into shards (files) and inner chunks.
 
-    `row_axis` is 1 for arrays [view, sample, ...] and 0 for arrays without views. Axes after it are never cut, and the
-    axis before it is cut one by one, so a shard is `shard_rows` consecutive rows and a chunk is `chunk_rows` of them.
+    `row_axis` is 1 for arrays [view, sample, ...] and 0 for arrays without views. Axes after it are never cut, and a
+    shard is of one view only: `shard_rows` consecutive rows. A chunk is `chunk_rows` of them.
     """
 
     path: str
@@ -65,7 +63,7 @@ class ArrayLayout:
     shard_rows: int
     chunk_rows: int
     transpose: bool = False
-    level: int | None = 3  # zstd's; None stores chunks as they are, with a CRC-32C
+    level: int | None = 3  # of zstd; None stores chunks uncompressed, with a CRC-32C
 
     @property
     def name(self) -> str:
@@ -115,11 +113,11 @@ class ArrayLayout:
         return f"{self.path}/c.{'.'.join(map(str, coordinates))}"
 
     def metadata(self, shape: tuple[int, ...] | None = None) -> dict[str, Json]:
-        """The zarr.json of this array as a value; `shape` stands in for the array's own when one shard is encoded."""
+        """The zarr.json of this array as a value; `shape` replaces that of the array when one shard is encoded."""
         lead = [1] * self.row_axis
         names = [*["view"] * self.row_axis, "sample", *[None] * len(self.row_shape)]
         if self.row_axis == 0:
-            names[0] = None  # offsets and side data have rows that are not samples
+            names[0] = None  # rows of offsets and of side data are not samples
         return {
             "zarr_format": 3,
             "node_type": "array",
@@ -166,15 +164,13 @@ def _bytes_codec(itemsize: int) -> dict[str, Json]:
     return {"name": "bytes", "configuration": {"endian": "little"}} if itemsize > 1 else {"name": "bytes"}
 
 
-# -- layout -----------------------------------------------------------------------------------------------------------
+# -- the journal ------------------------------------------------------------------------------------------------------
 
 JOURNAL = "_redistill"
 BLOCKS = f"{JOURNAL}/blocks"
 MANIFEST = f"{JOURNAL}/manifest.json"
 NOTES = f"{JOURNAL}/notes"
 QUARANTINE = f"{JOURNAL}/quarantine"
-
-CANARY_SHAPE = (8, 8, 3)
 
 
 @dataclass(frozen=True)
@@ -201,6 +197,10 @@ class Block:
 
 # -- the arrays of each part ------------------------------------------------------------------------------------------
 
+CANARY_SHAPE = (8, 8, 3)
+
+Teachers = Mapping[str, TeacherSpec]
+
 
 def _whole(path: str, dtype: str, shape: tuple[int, ...], level: int | None = 3) -> ArrayLayout:
     """An array without views, in one shard of chunks of about a mebibyte."""
@@ -211,9 +211,9 @@ def _whole(path: str, dtype: str, shape: tuple[int, ...], level: int | None = 3)
 
 
 def sample_arrays(spec: ArchiveSpec, key_bytes: int) -> dict[str, ArrayLayout]:
-    """Keys, digests, labels and sizes; `key_bytes` is the length of all keys together, which the spec does not know.
+    """Keys, digests, labels and sizes; `key_bytes` is the length of all keys, which is not in the specification.
 
-    Digests do not compress and are stored as they are: the number of samples is then bounded by bytes really there.
+    Digests do not compress and are stored uncompressed, so that the size of their file bounds the number of samples.
     """
     n = spec.num_samples
     return {
@@ -226,7 +226,7 @@ def sample_arrays(spec: ArchiveSpec, key_bytes: int) -> dict[str, ArrayLayout]:
 
 
 def _per_view(folder: str, array: ArraySpec, spec: ArchiveSpec) -> ArrayLayout:
-    assert array.chunk_rows is not None, "specs are resolved before anything is laid out"
+    assert array.chunk_rows is not None, "the specification must be resolved first"
     return ArrayLayout(
         path=f"{folder}/{array.name}",
         dtype=array.dtype,
@@ -267,20 +267,16 @@ def _side_folder(teacher: TeacherSpec, signal: SignalSpec) -> str:
     return f"teachers/{teacher.name}/{signal.name}/side"
 
 
-def _side_array(folder: str, side: SideArray) -> ArrayLayout:
-    return _whole(f"{folder}/{side.name}", side.dtype, side.shape)
-
-
 def side_arrays(teacher: TeacherSpec) -> dict[str, ArrayLayout]:
     """Side data of all signals of a teacher, by "<signal>/<array>"."""
     return {
-        f"{signal.name}/{side.name}": _side_array(_side_folder(teacher, signal), side)
+        f"{signal.name}/{side.name}": _whole(f"{_side_folder(teacher, signal)}/{side.name}", side.dtype, side.shape)
         for signal in teacher.signals
         for side in signal.side
     }
 
 
-def part_arrays(spec: ArchiveSpec, teachers: dict[str, TeacherSpec], part: str) -> dict[str, ArrayLayout]:
+def part_arrays(spec: ArchiveSpec, teachers: Teachers, part: str) -> dict[str, ArrayLayout]:
     """The arrays of a part that is written in blocks of rows or of canaries."""
     if part == "views":
         return view_arrays(spec)
@@ -293,7 +289,7 @@ def part_arrays(spec: ArchiveSpec, teachers: dict[str, TeacherSpec], part: str) 
     return teacher_arrays(spec, teachers[name])
 
 
-# -- metadata files -------------------------------------------------------------------------------------------------
+# -- zarr.json files --------------------------------------------------------------------------------------------------
 
 
 def _group(attributes: dict[str, Json]) -> bytes:
@@ -312,8 +308,8 @@ def teacher_metadata(teacher: TeacherSpec) -> bytes:
     return _group({"redistill_teacher": teacher.to_json()})
 
 
-def expected_metadata(spec: ArchiveSpec, teachers: dict[str, TeacherSpec]) -> dict[str, bytes]:
-    """Every zarr.json below the root but those of teachers' groups and of samples/key_bytes: path -> bytes."""
+def expected_metadata(spec: ArchiveSpec, teachers: Teachers) -> dict[str, bytes]:
+    """Path and bytes of every zarr.json except that of the root, of teachers' groups and of samples/key_bytes."""
     arrays = [
         *(array for name, array in sample_arrays(spec, 1).items() if name != "key_bytes"),
         *view_arrays(spec).values(),
@@ -332,8 +328,8 @@ def expected_metadata(spec: ArchiveSpec, teachers: dict[str, TeacherSpec]) -> di
     return files
 
 
-def count_files(spec: ArchiveSpec, teachers: dict[str, TeacherSpec], views: int) -> int:
-    """An upper bound of the files of an archive, from checked numbers alone: before anything is made of them."""
+def count_files(spec: ArchiveSpec, teachers: Teachers, views: int) -> int:
+    """An upper bound of the number of files of an archive, computed before any list of them is built."""
     per_row_block = len(spec.view_arrays) + bool(spec.view_arrays)
     per_row_block += sum(1 + sum(len(s.arrays) for s in teacher.signals) for teacher in teachers.values())
     signals = [signal for teacher in teachers.values() for signal in teacher.signals]
@@ -341,12 +337,12 @@ def count_files(spec: ArchiveSpec, teachers: dict[str, TeacherSpec], views: int)
     return constant + views * (spec.blocks_per_view * per_row_block + 3)
 
 
-def check_extent(spec: ArchiveSpec, teachers: dict[str, TeacherSpec]) -> None:
-    """Refuse what would make too many files or too many arrays."""
+def check_extent(spec: ArchiveSpec, teachers: Teachers) -> None:
+    """`UsageError` for too many files or too many arrays."""
     files = count_files(spec, teachers, spec.num_views)
     if files > limits.MAX_FILES:
         raise UsageError(
-            f"{spec.num_views} views in blocks of {spec.block_rows} rows would make {files} files, more than the "
+            f"{spec.num_views} views in blocks of {spec.block_rows} rows need {files} files, more than the "
             f"limit of {limits.MAX_FILES}; choose more rows per block"
         )
     arrays = sum(len(s.arrays) + len(s.side) for teacher in teachers.values() for s in teacher.signals)
@@ -357,26 +353,27 @@ def check_extent(spec: ArchiveSpec, teachers: dict[str, TeacherSpec]) -> None:
         )
 
 
-# -- blocks -----------------------------------------------------------------------------------------------------------
-#
-# Which blocks an archive has, and which files each of them: from the specification alone.
-
-Teachers = Mapping[str, TeacherSpec]
+# -- blocks and their files -------------------------------------------------------------------------------------------
 
 
 def samples_block(spec: ArchiveSpec) -> Block:
     return Block("samples", 0, 0, 0, spec.num_samples)
 
 
-def side_block(teacher: TeacherSpec) -> Block:
-    return Block(f"teachers/{teacher.name}/side", 0, 0, 0, 0)
+def side_block(teacher: str) -> Block:
+    return Block(f"teachers/{teacher}/side", 0, 0, 0, 0)
+
+
+def row_block(spec: ArchiveSpec, part: str, view: int, index: int) -> Block:
+    start = index * spec.block_rows
+    return Block(part, view, index, start, min(start + spec.block_rows, spec.num_samples))
 
 
 def parts(spec: ArchiveSpec, teachers: Teachers) -> list[str]:
     """The parts that are written in blocks of rows or of canaries."""
-    found = ["views"] if spec.view_arrays else []
-    found += ["canaries"] if spec.canaries_per_view else []
-    return found + [f"teachers/{name}" for name in sorted(teachers)]
+    names = ["views"] if spec.view_arrays else []
+    names += ["canaries"] if spec.canaries_per_view else []
+    return names + [f"teachers/{name}" for name in sorted(teachers)]
 
 
 def part_blocks(spec: ArchiveSpec, part: str, views: int) -> Iterator[Block]:
@@ -386,19 +383,18 @@ def part_blocks(spec: ArchiveSpec, part: str, views: int) -> Iterator[Block]:
             yield Block(part, view, 0, 0, spec.canaries_per_view)
             continue
         for index in range(spec.blocks_per_view):
-            start = index * spec.block_rows
-            yield Block(part, view, index, start, min(start + spec.block_rows, spec.num_samples))
+            yield row_block(spec, part, view, index)
 
 
 def all_blocks(spec: ArchiveSpec, teachers: Teachers, views: int) -> Iterator[tuple[Block, list[str]]]:
-    """Every block that a complete archive has, and its files besides its record: the shards of its arrays."""
+    """Every block of a complete archive, and its files besides its record: the shards of its arrays."""
     samples = sample_arrays(spec, 1)
-    # And the one zarr.json that depends on what is written, not on the specification alone.
+    # The zarr.json of the keys depends on their length, so it is a file of the block.
     yield samples_block(spec), [*_shards(samples), samples["key_bytes"].metadata_path]
     for teacher in teachers.values():
-        yield side_block(teacher), _shards(side_arrays(teacher))
+        yield side_block(teacher.name), _shards(side_arrays(teacher))
     for part in parts(spec, teachers):
-        arrays = part_arrays(spec, dict(teachers), part)
+        arrays = part_arrays(spec, teachers, part)
         for block in part_blocks(spec, part, views):
             yield block, _shards(arrays, block.view, block.index)
 
@@ -408,9 +404,9 @@ def _shards(arrays: Mapping[str, ArrayLayout], view: int = 0, index: int = 0) ->
 
 
 def expected_files(spec: ArchiveSpec, teachers: Teachers, views: int) -> set[str]:
-    """Every file that a sealed archive has besides its manifest, and no other."""
+    """Every file of a sealed archive except its manifest."""
     names = {"zarr.json", *(teacher_path(name) for name in teachers)}
-    names.update(expected_metadata(spec, dict(teachers)))
+    names.update(expected_metadata(spec, teachers))
     for block, files in all_blocks(spec, teachers, views):
         names.add(block.record_path)
         names.update(files)

@@ -1,7 +1,8 @@
-"""Every limit of the format, in one place. They bound what a hostile archive can make a reader do.
+"""The limits of the format, as in FORMAT.md: they bound what a hostile archive can make a reader allocate or do.
 
-Each is far above what an honest archive needs and low enough that the number can be trusted with an allocation.
-Writers keep them too, so that nothing is written that cannot be read.
+Each is far above what an honest archive needs, and low enough that the number can be trusted with an allocation.
+Writers enforce them too, so that nothing is written that cannot be read. Limits of the settings of a single codec are
+checked by that codec.
 """
 
 from __future__ import annotations
@@ -54,22 +55,22 @@ MAX_CANARIES = 4096
 MAX_TEACHERS = 64
 MAX_SIGNALS = 64
 MAX_ARRAYS = 64  # of one signal, and of the view parameters
-MAX_ARRAYS_IN_ALL = 4096  # of all teachers together, with side data: each has a zarr.json to be made and compared
+MAX_ARRAYS_IN_ALL = 4096  # of all teachers together, with side data: each has a zarr.json to generate and compare
 MAX_EXCLUDED = 20_000
 
 MAX_ROW_BYTES = 8 << 20
 MAX_VIEW_ROW_BYTES = 4096  # all parameters of one view of one sample
 MAX_CHUNK_BYTES = 32 << 20  # decoded; above this a fresh allocation costs more than decoding
-MAX_CHUNKS = 1 << 16  # of one shard: its index is a mebibyte then
+MAX_CHUNKS = 1 << 16  # of one shard, whose index then takes a mebibyte
 MAX_SIDE_BYTES = 256 << 20  # all side data of one signal, decoded
 MAX_KEY_BYTES = 4096  # of one sample key, UTF-8
 
-# What decodes to more than SLACK + RATIO times its stored bytes was made to. Keys of 4 KB that differ only in a number
-# reach a ratio of 1,000; a basis of small integers hardly reaches 5.
+# Honest data does not decode to more than SLACK + RATIO times its stored bytes. Keys of 4 KB that differ only in a
+# number reach a ratio of 1,000; a basis of small integers hardly reaches 5.
 KEY_SLACK, KEY_RATIO = 16 << 20, 2048
 SIDE_SLACK, SIDE_RATIO = 8 << 20, 32
 
-# JSON becomes Python objects of up to 60 times its size, so its values are counted before it is parsed.
+# Parsed JSON takes up to 60 times its size as Python objects, so its values are counted before it is parsed.
 MAX_JSON_VALUES = 250_000
 MAX_JSON_DEPTH = 32
 MAX_ROOT_BYTES = 4 << 20  # zarr.json of the archive: it holds the class names

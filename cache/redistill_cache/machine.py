@@ -1,41 +1,59 @@
-"""How much of this machine is ours: cores and memory, less where a container or a batch system has set limits."""
+"""The cores and the memory this process may use, which a container or a batch system may limit."""
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["usable_cores", "usable_memory"]
+from redistill_cache.errors import Refused
+from redistill_cache.wording import human_bytes
+
+__all__ = ["require_memory", "usable_cores", "usable_memory"]
 
 CGROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def usable_cores(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:
-    """Whole cores that may be kept busy, at least one. A container often sees all cores and may use the time of few."""
+    """Whole cores this process may keep busy, at least one. A container often sees all cores but has a CPU quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for folder in groups("cpu", cgroups, membership):
-        quota = words(folder / "cpu.max") or words(folder / "cpu.cfs_quota_us") + words(folder / "cpu.cfs_period_us")
-        if len(quota) == 2 and all(word.isdigit() for word in quota) and int(quota[1]):  # "max" and -1: no limit
+    for group in control_groups("cpu", cgroups, membership):
+        quota = fields(group / "cpu.max") or fields(group / "cpu.cfs_quota_us") + fields(group / "cpu.cfs_period_us")
+        if len(quota) == 2 and all(field.isdigit() for field in quota) and int(quota[1]):  # "max" and -1: no limit
             cores = min(cores, int(quota[0]) // int(quota[1]))
     return max(1, cores)
 
 
 def usable_memory(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int | None:
-    """Bytes of memory; None where the system does not say."""
+    """Bytes of memory this process may use; None where the system does not report it."""
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):
         return None
-    for folder in groups("memory", cgroups, membership):
-        for word in words(folder / "memory.max") or words(folder / "memory.limit_in_bytes"):
-            if word.isdigit():
-                total = min(total, int(word))
+    for group in control_groups("memory", cgroups, membership):
+        for field in fields(group / "memory.max") or fields(group / "memory.limit_in_bytes"):
+            if field.isdigit():
+                total = min(total, int(field))
     return total
 
 
-def groups(controller: str, cgroups: Path, membership: Path) -> Iterator[Path]:
-    """The folders of the groups this process is in, from its own to the root: each may set a limit of its own.
+# Rows are read in every step, and a limit rarely changes while a process runs.
+memory_limit = functools.cache(usable_memory)
+
+
+def require_memory(nbytes: int, what: str) -> None:
+    """`Refused` when `what` needs more memory than there can be, instead of a process killed by the kernel later."""
+    limit = memory_limit()
+    if limit is not None and nbytes > limit:
+        raise Refused(
+            f"{what}: needs {human_bytes(nbytes)} of memory, this process may use {human_bytes(limit)}; "
+            "use a machine or a container with more memory"
+        )
+
+
+def control_groups(controller: str, cgroups: Path, membership: Path) -> Iterator[Path]:
+    """The folders of the control groups of this process, innermost first: each may set a limit.
 
     A line is `0::/path` in version 2 and `4:cpu,cpuacct:/path` in version 1, where every controller has a tree.
     """
@@ -44,11 +62,11 @@ def groups(controller: str, cgroups: Path, membership: Path) -> Iterator[Path]:
         if controllers and controller not in controllers.split(","):
             continue
         root = cgroups / controller if controllers else cgroups
-        inner = root / path.strip().lstrip("/")
-        yield from (folder for folder in (inner, *inner.parents) if folder == root or root in folder.parents)
+        innermost = root / path.strip().lstrip("/")
+        yield from (group for group in (innermost, *innermost.parents) if group == root or root in group.parents)
 
 
-def words(file: Path) -> list[str]:
+def fields(file: Path) -> list[str]:
     return " ".join(lines(file)).split()
 
 

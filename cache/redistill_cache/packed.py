@@ -1,4 +1,7 @@
-"""A whole view in memory as it is stored: an epoch gathers rows from it at random, at the speed of numpy indexing."""
+"""Reading a signal of a view: rows as they are stored ("packed"), decoded, or a whole view kept in memory.
+
+An epoch loads one view, and gathers rows from it in random order at the speed of numpy indexing.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,15 @@ import numpy as np
 
 from redistill_cache import layout
 from redistill_cache.codecs import Codec
-from redistill_cache.open_state import ArchiveState, require_memory
-from redistill_cache.rows import opened_shard, read_rows, row_block
-from redistill_cache.shards import Scratch
+from redistill_cache.machine import require_memory
+from redistill_cache.open_state import ArchiveState
+from redistill_cache.rows import Rows, count_rows, read_rows
 from redistill_cache.spec import SignalSpec, TeacherSpec
 
-__all__ = ["Buffers", "LoadView", "PackedView", "ViewLoader"]
+__all__ = ["Buffers", "LoadView", "PackedView", "StoredSignal", "ViewLoader"]
 
 Buffers = Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray]
-"""(shape, dtype) -> an array to fill: in memory, or where its owner wants it."""
+"""(shape, dtype) -> an array to fill: by default a new one, or memory that its owner provides."""
 LoadView = Callable[[int, "PackedView | None"], "PackedView"]
 """(view, earlier view whose buffers may be reused) -> the view in memory."""
 
@@ -29,8 +32,8 @@ LoadView = Callable[[int, "PackedView | None"], "PackedView"]
 class PackedView:
     """The packed rows of one signal of one view.
 
-    `arrays` are whole, [N, ...]. `rare` holds, for arrays that few rows need, where row i is kept (-1: not needed)
-    and the rows that are.
+    `arrays` are whole, [N, ...]. `rare` has, for each array that few rows need, the position of every row (-1: the row
+    does not need it) and the rows at these positions.
     """
 
     view: int
@@ -46,73 +49,87 @@ class PackedView:
         return sum(a.nbytes for a in self.arrays.values()) + sum(p.nbytes + v.nbytes for p, v in self.rare.values())
 
     def gather(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """The packed rows [n, ...] of these rows, ready for `codec.decode`, here or on a device."""
+        """The packed rows [n, ...] of these rows, ready for `codec.decode`, on the host or on a device."""
         gathered = {name: array.take(rows, axis=0) for name, array in self.arrays.items()}  # thrice as fast as [rows]
-        for name, (places, values) in self.rare.items():
-            here = places.take(rows)
-            here = here[here >= 0]
-            if len(here):
-                gathered[name] = values.take(here, axis=0)
+        for name, (positions, values) in self.rare.items():
+            needed = positions.take(rows)
+            needed = needed[needed >= 0]
+            if len(needed):
+                gathered[name] = values.take(needed, axis=0)
         return gathered
 
     def decode(self, rows: np.ndarray) -> np.ndarray:
         """float32 [n, width] of these rows."""
         return np.asarray(self.codec.decode(self.gather(rows)))
 
-    @classmethod
-    def load(
-        cls,
-        contents: ArchiveState,
-        teacher: TeacherSpec,
-        signal: SignalSpec,
-        codec: Codec,
-        view: int,
-        into: PackedView | None = None,
-        buffers: Buffers = np.empty,
-    ) -> PackedView:
-        """Read a view; buffers of `into` that fit are used again, and `into` must not be used afterwards."""
-        all_arrays = layout.teacher_arrays(contents.spec, teacher)
-        layouts = {array.name: all_arrays[f"{signal.name}/{array.name}"] for array in signal.arrays}
-        count = contents.spec.num_samples
-        plenty = sum(array.row_bytes for name, array in layouts.items() if name not in codec.rare)
-        require_memory(count * plenty, f"{contents.path}: a view of {signal.name}")
-        arrays: dict[str, np.ndarray] = {}
-        for name, array in layouts.items():
-            if name in codec.rare:
-                continue
-            buffer = None if into is None else into.arrays.get(name)
-            shape = (count, *array.row_shape)
-            if buffer is None or buffer.shape != shape or buffer.dtype != array.dtype:
-                buffer = buffers(shape, np.dtype(array.dtype))
-            _read_view(contents, f"teachers/{teacher.name}", array, view, buffer)
-            arrays[name] = buffer
+
+@dataclass(frozen=True)
+class StoredSignal:
+    """One signal of a teacher in an archive, and the codec that decodes it."""
+
+    state: ArchiveState
+    teacher: TeacherSpec
+    signal: SignalSpec
+    codec: Codec
+
+    def decode(self, view: int, rows: Rows) -> np.ndarray:
+        """float32 [n, width] of these rows of a view."""
+        count = count_rows(self.state, rows)
+        if not count:
+            return np.zeros((0, self.signal.width), np.float32)
+        require_memory(4 * count * self.signal.width, f"{self.state.path}: {count} rows of {self.signal.name}")
+        arrays, rare = self._read(view, rows, lambda _, shape, dtype: np.empty(shape, dtype))
+        return np.asarray(self.codec.decode(arrays | {name: values for name, (_, values) in rare.items()}))
+
+    def load(self, view: int, into: PackedView | None = None, buffers: Buffers = np.empty) -> PackedView:
+        """A whole view; buffers of `into` that fit are reused, and `into` must not be used afterwards."""
+
+        def buffer(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+            old = None if into is None else into.arrays.get(name)
+            return old if old is not None and old.shape == shape and old.dtype == dtype else buffers(shape, dtype)
+
+        arrays, rare = self._read(view, None, buffer)
+        located = {}
+        for name, (needing, values) in rare.items():
+            positions = np.full(self.state.spec.num_samples, -1, np.int32)
+            positions[needing] = np.arange(len(needing), dtype=np.int32)
+            located[name] = positions, values
+        return PackedView(view, self.codec, arrays, located)
+
+    def _read(
+        self, view: int, rows: Rows, buffer: Callable[[str, tuple[int, ...], np.dtype[Any]], np.ndarray]
+    ) -> tuple[dict[str, np.ndarray], dict[str, tuple[np.ndarray, np.ndarray]]]:
+        """The packed rows in arrays of `buffer(name, shape, dtype)`, and what they need of rare arrays.
+
+        That is, for each rare array which any of the n rows need: their indices in [0, n), and its rows for them.
+        """
+        part, name = f"teachers/{self.teacher.name}", self.signal.name
+        of_teacher = layout.teacher_arrays(self.state.spec, self.teacher)
+        layouts = {array.name: of_teacher[f"{name}/{array.name}"] for array in self.signal.arrays}
+        common = {key: array for key, array in layouts.items() if key not in self.codec.rare}
+        count = count_rows(self.state, rows)
+        row_bytes = sum(array.row_bytes for array in common.values())
+        require_memory(count * row_bytes, f"{self.state.path}: {count} rows of {name}")
+        arrays = {}
+        for key, array in common.items():
+            arrays[key] = buffer(key, (count, *array.row_shape), np.dtype(array.dtype))
+            read_rows(self.state, part, array, view, rows, arrays[key])
         rare = {}
-        for name, needed in codec.rows_needing(arrays).items():
+        for key, needed in self.codec.rows_needing(arrays).items():
             if needed.any():
-                rows = np.flatnonzero(needed)
-                require_memory(len(rows) * layouts[name].row_bytes, f"{contents.path}: {name} of {signal.name}")
-                values = np.empty((len(rows), *layouts[name].row_shape), layouts[name].dtype)
-                read_rows(contents, f"teachers/{teacher.name}", layouts[name], view, rows, values)
-                places = np.full(count, -1, np.int32)
-                places[rows] = np.arange(len(rows), dtype=np.int32)
-                rare[name] = (places, values)
-        return cls(view, codec, arrays, rare)
+                array, needing = layouts[key], np.flatnonzero(needed)
+                require_memory(len(needing) * array.row_bytes, f"{self.state.path}: {key} of {name}")
+                values = np.empty((len(needing), *array.row_shape), array.dtype)
+                read_rows(self.state, part, array, view, needing if rows is None else rows[needing], values)
+                rare[key] = needing, values
+        return arrays, rare
 
 
-def _read_view(contents: ArchiveState, part: str, array: layout.ArrayLayout, view: int, out: np.ndarray) -> None:
-    """All rows of a view, chunk after chunk straight into their place."""
-    scratch = Scratch()
-    for index in range(contents.spec.blocks_per_view):
-        block = row_block(contents, part, view, index)
-        path = array.shard_path(view, index)
-        with opened_shard(contents, array, path, block.stop - block.start) as shard:
-            for start in range(block.start, block.stop, array.chunk_rows):
-                stop = min(start + array.chunk_rows, block.stop)
-                shard.read_chunk((start - block.start) // array.chunk_rows, scratch, out[start:stop])
+# -- views one after another ------------------------------------------------------------------------------------------
 
 
 class _Load(threading.Thread):
-    """One view on its way into memory."""
+    """A thread that loads one view."""
 
     def __init__(self, view: int, load: Callable[[], PackedView]) -> None:
         super().__init__(name=f"load view {view}", daemon=True)
@@ -124,7 +141,7 @@ class _Load(threading.Thread):
     def run(self) -> None:
         try:
             self._loaded = self._load()
-        except BaseException as error:  # noqa: BLE001  raised again by the thread that asks for the view
+        except BaseException as error:  # noqa: BLE001  raised again by `result`, in the thread that takes the view
             self._error = error
 
     def result(self) -> PackedView:
@@ -134,14 +151,14 @@ class _Load(threading.Thread):
         assert self._loaded is not None
         return self._loaded
 
-    def leftover(self) -> PackedView | None:
-        """What was loaded and nobody wants: its buffers can be used again."""
+    def unused(self) -> PackedView | None:
+        """A view that will not be taken, so that its buffers can be reused."""
         self.join()
         return self._loaded
 
 
 class ViewLoader:
-    """Views one after another, the next one loaded by a thread while this one is in use; two sets of buffers in turn.
+    """Views one after another: a thread loads the next one while this one is used. Two sets of buffers take turns.
 
     with archive.loader() as loader:
         view = loader.take(0, then=1)
@@ -164,7 +181,7 @@ class ViewLoader:
             self._next = None
 
     def take(self, view: int, then: int | None = None) -> PackedView:
-        """View number `view`, loaded by now or now, while `then` is loaded next. The view taken before is given up."""
+        """Return view number `view` and start to load `then`. The view taken before must not be used any more."""
         if self._current is None or self._current.view != view:
             self._spare, self._current = self._current, self._finish(view)
         if then is not None and then != view and (self._next is None or self._next.view != then):
@@ -179,9 +196,9 @@ class ViewLoader:
         return self._job(view)()
 
     def _job(self, view: int) -> Callable[[], PackedView]:
-        """Loading a view into buffers that are free: those of the view before, or of one that nobody came for."""
+        """A call that loads a view into free buffers: those of the view before, or of one that was not taken."""
         if self._next is not None:
-            self._spare = self._next.leftover() or self._spare
+            self._spare = self._next.unused() or self._spare
             self._next = None
         spare, self._spare = self._spare, None
         return lambda: self._load(view, spare)

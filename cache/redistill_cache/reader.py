@@ -3,7 +3,7 @@
     archive = open_archive("teacher.redistill.zarr")
     archive.logits(view=0, rows=[3, 1, 4])        # float32 [3, classes]
 
-What comes back is what was committed, or an error: never a fill value, never a number that was not checked.
+Every value that is returned was committed and checked. Anything else is an error, never a fill value.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from redistill_cache.fetching import fetch_archive, is_url
 from redistill_cache.journal import FileEntry, sha256
 from redistill_cache.keys import PackedKeys
 from redistill_cache.layout import Block
+from redistill_cache.machine import require_memory
 from redistill_cache.open_state import (
+    VERIFY_ADVICE,
     ArchiveState,
     check_keys_size,
     check_metadata_on_disk,
     check_sizes_on_disk,
     read_state,
-    require_memory,
 )
-from redistill_cache.packed import Buffers, PackedView, ViewLoader
-from redistill_cache.rows import check_rows, check_view, opened_shard, read_rows, read_whole
+from redistill_cache.packed import Buffers, PackedView, StoredSignal, ViewLoader
+from redistill_cache.rows import check_rows, check_view, count_rows, opened_shard, read_rows, read_whole
 from redistill_cache.shards import Scratch
 from redistill_cache.spec import ArchiveSpec, ArraySpec, SignalSpec, TeacherSpec
 from redistill_cache.storage import disk_trouble
@@ -42,41 +43,41 @@ __all__ = ["Archive", "open_archive"]
 
 
 def open_archive(path: str | Path, *, allow_partial: bool = False, verify: Literal["once", "full"] = "once") -> Archive:
-    """Open an archive for reading, after checking that it is whole.
+    """Open an archive for reading, after checking that all its files exist and have their sizes.
 
     Without `allow_partial` an archive must be sealed; with it, an unsealed one offers exactly its committed blocks.
     Every file is hashed when it is first read on this machine; `verify="full"` hashes all of them now.
-    Of an archive at a URL (http://, https://, or what fsspec opens) the verified local copy is opened, fetched once.
+    An archive at a URL (http://, https://, or what fsspec opens) is fetched once, and its local copy is opened.
     """
     if verify not in ("once", "full"):
         raise UsageError(f"verify must be 'once' or 'full', found {verify!r}")
     if is_url(path):
         path = fetch_archive(str(path))
-    path = Path(path).absolute()  # the process, or another one, may go on elsewhere
+    path = Path(path).absolute()  # the working folder may change, or differ in another process
     with disk_trouble("read", path):
-        contents = read_state(path, allow_partial=allow_partial)
-        check_metadata_on_disk(contents)
-        check_sizes_on_disk(contents)
+        state = read_state(path, allow_partial=allow_partial)
+        check_metadata_on_disk(state)
+        check_sizes_on_disk(state)
     if verify == "full":
-        damaged = damaged_files(contents, full=True)
+        damaged = damaged_files(state, full=True)
         if damaged:
-            raise Damaged(f"{path}: {len(damaged)} files are damaged, the first: {damaged[0]}")
-    return Archive(contents)
+            raise Damaged(f"{path}: {len(damaged)} files are damaged, the first: {damaged[0]}; {VERIFY_ADVICE}")
+    return Archive(state)
 
 
 def _reopen(path: Path, identity: str | None) -> Archive:
     archive = open_archive(path, allow_partial=identity is None)
     if archive.id != identity:
-        raise Damaged(f"{path} changed while it was open: its id was {identity}, now it is {archive.id}")
+        raise Damaged(f"{path} changed while it was open: expected id {identity}, found {archive.id}; open it again")
     return archive
 
 
 class Archive:
-    """An open archive: a description in memory, and rows read on demand. Share it between threads and processes."""
+    """An open archive, whose rows are read on demand. Threads and processes may share it."""
 
-    def __init__(self, contents: ArchiveState) -> None:
+    def __init__(self, state: ArchiveState) -> None:
         """Use `open_archive`."""
-        self.contents = contents
+        self.state = state
         self._codecs: dict[tuple[str, str], Codec] = {}
         self._lock = threading.Lock()
 
@@ -84,27 +85,27 @@ class Archive:
         return _reopen, (self.path, self.id)
 
     def __repr__(self) -> str:
-        state = self.id[:12] if self.id else "not sealed"
-        return f"<Archive {self.path.name}: {self.num_samples} samples, {self.num_views} views, {state}>"
+        identity = self.id[:12] if self.id else "not sealed"
+        return f"<Archive {self.path.name}: {self.num_samples} samples, {self.num_views} views, {identity}>"
 
-    # -- what it is -----------------------------------------------------------------------------------------------
+    # -- description --------------------------------------------------------------------------------------------------
 
     @property
     def path(self) -> Path:
-        return self.contents.path
+        return self.state.path
 
     @property
     def spec(self) -> ArchiveSpec:
-        return self.contents.spec
+        return self.state.spec
 
     @property
     def id(self) -> str | None:
         """The SHA-256 of the manifest; None while the archive is not sealed."""
-        return self.contents.id
+        return self.state.id
 
     @property
     def complete(self) -> bool:
-        return self.contents.id is not None
+        return self.state.id is not None
 
     @property
     def num_samples(self) -> int:
@@ -112,7 +113,7 @@ class Archive:
 
     @property
     def num_views(self) -> int:
-        return self.contents.num_views
+        return self.state.num_views
 
     @property
     def num_classes(self) -> int:
@@ -124,13 +125,13 @@ class Archive:
 
     @property
     def teachers(self) -> Mapping[str, TeacherSpec]:
-        return self.contents.teachers
+        return self.state.teachers
 
-    # -- samples --------------------------------------------------------------------------------------------------
+    # -- samples ------------------------------------------------------------------------------------------------------
 
     def _samples(self, name: str, key_bytes: int = 1) -> np.ndarray:
         with disk_trouble("read", self.path):
-            return read_whole(self.contents, layout.sample_arrays(self.spec, key_bytes)[name])
+            return read_whole(self.state, layout.sample_arrays(self.spec, key_bytes)[name])
 
     @cached_property
     def keys(self) -> PackedKeys:
@@ -139,12 +140,12 @@ class Archive:
         total = int(offsets[-1])
         array = layout.sample_arrays(self.spec, max(total, 1))["key_bytes"]
         try:
-            check_keys_size(self.spec, total, self.contents.files[array.shard_path(0, 0)].size)
+            check_keys_size(self.spec, total, self.state.files[array.shard_path(0, 0)].size)
         except UsageError as error:
             raise Damaged(f"{self.path}: {error}") from None
         metadata = array.metadata_bytes()
-        if self.contents.files[array.metadata_path] != FileEntry(len(metadata), sha256(metadata)):
-            raise Damaged(f"{self.path}: the sample keys do not have the {total} bytes that their offsets say")
+        if self.state.files[array.metadata_path] != FileEntry(len(metadata), sha256(metadata)):
+            raise Damaged(f"{self.path}: the sample keys do not have the {total} bytes of their offsets")
         return PackedKeys(self._samples("key_bytes", total), offsets)
 
     @cached_property
@@ -166,120 +167,107 @@ class Archive:
         """uint32 [N, 2]: height and width of every image."""
         return self._samples("size")
 
-    # -- views ----------------------------------------------------------------------------------------------------
+    # -- views --------------------------------------------------------------------------------------------------------
 
     def view_params(self, view: int, rows: object | None = None) -> dict[str, np.ndarray]:
-        """The stored parameters of one view: one integer array per name, rows in the order asked for."""
-        view, wanted = check_view(self.contents, view), check_rows(self.contents, rows)
-        arrays = layout.view_arrays(self.spec)
-        return {name: self._rows("views", array, view, wanted) for name, array in arrays.items()}
+        """The stored parameters of one view, an integer array per name; by default of all rows, else in their order."""
+        view, checked = check_view(self.state, view), check_rows(self.state, rows)
+        count = count_rows(self.state, checked)
+        params = {}
+        for name, array in layout.view_arrays(self.spec).items():
+            require_memory(count * array.row_bytes, f"{self.path}: {count} rows of {array.path}")
+            params[name] = np.empty((count, *array.row_shape), array.dtype)
+            with disk_trouble("read", self.path):
+                read_rows(self.state, "views", array, view, checked, params[name])
+        return params
 
     def canaries(self, view: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows [K] and fingerprints [K, 8, 8, 3] of the canaries of one view."""
-        view = check_view(self.contents, view)
+        view = check_view(self.state, view)
         count = self.spec.canaries_per_view
         if not count:
             raise OutOfRange(f"{self.path} has no canaries")
-        block = Block("canaries", view, 0, 0, count)
-        if not self.contents.holds(block):
+        if not self.state.holds(Block("canaries", view, 0, 0, count)):
             raise OutOfRange(f"{self.path}: the canaries of view {view} are not written yet")
-        found = {}
+        arrays = {}
         for name, array in layout.canary_arrays(self.spec).items():
-            found[name] = np.empty((count, *array.row_shape), array.dtype)
+            arrays[name] = np.empty((count, *array.row_shape), array.dtype)
             with (
                 disk_trouble("read", self.path),
-                opened_shard(self.contents, array, array.shard_path(view, 0), count) as shard,
+                opened_shard(self.state, array, array.shard_path(view, 0), count) as shard,
             ):
-                shard.read_chunk(0, Scratch(), found[name])
-        if int(found["row"].max()) >= self.num_samples:
-            raise Damaged(f"{self.path}: a canary of view {view} is row {found['row'].max()} of {self.num_samples}")
-        return found["row"], found["pixels"]
-
-    def _rows(self, part: str, array: layout.ArrayLayout, view: int, rows: np.ndarray) -> np.ndarray:
-        require_memory(len(rows) * array.row_bytes, f"{self.path}: {len(rows)} rows of {array.path}")
-        out = np.empty((len(rows), *array.row_shape), array.dtype)
-        with disk_trouble("read", self.path):
-            read_rows(self.contents, part, array, view, rows, out)
-        return out
+                shard.read_chunk(0, Scratch(), arrays[name])
+        rows, pixels = arrays["row"], arrays["pixels"]
+        if int(rows.max()) >= self.num_samples:
+            raise Damaged(f"{self.path}: a canary of view {view} is row {rows.max()} of {self.num_samples}")
+        return rows, pixels
 
     def rows_available(self, view: int, teacher: str | None = None) -> np.ndarray:
-        """The rows of one view that are committed, with their view parameters: all of them once sealed."""
-        view = check_view(self.contents, view)
+        """The rows of one view whose signals and view parameters are committed: all of them once sealed."""
+        view = check_view(self.state, view)
         part = f"teachers/{self.teacher(teacher).name}"
         parts = [part, "views"] if self.spec.view_arrays else [part]
-        here = []
+        rows = [np.zeros(0, np.int64)]
         for index in range(self.spec.blocks_per_view):
-            start = index * self.spec.block_rows
-            stop = min(start + self.spec.block_rows, self.num_samples)
-            if all(self.contents.holds(Block(part, view, index, start, stop)) for part in parts):
-                here.append(np.arange(start, stop))
-        return np.concatenate(here) if here else np.zeros(0, np.int64)
+            blocks = [layout.row_block(self.spec, part, view, index) for part in parts]
+            if all(map(self.state.holds, blocks)):
+                rows.append(np.arange(blocks[0].start, blocks[0].stop))
+        return np.concatenate(rows)
 
-    # -- teachers -------------------------------------------------------------------------------------------------
+    # -- teachers -----------------------------------------------------------------------------------------------------
 
     def teacher(self, name: str | None = None) -> TeacherSpec:
         """One teacher by name, or the only one."""
         known = ", ".join(self.teachers) or "none"
         if name is None:
             if len(self.teachers) != 1:
-                raise OutOfRange(f"{self.path} has {len(self.teachers)} teachers; say which of: {known}")
+                raise OutOfRange(f"{self.path} has {len(self.teachers)} teachers; name one of: {known}")
             return next(iter(self.teachers.values()))
         if name not in self.teachers:
             raise OutOfRange(f"{self.path} has no teacher {name!r}; teachers: {known}")
         return self.teachers[name]
 
     def signal(self, teacher: str | None = None, signal: str = "logits") -> tuple[TeacherSpec, SignalSpec]:
-        chosen = self.teacher(teacher)
-        found = chosen.signal(signal)
-        if found is None:
-            names = ", ".join(item.name for item in chosen.signals)
-            raise OutOfRange(f"teacher {chosen.name!r} of {self.path} has no signal {signal!r}; signals: {names}")
-        return chosen, found
+        teacher_spec = self.teacher(teacher)
+        signal_spec = teacher_spec.signal(signal)
+        if signal_spec is None:
+            names = ", ".join(item.name for item in teacher_spec.signals)
+            raise OutOfRange(f"teacher {teacher_spec.name!r} of {self.path} has no signal {signal!r}; signals: {names}")
+        return teacher_spec, signal_spec
 
     def codec(self, teacher: str | None = None, signal: str = "logits") -> Codec:
-        """What turns the stored integers of a signal back into its values."""
-        chosen, found = self.signal(teacher, signal)
+        """The codec that decodes a signal."""
+        teacher_spec, spec = self.signal(teacher, signal)
         with self._lock:
-            codec = self._codecs.get((chosen.name, found.name))
+            codec = self._codecs.get((teacher_spec.name, spec.name))
             if codec is None:
-                prefix = f"{found.name}/"
-                arrays = layout.side_arrays(chosen).items()
+                prefix = f"{spec.name}/"
+                arrays = layout.side_arrays(teacher_spec).items()
                 with disk_trouble("read", self.path):
                     side = {
-                        name.removeprefix(prefix): read_whole(self.contents, array)
+                        name.removeprefix(prefix): read_whole(self.state, array)
                         for name, array in arrays
                         if name.startswith(prefix)
                     }
-                codec = open_codec(found.codec, found.width, found.config, side)
-                if _shapes(codec.arrays()) != _shapes(found.arrays):
-                    raise Damaged(f"{self.path}: signal {found.name!r} does not have the arrays of its codec")
-                self._codecs[chosen.name, found.name] = codec
+                codec = open_codec(spec.codec, spec.width, spec.config, side)
+                if _shapes(codec.arrays()) != _shapes(spec.arrays):
+                    raise Damaged(f"{self.path}: signal {spec.name!r} does not have the arrays of its codec")
+                self._codecs[teacher_spec.name, spec.name] = codec
         return codec
 
     def logits(self, view: int, rows: object | None = None, teacher: str | None = None) -> np.ndarray:
-        """float32 [n, classes]; without the constant of a row that softmax does not see, unless it was kept."""
-        return self._decoded(view, rows, teacher, "logits")
+        """float32 [n, classes], up to a constant per row (softmax ignores it), unless the codec keeps that."""
+        return self._decode(view, rows, teacher, "logits")
 
     def features(self, view: int, rows: object | None = None, *, layer: str, teacher: str | None = None) -> np.ndarray:
         """float32 [n, width] of a feature layer."""
-        return self._decoded(view, rows, teacher, layer)
+        return self._decode(view, rows, teacher, layer)
 
-    def _decoded(self, view: int, rows: object | None, teacher: str | None, signal: str) -> np.ndarray:
-        chosen, found = self.signal(teacher, signal)
-        codec = self.codec(chosen.name, signal)
-        view, wanted = check_view(self.contents, view), check_rows(self.contents, rows)
-        if not len(wanted):
-            return np.zeros((0, found.width), np.float32)
-        require_memory(4 * len(wanted) * found.width, f"{self.path}: {len(wanted)} rows of {signal}")
-        part = f"teachers/{chosen.name}"
-        layouts = {a.name: layout.teacher_arrays(self.spec, chosen)[f"{signal}/{a.name}"] for a in found.arrays}
-        arrays = {
-            name: self._rows(part, array, view, wanted) for name, array in layouts.items() if name not in codec.rare
-        }
-        for name, needed in codec.rows_needing(arrays).items():
-            if needed.any():
-                arrays[name] = self._rows(part, layouts[name], view, wanted[needed])
-        return np.asarray(codec.decode(arrays))
+    def _decode(self, view: int, rows: object | None, teacher: str | None, signal: str) -> np.ndarray:
+        stored = self._stored(teacher, signal)
+        view, checked = check_view(self.state, view), check_rows(self.state, rows)
+        with disk_trouble("read", self.path):
+            return stored.decode(view, checked)
 
     def load_view(
         self,
@@ -289,17 +277,20 @@ class Archive:
         into: PackedView | None = None,
         buffers: Buffers = np.empty,
     ) -> PackedView:
-        """The stored rows of a whole view in memory, to gather from at random; `into` lends its buffers."""
-        chosen, found = self.signal(teacher, signal)
-        codec = self.codec(chosen.name, signal)
+        """The packed rows of a whole view in memory, to gather from in any order; buffers of `into` are reused."""
+        stored = self._stored(teacher, signal)
         with disk_trouble("read", self.path):
-            return PackedView.load(self.contents, chosen, found, codec, check_view(self.contents, view), into, buffers)
+            return stored.load(check_view(self.state, view), into, buffers)
 
     def loader(self, teacher: str | None = None, signal: str = "logits", buffers: Buffers = np.empty) -> ViewLoader:
         """Whole views one after another, the next one loaded in the background."""
         return ViewLoader(lambda view, into: self.load_view(view, teacher, signal, into=into, buffers=buffers))
 
+    def _stored(self, teacher: str | None, signal: str) -> StoredSignal:
+        teacher_spec, signal_spec = self.signal(teacher, signal)
+        return StoredSignal(self.state, teacher_spec, signal_spec, self.codec(teacher_spec.name, signal))
+
 
 def _shapes(arrays: Sequence[ArraySpec]) -> set[tuple[str, str, tuple[int, ...]]]:
-    """What a codec relies on; how rows are cut into chunks is not its business."""
+    """What a codec relies on; how rows are cut into chunks is left to the writer."""
     return {(array.name, array.dtype, tuple(array.row_shape)) for array in arrays}

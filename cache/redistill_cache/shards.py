@@ -1,14 +1,14 @@
-"""One shard: encoded through zarr into memory, and read back chunk by chunk without zarr.
+"""One shard: encoded in memory by zarr, and read chunk by chunk without zarr.
 
-zarr-python costs about a millisecond a call and trusts what it reads; here a chunk costs its decompression, and
-nothing is decompressed before its size is known to be right.
+zarr-python takes about a millisecond per call and trusts what it reads; here a chunk takes its decompression only, and
+its size is checked before it is decompressed.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from typing import Any, Protocol
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -24,47 +24,7 @@ from redistill_cache.strict_json import canonical
 __all__ = ["Scratch", "ShardReader", "encode_shard", "untranspose"]
 
 
-# -- untranspose ------------------------------------------------------------------------------------------------------
-#
-# Columns back to rows, at memory speed.
-#
-# A chunk of small integers compresses best column by column, and is wanted row by row. A plain strided copy of bytes
-# runs at 0.3 to 0.5 GB/s on the machine this was written on, slower than zstd; through 64-bit words, at 1.3 to 1.7
-# GB/s.
-
-WORD = 8
-
-
-class Buffers(Protocol):
-    def take(self, purpose: str, nbytes: int) -> np.ndarray: ...
-
-
-def untranspose(columns_WC: np.ndarray, rows_CW: np.ndarray, scratch: Buffers) -> None:
-    """rows_CW[...] = columns_WC.T[:len(rows_CW)], for C-contiguous columns.
-
-    Columns are interleaved in groups that fill a 64-bit word; then words are transposed instead of bytes, also into
-    rows whose words are not aligned. The columns that fill no word go one by one.
-    """
-    width, chunk = columns_WC.shape
-    rows, itemsize = len(rows_CW), columns_WC.itemsize
-    group = WORD // itemsize
-    words = width // group
-    if group > 1 and words and rows and rows_CW.flags.c_contiguous:
-        used = words * group
-        interleaved = scratch.take("interleaved", words * chunk * WORD).view(columns_WC.dtype)
-        interleaved = interleaved.reshape(words, chunk, group)
-        grouped = columns_WC[:used].reshape(words, group, chunk)
-        for i in range(group):
-            interleaved[:, :, i] = grouped[:, i]
-        target_NW = np.ndarray((rows, words), np.uint64, buffer=rows_CW, strides=(width * itemsize, WORD))
-        target_NW[...] = interleaved.view(np.uint64)[:, :rows, 0].T
-        columns_WC, rows_CW = columns_WC[used:], rows_CW[:, used:]
-    rows_CW[...] = columns_WC[:, :rows].T
-
-
-# -- shards -----------------------------------------------------------------------------------------------------------
-
-ABSENT = 2**64 - 1
+# -- writing ----------------------------------------------------------------------------------------------------------
 
 
 def encode_shard(layout: ArrayLayout, rows: np.ndarray) -> bytes:
@@ -75,7 +35,7 @@ def encode_shard(layout: ArrayLayout, rows: np.ndarray) -> bytes:
     metadata = canonical(layout.metadata((*lead, *rows.shape)))
     store: dict[str, Any] = {"zarr.json": default_buffer_prototype().buffer.from_bytes(metadata)}
     array = zarr.open_array(MemoryStore(store), mode="r+", zarr_format=3)
-    # By default zarr leaves out a chunk that is all zeros, and then nobody could tell zeros from a loss.
+    # By default zarr omits a chunk of zeros, which could then not be told from a lost one.
     array = array.with_config({"write_empty_chunks": True})
     array[...] = rows.reshape(*lead, *rows.shape)
     del store["zarr.json"]
@@ -84,8 +44,14 @@ def encode_shard(layout: ArrayLayout, rows: np.ndarray) -> bytes:
     return data
 
 
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+ABSENT = 2**64 - 1  # in the index: no chunk
+WORD = 8
+
+
 class Scratch:
-    """Buffers that are used again for every chunk: fresh ones above some MiB cost more than decoding into them."""
+    """Buffers that are reused for every chunk: allocating some MiB takes longer than decoding into them."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, np.ndarray] = {}
@@ -98,10 +64,10 @@ class Scratch:
 
 
 class ShardReader:
-    """Reads chunks of one open shard file. Not a mapping: a file cut short under a mapping kills the process."""
+    """Reads chunks of one open shard file. Not memory-mapped: a mapped file that is cut short kills the process."""
 
     def __init__(self, fd: int, size: int, layout: ArrayLayout, rows: int, where: str) -> None:
-        """`rows` rows of this shard are data; `where` names it in errors."""
+        """The first `rows` rows of the shard are data; `where` is its name in errors."""
         self._fd = fd
         self._layout = layout
         self._where = where
@@ -120,7 +86,7 @@ class ShardReader:
             done += count
 
     def _read_index(self, size: int) -> np.ndarray:
-        """Where each chunk ends. Chunks lie back to back from byte 0 to the index, so this is all there is to know."""
+        """The end of each chunk. Chunks lie back to back from byte 0 to the index, so this locates all of them."""
         layout = self._layout
         data_bytes = size - layout.index_bytes
         if data_bytes < 0:
@@ -136,13 +102,15 @@ class ShardReader:
         ends = np.cumsum(sizes, dtype=np.uint64)
         back_to_back = np.all(sizes <= data_bytes) and np.array_equal(offsets[1:], ends[:-1]) and offsets[0] == 0
         if not (back_to_back and int(ends[-1]) == data_bytes and np.all(entries[used:] == ABSENT)):
-            raise self._damaged("its index is not that of chunks lying back to back")
+            raise self._damaged("the chunks of its index do not lie back to back")
         if int(sizes.max()) > layout.chunk_bytes + layout.chunk_bytes // 16 + 1024:
-            raise self._damaged(f"chunks of more bytes than the {layout.chunk_bytes} they hold can take")
+            raise self._damaged(
+                f"a chunk of {int(sizes.max())} bytes, too many for the {layout.chunk_bytes} it decodes to"
+            )
         return ends.astype(np.int64)
 
     def read_chunk(self, chunk: int, scratch: Scratch, out: np.ndarray) -> None:
-        """Decode chunk number `chunk` into `out`, C-contiguous [n, *row_shape], n at most its rows: the first n."""
+        """Decode the first n rows of chunk number `chunk` into `out`, C-contiguous [n, *row_shape]."""
         layout = self._layout
         start = int(self._ends[chunk - 1]) if chunk else 0
         stored = scratch.take("stored", int(self._ends[chunk]) - start)
@@ -175,8 +143,33 @@ class ShardReader:
             raise self._damaged(f"{where} {problem}")
         try:
             zstd.decompress(stored, out)
-        except (RuntimeError, ValueError) as error:  # libzstd's message: a checksum, a bad block, a wrong size
+        except (RuntimeError, ValueError) as error:  # libzstd: a checksum, a bad block, a wrong size
             raise self._damaged(f"{where} does not decompress ({error})") from None
+
+
+def untranspose(columns_WC: np.ndarray, rows_CW: np.ndarray, scratch: Scratch) -> None:
+    """rows_CW[...] = columns_WC.T[:len(rows_CW)], for C-contiguous columns.
+
+    Chunks of small integers compress best column by column, and are needed row by row. A strided copy of single bytes
+    was measured at 0.3 to 0.5 GB/s, slower than zstd; this one, through 64-bit words, at 1.3 to 1.7 GB/s: columns are
+    interleaved in groups that fill a word, and words are transposed instead of bytes, also into rows whose words are
+    not aligned. Columns that do not fill a word are copied one by one.
+    """
+    width, chunk = columns_WC.shape
+    rows, itemsize = len(rows_CW), columns_WC.itemsize
+    group = WORD // itemsize
+    words = width // group
+    if group > 1 and words and rows and rows_CW.flags.c_contiguous:
+        used = words * group
+        interleaved = scratch.take("interleaved", words * chunk * WORD).view(columns_WC.dtype)
+        interleaved = interleaved.reshape(words, chunk, group)
+        grouped = columns_WC[:used].reshape(words, group, chunk)
+        for i in range(group):
+            interleaved[:, :, i] = grouped[:, i]
+        target_NW = np.ndarray((rows, words), np.uint64, buffer=rows_CW, strides=(width * itemsize, WORD))
+        target_NW[...] = interleaved.view(np.uint64)[:, :rows, 0].T
+        columns_WC, rows_CW = columns_WC[used:], rows_CW[:, used:]
+    rows_CW[...] = columns_WC[:, :rows].T
 
 
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
@@ -185,7 +178,7 @@ ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 def check_frame(frame: np.ndarray, expected: int) -> str | None:
     """What is wrong with the header of a zstd frame that must hold `expected` bytes and a checksum; None if nothing.
 
-    Read before anything is decompressed: a frame of 8 KB may claim, and make, gigabytes (RFC 8878, section 3.1.1).
+    Checked before decompression: a frame of 8 KB may decode to gigabytes (RFC 8878, section 3.1.1).
     """
     head = frame[:18].tobytes()
     if len(head) < 6 or head[:4] != ZSTD_MAGIC:
@@ -199,6 +192,6 @@ def check_frame(frame: np.ndarray, expected: int) -> str | None:
     size_bytes = {0: 1 if single_segment else 0, 1: 2, 2: 4, 3: 8}[descriptor >> 6]
     at = 5 if single_segment else 6
     if not size_bytes or len(head) < at + size_bytes:
-        return "does not say its size"
-    claimed = int.from_bytes(head[at : at + size_bytes], "little") + (256 if size_bytes == 2 else 0)
-    return None if claimed == expected else f"claims {claimed} bytes, expected {expected}"
+        return "does not state its size"
+    stated = int.from_bytes(head[at : at + size_bytes], "little") + (256 if size_bytes == 2 else 0)
+    return None if stated == expected else f"states {stated} bytes, expected {expected}"

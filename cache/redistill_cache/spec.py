@@ -1,7 +1,8 @@
-"""What an archive says about itself: the specification, as frozen data.
+"""The specification of an archive as frozen, checked dataclasses.
 
-The specification decides every byte of metadata (layout.py turns it into zarr.json files), so it is all that a reader
-parses: zarr never sees a document that came with an archive.
+It determines every byte of metadata (layout.py turns it into zarr.json files), so it is all that a reader parses: zarr
+never sees a document that came with an archive. The same rules hold for a caller (`UsageError`) and for a file
+(`Refused`, see spec_files.py).
 """
 
 from __future__ import annotations
@@ -43,17 +44,13 @@ __all__ = [
 ]
 
 
-# -- requirements -----------------------------------------------------------------------------------------------------
-#
-# The rules that names, numbers and texts of a specification keep, and the one form of saying which was broken.
-#
-# They hold for a caller (`UsageError`) and for a file (`Refused`, see parsing.py) alike.
+# -- names, numbers and texts -----------------------------------------------------------------------------------------
 
-# Names become folders on any file system, so: lower case only, and nothing a zarr hierarchy already uses.
+# Names become folders on any file system, so: lower case only, and nothing that a zarr hierarchy already uses.
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 SIGNAL_NAME = re.compile(r"(?!.*\.\.)[a-z0-9](?:[a-z0-9_.-]{0,62}[a-z0-9_])?")
 RESERVED = ("zarr.json", "side", "c")
-SURROGATE = re.compile("[\ud800-\udfff]")  # half a pair: no UTF-8 can hold it
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a pair: no UTF-8 can encode it
 
 
 def require(condition: bool, where: str, expected: str, found: object) -> None:
@@ -63,7 +60,7 @@ def require(condition: bool, where: str, expected: str, found: object) -> None:
 
 
 def is_name(text: str) -> bool:
-    """Can this be the name of a teacher, an array or side data? Only then may it become part of a path."""
+    """Whether this is a valid name of a teacher, an array or side data; only then may it become part of a path."""
     return bool(NAME.fullmatch(text)) and text not in RESERVED
 
 
@@ -73,7 +70,7 @@ def check_name(name: str, where: str) -> None:
 
 
 def check_signal_name(name: str, where: str) -> None:
-    """Layers of networks have dots in their names."""
+    """As `check_name`, but with dots: layers of networks have them in their names."""
     fits = isinstance(name, str) and SIGNAL_NAME.fullmatch(name) and name not in RESERVED
     require(bool(fits), where, "1 to 64 of a-z, 0-9, '_', '-' and single dots inside", name)
 
@@ -95,8 +92,6 @@ def check_unique(names: Iterable[str], where: str, most: int) -> None:
 
 
 # -- arrays -----------------------------------------------------------------------------------------------------------
-#
-# What one array of an archive looks like: the shared word of codecs, view recipes and the writer.
 
 INTEGERS = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
 DTYPES = (*INTEGERS, "float16", "float32", "float64")
@@ -106,8 +101,8 @@ DTYPES = (*INTEGERS, "float16", "float32", "float64")
 class ArraySpec:
     """An array of shape [views, samples, *row_shape], one row per view and sample.
 
-    `chunk_rows` rows are compressed together (None: the writer picks about a mebibyte); with `transpose` the bytes
-    of a chunk lie column by column, which is what makes columns of small integers compress; `level` is zstd's.
+    `chunk_rows` rows are compressed together (None: the writer chooses about a mebibyte); with `transpose` the bytes
+    of a chunk are stored column by column, so that columns of small integers compress well; `level` is that of zstd.
     """
 
     name: str
@@ -127,7 +122,7 @@ class ArraySpec:
 
 @dataclass(frozen=True)
 class SideArray:
-    """An array written once for a signal: the basis of a codec, an offset."""
+    """An array that is written once for a signal, such as the basis of a codec."""
 
     name: str
     dtype: str
@@ -152,7 +147,7 @@ class SideArray:
 
 
 def check_array(array: ArraySpec, where: str) -> None:
-    """Refuse an ArraySpec that cannot be stored. Products are taken of checked factors only."""
+    """`UsageError` for an array that cannot be stored. Only checked sizes are multiplied."""
     check_name(array.name, f"{where}: name of an array")
     where = f"{where}: array {array.name!r}:"
     require(array.dtype in DTYPES, f"{where} dtype", f"one of {', '.join(DTYPES)}", array.dtype)
@@ -175,14 +170,14 @@ CHUNK_BYTES = 1 << 20
 
 
 def resolve_chunk(array: ArraySpec, block_rows: int) -> ArraySpec:
-    """Decide how many rows are compressed together: a divisor of `block_rows`, near the wish or near a mebibyte."""
-    wish = array.chunk_rows or max(1, CHUNK_BYTES // array.row_bytes)
-    wish = min(wish, block_rows, max(1, limits.MAX_CHUNK_BYTES // array.row_bytes))
-    rows = min(_divisors(block_rows), key=lambda rows: (abs(math.log(rows / wish)), rows))
+    """The array with `chunk_rows` set: a divisor of `block_rows` near the requested number, or near a mebibyte."""
+    target = array.chunk_rows or max(1, CHUNK_BYTES // array.row_bytes)
+    target = min(target, block_rows, max(1, limits.MAX_CHUNK_BYTES // array.row_bytes))
+    rows = min(_divisors(block_rows), key=lambda rows: (abs(math.log(rows / target)), rows))
     if not chunks_fit(array, rows, block_rows):
         raise UsageError(
             f"array {array.name!r}: block_rows={block_rows} gives chunks of {rows * array.row_bytes} bytes, "
-            f"{block_rows // rows} a block; expected at most {limits.MAX_CHUNK_BYTES} and {limits.MAX_CHUNKS}: "
+            f"{block_rows // rows} per block; expected at most {limits.MAX_CHUNK_BYTES} and {limits.MAX_CHUNKS}: "
             "choose fewer rows, and a power of two"
         )
     return replace(array, chunk_rows=rows, row_shape=tuple(array.row_shape))
@@ -197,16 +192,17 @@ def _divisors(number: int) -> list[int]:
     return sorted({*small, *(number // d for d in small)})
 
 
-# -- spec -------------------------------------------------------------------------------------------------------------
+# -- signals, teachers, archives --------------------------------------------------------------------------------------
 
 FORMAT = "redistill-archive"
 VERSION = (1, 0)
+# All codecs of the format; codecs/catalogue.py implements each.
 CODECS = ("linear", "float16", "float32", "compander", "topk")
 
 
 @dataclass(frozen=True)
 class SignalSpec:
-    """One thing a teacher says of every view: its logits, or a feature layer. `width` values a row once decoded."""
+    """One output of a teacher: its logits, or a feature layer. A decoded row has `width` values."""
 
     name: str
     codec: str
@@ -254,7 +250,7 @@ class SignalSpec:
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """A teacher of an archive: its signals, and a description of the model (never a place or code to load)."""
+    """A teacher of an archive: its signals, and a description of the model (never a path, URL or code)."""
 
     name: str
     signals: tuple[SignalSpec, ...]
@@ -271,7 +267,7 @@ class TeacherSpec:
         return next((signal for signal in self.signals if signal.name == name), None)
 
     def resolved(self, block_rows: int) -> TeacherSpec:
-        """The same with every chunk size decided."""
+        """The same teacher with every chunk size set."""
         signals = (
             replace(signal, arrays=tuple(resolve_chunk(array, block_rows) for array in signal.arrays))
             for signal in self.signals
@@ -289,10 +285,10 @@ class TeacherSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ArchiveSpec:
-    """What every view of an archive shares: samples, classes, recipe, and how rows are cut into blocks.
+    """What all views of an archive share: samples, classes, recipe, and how rows are cut into blocks.
 
-    `recipe` and `source` are descriptions, never code, paths or URLs. `environment` (library versions) is recorded and
-    decides nothing. `excluded` lists samples of the source that are not in the archive: {"key": ..., "reason": ...}.
+    `recipe` and `source` are descriptions, never code, paths or URLs. `environment` (library versions) is recorded
+    only. `excluded` lists samples of the source that are not in the archive: {"key": ..., "reason": ...}.
     """
 
     num_samples: int
@@ -326,7 +322,7 @@ class ArchiveSpec:
             check_array(array, "view parameters")
         check_unique((array.name for array in self.view_arrays), "view_arrays", limits.MAX_ARRAYS)
         row_bytes = sum(array.row_bytes for array in self.view_arrays)
-        most = f"at most {limits.MAX_VIEW_ROW_BYTES} bytes a view in all"
+        most = f"at most {limits.MAX_VIEW_ROW_BYTES} bytes per view in total"
         require(row_bytes <= limits.MAX_VIEW_ROW_BYTES, "view_arrays", most, row_bytes)
         size = len(canonical(self.to_json()))
         require(size <= limits.MAX_ROOT_BYTES - 1024, "the specification", f"<= {limits.MAX_ROOT_BYTES} bytes", size)
@@ -336,12 +332,9 @@ class ArchiveSpec:
             object.__setattr__(self, "class_names", tuple(self.class_names))
             for name in self.class_names:
                 check_text(name, "a class name")
-            most = limits.MAX_CLASS_NAMES
-            require(
-                len(self.class_names) <= most, "class_names", f"at most {most} names, or none", len(self.class_names)
-            )
-            expected = f"{self.num_classes} names, one per class"
-            require(len(self.class_names) == self.num_classes, "class_names", expected, len(self.class_names))
+            count, most = len(self.class_names), limits.MAX_CLASS_NAMES
+            require(count <= most, "class_names", f"at most {most} names, or none", count)
+            require(count == self.num_classes, "class_names", f"{self.num_classes} names, one per class", count)
         most = limits.MAX_EXCLUDED
         require(len(self.excluded) <= most, "excluded", f"a list of at most {most} samples", len(self.excluded))
         for item in self.excluded:
@@ -352,7 +345,7 @@ class ArchiveSpec:
         check_text(self.citation, "citation")
 
     def check_teacher(self, teacher: TeacherSpec) -> None:
-        """Logits have a value for every class, or labels would point outside of them."""
+        """`UsageError` unless the logits of a teacher have one value per class."""
         for signal in teacher.signals:
             fits = signal.name != "logits" or signal.width == self.num_classes
             expected = f"{self.num_classes}, the number of classes"
@@ -363,7 +356,7 @@ class ArchiveSpec:
         return -(-self.num_samples // self.block_rows)
 
     def resolved(self) -> ArchiveSpec:
-        """The same with every chunk size decided: what is stored and compared."""
+        """The same specification with every chunk size set: what is stored and compared."""
         arrays = tuple(resolve_chunk(array, self.block_rows) for array in self.view_arrays)
         return replace(self, view_arrays=arrays)
 
@@ -392,14 +385,14 @@ class ArchiveSpec:
 
 
 def archive_identity(value: Mapping[str, Json]) -> str:
-    """What binds a commit record to its archive: a hash of the specification as stored.
+    """A hash of the specification as stored, which binds commit records to their archive.
 
-    The number of views may grow later, so it does not count. A teacher's records are bound to `teacher_identity`.
+    It leaves out the number of views, which may grow later. A teacher's records are bound to `teacher_identity`.
     """
     rest = {key: item for key, item in value.items() if key != "num_views"}
     return hashlib.sha256(canonical(rest)).hexdigest()
 
 
 def teacher_identity(archive: str, value: Mapping[str, Json]) -> str:
-    """The same for the records of one teacher; `archive` is the identity of its archive."""
+    """The same for the records of one teacher; `archive` is the identity of the archive."""
     return hashlib.sha256(canonical([archive, dict(value)])).hexdigest()

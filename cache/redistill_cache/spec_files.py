@@ -1,4 +1,7 @@
-"""The two documents of an archive that are parsed: its own zarr.json and its teachers'."""
+"""The documents of an archive that are parsed, its own zarr.json and one per teacher: untrusted, strictly validated.
+
+Every other zarr.json is only compared with what the specification makes (layout.py).
+"""
 
 from __future__ import annotations
 
@@ -38,9 +41,7 @@ __all__ = [
 ]
 
 
-# -- parsing ----------------------------------------------------------------------------------------------------------
-#
-# Reading a specification that nobody has vouched for: every field has a type, a range, and a refusal that names it.
+# -- specifications ---------------------------------------------------------------------------------------------------
 
 
 def _parse_array(value: Json, where: str, block_rows: int) -> ArraySpec:
@@ -84,7 +85,7 @@ def _parse_signal(value: Json, where: str, block_rows: int) -> SignalSpec:
 
 
 def parse_version(fields: Fields, where: str) -> tuple[int, int]:
-    """The format version, after refusing a major that this reader does not know."""
+    """The format version; `Refused` when this reader does not support its major part."""
     text = fields.text("version", 16)
     match = re.fullmatch(r"(0|[1-9][0-9]{0,3})\.(0|[1-9][0-9]{0,3})", text)
     if not match:
@@ -94,12 +95,12 @@ def parse_version(fields: Fields, where: str) -> tuple[int, int]:
         newer = major > VERSION[0]
         advice = "upgrade redistill (pip install -U redistill)" if newer else "that version was never released"
         kind = NewerFormat if newer else Refused
-        raise kind(f"{where}: written in archive format {text}, this redistill reads {VERSION[0]}.x; {advice}")
+        raise kind(f"{where}: archive format {text}, this version of redistill reads {VERSION[0]}.x; {advice}")
     return major, minor
 
 
 def parse_archive_spec(value: Json, where: str) -> ArchiveSpec:
-    """The specification from the attributes of an archive's root zarr.json, which are not trusted."""
+    """The specification from the untrusted attributes of an archive's root zarr.json."""
     fields = Fields(value, where)
     if fields.text("format", 64) != FORMAT:
         fields.refuse("format", repr(FORMAT))
@@ -123,7 +124,7 @@ def parse_archive_spec(value: Json, where: str) -> ArchiveSpec:
             citation=fields.text("citation", limits.MAX_TEXT),
             environment=fields.mapping("environment"),
         )
-    except UsageError as error:  # the same rules hold for a caller and for a file; only the blame differs
+    except UsageError as error:  # the same rules hold for a caller and for a file
         raise Refused(f"{where}: {error}") from None
     fields.done(ignore_unknown=minor > VERSION[1])
     return spec
@@ -137,7 +138,7 @@ def _parse_excluded(value: Json, where: str) -> dict[str, str]:
 
 
 def parse_teacher_spec(value: Json, where: str, block_rows: int) -> TeacherSpec:
-    """A teacher from the attributes of its zarr.json, which are not trusted."""
+    """A teacher from the untrusted attributes of its zarr.json."""
     fields = Fields(value, where)
     _, minor = parse_version(fields, where)
     try:
@@ -155,26 +156,26 @@ def parse_teacher_spec(value: Json, where: str, block_rows: int) -> TeacherSpec:
     return teacher
 
 
-# -- archive files ----------------------------------------------------------------------------------------------------
+# -- their files ------------------------------------------------------------------------------------------------------
 
-EXPECTED = "expected a folder like name.redistill.zarr, made by 'redistill cache-teacher'"
+EXPECTED = "expected a folder like name.redistill.zarr, written by 'redistill cache-teacher'"
 Spec = TypeVar("Spec", ArchiveSpec, TeacherSpec)
 
 
 @dataclass(frozen=True)
 class Document(Generic[Spec]):
-    """A specification as it was found: `identity` binds commit records to it, `data` are its bytes."""
+    """A specification as read: `identity` binds commit records to it, `data` are its bytes."""
 
     spec: Spec
     identity: str
     data: bytes = field(repr=False)
-    newer: str | None  # the minor version, where it is above ours: there may be members that we ignore
+    newer: str | None  # the version, where its minor part is above ours: there may be members that we ignore
 
     def require_writable(self, path: Path) -> None:
-        """Adding to what is not fully understood would lose the rest of it."""
+        """`NewerFormat` when writing could lose members that this version does not know."""
         if self.newer:
             raise NewerFormat(
-                f"{path}: written in archive format {self.newer}; this redistill reads it, and cannot add to it: "
+                f"{path}: archive format {self.newer} can be read by this version of redistill, but not added to; "
                 "upgrade redistill (pip install -U redistill)"
             )
 
@@ -182,8 +183,8 @@ class Document(Generic[Spec]):
 def read_root(path: Path) -> Document[ArchiveSpec]:
     """The specification of the archive at `path`."""
     if not path.is_dir():
-        found = "that is a file" if path.exists() else "nothing is there"
-        raise NotAnArchive(f"{path} is not a redistill archive: {found}; {EXPECTED}")
+        reason = "it is a file" if path.exists() else "it does not exist"
+        raise NotAnArchive(f"{path} is not a redistill archive: {reason}; {EXPECTED}")
     try:
         data = read_small(path / "zarr.json", limits.MAX_ROOT_BYTES)
     except FileNotFoundError:
@@ -192,7 +193,7 @@ def read_root(path: Path) -> Document[ArchiveSpec]:
     document = parse(data, cap=limits.MAX_ROOT_BYTES, where=where)
     attributes = document.get("attributes") if isinstance(document, dict) else None
     if not isinstance(attributes, dict) or "redistill" not in attributes:
-        raise NotAnArchive(f"{path} is not a redistill archive: its zarr.json does not say so; {EXPECTED}")
+        raise NotAnArchive(f"{path} is not a redistill archive: its zarr.json is not that of one; {EXPECTED}")
     value = attributes["redistill"]
     spec = parse_archive_spec(value, where)
     try:
@@ -204,15 +205,15 @@ def read_root(path: Path) -> Document[ArchiveSpec]:
 
 
 def read_teachers(path: Path, names: Iterable[str], root: Document[ArchiveSpec]) -> dict[str, Document[TeacherSpec]]:
-    """The teachers with these names, all of them within the limits of an archive together."""
-    found: dict[str, Document[TeacherSpec]] = {}
+    """The teachers with these names; `Refused` when together they exceed the limits of an archive."""
+    documents: dict[str, Document[TeacherSpec]] = {}
     for name in sorted(names):
-        found[name] = _read_teacher(path / layout.teacher_path(name), name, root)
+        documents[name] = _read_teacher(path / layout.teacher_path(name), name, root)
         try:
-            layout.check_extent(root.spec, {name: item.spec for name, item in found.items()})
+            layout.check_extent(root.spec, {name: document.spec for name, document in documents.items()})
         except UsageError as error:
             raise Refused(f"{path}: {error}") from None
-    return found
+    return documents
 
 
 def _read_teacher(file: Path, name: str, root: Document[ArchiveSpec]) -> Document[TeacherSpec]:
@@ -225,7 +226,7 @@ def _read_teacher(file: Path, name: str, root: Document[ArchiveSpec]) -> Documen
     value = Fields(Fields(document, where).mapping("attributes"), where).mapping("redistill_teacher")
     teacher = parse_teacher_spec(value, where, root.spec.block_rows)
     if teacher.name != name:
-        raise Refused(f"{where}: this is teacher {teacher.name!r}, expected {name!r}")
+        raise Refused(f"{where}: expected teacher {name!r}, found {teacher.name!r}")
     try:
         root.spec.check_teacher(teacher)
     except UsageError as error:
@@ -235,12 +236,12 @@ def _read_teacher(file: Path, name: str, root: Document[ArchiveSpec]) -> Documen
 
 
 def _check_bytes(data: bytes, expected: bytes, value: Json, where: str) -> str | None:
-    """A document of our minor version is fully known, so its bytes are too; of a newer one, that version."""
+    """`Damaged` unless the bytes follow from the content. A newer minor version is not checked, but returned."""
     major, minor = parse_version(Fields(value, where), where)
     if minor > VERSION[1]:
         return f"{major}.{minor}"
     if data != expected:
-        raise Damaged(f"{where}: not the bytes that its own content makes; it was edited or damaged")
+        raise Damaged(f"{where}: not the canonical form of its own content; it was edited or damaged")
     return None
 
 

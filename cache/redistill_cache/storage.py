@@ -1,4 +1,13 @@
-"""Reading files of an archive that nobody has vouched for: no links, no pipes, no more bytes than asked for."""
+"""The local disk: the only place that changes it, and reading files that are not trusted.
+
+Everything the writer does to a file system goes through `Files`, so that tests can put a failing disk or a simulated
+power cut in its place while the code under test is exactly the code that ships. A file becomes visible whole or not at
+all:
+
+    write temporary -> fsync file -> rename (or link, which fails when another writer was first) -> fsync directory
+
+Files of an archive may come from a stranger: links and pipes are refused, and no more bytes are read than expected.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +26,7 @@ from redistill_cache.errors import Damaged, Refused
 __all__ = ["LOCAL", "Files", "disk_trouble", "file_sha256", "is_leftover", "open_regular", "read_small", "walk_regular"]
 
 
-# -- files ------------------------------------------------------------------------------------------------------------
-#
-# The file layer: the only place of this package that changes a disk.
-#
-# Everything the writer does to a file system goes through one small object, so that tests can put a failing disk or
-# a simulated power cut in its place and the code under test stays exactly the code that ships.
-#
-# A file becomes visible whole or not at all:
-#
-#     write temporary -> fsync file -> rename (or link, to lose against an earlier writer) -> fsync directory
+# -- writing ----------------------------------------------------------------------------------------------------------
 
 LEFTOVER = ".partial"
 
@@ -64,13 +64,13 @@ class Files:
         old.replace(new)
 
     def link(self, old: Path, new: Path) -> None:
-        """Give `old` a second name; FileExistsError when `new` is taken: the loser of a race learns it here."""
+        """Give `old` a second name; FileExistsError when `new` exists, as for the loser of a race."""
         os.link(old, new, follow_symlinks=False)
 
     def remove(self, path: Path) -> None:
         path.unlink()
 
-    # -- compositions -------------------------------------------------------------------------------------------
+    # -- compositions -------------------------------------------------------------------------------------------------
 
     def make_directories(self, path: Path) -> None:
         """Create `path` and its missing parents, each made durable in its parent."""
@@ -80,7 +80,7 @@ class Files:
         try:
             self.make_directory(path)
         except FileExistsError:
-            return  # another process made it between the two lines
+            return  # another process created it between the two lines
         self.sync_directory(path.parent)
 
     def publish(self, path: Path, data: bytes | memoryview, *, exclusive: bool = False) -> None:
@@ -100,7 +100,7 @@ class Files:
         self.sync_directory(path.parent)
 
     def _discard(self, temporary: Path) -> None:
-        """Best effort after a failure: a leftover is ignored by readers and swept by the next writer."""
+        """Best effort after a failure: readers ignore a leftover, and `seal` removes it."""
         try:
             self.remove(temporary)
         except OSError:
@@ -108,18 +108,16 @@ class Files:
 
 
 def is_leftover(path: Path) -> bool:
-    """Is this the temporary file of a writer that died?"""
+    """Whether this is the temporary file of a writer, running or dead."""
     return path.name.endswith(LEFTOVER)
 
 
 LOCAL = Files()
 
 
-# -- storage ----------------------------------------------------------------------------------------------------------
+# -- errors of the disk -----------------------------------------------------------------------------------------------
 
-HASH_PIECE = 1 << 20
-
-# What to do about the errors users meet; anything else gets the general advice.
+# Advice for common errors; any other gets the general one.
 ADVICE = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "raise the quota or free some space",
@@ -133,22 +131,28 @@ ADVICE = {
 
 @contextlib.contextmanager
 def disk_trouble(action: str, path: Path, after: str = "") -> Iterator[None]:
-    """Turn an OSError into one line that names the path and the way out. `after` is what holds once it is mended."""
+    """Turn an OSError into one line with the path and what to do; `after` is added to the advice."""
     try:
         yield
     except OSError as error:
         if isinstance(error, Refused):
             raise
         where = str(error.filename or path)
-        if not where.startswith(str(path)):  # a folder above it: the user knows it by the archive
+        if not where.startswith(str(path)):  # a folder above it: name the path the user knows
             where = str(path)
         reason = error.strerror or str(error)
         advice = ADVICE.get(error.errno or 0, "check the disk and the path")
         raise Refused(f"cannot {action} {where}: {reason}; {advice}{after}") from error
 
 
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+HASH_PIECE = 1 << 20
+MOST_FILES = 2 * limits.MAX_FILES
+
+
 def open_regular(path: Path) -> int:
-    """Open a regular file for reading. Links are refused, and a pipe is refused instead of waited for."""
+    """Open a regular file for reading. Links and pipes are refused; opening a pipe never blocks."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -161,25 +165,15 @@ def open_regular(path: Path) -> int:
     return fd
 
 
-@contextlib.contextmanager
-def opened(path: Path) -> Iterator[int]:
-    fd = open_regular(path)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
 def read_small(path: Path, cap: int) -> bytes:
     """The bytes of a metadata file, refused above `cap` before they are read."""
-    with opened(path) as fd:
-        size = os.fstat(fd).st_size
+    with os.fdopen(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
         if size > cap:
             raise Refused(f"{path}: {size} bytes, more than the limit of {cap} for this file; not read")
-        with os.fdopen(fd, "rb", closefd=False) as file:
-            data = file.read(cap + 1)
+        data = file.read(cap + 1)
     if len(data) > cap:
-        raise Refused(f"{path}: grew while it was read; something else is writing there")
+        raise Refused(f"{path}: grew while it was read; stop the process that is writing it")
     return data
 
 
@@ -198,8 +192,8 @@ def file_sha256(fd: int, size: int, where: str) -> str:
 
 
 def walk_regular(root: Path, *, most: int) -> set[str]:
-    """Paths of all files below `root`, relative. Refused: anything but folders and regular files, and odd names."""
-    found: set[str] = set()
+    """Relative paths of all files below `root`. `Refused`: links, pipes, devices, and unprintable names."""
+    paths: set[str] = set()
     folders = [""]
     while folders:
         folder = folders.pop()
@@ -207,17 +201,14 @@ def walk_regular(root: Path, *, most: int) -> set[str]:
             for entry in entries:
                 path = f"{folder}{entry.name}"
                 if not entry.name.isprintable() or path.count("/") > limits.MAX_FOLDER_DEPTH:
-                    raise Refused(f"{root}: {ascii(path)[:200]} is not a name that an archive has; remove it")
+                    raise Refused(f"{root}: {ascii(path)[:200]} is not a valid file name in an archive; remove it")
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(path + "/")
                 elif entry.is_file(follow_symlinks=False):
-                    found.add(path)
+                    paths.add(path)
                 else:
                     kind = "a symbolic link" if entry.is_symlink() else "not a regular file"
                     raise Refused(f"{root / path} is {kind}; archives hold folders and regular files only")
-                if len(found) + len(folders) > most:
-                    raise Refused(f"{root}: more than {most} files, not what an archive of this size holds")
-    return found
-
-
-MOST_FILES = 2 * limits.MAX_FILES
+                if len(paths) + len(folders) > most:
+                    raise Refused(f"{root}: more than {most} files, expected fewer in an archive of this size")
+    return paths

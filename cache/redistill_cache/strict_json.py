@@ -1,7 +1,7 @@
-"""JSON that can be trusted: canonical when written, strict and capped when read.
+"""JSON: canonical when written, strict and capped when read, and validated field by field.
 
-Canonical: keys sorted, no white space, UTF-8 without escapes that are not needed, numbers finite. The same value is
-always the same bytes, so that bytes can be compared and hashed.
+Canonical: sorted keys, no white space, UTF-8 without needless escapes, finite numbers. The same value always gives the
+same bytes, so that bytes can be compared and hashed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NoReturn
 
 import numpy as np
@@ -31,7 +31,7 @@ def canonical(value: Json) -> bytes:
 
 
 def json_copy(value: object, where: str) -> Json:
-    """A description as it will be read back (tuples become lists), or UsageError when it is not JSON or not short."""
+    """A description as it will be read back (tuples become lists); UsageError when it is not JSON or too long."""
     try:
         data = canonical(_plain(value))
         _check_extent(data, MAX_DESCRIPTION_DEPTH)
@@ -53,7 +53,7 @@ def _plain(value: object) -> object:
 
 
 def parse(data: bytes, *, cap: int, where: str) -> Json:
-    """Parse untrusted JSON. `Refused` for anything that is not one well-formed value without surprises."""
+    """Parse untrusted JSON. `Refused` unless it is one well-formed value within the limits."""
     if len(data) > cap:
         raise Refused(f"{where}: {len(data)} bytes of JSON, more than the limit of {cap}; not read")
     try:
@@ -66,35 +66,35 @@ def parse(data: bytes, *, cap: int, where: str) -> Json:
             parse_int=_bounded,
         )
         if b"\\u" in data:
-            canonical(value)  # an escape may have made half of a surrogate pair, which is no text
+            canonical(value)  # an escape may be half of a surrogate pair, which no UTF-8 can encode
         return value
     except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError and ours are ValueErrors
-        raise Refused(f"{where}: not acceptable JSON ({str(error)[:120]})") from None
+        raise Refused(f"{where}: invalid JSON ({str(error)[:120]})") from None
 
 
-# A text in JSON, also one that never ends. Possessive, so that no input makes it look twice.
+# A JSON string, or the start of one without an end. Possessive, so that no input causes backtracking.
 TEXT = re.compile(rb'"(?:[^"\\]++|\\.?)*+(?:"|\Z)', re.DOTALL)
 STEP = np.zeros(256, np.int8)
 STEP[list(b"{[")], STEP[list(b"}]")] = 1, -1
 
 
-def _check_extent(data: bytes, most_deep: int) -> None:
-    """Count values and levels before anything is made of them. ValueError when there are too many."""
-    if data.count(b'"') > 4 * MAX_JSON_VALUES:  # a key and a value, two marks each
+def _check_extent(data: bytes, max_depth: int) -> None:
+    """Count values and levels before any Python object is created. ValueError when there are too many."""
+    if data.count(b'"') > 4 * MAX_JSON_VALUES:  # a key and a value, two quotes each
         raise ValueError(f"more than {MAX_JSON_VALUES} values, the limit")
     bare = TEXT.sub(b"", data)
     values = 1 + bare.count(b",") + bare.count(b"{") + bare.count(b"[")
     if values > MAX_JSON_VALUES:
         raise ValueError(f"{values} values, more than the limit of {MAX_JSON_VALUES}")
     depth = int(STEP[np.frombuffer(bare, np.uint8)].cumsum(dtype=np.int32).max(initial=0))
-    if depth > most_deep:
-        raise ValueError(f"nested {depth} deep, more than the limit of {most_deep}")
+    if depth > max_depth:
+        raise ValueError(f"nested {depth} deep, more than the limit of {max_depth}")
 
 
 def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ValueError("a key is given twice")
+        raise ValueError("duplicate key")
     return result
 
 
@@ -118,8 +118,8 @@ def _bounded(text: str) -> int:
 class Fields:
     """Typed access to an untrusted JSON object: the one validator of this project.
 
-    A refusal is an `error` (`Refused`, `Damaged` or `UsageError`) that names the field, what was expected and what was
-    found. Every field must be asked for, and `done()` refuses the others.
+    An invalid field raises `error` (`Refused`, `Damaged` or `UsageError`) with its name, what was expected and what was
+    found. After all expected fields were read, `done()` refuses any others.
     """
 
     def __init__(self, value: Json, where: str, error: type[RedistillError] = Refused) -> None:
@@ -128,12 +128,12 @@ class Fields:
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
             raise error(f"{where}: expected an object, found {_show(value)}")
         self._value = value
-        self._taken: set[str] = set()
+        self._read: set[str] = set()
 
     def _take(self, key: str, kind: type | tuple[type, ...], expected: str) -> Json:
         if key not in self._value:
             raise self._error(f"{self._where}: {key!r} is missing")
-        self._taken.add(key)
+        self._read.add(key)
         value = self._value[key]
         # bool is an int to Python, not to JSON.
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
@@ -163,7 +163,7 @@ class Fields:
         return float(value)
 
     def numbers(self, key: str, count: int) -> tuple[float, ...]:
-        """Exactly so many finite numbers."""
+        """A list of exactly `count` finite numbers."""
         expected = f"a list of {count} finite numbers"
         values = self._take(key, (list, tuple), expected)
         if len(values) != count or not all(
@@ -212,25 +212,21 @@ class Fields:
         return tuple(values)
 
     def is_null(self, key: str) -> bool:
-        """Whether the field is there and null; it then counts as taken."""
+        """Whether the field exists and is null; it then counts as read."""
         if key in self._value and self._value[key] is None:
-            self._taken.add(key)
+            self._read.add(key)
             return True
         return False
 
     def done(self, *, ignore_unknown: bool = False) -> None:
-        """Refuse what was not asked for, unless a newer minor version may have added it."""
-        unknown = _unknown(self._value, self._taken)
+        """Refuse fields that were not read, unless a newer minor version may have added them."""
+        unknown = sorted(set(self._value) - self._read)
         if unknown and not ignore_unknown:
             raise self._error(f"{self._where}: unknown field {unknown[0][:80]!r}")
 
 
-def _unknown(value: Iterable[str], taken: set[str]) -> list[str]:
-    return sorted(set(value) - taken)
-
-
 def _show(value: Json) -> str:
-    """A short, printable form of anything."""
+    """A short, printable form of any value."""
     if isinstance(value, dict | list):
         return f"{type(value).__name__} of {len(value)}"
     return ascii(value)[:60]

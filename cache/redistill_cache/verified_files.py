@@ -1,8 +1,9 @@
-"""What this machine has hashed before: a file verified once is not hashed again while it stays the same file.
+"""The user's cache folder, and in it the files of archives that were verified on this machine.
 
-One small text file per archive under the user's cache folder, one line per verified file: its SHA-256, size,
-modification time and path. A file that changed in any of them is hashed again. Lines are appended whole; a line that
-cannot be read (a crash, an edit) counts as never written, so that the worst a bad stamp file can do is cost time.
+A file whose SHA-256 was checked once is not hashed again until it changes. Per archive there is one small text file
+with a line per verified file: its SHA-256, size, modification time and path. A file that changed in any of them is
+hashed again. Lines are appended whole; a line that does not parse (after a crash or an edit) is ignored, so the worst
+that a bad cache file can do is cost time.
 """
 
 from __future__ import annotations
@@ -14,29 +15,38 @@ import re
 import threading
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
+
+from platformdirs import user_cache_path
 
 from redistill_cache.journal import FileEntry
 
-__all__ = ["VerifiedFiles", "cache_folder"]
+__all__ = ["HashedFile", "VerifiedFiles", "cache_folder"]
 
 LINE = re.compile(r"([0-9a-f]{64}) (\d{1,18}) (\d{1,20}) (\S+)")
-# Not a path of any archive: the line that says that the sizes of all files were checked against this manifest.
+# Not a path of any archive: the line that records that the sizes of all files were checked against this manifest.
 WHOLE = "*"
 
 
 def cache_folder() -> Path:
-    """Where things that can be made again are kept: $XDG_CACHE_HOME/redistill, or ~/.cache/redistill."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if base.is_absolute():  # anything else is to be ignored, says its specification
-        return base / "redistill"
-    try:
-        return Path.home() / ".cache/redistill"
-    except RuntimeError:  # a container whose user has no home: nothing can be kept
-        return Path(os.devnull) / "redistill"
+    """Where data that can be recomputed is cached: $XDG_CACHE_HOME/redistill, or ~/.cache/redistill on Linux."""
+    with contextlib.suppress(RuntimeError):  # a container whose user has no home
+        path = user_cache_path("redistill", appauthor=False)
+        if path.is_absolute():
+            return path
+    return Path(os.devnull) / "redistill"  # every write fails, so nothing is cached
+
+
+class HashedFile(NamedTuple):
+    """A file that had this hash when it was last modified at this time."""
+
+    path: str
+    entry: FileEntry
+    mtime_ns: int
 
 
 class VerifiedFiles:
-    """The stamps of one archive at one place. Losing them is harmless, so trouble with the cache folder is ignored."""
+    """The verified files of one archive at one path. They can be lost, so errors of the cache folder are ignored."""
 
     def __init__(self, archive: Path, identity: str) -> None:
         name = hashlib.sha256(f"{archive.resolve()}\n{identity}".encode()).hexdigest()
@@ -50,23 +60,22 @@ class VerifiedFiles:
     def __setstate__(self, state: dict[str, Path]) -> None:
         self._path, self._known, self._lock = state["_path"], None, threading.Lock()
 
-    def verified(self, path: str, entry: FileEntry, mtime_ns: int) -> bool:
-        """Was this file, as it is now, found to have this hash?"""
+    def __contains__(self, file: HashedFile) -> bool:
+        """Whether the file had this hash when it was verified, and has not changed since."""
         with self._lock:
-            return self._load().get(path) == (entry.sha256, entry.size, mtime_ns)
+            return self._load().get(file.path) == (file.entry.sha256, file.entry.size, file.mtime_ns)
 
-    def remember(self, found: Iterable[tuple[str, FileEntry, int]]) -> None:
-        """These files have these hashes."""
+    def add(self, files: Iterable[HashedFile]) -> None:
         lines = []
         with self._lock:
             known = self._load()
-            for path, entry, mtime_ns in found:
-                stamp = (entry.sha256, entry.size, mtime_ns)
-                if known.get(path) == stamp:
+            for path, entry, mtime_ns in files:
+                value = (entry.sha256, entry.size, mtime_ns)
+                if known.get(path) == value:
                     continue
-                known[path] = stamp
+                known[path] = value
                 lines.append(f"{entry.sha256} {entry.size} {mtime_ns} {path}\n")
-            with contextlib.suppress(OSError):  # a full, read-only or missing home: hash again next time
+            with contextlib.suppress(OSError):  # a full, read-only or missing home: hashed again next time
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 with self._path.open("a", encoding="ascii") as file:
                     file.write("".join(lines))

@@ -1,4 +1,4 @@
-"""Is every file of an archive the one that was committed? And if not: which blocks must be made again."""
+"""Check every file of an archive, and move damaged blocks aside so that they are written again."""
 
 from __future__ import annotations
 
@@ -9,20 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from redistill_cache import layout
-from redistill_cache.errors import Damaged, RedistillError, Refused
-from redistill_cache.journal import FileEntry
+from redistill_cache.errors import Damaged, RedistillError
 from redistill_cache.layout import Block, all_blocks
-from redistill_cache.open_state import ArchiveState, check_metadata_on_disk, read_state
-from redistill_cache.storage import (
-    LOCAL,
-    MOST_FILES,
-    Files,
-    disk_trouble,
-    file_sha256,
-    is_leftover,
-    open_regular,
-    walk_regular,
-)
+from redistill_cache.open_state import ArchiveState, check_metadata_on_disk, committed_file, read_state
+from redistill_cache.storage import LOCAL, MOST_FILES, Files, disk_trouble, is_leftover, walk_regular
+from redistill_cache.verified_files import HashedFile
 
 __all__ = ["DamagedFile", "VerifyReport", "damaged_files", "quarantine", "verify"]
 
@@ -31,7 +22,7 @@ VerifyProgress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class DamagedFile:
-    """A file that is not what was committed. `block` names what it belongs to, where that is known."""
+    """A file that is not the one that was committed. `block` is the block it belongs to, where there is one."""
 
     path: str
     block: str | None
@@ -43,7 +34,7 @@ class DamagedFile:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What `redistill verify` found."""
+    """The result of `redistill verify`."""
 
     ok: bool
     checked_files: int
@@ -55,117 +46,95 @@ class VerifyReport:
 
 
 def verify(path: str | Path, *, full: bool = False, progress: VerifyProgress | None = None) -> VerifyReport:
-    """Check every file of an archive: its presence, size and SHA-256.
+    """Check the presence, size and SHA-256 of every file of an archive.
 
-    A file that this machine verified before and that has not changed since is not hashed again, unless `full`.
-    An archive that is not sealed is checked as far as it is committed. What cannot even be opened is one finding.
+    A file that was verified on this machine and has not changed since is not hashed again, unless `full`. Of an
+    unsealed archive the committed blocks are checked. An archive that cannot be opened is reported as one damaged file.
     """
     path = Path(path)
     with disk_trouble("read", path):
         try:
-            contents = read_state(path, allow_partial=True)
-            if contents.id is None:  # no manifest has the hashes of the metadata
-                check_metadata_on_disk(contents)
+            state = read_state(path, allow_partial=True)
+            if state.id is None:  # no manifest has the hashes of the metadata
+                check_metadata_on_disk(state)
         except Damaged as error:
             return VerifyReport(False, 0, (DamagedFile(str(path), None, str(error)),))
-        damaged = damaged_files(contents, full=full, progress=progress)
-    return VerifyReport(not damaged, len(contents.files), tuple(damaged))
+        damaged = damaged_files(state, full=full, progress=progress)
+    return VerifyReport(not damaged, len(state.files), tuple(damaged))
 
 
-def damaged_files(contents: ArchiveState, *, full: bool, progress: VerifyProgress | None = None) -> list[DamagedFile]:
-    """Every file that is missing, of another size, of another hash, or that nothing accounts for."""
-    owner = _owners(contents)
+def damaged_files(state: ArchiveState, *, full: bool, progress: VerifyProgress | None = None) -> list[DamagedFile]:
+    """Every file that is missing, has another size or hash than was committed, or does not belong to the archive."""
+    blocks = _blocks_by_file(state)
     damaged = []
-    verified: list[tuple[str, FileEntry, int]] = []
-    for done, (name, entry) in enumerate(contents.files.items()):
-        reason = _problem(contents, name, entry, full, verified)
+    hashed: list[HashedFile] = []
+    for done, name in enumerate(state.files, start=1):
+        try:
+            with committed_file(state, name, hashing="always" if full else "once", hashed=hashed) as (_, problem):
+                reason = problem
+        except RedistillError as error:  # a link, or a file cut short while it was read
+            reason = str(error)
         if reason:
-            damaged.append(DamagedFile(name, owner.get(name), reason))
+            damaged.append(DamagedFile(name, blocks.get(name), reason))
         if progress is not None:
-            progress(done + 1, len(contents.files))
-    contents.stamps.remember(verified)
-    return damaged + _strangers(contents)
+            progress(done, len(state.files))
+    state.verified_files.add(hashed)
+    return damaged + _extra_files(state)
 
 
-def _problem(
-    contents: ArchiveState, name: str, entry: FileEntry, full: bool, verified: list[tuple[str, FileEntry, int]]
-) -> str | None:
-    path = contents.path / name
-    try:
-        fd = open_regular(path)
-    except FileNotFoundError:
-        return "is missing"
-    except Refused as error:
-        return f"is not a file: {error}"
-    try:
-        found = os.fstat(fd)
-        if found.st_size != entry.size:
-            return f"has {found.st_size} bytes, {entry.size} were committed"
-        if not full and contents.stamps.verified(name, entry, found.st_mtime_ns):
-            return None
-        if file_sha256(fd, entry.size, str(path)) != entry.sha256:
-            return "does not have the SHA-256 that was committed"
-        verified.append((name, entry, found.st_mtime_ns))
-        return None
-    except RedistillError as error:  # cut short while it was read
-        return str(error)
-    finally:
-        os.close(fd)
-
-
-def _owners(contents: ArchiveState) -> dict[str, str]:
+def _blocks_by_file(state: ArchiveState) -> dict[str, str]:
     """The block of every file that belongs to one."""
-    owners: dict[str, str] = {}
-    for block, names in all_blocks(contents.spec, contents.teachers, contents.num_views):
-        if contents.holds(block):
-            owners.update((name, str(block)) for name in [block.record_path, *names])
-    return owners
+    blocks: dict[str, str] = {}
+    for block, names in all_blocks(state.spec, state.teachers, state.num_views):
+        if state.holds(block):
+            blocks.update((name, str(block)) for name in [block.record_path, *names])
+    return blocks
 
 
-def _strangers(contents: ArchiveState) -> list[DamagedFile]:
-    """Files in a sealed archive that its manifest does not name, and that no unfinished addition explains."""
-    if contents.id is None:
+def _extra_files(state: ArchiveState) -> list[DamagedFile]:
+    """Files of a sealed archive that are not in its manifest, nor part of an unfinished addition."""
+    if state.id is None:
         return []
-    known = contents.files.keys() | {layout.MANIFEST}
-    mine = tuple(f"teachers/{name}/" for name in contents.teachers)
-    found = []
-    for name in sorted(walk_regular(contents.path, most=MOST_FILES) - known):
+    known = state.files.keys() | {layout.MANIFEST}
+    sealed = tuple(f"teachers/{name}/" for name in state.teachers)
+    extra = []
+    for name in sorted(walk_regular(state.path, most=MOST_FILES) - known):
         folder = name.rpartition("/")[0]
         advisory = folder in (layout.NOTES, layout.QUARANTINE) or folder.startswith(layout.QUARANTINE)
         unfinished = name.startswith(f"{layout.BLOCKS}/teachers.") or (
-            name.startswith("teachers/") and not name.startswith(mine)
+            name.startswith("teachers/") and not name.startswith(sealed)
         )
-        pending_view = contents.num_views < contents.spec.num_views  # a sealed prefix that is being continued
+        pending_view = state.num_views < state.spec.num_views  # a sealed prefix that is being continued
         if not (advisory or unfinished or pending_view or is_leftover(Path(name))):
-            found.append(DamagedFile(name, None, "is not in the manifest; remove it"))
-    return found
+            extra.append(DamagedFile(name, None, "is not in the manifest; remove it"))
+    return extra
 
 
 def quarantine(path: str | Path, damaged: tuple[DamagedFile, ...], *, files: Files = LOCAL) -> list[str]:
-    """Move damaged blocks aside, so that the command that wrote them makes them again. Returns the blocks moved.
+    """Move damaged blocks aside, so that the command that wrote them writes them again. Returns the blocks moved.
 
-    The archive is unsealed first. Files that belong to no block (metadata) are made again by resuming.
+    The archive is unsealed first. Files that belong to no block (metadata) are rewritten when the archive is resumed.
     """
     path = Path(path)
     with disk_trouble("quarantine in", path):
-        contents = read_state(path, allow_partial=True)
-        names = {item.block for item in damaged if item.block}
-        every = all_blocks(contents.spec, contents.teachers, contents.num_views)
-        blocks = [(block, shards) for block, shards in every if str(block) in names]
-        if contents.id is not None and blocks:
+        state = read_state(path, allow_partial=True)
+        names = {file.block for file in damaged if file.block}
+        every_block = all_blocks(state.spec, state.teachers, state.num_views)
+        blocks = [(block, shards) for block, shards in every_block if str(block) in names]
+        if state.id is not None and blocks:
             files.remove(path / layout.MANIFEST)
             files.sync_directory(path / layout.JOURNAL)
         for block, shards in blocks:
-            _set_aside(contents, block, shards, files)
+            _set_aside(state, block, shards, files)
     return [str(block) for block, _ in blocks]
 
 
-def _set_aside(contents: ArchiveState, block: Block, shards: list[str], files: Files) -> None:
-    """The record first: without it the block is not committed, whatever happens to its shards."""
-    folder = contents.path / layout.QUARANTINE / Path(block.record_path).stem
+def _set_aside(state: ArchiveState, block: Block, shards: list[str], files: Files) -> None:
+    """The record goes first: without it the block is not committed, whatever happens to its shards."""
+    folder = state.path / layout.QUARANTINE / Path(block.record_path).stem
     files.make_directories(folder)
     for name in [block.record_path, *shards]:
-        source = contents.path / name
+        source = state.path / name
         if os.path.lexists(source):
             files.rename(source, folder / name.replace("/", "."))
             files.sync_directory(source.parent)

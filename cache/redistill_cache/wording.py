@@ -1,4 +1,4 @@
-"""Words for people: one line of an error, text from strangers made harmless, bytes in units."""
+"""Text for error messages and terminals: one line of an error, untrusted text made printable, bytes in units."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ LONGEST = 200
 
 
 def one_line(error: BaseException) -> str:
-    """What a library says, all of it in one line."""
+    """The message of an error of another library, in one line."""
     return " ".join(str(error).split())[:LONGEST] or type(error).__name__
 
 
 def harmless(text: object) -> str:
-    """Text from anywhere without control characters: it must not drive a terminal, nor turn what stands beside it."""
+    """Untrusted text with its control characters escaped, so that it cannot control a terminal or reorder a line."""
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(text))
 
 

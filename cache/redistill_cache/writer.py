@@ -1,4 +1,4 @@
-"""Writing an archive: any number of processes, any number of crashes, the same bytes.
+"""Writing an archive: the same bytes whatever the number of processes and crashes.
 
     writer = ArchiveWriter.create(path, spec)            # or .resume(path, spec) after a crash, or to add to it
     writer.write_samples(keys, labels, digests, sizes)
@@ -12,6 +12,7 @@ Every call is durable when it returns. How a block is committed, and why two wri
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -19,14 +20,14 @@ from pathlib import Path
 
 import numpy as np
 
-from redistill_cache import layout, limits, open_state
+from redistill_cache import layout, limits
 from redistill_cache.codecs.stats import merge_stats
 from redistill_cache.commits import ArchiveFolders, Commits
 from redistill_cache.errors import Damaged, Incomplete, OutOfRange, Refused, SpecMismatch, UsageError
 from redistill_cache.journal import FILES, FileEntry, Manifest, Record, parse_record, sha256
 from redistill_cache.keys import PackedKeys, pack_keys
 from redistill_cache.layout import ArrayLayout, Block, all_blocks, part_blocks, parts, samples_block, side_block
-from redistill_cache.open_state import read_committed
+from redistill_cache.open_state import check_keys_size, check_side_size, read_committed
 from redistill_cache.reader import Archive
 from redistill_cache.shards import encode_shard
 from redistill_cache.spec import ArchiveSpec, TeacherSpec, archive_identity, teacher_identity
@@ -34,28 +35,17 @@ from redistill_cache.spec_files import list_teachers, read_root, read_teachers
 from redistill_cache.storage import LOCAL, MOST_FILES, Files, disk_trouble, is_leftover, read_small, walk_regular
 from redistill_cache.strict_json import Json, canonical
 
-__all__ = [
-    "ArchiveWriter",
-    "check_block_array",
-    "check_manifest",
-    "check_names",
-    "check_record",
-    "check_unique_keys",
-    "make_manifest",
-    "refuse_difference",
-]
+__all__ = ["ArchiveWriter", "refuse_difference"]
 
 
-# -- preconditions ----------------------------------------------------------------------------------------------------
-#
-# What a writer checks before it writes: the declared arrays, unique keys, the specification it started with.
+# -- checks before writing --------------------------------------------------------------------------------------------
 
 
-def refuse_difference(stored: Json, given: Json, where: str, free: Sequence[str] = ()) -> None:
-    """`SpecMismatch` naming the first field that differs; the fields in `free` may."""
+def refuse_difference(stored: Json, requested: Json, where: str, free: Sequence[str] = ()) -> None:
+    """`SpecMismatch` with the first field that differs; the fields in `free` may differ."""
     difference = _first_difference(
         {key: value for key, value in stored.items() if key not in free},
-        {key: value for key, value in given.items() if key not in free},
+        {key: value for key, value in requested.items() if key not in free},
         "",
     )
     if difference:
@@ -77,8 +67,8 @@ def _first_difference(old: Json, new: Json, path: str) -> tuple[str, Json, Json]
         pairs = [(f"{path}[{i}]", a, b) for i, (a, b) in enumerate(zip(old, new, strict=True))]
     else:  # canonical bytes, because 1, 1.0 and true are equal to Python and different JSON
         return None if canonical(old) == canonical(new) else (path, old, new)
-    found = (_first_difference(a, b, where) for where, a, b in pairs)
-    return next((item for item in found if item), None)
+    differences = (_first_difference(a, b, where) for where, a, b in pairs)
+    return next((difference for difference in differences if difference), None)
 
 
 def check_names(arrays: Mapping[str, np.ndarray], layouts: Mapping[str, ArrayLayout], what: str) -> None:
@@ -102,14 +92,14 @@ def check_unique_keys(keys: PackedKeys) -> None:
     if len(np.unique(keys.hashes())) == len(keys):
         return
     seen: set[str] = set()
-    for key in keys:  # rare: name the culprit
+    for key in keys:  # rare, so this may be slow
         if key in seen:
             raise UsageError(f"two samples have the key {key!r}; keys must be unique")
         seen.add(key)
 
 
 def check_record(record: Record) -> None:
-    """A record that would be refused when it is read must not be written."""
+    """`UsageError` for a record that a reader would refuse."""
     data = record.to_bytes()
     try:
         parse_record(data, record.block, record.identity, "the record")
@@ -117,21 +107,19 @@ def check_record(record: Record) -> None:
         raise UsageError(f"{record.block} cannot be committed with these stats: {error}; pass smaller ones") from None
 
 
-# -- sealing ----------------------------------------------------------------------------------------------------------
-#
-# The manifest of an archive that is complete: every file with its hash, every signal with what was lost.
+# -- the manifest -----------------------------------------------------------------------------------------------------
 
 
 def make_manifest(
     spec: ArchiveSpec, teachers: Mapping[str, TeacherSpec], records: Sequence[Record], views: int
 ) -> Manifest:
-    """A pure function of the specification and of what was committed."""
-    contents = layout.expected_metadata(spec, dict(teachers))
-    contents["zarr.json"] = layout.root_metadata(spec)
+    """Every file with its hash, and the merged statistics: a pure function of the specification and the records."""
+    documents = layout.expected_metadata(spec, teachers)
+    documents["zarr.json"] = layout.root_metadata(spec)
     for name, teacher in teachers.items():
-        contents[layout.teacher_path(name)] = layout.teacher_metadata(teacher)
-    contents |= {record.block.record_path: record.to_bytes() for record in records}
-    files = {path: FileEntry(len(data), sha256(data)) for path, data in contents.items()}
+        documents[layout.teacher_path(name)] = layout.teacher_metadata(teacher)
+    documents |= {record.block.record_path: record.to_bytes() for record in records}
+    files = {path: FileEntry(len(data), sha256(data)) for path, data in documents.items()}
     for record in records:
         files |= record.files
     stats = {
@@ -142,25 +130,25 @@ def make_manifest(
 
 
 def check_manifest(data: bytes) -> None:
-    """A manifest that would be refused when it is read must not be written: its header holds all statistics."""
+    """`Refused` for a manifest that a reader would refuse; its header holds all statistics."""
     header = data.index(FILES)
     if header > limits.MAX_METADATA_BYTES or len(data) > limits.MAX_MANIFEST_BYTES:
         raise Refused(
-            f"the manifest would take {len(data)} bytes, {header} of them statistics; the limits are "
+            f"the manifest would take {len(data)} bytes, {header} of them statistics; expected at most "
             f"{limits.MAX_MANIFEST_BYTES} and {limits.MAX_METADATA_BYTES}: use fewer teachers or signals in one archive"
         )
 
 
-# -- writer -----------------------------------------------------------------------------------------------------------
+# -- the writer -------------------------------------------------------------------------------------------------------
 
 RERUN = "; then run the same command again: committed blocks are kept"
-# Recorded or growing, so free to differ when an archive is resumed.
+# Only recorded, so it may differ when an archive is resumed.
 NOT_COMPARED = ("environment",)
 NOTE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,100}")
 
 
 class ArchiveWriter:
-    """Writes one archive. Threads may share a writer; processes each make their own."""
+    """Writes one archive. Threads may share a writer; every process creates its own."""
 
     def __init__(self, path: Path, spec: ArchiveSpec, files: Files) -> None:
         """Use `create`, `resume` or `extend_views`."""
@@ -169,14 +157,14 @@ class ArchiveWriter:
         self.teachers: dict[str, TeacherSpec] = {}
         self._files = files
         self._commits = Commits(path, files)
-        self._tree = ArchiveFolders(path, files)
+        self._folders = ArchiveFolders(path, files)
         self._identity = archive_identity(spec.to_json())
 
     # -- opening ------------------------------------------------------------------------------------------------------
 
     @classmethod
     def create(cls, path: str | Path, spec: ArchiveSpec, *, files: Files = LOCAL) -> ArchiveWriter:
-        """Start a new archive. Refused when anything but an empty folder is at `path`."""
+        """Start a new archive. `Refused` when there is anything but an empty folder at `path`."""
         path = Path(path).absolute()
         spec = spec.resolved()
         layout.check_extent(spec, {})
@@ -185,12 +173,12 @@ class ArchiveWriter:
                 raise Refused(f"{path} exists already; resume it, remove it, or choose another path")
             files.make_directories(path)
             try:
-                # First, and exclusively: of two creators one wins, and all other metadata follows from this file.
+                # First and exclusive: of two creators one wins, and all other metadata follows from this file.
                 files.publish(path / "zarr.json", layout.root_metadata(spec), exclusive=True)
             except FileExistsError:
-                raise Refused(f"{path}: another process has just created this archive; resume it") from None
+                raise Refused(f"{path}: another process created this archive at the same time; resume it") from None
             writer = cls(path, spec, files)
-            writer._tree.write_metadata(writer.spec, writer.teachers)
+            writer._folders.write_metadata(writer.spec, writer.teachers)
         return writer
 
     @classmethod
@@ -208,15 +196,15 @@ class ArchiveWriter:
             for document in documents.values():
                 document.require_writable(path)
             writer.teachers = {name: document.spec for name, document in documents.items()}
-            writer._tree.write_metadata(writer.spec, writer.teachers)
+            writer._folders.write_metadata(writer.spec, writer.teachers)
             writer._recover()
         return writer
 
     @classmethod
     def extend_views(cls, path: str | Path, num_views: int, *, files: Files = LOCAL) -> ArchiveWriter:
-        """Raise the number of views of an archive. It is unsealed first and stays so until `seal`; nothing is redone.
+        """Raise the number of views of an archive, which is unsealed until the next `seal`; committed blocks are kept.
 
-        Safe to repeat after a crash at any point. The id changes with the next seal.
+        It can be repeated after a crash at any point. The next seal gives another id.
         """
         path = Path(path).absolute()
         with disk_trouble("extend", path):
@@ -236,21 +224,21 @@ class ArchiveWriter:
         return cls.resume(path, files=files)
 
     def _recover(self) -> None:
-        """Finish what dead writers left: settle their commits, and forget blocks whose files are gone or cut short."""
+        """Settle the commits of dead writers, and forget blocks whose files are missing or cut short."""
         present = self._commits.names()
         for block, names in self._all_blocks(self.spec.num_views):
             if block.record_path in present and not self._commits.settle(self._load(block, names)):
                 self._commits.forget(block)
-        self._tree.sync_folders(self.spec, self.teachers)
+        self._folders.sync_folders(self.spec, self.teachers)
 
-    # -- what is there ------------------------------------------------------------------------------------------------
+    # -- progress -----------------------------------------------------------------------------------------------------
 
     def parts(self) -> list[str]:
-        """The parts that are written in blocks."""
+        """The parts that are written in blocks of rows or of canaries."""
         return parts(self.spec, self.teachers)
 
     def missing(self, part: str) -> list[Block]:
-        """The blocks of a part that nobody has committed yet, view by view."""
+        """The blocks of a part that no process has committed yet, view by view."""
         if not self._arrays_of(part):
             return []
         with disk_trouble("read", self.path):
@@ -258,10 +246,14 @@ class ArchiveWriter:
         blocks = part_blocks(self.spec, part, self.spec.num_views)
         return [block for block in blocks if block.record_path not in present]
 
-    def read_back(self) -> Archive:
-        """An archive of exactly what is committed by now: to test what was written, or to go on with its codecs.
+    def is_committed(self, block: Block) -> bool:
+        """Whether any process has committed this block by now."""
+        return self._commits.is_committed(block)
 
-        Blocks that another process is just committing are part of it: they are settled here.
+    def read_back(self) -> Archive:
+        """The archive as committed by now, to check what was written or to continue with its codecs.
+
+        It includes blocks that another process is committing at the moment: this settles them.
         """
         with disk_trouble("read", self.path):
             return Archive(read_committed(self.path, self._commits))
@@ -290,7 +282,7 @@ class ArchiveWriter:
     def write_samples(
         self, keys: Sequence[str] | PackedKeys, labels: np.ndarray, digests: np.ndarray, sizes: np.ndarray
     ) -> None:
-        """The sample index, once. Writing the same again does nothing; writing another is a `SpecMismatch`.
+        """Write the sample index. Repeating it with the same data does nothing; other data is a `SpecMismatch`.
 
         digests [N, 32] are SHA-256 of the encoded samples, sizes [N, 2] (height, width) of the decoded images.
         """
@@ -310,16 +302,16 @@ class ArchiveWriter:
         if low < -1 or high >= self.spec.num_classes:
             raise UsageError(f"labels must be from 0 to {self.spec.num_classes - 1} (or -1), found {low} to {high}")
         data = _encode(layouts, arrays)
-        open_state.check_keys_size(self.spec, len(packed.data), len(data[layouts["key_bytes"].shard_path(0, 0)]))
+        check_keys_size(self.spec, len(packed.data), len(data[layouts["key_bytes"].shard_path(0, 0)]))
         data[layouts["key_bytes"].metadata_path] = layouts["key_bytes"].metadata_bytes()
         self._write_once(samples_block(self.spec), data, "the sample index")
 
     def add_teacher(
         self, teacher: TeacherSpec, side: Mapping[str, Mapping[str, np.ndarray]] | None = None
     ) -> TeacherSpec:
-        """Declare a teacher and write its side data: {signal: {name: array}}. No existing file is touched.
+        """Declare a teacher and write its side data: {signal: {name: array}}. No existing file changes.
 
-        Repeating it with the same specification and side data does nothing; other ones are a `SpecMismatch`.
+        Repeating it with the same specification and side data does nothing; others are a `SpecMismatch`.
         """
         teacher = teacher.resolved(self.spec.block_rows)
         self.spec.check_teacher(teacher)
@@ -332,30 +324,25 @@ class ArchiveWriter:
         for name, array in layouts.items():
             check_block_array(name, arrays[name], array, array.shape[0])
         data = _encode(layouts, arrays)
-        open_state.check_side_size(teacher, lambda path: len(data[path]))
+        check_side_size(teacher, lambda path: len(data[path]))
         path = self.path / layout.teacher_path(teacher.name)
         with disk_trouble("write", path, RERUN):
             self._files.make_directories(path.parent)
             if not path.exists():
-                self._publish_first(path, layout.teacher_metadata(teacher))
+                with contextlib.suppress(FileExistsError):  # another process was first; its specification is compared
+                    self._files.publish(path, layout.teacher_metadata(teacher), exclusive=True)
             stored = read_teachers(self.path, [teacher.name], read_root(self.path))[teacher.name].spec
-            refuse_difference(stored.to_json(), teacher.to_json(), f"{self.path}: teacher {teacher.name!r}", ())
+            refuse_difference(stored.to_json(), teacher.to_json(), f"{self.path}: teacher {teacher.name!r}")
             self.teachers[teacher.name] = stored
-            self._tree.write_metadata(self.spec, self.teachers)
-        self._write_once(side_block(teacher), data, f"side data of teacher {teacher.name!r}")
+            self._folders.write_metadata(self.spec, self.teachers)
+        self._write_once(side_block(teacher.name), data, f"side data of teacher {teacher.name!r}")
         return teacher
 
-    def _publish_first(self, path: Path, data: bytes) -> None:
-        try:
-            self._files.publish(path, data, exclusive=True)
-        except FileExistsError:
-            return  # another process was first; the caller compares
-
     def _write_once(self, block: Block, data: Mapping[str, bytes], what: str) -> None:
-        """Commit a block that there is one of; if it is there already it must be the same."""
+        """Commit a block of which there is one in an archive; if it is committed already, it must be the same."""
         with disk_trouble("write", self.path, RERUN):
             mine = {path: FileEntry(len(content), sha256(content)) for path, content in data.items()}
-            if block.record_path not in self._commits.names():
+            if not self.is_committed(block):
                 for path, content in data.items():
                     self._commits.stage(path, content)
                 if self._commits.commit(Record(block, self._identity_of(block), mine)):
@@ -363,15 +350,17 @@ class ArchiveWriter:
             differing = sorted(path for path, entry in self._load(block, mine).files.items() if mine.get(path) != entry)
         if differing:
             raise SpecMismatch(
-                f"{self.path}: {what} was written before and differs now (in {differing[0]}); "
-                "the data or the library that made it changed: use what it was made with, or start a new archive"
+                f"{self.path}: {what} was written before and differs (in {differing[0]}), so the data or a library "
+                "changed; use those the archive was started with, or start a new archive"
             )
 
-    def write(self, block: Block, arrays: Mapping[str, np.ndarray], stats: Mapping[str, Json] | None = None) -> bool:
-        """Commit one block. False when another writer committed it first; what is stored is then theirs.
+    def write(
+        self, block: Block, arrays: Mapping[str, np.ndarray], stats: Mapping[str, Json] | None = None
+    ) -> Record | None:
+        """Commit one block and return its record; None when another writer committed it first, and its data is stored.
 
         `arrays` has every array of the part: "crop" for views, "row" and "pixels" for canaries, "<signal>/<array>" for
-        a teacher, each [rows of the block, ...]. `stats`, per signal, goes into the commit record.
+        a teacher, each [rows of the block, ...]. `stats`, per signal, is stored in the commit record.
         """
         layouts = self._arrays_of(block.part)
         self._check_block(block)
@@ -380,20 +369,20 @@ class ArchiveWriter:
         for name, array in layouts.items():
             check_block_array(name, arrays[name], array, block.stop - block.start)
         with disk_trouble("write", self.path, RERUN):
-            if (self.path / block.record_path).exists():
-                return False
+            if self.is_committed(block):
+                return None
             try:
                 files = {}
-                for name, array in layouts.items():  # one at a time: a block of one array is all the memory it takes
+                for name, array in layouts.items():  # one at a time, so that only one shard is in memory
                     path = array.shard_path(block.view, block.index)
                     files[path] = self._commits.stage(path, encode_shard(array, arrays[name]))
                 record = Record(block, self._identity_of(block), files, stats)
                 check_record(record)
-                return self._commits.commit(record)
+                return record if self._commits.commit(record) else None
             except FileNotFoundError:
-                # `seal` sweeps what was staged for blocks that are committed: then somebody else was faster.
-                if (self.path / block.record_path).exists():
-                    return False
+                # `seal` of another process removed the staged files: another writer had committed the block before.
+                if self.is_committed(block):
+                    return None
                 raise
 
     def _check_block(self, block: Block) -> None:
@@ -405,10 +394,12 @@ class ArchiveWriter:
             raise UsageError(f"{block} has rows {expected.start} to {expected.stop}; take blocks from missing()")
 
     def note(self, name: str, value: Mapping[str, Json]) -> None:
-        """Leave an advisory note (seconds, machine): not part of the archive's identity, never relied upon."""
+        """Write an advisory note (seconds, machine): not part of the archive's identity, and never read back."""
         data = canonical(dict(value))
         if not NOTE_NAME.fullmatch(name) or len(data) > limits.MAX_METADATA_BYTES:
-            raise UsageError(f"a note has a short name of a-z, 0-9, '_' and '-' and at most 1 MiB, found {name[:80]!a}")
+            raise UsageError(
+                f"a note must have a short name of a-z, 0-9, '_' and '-' and take at most 1 MiB, found {name[:80]!a}"
+            )
         path = self.path / layout.NOTES / f"{name}.json"
         with disk_trouble("write", path):
             self._files.publish(path, data)
@@ -416,7 +407,7 @@ class ArchiveWriter:
     # -- sealing ------------------------------------------------------------------------------------------------------
 
     def seal(self, views: int | None = None) -> str:
-        """Write the manifest and return the archive's id. With `views`, a prefix: the archive then offers no more."""
+        """Write the manifest and return the archive's id. With `views`, readers are offered only these first views."""
         views = self.spec.num_views if views is None else views
         if not 1 <= views <= self.spec.num_views:
             raise OutOfRange(f"cannot seal {views} views of an archive of {self.spec.num_views}")
@@ -426,11 +417,11 @@ class ArchiveWriter:
             for record in records:
                 if not self._commits.settle(record):
                     raise Incomplete(f"{self.path}: files of {record.block} are missing or cut short; resume it first")
-            self._tree.write_metadata(self.spec, self.teachers)
+            self._folders.write_metadata(self.spec, self.teachers)
             manifest = make_manifest(self.spec, self.teachers, records, views).to_bytes()
             check_manifest(manifest)
-            self._tree.sweep()
-            self._tree.sync_folders(self.spec, self.teachers)
+            self._folders.sweep()
+            self._folders.sync_folders(self.spec, self.teachers)
             path = self.path / layout.MANIFEST
             if path.exists() and read_small(path, limits.MAX_MANIFEST_BYTES) == manifest:
                 self._files.sync_directory(path.parent)
@@ -450,10 +441,10 @@ class ArchiveWriter:
 
 
 def _encode(layouts: Mapping[str, ArrayLayout], arrays: Mapping[str, np.ndarray]) -> dict[str, bytes]:
-    """The shards of arrays without views."""
+    """The shards of arrays without views, by path."""
     return {array.shard_path(0, 0): encode_shard(array, arrays[name]) for name, array in layouts.items()}
 
 
 def _holds_files(path: Path) -> bool:
-    """Is anything here that is not the leftover of a create that died?"""
+    """Whether a folder holds anything but the partial file of a `create` that died."""
     return any(not is_leftover(inner) for inner in path.iterdir())

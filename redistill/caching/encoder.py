@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from redistill_cache import ArchiveWriter
 from redistill_cache.codecs import BlockStats, Encoded, NotFinite, join_encoded
-from redistill_cache.layout import Block, part_arrays
+from redistill_cache.layout import Block
 from torch import Tensor
 
 from redistill.caching.open_archive import write_view_params
@@ -94,7 +94,6 @@ class BlockEncoder:
         # The stored codecs, not the fitted ones: every rank and every resumed run must encode with the same.
         archive, name = writer.read_back(), plan.teacher_name
         self._codecs = {signal.name: archive.codec(name, signal.name) for signal in archive.teachers[name].signals}
-        self._layouts = part_arrays(writer.spec, writer.teachers, plan.part)
         self._views_with_params: set[int] = set()
         self._max_rows = max_piece_rows(self._device, max(codec.width for codec in self._codecs.values()))
         # A stream of its own: on the teacher's, every copy to the host would wait for the batches queued before it.
@@ -174,11 +173,11 @@ class BlockEncoder:
         whole = {name: join_encoded([piece[name] for piece in pieces]) for name in self._codecs}
         arrays = {f"{name}/{key}": np.asarray(a) for name, item in whole.items() for key, a in item.arrays.items()}
         block_stats = {name: BlockStats.of(item).to_json() for name, item in whole.items()}
-        if not self._writer.write(block, arrays, block_stats):
+        record = self._writer.write(block, arrays, block_stats)
+        if record is None:
             return  # another process committed it first, and counts it
         labels, stats = self._plan.index.labels[block.start : block.stop], self._stats
-        shards = (self._writer.path / array.shard_path(block.view, block.index) for array in self._layouts.values())
-        stats.bytes += sum(shard.stat().st_size for shard in shards)
+        stats.bytes += sum(entry.size for entry in record.files.values())
         stats.rows += len(labels)
         stats.labelled += int((labels >= 0).sum())
         stats.correct += int(((labels == predictions) & (labels >= 0)).sum())

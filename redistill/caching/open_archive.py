@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 from redistill_cache import Archive, ArchiveWriter, TeacherSpec
+from redistill_cache.commits import Commits
 from redistill_cache.errors import Refused, SpecMismatch
-from redistill_cache.layout import Block
+from redistill_cache.layout import Block, side_block
 from redistill_cache.spec_files import read_root
-from redistill_cache.storage import is_leftover
+from redistill_cache.storage import LOCAL, is_leftover
 from redistill_cache.writer import refuse_difference
 
 from redistill.caching.estimate import existing_parent, refuse_small_disk
@@ -30,7 +31,6 @@ __all__ = [
     "check_new_path",
     "create_archive",
     "has_all_views",
-    "is_committed",
     "open_existing",
     "teacher_is_declared",
     "write_canaries",
@@ -51,7 +51,7 @@ def has_all_views(options: CacheOptions) -> bool:
 
 def teacher_is_declared(plan: Plan) -> bool:
     """Whether the archive has the teacher's specification and side data."""
-    return (plan.options.out / Block(f"{plan.part}/side", 0, 0, 0, 0).record_path).exists()
+    return Commits(plan.options.out, LOCAL).is_committed(side_block(plan.teacher_name))
 
 
 def check_new_path(options: CacheOptions) -> None:
@@ -114,7 +114,7 @@ def check_same_teacher(path: Path, teacher: TeacherSpec, plan: Plan) -> None:
 
 def remaining_bytes(plan: Plan, writer: ArchiveWriter, archive: Archive) -> int:
     """The size of the teacher's missing blocks, if they are like the written ones; 0 when none is written."""
-    written = sum(entry.size for name, entry in archive.contents.files.items() if name.startswith(f"{plan.part}/"))
+    written = sum(entry.size for name, entry in archive.state.files.items() if name.startswith(f"{plan.part}/"))
     missing, per_view = len(writer.missing(plan.part)), writer.spec.blocks_per_view
     done = writer.spec.num_views * per_view - missing
     remaining = missing + (plan.spec.num_views - writer.spec.num_views) * per_view
@@ -124,16 +124,11 @@ def remaining_bytes(plan: Plan, writer: ArchiveWriter, archive: Archive) -> int:
 # -- view parameters and canaries -------------------------------------------------------------------------------------
 
 
-def is_committed(writer: ArchiveWriter, block: Block) -> bool:
-    """Whether any process has committed this block by now."""
-    return (writer.path / block.record_path).exists()
-
-
 def write_view_params(plan: Plan, writer: ArchiveWriter, view: int) -> None:
     """Write the parameters of every row of a view: a mixed row needs those of its partner, which may be any row."""
     missing = [block for block in writer.missing("views") if block.view == view]
     for block in plan.rank.work_order(missing):
-        if not is_committed(writer, block):
+        if not writer.is_committed(block):
             writer.write(block, plan.views.params(view, np.arange(block.start, block.stop)))
 
 
@@ -143,7 +138,7 @@ def write_canaries(runner: TeacherRunner, writer: ArchiveWriter) -> None:
 
     def batches() -> Iterator[tuple[tuple[Block, np.ndarray], list[int]]]:
         for block in plan.rank.work_order(writer.missing("canaries")):
-            if not is_committed(writer, block):
+            if not writer.is_committed(block):
                 rows = canary_rows(plan.spec.seed, block.view, plan.spec.num_samples, plan.spec.canaries_per_view)
                 yield (block, rows), runner.indices(block.view, rows.tolist())
 

@@ -31,7 +31,6 @@ from redistill.caching.open_archive import (
     check_new_path,
     create_archive,
     has_all_views,
-    is_committed,
     open_existing,
     teacher_is_declared,
     write_canaries,
@@ -216,7 +215,7 @@ def teacher_batches(
     """The batches of a block depend on the block alone, so its bytes do too. Skips blocks committed by other ranks."""
     batch_size = runner.plan.options.batch_size
     for block in blocks:
-        if is_committed(writer, block):
+        if writer.is_committed(block):
             continue
         for start in range(block.start, block.stop, batch_size):
             rows = range(start, min(start + batch_size, block.stop))

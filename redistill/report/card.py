@@ -110,7 +110,7 @@ def scientific(number: float | None) -> str:
 
 def error_histograms(archive: Archive, teacher: str, signal: str) -> list[Figure]:
     """Rows by encoding error, from the statistics the writer recorded."""
-    stats = archive.contents.stats.get(teacher, {}).get(signal)
+    stats = archive.state.stats.get(teacher, {}).get(signal)
     if stats is None:
         return []
     errors = BlockStats.from_json(stats).errors

@@ -1,4 +1,4 @@
-"""How to spoil an archive: each builder takes what to change and gives an attack on a path."""
+"""Builders of attacks: each takes what to change and returns a function that attacks the archive at a path."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import google_crc32c
 import numpy as np
 from numcodecs import zstd
 from redistill_cache import layout
-from redistill_cache.journal import parse_manifest, sha256
+from redistill_cache.journal import sha256
 from redistill_cache.spec import SideArray
 from redistill_cache.strict_json import canonical
 
@@ -27,6 +27,7 @@ from tests.attacks.forge import (
     parsed,
     put_rows,
     read,
+    read_manifest,
     repeated_shard,
     reseal,
     shard_of,
@@ -42,6 +43,7 @@ __all__ = [
     "canary_row",
     "chunk",
     "copied_record",
+    "extra_file",
     "field",
     "file_for_folder",
     "first_view_array",
@@ -63,7 +65,6 @@ __all__ = [
     "side_bomb",
     "signal_field",
     "statistics",
-    "stranger",
     "teachers_named",
     "text_of",
     "unsealed",
@@ -99,7 +100,7 @@ def array_field(name: str, **changes: object) -> Attack:
 
 
 def text_of(name: str, old: bytes, new: bytes) -> Attack:
-    """Bytes exchanged in a document, and every hash made to fit."""
+    """Bytes replaced in a document, and every hash updated."""
 
     def attack(path: Path) -> None:
         data = (path / name).read_bytes()
@@ -119,7 +120,7 @@ def seed(text: bytes) -> Attack:
 
 
 def metadata_field(name: str, **changes: object) -> Attack:
-    """A change of one array's own zarr.json, which an honest reader never needs."""
+    """A change of the zarr.json of an array, which a reader never parses."""
 
     def attack(path: Path) -> None:
         file = path / name / "zarr.json"
@@ -137,7 +138,7 @@ def nested(depth: int) -> dict[str, object]:
 
 
 def billion_samples(path: Path) -> None:
-    """As many samples as fit into files, blocks and chunks; nothing is stored of them."""
+    """As many samples as the limits of files, blocks and chunks allow, without any data."""
     root, teachers = documents(path)
     root |= {"num_samples": 10**9, "block_rows": 2**24}
     for array in [*root["view_arrays"], *teachers["net"]["signals"][0]["arrays"]]:
@@ -146,7 +147,7 @@ def billion_samples(path: Path) -> None:
 
 
 def many_arrays(path: Path) -> None:
-    """Four teachers with 2,048 arrays each, all in order."""
+    """Four teachers with 2,048 valid arrays each."""
     root, teachers = documents(path)
     signal = teachers["net"]["signals"][0]
     array = {"name": "q", "dtype": "uint8", "row_shape": [], "chunk_rows": 8, "transpose": False, "level": 3}
@@ -160,7 +161,7 @@ def many_arrays(path: Path) -> None:
 
 
 def lines(change: Callable[[list[bytes]], list[bytes]]) -> Attack:
-    """Other lines in the manifest, its own hash made to fit."""
+    """Other lines in the manifest, whose hash is updated."""
 
     def attack(path: Path) -> None:
         data = (path / MANIFEST).read_bytes()
@@ -178,15 +179,15 @@ def many_lines(count: int) -> Attack:
 
 
 def teachers_named(*names: str) -> Attack:
-    """The manifest names these teachers as well; each has a document where its name would lead."""
+    """The manifest also lists these teachers; each has a document where its name would lead."""
 
     def attack(path: Path) -> None:
-        manifest = parse_manifest((path / MANIFEST).read_bytes(), "attack")
+        stats = read_manifest(path).teachers
         for name in names:
             target = path / "teachers" / name
             target.mkdir(parents=True, exist_ok=True)
             shutil.copy(path / "teachers/net/zarr.json", target)
-        reseal(path, teachers=dict(manifest.teachers) | {name: {} for name in names})
+        reseal(path, teachers=dict(stats) | {name: {} for name in names})
 
     return attack
 
@@ -199,13 +200,13 @@ def statistics(value: object) -> Attack:
 
 
 def zstd_bomb(path: Path) -> None:
-    """A chunk that decompresses to a gigabyte of zeros, with an index, hashes and manifest that fit."""
+    """A chunk that decompresses to a gigabyte of zeros, with a correct index, hashes and manifest."""
     (path / f"{LEVEL}/c.1.0").write_bytes(shard_of([bytes(zstd.compress(bytes(1 << 30), 1))]))
     reseal(path)
 
 
 def chunk(make: Callable[[bytes], bytes]) -> Attack:
-    """Another frame instead of the first chunk of a shard."""
+    """Another frame in place of the first chunk of a shard."""
 
     def attack(path: Path) -> None:
         honest = zstd.Zstd(level=3, checksum=True).encode(bytes(8))
@@ -216,7 +217,7 @@ def chunk(make: Callable[[bytes], bytes]) -> Attack:
 
 
 def index(change: Callable[[np.ndarray], object]) -> Attack:
-    """An index that lies, with a checksum that fits: entries [chunk, (offset, size)] of two chunks of 8 rows."""
+    """A wrong index with a correct checksum: entries [chunk, (offset, size)] of two chunks of 8 rows."""
 
     def attack(path: Path) -> None:
         shard = path / "views/crop/c.0.0.0"
@@ -231,15 +232,15 @@ def index(change: Callable[[np.ndarray], object]) -> Attack:
 
 
 def key_bomb(total: int, samples: int = SAMPLES) -> Attack:
-    """Keys of `total` zero bytes, of which hardly anything is stored."""
+    """Keys of `total` zero bytes, which take hardly any stored bytes."""
 
     def attack(path: Path) -> None:
         root, teachers = documents(path)
         root |= {"num_samples": samples, "block_rows": 1 << 17}
         forge(path, root, teachers)
-        found = parsed(root, teachers)
-        assert found is not None
-        arrays = layout.sample_arrays(found[0], total)
+        specs = parsed(root, teachers)
+        assert specs is not None
+        arrays = layout.sample_arrays(specs[0], total)
         offsets = np.zeros(samples + 1, np.uint64)
         offsets[1:] = total - samples + 1 + np.arange(samples)
         put_rows(path, arrays["key_offsets"], offsets)
@@ -252,15 +253,15 @@ def key_bomb(total: int, samples: int = SAMPLES) -> Attack:
 
 
 def side_bomb(path: Path) -> None:
-    """256 MiB of side data in some kilobytes."""
+    """256 MiB of side data stored in some kilobytes."""
     root, teachers = documents(path)
     side = SideArray("basis_low", "uint8", (256, 1 << 20))
     signal = teachers["net"]["signals"][0]
     signal["side"] = [side.to_json()]
     forge(path, root, teachers)
-    found = parsed(root, teachers)
-    assert found is not None
-    array = layout.side_arrays(found[1]["net"])["logits/basis_low"]
+    specs = parsed(root, teachers)
+    assert specs is not None
+    array = layout.side_arrays(specs[1]["net"])["logits/basis_low"]
     (path / array.shard_path(0, 0)).write_bytes(repeated_shard(array))
     reseal(path)
 
@@ -279,14 +280,14 @@ def canary_row(path: Path) -> None:
 
 
 def flags(path: Path) -> None:
-    """Every row claims to be stored exactly, and no exact rows are: the shard of them is cut to its index."""
+    """Every row is flagged as stored exactly, but the shard of exact rows is empty."""
     array = layout.teacher_arrays(SPEC.resolved(), teacher().resolved(16))["logits/level"]
     put_rows(path, array, np.full(16, 0xFF, np.uint8))
     (path / "teachers/net/logits/exact/c.0.0.0").write_bytes(b"")
     reseal(path)
 
 
-# -- the tree ---------------------------------------------------------------------------------------------------------
+# -- files and folders ------------------------------------------------------------------------------------------------
 
 
 def link(name: str) -> Attack:
@@ -299,7 +300,7 @@ def link(name: str) -> Attack:
 
 
 def instead(name: str, make: Callable[[Path], object]) -> Attack:
-    """Something else where a file was."""
+    """Something else in place of a file."""
 
     def attack(path: Path) -> None:
         (path / name).unlink()
@@ -315,8 +316,7 @@ def listening(path: Path) -> None:
         shutil.move(short, path)
 
 
-def stranger(name: str) -> Attack:
-    """A file or folder that nobody expects."""
+def extra_file(name: str) -> Attack:
 
     def attack(path: Path) -> None:
         (path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -342,7 +342,7 @@ def unsealed(attack: Attack) -> Attack:
 
 
 def record(block: str, change: Change) -> Attack:
-    """A commit record that says something else, its own hash made to fit."""
+    """A changed commit record, whose hash is updated."""
 
     def attack(path: Path) -> None:
         file = path / layout.BLOCKS / f"{block}.json"

@@ -1,6 +1,7 @@
-"""The attacker's tools: whatever is changed, records, metadata and manifest are made to fit the lie.
+"""Tools to forge an archive: records, metadata and manifest are rewritten to agree with whatever was changed.
 
-A good attacker has our source, so this uses it: a forged archive differs from an honest one in what was changed only.
+A capable attacker has the source of this library, so this uses it: a forged archive differs from an honest one only in
+what was changed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 from numcodecs import zstd
 from redistill_cache import layout
 from redistill_cache.errors import RedistillError
-from redistill_cache.journal import FileEntry, Manifest, Record, parse_manifest, sha256
+from redistill_cache.journal import FileEntry, Manifest, Record, parse_files, parse_header, sha256
 from redistill_cache.layout import ArrayLayout, all_blocks, expected_files
 from redistill_cache.shards import encode_shard
 from redistill_cache.spec import ArchiveSpec, TeacherSpec, archive_identity, teacher_identity
@@ -27,12 +28,18 @@ __all__ = ["Change", "documents", "edit", "edit_teacher", "forge", "parsed", "pu
 Json = Any
 Change = Callable[[dict[str, Json]], object]
 MANIFEST = layout.MANIFEST
-# A forged specification that makes more files than this is left with the files it had.
+# An archive whose forged specification needs more files than this keeps the files it has.
 MOST_FILES = 2000
 
 
 def read(file: Path) -> Json:
     return json.loads(file.read_bytes())
+
+
+def read_manifest(path: Path) -> Manifest:
+    data = (path / MANIFEST).read_bytes()
+    header = parse_header(data, "forged")
+    return Manifest(header.identity, header.views, header.teachers, parse_files(data, header, "forged"))
 
 
 def documents(path: Path) -> tuple[dict[str, Json], dict[str, dict[str, Json]]]:
@@ -45,15 +52,15 @@ def documents(path: Path) -> tuple[dict[str, Json], dict[str, dict[str, Json]]]:
 
 
 def parsed(root: Mapping[str, Json], teachers: Mapping[str, Json]) -> tuple[ArchiveSpec, dict[str, TeacherSpec]] | None:
-    """The same as our parser sees them; None where it refuses."""
+    """The specifications as parsed by the library; None where it refuses them."""
     try:
         spec = parse_archive_spec(root, "forged")
-        found = {name: parse_teacher_spec(item, "forged", spec.block_rows) for name, item in teachers.items()}
-        layout.check_extent(spec, found)
+        specs = {name: parse_teacher_spec(item, "forged", spec.block_rows) for name, item in teachers.items()}
+        layout.check_extent(spec, specs)
     except RedistillError:
         return None
-    fits = layout.count_files(spec, found, spec.num_views) <= MOST_FILES
-    return (spec, found) if fits and all(item.name == name for name, item in found.items()) else None
+    fits = layout.count_files(spec, specs, spec.num_views) <= MOST_FILES
+    return (spec, specs) if fits and all(item.name == name for name, item in specs.items()) else None
 
 
 def edit(path: Path, change: Change) -> None:
@@ -69,14 +76,14 @@ def edit_teacher(path: Path, change: Change) -> None:
 
 
 def forge(path: Path, root: dict[str, Json], teachers: dict[str, dict[str, Json]], **header: object) -> None:
-    """Write these specifications and all that follows from them. Shards that are asked for and not there are empty."""
+    """Write these specifications and all that follows from them. Missing shards become empty files."""
     write(path / "zarr.json", group({"redistill": root}))
     for name, value in teachers.items():
         write(path / layout.teacher_path(name), group({"redistill_teacher": value}))
-    found = parsed(root, teachers)
-    if found is None:
+    accepted = parsed(root, teachers)
+    if accepted is None:
         return reseal(path, **header)
-    spec, specs = found
+    spec, specs = accepted
     for name, data in layout.expected_metadata(spec, specs).items():
         write(path / name, data)
     identity = archive_identity(root)
@@ -91,14 +98,14 @@ def forge(path: Path, root: dict[str, Json], teachers: dict[str, dict[str, Json]
         write(old, Record(block, bound, entries(path, names), stats).to_bytes())
     files = entries(path, expected_files(spec, specs, spec.num_views))
     honest: dict[str, Any] = {"identity": identity, "views": spec.num_views, "files": files}
-    stats_of = parse_manifest((path / MANIFEST).read_bytes(), "forged").teachers
+    stats_of = read_manifest(path).teachers
     honest["teachers"] = {name: stats_of.get(name, {}) for name in specs}
     write(path / MANIFEST, Manifest(**honest | header).to_bytes())
     return None
 
 
 def reseal(path: Path, **header: object) -> None:
-    """A manifest, and records, that fit the files as they are now."""
+    """Rewrite manifest and records to agree with the current files."""
     for record in sorted((path / layout.BLOCKS).glob("*.json")):
         value = read(record)
         value["files"] = [
@@ -106,7 +113,7 @@ def reseal(path: Path, **header: object) -> None:
         ]
         del value["sha256"]
         record.write_bytes(canonical(value | {"sha256": sha256(canonical(value))}))
-    manifest = parse_manifest((path / MANIFEST).read_bytes(), "forged")
+    manifest = read_manifest(path)
     try:
         identity = archive_identity(documents(path)[0])
     except (ValueError, LookupError, TypeError, RecursionError):
@@ -121,12 +128,12 @@ def reseal(path: Path, **header: object) -> None:
 
 
 def entries(path: Path, names: Sequence[str] | set[str] | Mapping[str, object]) -> dict[str, FileEntry]:
-    found = {}
+    result = {}
     for name in sorted(names):
         if (path / name).is_file():
             data = (path / name).read_bytes()
-            found[name] = FileEntry(len(data), sha256(data))
-    return found
+            result[name] = FileEntry(len(data), sha256(data))
+    return result
 
 
 def group(attributes: Json) -> bytes:
@@ -142,12 +149,12 @@ def write(file: Path, data: bytes) -> None:
 
 
 def put_rows(path: Path, array: ArrayLayout, rows: np.ndarray, view: int = 0) -> None:
-    """Other values in a shard, stored the way they should be."""
+    """Replace the rows of a shard, encoded correctly."""
     (path / array.shard_path(view, 0)).write_bytes(encode_shard(array, rows))
 
 
 def shard_of(frames: Sequence[bytes], chunks: int | None = None) -> bytes:
-    """A shard of these chunks, back to back, with an index that fits; chunks after them are absent."""
+    """A shard of these chunks, back to back, with a correct index; chunks after them are absent."""
     sizes = np.array([len(frame) for frame in frames], "<u8")
     entries = np.full((chunks or len(frames), 2), 2**64 - 1, "<u8")
     entries[: len(frames)] = np.stack([np.cumsum(sizes) - sizes, sizes], 1)

@@ -1,4 +1,4 @@
-"""Go through every door of the library with one hostile archive, in a process of its own, and say how that went."""
+"""Call every entry point of the library with one hostile archive, in its own process, and measure what that costs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from redistill_cache.reader import Archive, open_archive
 from redistill_cache.verify import verify
 from redistill_cache.writer import ArchiveWriter
 
-__all__ = ["DOORS", "Passage", "go_through", "measure"]
+__all__ = ["ENTRY_POINTS", "Outcome", "measure", "run_entry_point"]
 
 
 def read_everything(archive: Archive) -> None:
@@ -46,36 +46,36 @@ def verify_all(path: Path) -> None:
         raise RedistillError(f"{len(report.damaged)} damaged: {report.damaged[0]}")
 
 
-DOORS: dict[str, Callable[[Path], object]] = {
+ENTRY_POINTS: dict[str, Callable[[Path], object]] = {
     "open": lambda path: open_and_inspect(path, partial=False),
-    "open partly": lambda path: open_and_inspect(path, partial=True),
+    "open partial": lambda path: open_and_inspect(path, partial=True),
     "verify": verify_all,
     "resume": lambda path: ArchiveWriter.resume(path).seal(),
 }
 
 
-class Passage(NamedTuple):
-    """What came of one door. `verdict` is the refusal, or "believed"."""
+class Outcome(NamedTuple):
+    """The outcome of one entry point. `result` is the error message, or "accepted"."""
 
-    door: str
-    verdict: str
+    entry_point: str
+    result: str
     seconds: float
     megabytes: float
-    strayed: list[str]  # files opened outside of the archive
+    outside: list[str]  # files opened outside of the archive
 
 
-def go_through(path: Path, door: str) -> str:
+def run_entry_point(path: Path, entry_point: str) -> str:
     try:
-        DOORS[door](path)
+        ENTRY_POINTS[entry_point](path)
     except RedistillError as error:
         return f"{type(error).__name__}: {error}"
-    return "believed"
+    return "accepted"
 
 
 def peak_from_here() -> Callable[[], float]:
-    """A function that tells how many MB more this process has held at once, since now.
+    """A function that returns by how many MB the memory of this process has peaked above the current amount.
 
-    The kernel's own mark, set back first: ru_maxrss of a process begins at that of the process that started it.
+    It resets the kernel's high-water mark, because ru_maxrss of a process starts at that of its parent.
     """
     Path("/proc/self/clear_refs").write_text("5")
     before = megabytes("VmRSS")
@@ -87,21 +87,21 @@ def megabytes(mark: str) -> float:
 
 
 def measure(path: Path, cache: Path, parent: Connection) -> None:
-    """The body of a process: all doors, one after the other."""
+    """The body of a process: all entry points, one after the other."""
     os.environ["XDG_CACHE_HOME"] = str(cache)
-    strayed: list[str] = []
+    outside: list[str] = []
     home, inside = os.path.realpath(path.parent), os.path.realpath(path) + os.sep
 
     def watch(event: str, arguments: tuple[object, ...]) -> None:
         if event == "open" and isinstance(arguments[0], str | os.PathLike):
-            file = os.path.abspath(os.fspath(arguments[0]))  # noqa: PTH100  links must stay in
-            folder = os.path.realpath(os.path.dirname(file)) + os.sep  # noqa: PTH120  what the path really leads to
+            file = os.path.abspath(os.fspath(arguments[0]))  # noqa: PTH100  must not follow links
+            folder = os.path.realpath(os.path.dirname(file)) + os.sep  # noqa: PTH120  as text, too
             near = folder.startswith(home) and not folder.startswith((inside, os.path.realpath(cache)))
             if near and file != str(path):
-                strayed.append(file)
+                outside.append(file)
 
     sys.addaudithook(watch)
-    for door in DOORS:
+    for entry_point in ENTRY_POINTS:
         peak, start = peak_from_here(), time.process_time()
-        verdict = go_through(path, door)
-        parent.send(Passage(door, verdict, time.process_time() - start, peak(), list(strayed)))
+        result = run_entry_point(path, entry_point)
+        parent.send(Outcome(entry_point, result, time.process_time() - start, peak(), list(outside)))

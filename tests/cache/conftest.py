@@ -1,4 +1,4 @@
-"""A small archive that is made once, and copies of it to spoil."""
+"""A small archive that is written once, and copies of it that tests may change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.tiny_archive import make
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The archive of tests/tiny_archive.py, sealed. Not to be changed."""
+    """The sealed archive of tests/tiny_archive.py. Tests must not change it."""
     path = tmp_path_factory.mktemp("made") / "a.redistill.zarr"
     make(path)
     return path
@@ -20,7 +20,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def archive_copy(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it on a machine that has never seen an archive."""
+    """A copy of it, and an empty cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = tmp_path / "a.redistill.zarr"
     shutil.copytree(made, path)

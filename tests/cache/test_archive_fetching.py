@@ -1,4 +1,4 @@
-"""Archives at a URL: fetched once, verified, refused when they are not what their manifest says."""
+"""Archives at a URL: fetched once, verified, and refused when they differ from their manifest."""
 
 from __future__ import annotations
 
@@ -40,69 +40,71 @@ def copies(tmp_path: Path) -> list[Path]:
 
 def test_a_url_is_fetched_once_and_whole(shared: Path, serve: Serve, tmp_path: Path):
     address, requests = serve(shared)
-    here, there = open_archive(shared / NAME), open_archive(f"{address}/{NAME}/")
-    assert there.id == here.id
-    assert there.path.name == NAME
-    np.testing.assert_array_equal(there.logits(view=2, rows=[3, 49]), here.logits(view=2, rows=[3, 49]))
-    assert verify(there.path, full=True).ok
+    original, copy = open_archive(shared / NAME), open_archive(f"{address}/{NAME}/")
+    assert copy.id == original.id
+    assert copy.path.name == NAME
+    np.testing.assert_array_equal(copy.logits(view=2, rows=[3, 49]), original.logits(view=2, rows=[3, 49]))
+    assert verify(copy.path, full=True).ok
     before = len(requests)
-    seen: list[tuple[int, int]] = []
-    assert fetch_archive(f"{address}/{NAME}", progress=lambda *step: seen.append(step)) == there.path
+    steps: list[tuple[int, int]] = []
+    assert fetch_archive(f"{address}/{NAME}", progress=lambda *step: steps.append(step)) == copy.path
     assert requests[before:] == [f"/{NAME}/_redistill/manifest.json"]
-    assert not seen
+    assert not steps
 
 
-def test_an_interrupted_copy_is_no_archive_and_goes_on(shared: Path, serve: Serve, tmp_path: Path):
+def test_an_interrupted_fetch_is_continued(shared: Path, serve: Serve, tmp_path: Path):
     address, requests = serve(shared)
-    gone = shared / NAME / SHARD
-    data = gone.read_bytes()
-    gone.unlink()
+    shard = shared / NAME / SHARD
+    data = shard.read_bytes()
+    shard.unlink()
     with pytest.raises(Refused, match=r"cannot fetch.*404"):
         fetch_archive(f"{address}/{NAME}")
     assert not copies(tmp_path)
     assert not list((tmp_path / "cache").rglob("*.partial"))
-    gone.write_bytes(data)
+    shard.write_bytes(data)
     before = len(requests)
     steps: list[tuple[int, int]] = []
     path = fetch_archive(f"{address}/{NAME}", progress=lambda *step: steps.append(step))
     assert verify(path, full=True).ok
     assert steps[-1][0] == steps[-1][1] == sum(size for _, size in sizes(path))
-    assert len(requests) - before < len(list(sizes(path))), "what was there already is not fetched again"
+    assert len(requests) - before < len(list(sizes(path))), "files that were fetched are not fetched again"
 
 
-def test_a_connection_that_breaks_off_is_made_again(shared: Path, serve: Serve):
+def test_a_closed_connection_is_retried(shared: Path, serve: Serve):
     shard = f"/{NAME}/{SHARD}"
     address, requests = serve(shared, fragile=[shard])
     assert verify(fetch_archive(f"{address}/{NAME}"), full=True).ok
     assert requests.count(shard) == 2
 
 
-def test_one_that_always_breaks_off_is_said_to(shared: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch):
+def test_a_connection_that_always_closes_is_an_error(shared: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fetching, "WAITS", (0.0, 0.0))
     address, requests = serve(shared)
-    with pytest.raises(Refused, match=r"cannot fetch .*: it broke off after \d+ of \d+ bytes; check the address"):
+    with pytest.raises(
+        Refused, match=r"cannot fetch .*: the connection closed after \d+ of \d+ bytes; check the address"
+    ):
         fetching.pull(f"{address}/{NAME}/{SHARD}.short", io.BytesIO())
     assert len(requests) == 3
 
 
 def sizes(path: Path) -> list[tuple[str, int]]:
-    contents = open_archive(path).contents
-    return [(name, entry.size) for name, entry in contents.files.items()]
+    state = open_archive(path).state
+    return [(name, entry.size) for name, entry in state.files.items()]
 
 
 @pytest.mark.parametrize("change", ["other bytes", "longer", "shorter"])
-def test_bytes_that_the_manifest_does_not_promise(shared: Path, serve: Serve, tmp_path: Path, change: str):
+def test_a_file_that_differs_from_the_manifest_is_damaged(shared: Path, serve: Serve, tmp_path: Path, change: str):
     address, _ = serve(shared)
     shard = shared / NAME / SHARD
     data = shard.read_bytes()
     flipped = data[:-1] + bytes([data[-1] ^ 1])
     shard.write_bytes({"other bytes": flipped, "longer": data + b"x", "shorter": data[:-1]}[change])
-    with pytest.raises(Damaged, match=f"{SHARD}: not the bytes that the manifest promises"):
+    with pytest.raises(Damaged, match=f"{SHARD}: size or SHA-256 differ from the manifest"):
         open_archive(f"{address}/{NAME}")
     assert not copies(tmp_path)
 
 
-def test_another_archive_at_the_same_address_is_another_copy(shared: Path, serve: Serve):
+def test_a_replaced_archive_gets_its_own_copy(shared: Path, serve: Serve):
     address, _ = serve(shared)
     first = fetch_archive(f"{address}/{NAME}")
     shutil.rmtree(shared / NAME)
@@ -112,10 +114,10 @@ def test_another_archive_at_the_same_address_is_another_copy(shared: Path, serve
     assert open_archive(first).id != open_archive(second).id
 
 
-def test_what_is_not_an_archive_there(shared: Path, serve: Serve):
+def test_an_address_without_an_archive_is_refused(shared: Path, serve: Serve):
     address, _ = serve(shared)
     for wrong in ("nothing", ""):
-        with pytest.raises(Incomplete, match=r"is no finished archive.*expected the address of a folder"):
+        with pytest.raises(Incomplete, match=r"is not a finished archive.*expected the address of a folder"):
             open_archive(f"{address}/{wrong}")
     with pytest.raises(Refused, match=r"cannot fetch.*check the address and the network"):
         open_archive("http://127.0.0.1:9/a.redistill.zarr")
@@ -123,19 +125,19 @@ def test_what_is_not_an_archive_there(shared: Path, serve: Serve):
         open_archive("nonsense://a.redistill.zarr")
 
 
-def test_any_address_that_fsspec_opens(shared: Path):
+def test_an_address_of_fsspec(shared: Path):
     fsspec = pytest.importorskip("fsspec", reason="torch brings it")
-    there = fsspec.filesystem("memory")
-    there.put(str(shared / NAME), f"/lab/{NAME}", recursive=True)
+    files = fsspec.filesystem("memory")
+    files.put(str(shared / NAME), f"/lab/{NAME}", recursive=True)
     try:
         assert open_archive(f"memory://lab/{NAME}").id == open_archive(shared / NAME).id
         with pytest.raises(Incomplete):
             open_archive("memory://lab/other.redistill.zarr")
     finally:
-        there.rm("/lab", recursive=True)
+        files.rm("/lab", recursive=True)
 
 
-def test_errors_of_a_package_for_buckets_are_one_line_too(monkeypatch: pytest.MonkeyPatch):
+def test_errors_of_bucket_packages_are_one_line(monkeypatch: pytest.MonkeyPatch):
     fsspec = pytest.importorskip("fsspec", reason="torch brings it")
 
     class Bucket(fsspec.AbstractFileSystem):  # type: ignore[misc]  # it has no types
@@ -154,7 +156,7 @@ def _fetched(address: str) -> str:
     return str(fetch_archive(address))
 
 
-def test_processes_that_fetch_at_once_share_a_copy(shared: Path, serve: Serve):
+def test_concurrent_processes_share_a_copy(shared: Path, serve: Serve):
     address, requests = serve(shared)
     with multiprocessing.get_context("spawn").Pool(3) as pool:
         (path,) = set(pool.map(_fetched, [f"{address}/{NAME}"] * 3))

@@ -1,4 +1,4 @@
-"""inspect says what an archive is, in words that do not change."""
+"""The JSON description of an archive, whose keys are fixed."""
 
 from __future__ import annotations
 
@@ -27,27 +27,26 @@ def kl(exact: np.ndarray, decoded: np.ndarray, temperature: float) -> float:
     return float((np.exp(p) * (p - q)).sum(1).mean())
 
 
-def test_what_a_whole_archive_is(made: Path):
-    path, identity = made, hashlib.sha256((made / "_redistill/manifest.json").read_bytes()).hexdigest()
-    found = describe(open_archive(path))
-    assert json.loads(json.dumps(found)) == found, "plain JSON"
-    total = sum(map(len, contents(path).values()))
-    assert found["id"] == identity
-    assert found["complete"]
-    assert (found["num_samples"], found["num_views"], found["num_classes"]) == (50, 3, 6)
-    assert found["total_bytes"] == total
-    assert found["bytes_per_view"] == pytest.approx(total / 150)
-    assert found["recipe"] == SPEC.recipe
-    assert found["excluded"] == [{"key": "bad.png", "reason": "truncated"}]
-    assert (found["licence"], found["citation"]) == ("CC-BY-4.0", "Nobody (2026)")
-    assert found["models"] == {"tiny": {"name": "demo:tiny", "weights": "0" * 64}}
-    assert set(found["view_parameters"]) == {"crop", "flip"}
+def test_a_sealed_archive(made: Path):
+    identity = hashlib.sha256((made / "_redistill/manifest.json").read_bytes()).hexdigest()
+    description = describe(open_archive(made))
+    assert json.loads(json.dumps(description)) == description, "plain JSON"
+    total = sum(map(len, contents(made).values()))
+    assert description["id"] == identity
+    assert description["complete"]
+    assert (description["num_samples"], description["num_views"], description["num_classes"]) == (50, 3, 6)
+    assert description["total_bytes"] == total
+    assert description["bytes_per_view"] == pytest.approx(total / 150)
+    assert description["recipe"] == SPEC.recipe
+    assert description["excluded"] == [{"key": "bad.png", "reason": "truncated"}]
+    assert (description["licence"], description["citation"]) == ("CC-BY-4.0", "Nobody (2026)")
+    assert description["models"] == {"tiny": {"name": "demo:tiny", "weights": "0" * 64}}
+    assert set(description["view_parameters"]) == {"crop", "flip"}
 
 
 def test_bytes_and_fidelity_of_a_signal(made: Path):
-    path = made
-    signal = describe(open_archive(path))["teachers"]["tiny"]["logits"]
-    files = contents(path).items()
+    signal = describe(open_archive(made))["teachers"]["tiny"]["logits"]
+    files = contents(made).items()
     written = sum(len(data) for name, data in files if name.startswith("teachers/tiny/logits/") and "/c." in name)
     assert signal["codec"] == "float16"
     assert signal["bytes_per_view"] * 150 + signal["side_bytes"] == pytest.approx(written)
@@ -64,13 +63,13 @@ def test_an_unfinished_archive(tmp_path: Path):
     path = tmp_path / "a.redistill.zarr"
     writer = start(path)
     fill(writer, ["views"])
-    found = describe(open_archive(path, allow_partial=True))
-    assert (found["id"], found["complete"]) == (None, False)
-    assert found["committed_blocks"] == 2 + 12
-    assert found["teachers"]["tiny"]["logits"]["fidelity"] is None
+    description = describe(open_archive(path, allow_partial=True))
+    assert (description["id"], description["complete"]) == (None, False)
+    assert description["committed_blocks"] == 2 + 12
+    assert description["teachers"]["tiny"]["logits"]["fidelity"] is None
 
 
-def test_a_signal_that_was_not_measured_everywhere_has_no_fidelity(tmp_path: Path):
+def test_a_signal_with_missing_statistics_has_no_fidelity(tmp_path: Path):
     path = tmp_path / "a.redistill.zarr"
     writer = start(path)
     fill(writer, ["views", "canaries"])
@@ -79,19 +78,18 @@ def test_a_signal_that_was_not_measured_everywhere_has_no_fidelity(tmp_path: Pat
         assert stats is not None
         writer.write(block, arrays, stats if number else {"layer4.1": stats["layer4.1"]})
     writer.seal()
-    found = describe(open_archive(path))["teachers"]["tiny"]
-    assert found["logits"]["fidelity"] is None
-    assert set(found["layer4.1"]["fidelity"]) >= {"bound", "mean_relative", "max_relative"}
+    description = describe(open_archive(path))["teachers"]["tiny"]
+    assert description["logits"]["fidelity"] is None
+    assert set(description["layer4.1"]["fidelity"]) >= {"bound", "mean_relative", "max_relative"}
 
 
-def test_statistics_that_are_none_are_damage(archive_copy: Path):
-    path = archive_copy
-    reseal(path, teachers={"tiny": {"logits": {"rows": 1}}})
+def test_invalid_statistics_are_damage(archive_copy: Path):
+    reseal(archive_copy, teachers={"tiny": {"logits": {"rows": 1}}})
     with pytest.raises(Damaged, match="fidelity statistics"):
-        describe(open_archive(path))
+        describe(open_archive(archive_copy))
 
 
-def test_no_samples_of_a_prefix_are_counted(tmp_path: Path):
+def test_a_sealed_prefix_of_views(tmp_path: Path):
     path = tmp_path / "a.redistill.zarr"
     writer = ArchiveWriter.create(path, replace(SPEC, num_views=9))
     writer.write_samples(**samples())

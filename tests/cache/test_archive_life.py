@@ -1,7 +1,7 @@
-"""The life of an archive in any order: written, killed, resumed, extended, sealed early, added to. Only the end counts.
+"""An archive that is written, killed, resumed, extended, sealed early and added to, in any order.
 
-A model says which blocks were committed; the archive must offer exactly those, and once everything is written it must
-be, byte for byte, the archive that was written in one go.
+A model tracks which blocks are committed; the archive must offer exactly those, and once everything is written it must
+equal, byte for byte, the archive that was written without interruption.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,53 +23,16 @@ from redistill_cache.errors import Incomplete
 from redistill_cache.layout import Block, part_blocks
 from redistill_cache.storage import LOCAL, Files
 
+from tests.faults.power_cut import PowerCut, PowerCutDisk
 from tests.tiny_archive import SPEC, TEACHER, block_data, contents, make, samples, stored_logits
 
 SMALL = replace(SPEC, num_samples=20, num_views=1)
 LAST_VIEW = 3
-Held = set[tuple[str, int, int]]
-
-
-class Killed(BaseException):
-    """What a process does not live to see."""
-
-
-class Mortal(Files):
-    """A disk whose process dies just before operation number `last`."""
-
-    def __init__(self, last: int) -> None:
-        self._left = last
-
-    def _step(self, operation: Callable[..., None], *arguments: Any) -> None:
-        self._left -= 1
-        if self._left <= 0:  # dead processes do nothing more, not even tidy up
-            raise Killed
-        operation(*arguments)
-
-    def make_directory(self, path: Path) -> None:
-        self._step(super().make_directory, path)
-
-    def write(self, path: Path, data: bytes | memoryview) -> None:
-        self._step(super().write, path, data)
-
-    def sync_file(self, path: Path) -> None:
-        self._step(super().sync_file, path)
-
-    def sync_directory(self, path: Path) -> None:
-        self._step(super().sync_directory, path)
-
-    def rename(self, old: Path, new: Path) -> None:
-        self._step(super().rename, old, new)
-
-    def link(self, old: Path, new: Path) -> None:
-        self._step(super().link, old, new)
-
-    def remove(self, path: Path) -> None:
-        self._step(super().remove, path)
+Committed = set[tuple[str, int, int]]
 
 
 @functools.cache
-def in_one_go(views: int, teachers: tuple[str, ...]) -> dict[str, bytes]:
+def uninterrupted(views: int, teachers: tuple[str, ...]) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.redistill.zarr"
         make(path, replace(SMALL, num_views=views), teachers)
@@ -83,7 +45,7 @@ def data_of(block: Block) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]
 
 
 class Life(RuleBasedStateMachine):
-    """Steps in the life of one archive, and what must be true after each."""
+    """Operations on one archive, and what must be true after each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +53,7 @@ class Life(RuleBasedStateMachine):
         self.path = Path(self.folder.name) / "a.redistill.zarr"
         self.spec = SMALL
         self.teachers: tuple[str, ...] = ()
-        self.held: Held = set()
+        self.committed: Committed = set()
         self.writer = ArchiveWriter.create(self.path, SMALL)
         self.writer.write_samples(**samples(SMALL))
 
@@ -99,24 +61,28 @@ class Life(RuleBasedStateMachine):
         return [b for part in self.writer.parts() for b in part_blocks(self.spec, part, self.spec.num_views)]
 
     def missing(self) -> list[Block]:
-        return [block for block in self.blocks() if key(block) not in self.held]
+        return [block for block in self.blocks() if key(block) not in self.committed]
 
     def resume(self, files: Files = LOCAL) -> None:
         self.writer = ArchiveWriter.resume(self.path, replace(self.spec, environment={"run": "another"}), files=files)
 
-    # -- what can happen ----------------------------------------------------------------------------------------------
+    def mortal(self, last: int) -> Files:
+        """A disk whose process dies just before operation number `last`, and does nothing more."""
+        return PowerCutDisk(Path(self.folder.name), cut_at=last - 1)
+
+    # -- operations ---------------------------------------------------------------------------------------------------
 
     @precondition(lambda self: self.missing())
     @rule(data=st.data(), count=st.integers(1, 6))
     def write(self, data: st.DataObject, count: int) -> None:
         for block in data.draw(st.permutations(self.missing()))[:count]:
             assert self.writer.write(block, *data_of(block))
-            self.held.add(key(block))
+            self.committed.add(key(block))
 
-    @precondition(lambda self: self.held)
+    @precondition(lambda self: self.committed)
     @rule(data=st.data())
     def write_again(self, data: st.DataObject) -> None:
-        again = data.draw(st.sampled_from([block for block in self.blocks() if key(block) in self.held]))
+        again = data.draw(st.sampled_from([block for block in self.blocks() if key(block) in self.committed]))
         assert not self.writer.write(again, *data_of(again))
 
     @precondition(lambda self: self.missing())
@@ -124,20 +90,20 @@ class Life(RuleBasedStateMachine):
     def die_while_writing(self, data: st.DataObject, last: int) -> None:
         block = data.draw(st.sampled_from(self.missing()))
         self.resume()
-        mortal = ArchiveWriter(self.path, self.writer.spec, Mortal(last))
-        mortal.teachers = self.writer.teachers
+        writer = ArchiveWriter(self.path, self.writer.spec, self.mortal(last))
+        writer.teachers = self.writer.teachers
         try:
-            mortal.write(block, *data_of(block))
-        except Killed:
+            writer.write(block, *data_of(block))
+        except PowerCut:
             self.resume()
-        # Dead before or after its record was linked: only the disk knows.
-        if (self.path / block.record_path).exists():
-            self.held.add(key(block))
+        # It may have died before or after its record was linked.
+        if self.writer.is_committed(block):
+            self.committed.add(key(block))
 
     @rule(last=st.integers(1, 60))
     def die_while_resuming(self, last: int) -> None:
-        with contextlib.suppress(Killed):
-            self.resume(Mortal(last))
+        with contextlib.suppress(PowerCut):
+            self.resume(self.mortal(last))
         self.resume()
 
     @precondition(lambda self: len(self.teachers) < 2)
@@ -152,8 +118,8 @@ class Life(RuleBasedStateMachine):
     def extend(self, last: int) -> None:
         views = self.spec.num_views + 1
         try:
-            ArchiveWriter.extend_views(self.path, views, files=Mortal(last))
-        except Killed:
+            ArchiveWriter.extend_views(self.path, views, files=self.mortal(last))
+        except PowerCut:
             ArchiveWriter.extend_views(self.path, views)
         self.spec = replace(self.spec, num_views=views)
         self.resume()
@@ -169,13 +135,13 @@ class Life(RuleBasedStateMachine):
         archive = open_archive(self.path)
         assert (archive.id, archive.num_views, set(archive.teachers)) == (identity, views, set(self.teachers))
 
-    # -- what must be true --------------------------------------------------------------------------------------------
+    # -- invariants ---------------------------------------------------------------------------------------------------
 
     @invariant()
     def offers_what_is_committed(self) -> None:
         archive = self.writer.read_back()
-        committed = {item for item in archive.contents.committed or () if "side" not in item[0]}
-        assert committed == self.held | {("samples", 0, 0)}
+        committed = {item for item in archive.state.committed or () if "side" not in item[0]}
+        assert committed == self.committed | {("samples", 0, 0)}
         for name in self.teachers:
             for view in range(self.spec.num_views):
                 rows = archive.rows_available(view, name)
@@ -186,7 +152,7 @@ class Life(RuleBasedStateMachine):
         for block in self.missing():
             self.writer.write(block, *data_of(block))
         self.writer.seal()
-        assert contents(self.path) == in_one_go(self.spec.num_views, self.teachers)
+        assert contents(self.path) == uninterrupted(self.spec.num_views, self.teachers)
         self.folder.cleanup()
 
 

@@ -1,4 +1,4 @@
-"""verify names every damaged file with its block; quarantine moves blocks aside, and writing again mends them."""
+"""verify reports every damaged file with its block; quarantine moves blocks aside, so that they are written again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BLOCK = "teachers/tiny view 1 block 2"
 
 
 def flip(file: Path, at: int = 0) -> None:
-    """One bit, and the time of the file as it was."""
+    """Flip one bit, and restore the modification time."""
     before = file.stat()
     data = bytearray(file.read_bytes())
     data[at] ^= 1
@@ -26,11 +26,11 @@ def flip(file: Path, at: int = 0) -> None:
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def found(report: VerifyReport) -> dict[str, tuple[str | None, str]]:
-    return {item.path: (item.block, item.reason) for item in report.damaged}
+def damaged(report: VerifyReport) -> dict[str, tuple[str | None, str]]:
+    return {file.path: (file.block, file.reason) for file in report.damaged}
 
 
-def test_a_whole_archive_is_whole(archive_copy: Path):
+def test_an_undamaged_archive_is_ok(archive_copy: Path):
     calls: list[tuple[int, int]] = []
     report = verify(archive_copy, progress=lambda done, total: calls.append((done, total)))
     assert report.ok
@@ -39,7 +39,7 @@ def test_a_whole_archive_is_whole(archive_copy: Path):
 
 
 @pytest.mark.parametrize("opened_before", [False, True])
-def test_every_damaged_file_is_named_with_its_block(archive_copy: Path, opened_before: bool):
+def test_every_damaged_file_is_reported_with_its_block(archive_copy: Path, opened_before: bool):
     if opened_before:
         assert verify(archive_copy).ok
     for name in (SHARD, "canaries/pixels/c.0.0.0.0.0", "samples/label/c.0", "_redistill/blocks/views.2.1.json"):
@@ -51,7 +51,7 @@ def test_every_damaged_file_is_named_with_its_block(archive_copy: Path, opened_b
     (archive_copy / "views/extra").write_bytes(b"x")
     size = (archive_copy / "views/crop/c.0.3.0").stat().st_size
     wrong = "does not have the SHA-256 that was committed"
-    assert found(verify(archive_copy, full=True)) == {
+    assert damaged(verify(archive_copy, full=True)) == {
         SHARD: (BLOCK, wrong),
         "canaries/pixels/c.0.0.0.0.0": ("canaries view 0 block 0", wrong),
         "samples/label/c.0": ("samples view 0 block 0", wrong),
@@ -65,18 +65,18 @@ def test_every_damaged_file_is_named_with_its_block(archive_copy: Path, opened_b
         open_archive(archive_copy)
 
 
-def test_a_file_verified_before_is_believed_until_it_changes_unless_full(archive_copy: Path):
+def test_a_verified_file_is_hashed_again_after_a_change_or_with_full(archive_copy: Path):
     assert verify(archive_copy).ok
     flip(archive_copy / SHARD, 20)
     assert verify(archive_copy).ok, "same size, same time"
-    assert found(verify(archive_copy, full=True)).keys() == {SHARD}
+    assert damaged(verify(archive_copy, full=True)).keys() == {SHARD}
     (archive_copy / SHARD).touch()
-    assert found(verify(archive_copy)).keys() == {SHARD}
+    assert damaged(verify(archive_copy)).keys() == {SHARD}
     with pytest.raises(Damaged, match="1 files are damaged"):
         open_archive(archive_copy, verify="full")
 
 
-def test_damaged_blocks_are_moved_aside_and_made_again(archive_copy: Path):
+def test_damaged_blocks_are_moved_aside_and_written_again(archive_copy: Path):
     before = contents(archive_copy)
     identity = open_archive(archive_copy).id
     flip(archive_copy / SHARD, 20)
@@ -95,7 +95,7 @@ def test_damaged_blocks_are_moved_aside_and_made_again(archive_copy: Path):
     assert np.array_equal(open_archive(archive_copy).logits(1), stored_logits(1))
 
 
-def test_nothing_is_moved_when_nothing_belongs_to_a_block(archive_copy: Path):
+def test_quarantine_moves_only_files_of_blocks(archive_copy: Path):
     before = contents(archive_copy)
     assert quarantine(archive_copy, verify(archive_copy).damaged) == []
     (archive_copy / "stranger").write_bytes(b"")
@@ -104,19 +104,19 @@ def test_nothing_is_moved_when_nothing_belongs_to_a_block(archive_copy: Path):
     assert contents(archive_copy) == before
 
 
-def test_an_unfinished_archive_is_verified_as_far_as_it_is_committed(archive_copy: Path):
+def test_the_committed_blocks_of_an_unfinished_archive_are_verified(archive_copy: Path):
     (archive_copy / "_redistill/manifest.json").unlink()
     assert verify(archive_copy, full=True).ok
     flip(archive_copy / SHARD, 20)
-    assert found(verify(archive_copy, full=True)) == {SHARD: (BLOCK, "does not have the SHA-256 that was committed")}
+    assert damaged(verify(archive_copy, full=True)) == {SHARD: (BLOCK, "does not have the SHA-256 that was committed")}
     (archive_copy / SHARD).unlink()
     assert verify(archive_copy, full=True).ok, "a block without its files is not committed; it will be written again"
 
 
-def test_what_cannot_be_opened_is_one_finding(archive_copy: Path, tmp_path: Path):
+def test_an_archive_that_cannot_be_opened_is_one_damaged_file(archive_copy: Path, tmp_path: Path):
     flip(archive_copy / "_redistill/manifest.json", 40)
-    (finding,) = verify(archive_copy).damaged
-    assert (finding.path, finding.block) == (str(archive_copy), None)
-    assert "does not match its own hash" in str(finding)
+    (file,) = verify(archive_copy).damaged
+    assert (file.path, file.block) == (str(archive_copy), None)
+    assert "does not match its own hash" in str(file)
     with pytest.raises(NotAnArchive):
         verify(tmp_path)

@@ -1,4 +1,4 @@
-"""Writing: what is refused, what is kept, what changes and what must not."""
+"""Writing: what is refused, what is kept, and what must not change."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 from redistill_cache import ArchiveWriter, ArraySpec, SignalSpec, TeacherSpec, open_archive
+from redistill_cache.codecs.catalogue import OPENERS
 from redistill_cache.errors import Incomplete, NewerFormat, OutOfRange, Refused, SpecMismatch, UsageError
 from redistill_cache.layout import Block
-from redistill_cache.spec import ArchiveSpec
+from redistill_cache.spec import CODECS, ArchiveSpec
 from redistill_cache.spec_files import read_root
 from redistill_cache.storage import Files
 from redistill_cache.strict_json import canonical
@@ -37,7 +38,7 @@ def archive(archive_copy: Path) -> Path:
     return archive_copy
 
 
-def test_create_refuses_whatever_is_there(archive: Path, tmp_path: Path):
+def test_create_refuses_an_existing_path(archive: Path, tmp_path: Path):
     for path in (archive, archive / "zarr.json"):
         with pytest.raises(Refused, match="exists already"):
             ArchiveWriter.create(path, SPEC)
@@ -46,7 +47,7 @@ def test_create_refuses_whatever_is_there(archive: Path, tmp_path: Path):
         ArchiveWriter.create(tmp_path / "link", SPEC)
 
 
-def test_create_takes_an_empty_folder_and_makes_missing_ones(tmp_path: Path):
+def test_create_accepts_an_empty_or_a_missing_folder(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     ArchiveWriter.create(tmp_path / "empty", SPEC)
     ArchiveWriter.create(tmp_path / "a/b/c", SPEC)
@@ -87,7 +88,7 @@ def test_every_field_of_a_specification_is_compared_or_free():
     assert {*CHANGED, *free, "format", "version"} == set(SPEC.to_json())
 
 
-def test_resume_takes_another_environment_and_keeps_the_first(tmp_path: Path):
+def test_resume_accepts_another_environment_and_keeps_the_first(tmp_path: Path):
     ArchiveWriter.create(tmp_path / "a", SPEC)
     writer = ArchiveWriter.resume(tmp_path / "a", replace(SPEC, environment={"zarr": "4"}))
     assert writer.spec.environment == {"zarr": "3"}
@@ -109,7 +110,7 @@ def test_nothing_is_added_to_an_archive_of_a_newer_minor_version(tmp_path: Path)
     (tmp_path / "a/zarr.json").write_bytes(canonical(document))
     assert read_root(tmp_path / "a").newer == "1.1"
     for attempt in (ArchiveWriter.resume, lambda path: ArchiveWriter.extend_views(path, 9)):
-        with pytest.raises(NewerFormat, match="cannot add to it"):
+        with pytest.raises(NewerFormat, match="not added to"):
             attempt(tmp_path / "a")
 
 
@@ -125,24 +126,24 @@ def test_samples_are_written_once(tmp_path: Path):
 
 
 BAD_SAMPLES: dict[str, tuple[Mapping[str, object], str]] = {
-    "two of one key": ({"keys": ["a"] * 50}, "two samples have the key 'a'"),
+    "duplicate keys": ({"keys": ["a"] * 50}, "two samples have the key 'a'"),
     "no key": ({"keys": ["", *(str(i) for i in range(49))]}, "1 to 4096 bytes"),
     "a key of 5000 bytes": ({"keys": ["x" * 5000, *(str(i) for i in range(49))]}, "1 to 4096 bytes"),
     "too few keys": ({"keys": ["a", "b"]}, "key_offsets"),
-    "labels that are numbers with points": ({"labels": np.zeros(50)}, "label"),
-    "labels of no class": ({"labels": np.full(50, 6)}, "from 0 to 5"),
+    "labels that are not integers": ({"labels": np.zeros(50)}, "label"),
+    "labels of a missing class": ({"labels": np.full(50, 6)}, "from 0 to 5"),
     "labels below none": ({"labels": np.full(50, -2)}, "from 0 to 5"),
     "digests of 16 bytes": ({"digests": np.zeros((50, 16), np.uint8)}, "digest"),
-    "sizes of areas": ({"sizes": np.zeros(50, np.uint32)}, "size"),
+    "sizes of one dimension": ({"sizes": np.zeros(50, np.uint32)}, "size"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_SAMPLES)
-def test_samples_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: Path, case: str):
-    changes, words = BAD_SAMPLES[case]
+def test_invalid_samples_are_refused_before_anything_is_written(tmp_path: Path, case: str):
+    changes, message = BAD_SAMPLES[case]
     writer = ArchiveWriter.create(tmp_path / "a", SPEC)
     before = contents(tmp_path / "a")
-    with pytest.raises(UsageError, match=words) as error:
+    with pytest.raises(UsageError, match=message) as error:
         writer.write_samples(**samples() | changes)
     one_line(error)
     assert contents(tmp_path / "a") == before
@@ -151,29 +152,36 @@ def test_samples_that_do_not_fit_are_refused_before_anything_is_written(tmp_path
 # -- blocks -----------------------------------------------------------------------------------------------------------
 
 
-def test_missing_blocks_come_view_by_view_and_shrink(tmp_path: Path):
+def test_missing_blocks_are_listed_view_by_view(tmp_path: Path):
     writer = start(tmp_path / "a")
-    found = writer.missing("teachers/tiny")
-    assert [(block.view, block.index) for block in found] == [(v, i) for v in range(3) for i in range(4)]
-    assert [list(block.rows) for block in found[:4]] == [list(range(i, min(i + 16, 50))) for i in range(0, 50, 16)]
-    writer.write(found[5], *block_data(found[5]))
-    assert writer.missing("teachers/tiny") == [*found[:5], *found[6:]]
+    blocks = writer.missing("teachers/tiny")
+    assert [(block.view, block.index) for block in blocks] == [(v, i) for v in range(3) for i in range(4)]
+    assert [list(block.rows) for block in blocks[:4]] == [list(range(i, min(i + 16, 50))) for i in range(0, 50, 16)]
+    writer.write(blocks[5], *block_data(blocks[5]))
+    assert writer.missing("teachers/tiny") == [*blocks[:5], *blocks[6:]]
     assert len(writer.missing("canaries")) == 3
     with pytest.raises(UsageError, match="teachers/tiny"):
         writer.missing("teachers/other")
 
 
-def test_a_block_written_twice_stays_what_it_was(tmp_path: Path):
+def test_a_block_written_twice_keeps_its_first_data(tmp_path: Path):
     writer = start(tmp_path / "a")
     block = writer.missing("views")[0]
     arrays, stats = block_data(block)
-    assert writer.write(block, arrays, stats)
+    assert not writer.is_committed(block)
+    record = writer.write(block, arrays, stats)
+    assert record is not None
+    assert writer.is_committed(block)
     before = contents(tmp_path / "a")
-    assert not writer.write(block, {name: array * 0 for name, array in arrays.items()})
+    assert {path: entry.size for path, entry in record.files.items()} == {
+        path: len(before[path]) for path in record.files
+    }
+    assert set(record.files) == {"views/crop/c.0.0.0", "views/flip/c.0.0"}
+    assert writer.write(block, {name: array * 0 for name, array in arrays.items()}) is None
     assert contents(tmp_path / "a") == before
 
 
-def test_blocks_that_do_not_fit_are_refused(tmp_path: Path):
+def test_invalid_blocks_are_refused(tmp_path: Path):
     writer = start(tmp_path / "a")
     block = writer.missing("views")[0]
     good, _ = block_data(block)
@@ -189,14 +197,14 @@ def test_blocks_that_do_not_fit_are_refused(tmp_path: Path):
         (replace(block, part="teachers/x"), good, UsageError, "no part"),
     ]
     before = contents(tmp_path / "a")
-    for wrong, arrays, kind, words in cases:
-        with pytest.raises(kind, match=words) as error:
+    for wrong, arrays, kind, message in cases:
+        with pytest.raises(kind, match=message) as error:
             writer.write(wrong, arrays)
         one_line(error)
     assert contents(tmp_path / "a") == before
 
 
-def test_stats_that_could_not_be_read_again_are_refused(tmp_path: Path):
+def test_stats_that_a_reader_would_refuse_are_refused(tmp_path: Path):
     writer = start(tmp_path / "a")
     block = writer.missing("teachers/tiny")[0]
     arrays, _ = block_data(block)
@@ -254,7 +262,7 @@ def test_a_teacher_added_later_changes_no_file_and_gives_a_new_id(archive: Path,
     before, old = contents(archive), open_archive(archive).id
     writer = ArchiveWriter.resume(archive, SPEC)
     writer.add_teacher(replace(TEACHER, name="second"))
-    assert open_archive(archive).id == old, "it is not part of the archive before it is sealed"
+    assert open_archive(archive).id == old, "it is not part of the archive before the next seal"
     fill(writer)
     new = writer.seal()
     after = contents(archive)
@@ -262,10 +270,12 @@ def test_a_teacher_added_later_changes_no_file_and_gives_a_new_id(archive: Path,
     assert {name: data for name, data in before.items() if name != manifest}.items() <= after.items()
     assert new != old
     assert set(open_archive(archive).teachers) == {"tiny", "second"}
-    assert new == make(tmp_path / "b", teachers=("second", "tiny")), "the order in which teachers came leaves no trace"
+    assert new == make(tmp_path / "b", teachers=("second", "tiny")), (
+        "the order in which teachers were added does not matter"
+    )
 
 
-def test_a_teacher_is_the_same_or_another(tmp_path: Path):
+def test_a_teacher_cannot_change(tmp_path: Path):
     writer = start(tmp_path / "a")
     writer.add_teacher(TEACHER)
     with pytest.raises(SpecMismatch, match=r"model\.weights"):
@@ -291,7 +301,7 @@ def test_views_are_added_without_touching_blocks(archive: Path, tmp_path: Path):
     assert contents(archive) == contents(tmp_path / "b")
 
 
-def test_notes_are_no_part_of_the_archive(archive: Path):
+def test_notes_do_not_change_the_id(archive: Path):
     identity = open_archive(archive).id
     writer = ArchiveWriter.resume(archive, SPEC)
     writer.note("run-1", {"seconds": 3.5})
@@ -300,7 +310,7 @@ def test_notes_are_no_part_of_the_archive(archive: Path):
         writer.note("../run", {})
 
 
-# -- disks ------------------------------------------------------------------------------------------------------------
+# -- errors of the disk -----------------------------------------------------------------------------------------------
 
 
 class Broken(Files):
@@ -321,7 +331,7 @@ ADVICE = {
 
 
 @pytest.mark.parametrize("number", ADVICE)
-def test_a_disk_that_cannot_be_written_says_what_to_do(tmp_path: Path, number: int):
+def test_errors_of_the_disk_give_advice(tmp_path: Path, number: int):
     with pytest.raises(Refused, match=f"cannot create .*{os.strerror(number)}; {ADVICE[number]}") as error:
         ArchiveWriter.create(tmp_path / "a", SPEC, files=Broken(number))
     one_line(error)
@@ -338,31 +348,35 @@ def test_a_disk_that_cannot_be_written_says_what_to_do(tmp_path: Path, number: i
 BAD_SPECS: dict[str, tuple[Mapping[str, Any], str]] = {
     "no samples": ({"num_samples": 0}, "num_samples"),
     "true samples": ({"num_samples": True}, "num_samples"),
-    "names of other classes": ({"class_names": ("a",)}, "one per class"),
-    "a name of half a letter": ({"class_names": ("\ud800", *"bcdef")}, "class name"),
+    "names of another number of classes": ({"class_names": ("a",)}, "one per class"),
+    "a name with half a surrogate pair": ({"class_names": ("\ud800", *"bcdef")}, "class name"),
     "not a number": ({"recipe": {"scale": float("nan")}}, "finite"),
     "code in a recipe": ({"recipe": {"op": print}}, "plain JSON"),
     "numbers for keys": ({"source": {1: 2}}, "plain JSON"),
     "a long recipe": ({"recipe": {"note": "x" * 70_000}}, "at most 65536 bytes"),
     "an array of objects": ({"view_arrays": (ArraySpec("a", "object"),)}, "dtype"),
     "two arrays of one name": ({"view_arrays": (ArraySpec("a", "uint8"),) * 2}, "duplicates"),
-    "an array out of the archive": ({"view_arrays": (ArraySpec("../a", "uint8"),)}, "a-z"),
+    "an array outside of the archive": ({"view_arrays": (ArraySpec("../a", "uint8"),)}, "a-z"),
     "an array in capitals": ({"view_arrays": (ArraySpec("Crop", "uint8"),)}, "a-z"),
-    "parameters of a picture": ({"view_arrays": (ArraySpec("a", "uint8", (224, 224)),)}, "4096 bytes a view"),
+    "parameters as large as an image": ({"view_arrays": (ArraySpec("a", "uint8", (224, 224)),)}, "4096 bytes per view"),
     "more canaries than samples": ({"canaries_per_view": 51}, "canaries_per_view"),
-    "an excuse without a reason": ({"excluded": ({"key": "a"},)}, "a key and a reason"),
+    "an excluded sample without a reason": ({"excluded": ({"key": "a"},)}, "a key and a reason"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_SPECS)
-def test_specifications_that_cannot_be_stored(case: str):
-    changes, words = BAD_SPECS[case]
-    with pytest.raises(UsageError, match=words) as error:
+def test_invalid_specifications_are_refused(case: str):
+    changes, message = BAD_SPECS[case]
+    with pytest.raises(UsageError, match=message) as error:
         replace(SPEC, **changes)
     one_line(error)
 
 
-def test_blocks_that_make_too_many_files_or_chunks(tmp_path: Path):
+def test_every_codec_of_the_format_is_implemented():
+    assert set(OPENERS) == set(CODECS)
+
+
+def test_too_many_files_or_chunks_are_refused(tmp_path: Path):
     with pytest.raises(UsageError, match="choose more rows per block"):
         ArchiveWriter.create(tmp_path / "a", replace(SPEC, num_samples=10**6, num_views=100))
     huge = ArchiveSpec(num_samples=2**24, num_views=1, num_classes=2, block_rows=2**24)

@@ -131,7 +131,7 @@ def test_full_verification_hashes_what_stamps_would_spare(run, archive: Path):
 def test_errors_are_one_line(run, tmp_path: Path, command: str):
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()
-    for name, words in (("nothing", "nothing is there"), ("file", "that is a file"), ("empty", "no zarr.json")):
+    for name, words in (("nothing", "it does not exist"), ("file", "it is a file"), ("empty", "no zarr.json")):
         done = run(command, tmp_path / name)
         assert (done.returncode, done.stdout) == (3, "")
         assert words in done.stderr

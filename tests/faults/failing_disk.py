@@ -1,4 +1,4 @@
-"""A disk that fails its Nth operation, once or from then on: SQLite's way to visit every error path in turn."""
+"""A disk that fails its Nth operation, once or from then on, so that every error path is reached (as SQLite tests)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FAILURES = (
 
 
 class FailingDisk(Files):
-    """Fails operation number `nth` (from 1). `operations` counts what was asked of it, `failed` what it refused."""
+    """Fails operation number `nth` (from 1). `operations` counts all calls, `failed` those that failed."""
 
     def __init__(self, nth: int, failure: Failure) -> None:
         self.nth = nth
@@ -45,7 +45,7 @@ class FailingDisk(Files):
         self.failed = 0
 
     def _do(self, path: Path, operation: Callable[[], None], half: Callable[[], None] | None = None) -> None:
-        """Run `operation` unless its turn to fail has come; `half` is what a failing one leaves behind."""
+        """Run `operation` unless it is to fail; `half` is what a failing one leaves behind."""
         self.operations += 1
         due = self.operations >= self.nth if self.failure.persistent else self.operations == self.nth
         if not due:

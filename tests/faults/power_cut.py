@@ -1,12 +1,12 @@
-"""A model of what a disk keeps when the power goes.
+"""A model of what a disk holds after a power cut.
 
-Between two fsyncs a disk promises nothing. Here
+Between two fsyncs a disk guarantees nothing. Here
 * the data of a file that was never synced is whole, short, empty, or full of zeroed 512-byte sectors;
-* a change of a directory (a new name, a rename, a removed name) since its last sync is kept or lost, each by the
-  toss of a coin, in any order: harsher than journalling file systems, which lose only the newest ones.
+* a change of a directory (a new name, a rename, a removed name) since its last sync is kept or lost, each at random, in
+  any order: harsher than journalling file systems, which lose only the newest ones.
 
 `PowerCutDisk` performs every operation on a real directory, so that the code under test can read what it wrote,
-and mirrors it in a `DiskModel`; the model then lays out one possible aftermath.
+and logs it; a `DiskModel` applies the log and writes one possible state after the power cut.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Operation = tuple[str, tuple[str, ...], bytes]  # name of the primitive, paths r
 
 
 class PowerCut(BaseException):
-    """The machine stopped. Not an Exception: no handler of the code under test may outlive it."""
+    """The machine stopped. Not an Exception, so that no handler of the code under test catches it."""
 
 
 @dataclass(eq=False)
@@ -63,14 +63,14 @@ def apply(names: dict[str, Node], entries: tuple[tuple[str, Node | None], ...]) 
 
 
 class DiskModel:
-    """Directory entries and file contents, each as they are now and as they are certain to survive."""
+    """Directory entries and file contents, each as they are now and as they are sure to survive."""
 
     def __init__(self) -> None:
         self.root = FolderNode()
 
     @classmethod
     def of_tree(cls, mount: Path) -> DiskModel:
-        """A model whose certain content is the tree as it lies on a real disk."""
+        """A model in which the files of a real folder are durable."""
         model = cls()
         model.root = durable_folder(mount)
         return model
@@ -108,17 +108,17 @@ class DiskModel:
             folder.change((new, node)) if name == "link" else folder.change((entry, None), (new, node))
 
     def lay_out(self, destination: Path) -> None:
-        """The tree as every process sees it now: what is left when a process is killed and the power stays on."""
+        """Write the files as every process sees them now: the state after a process is killed."""
         place_folder(self.root, destination, lambda folder: folder.now, lambda node: node.data)
 
     def worst_aftermath(self, destination: Path) -> None:
-        """Nothing survives but what was synced."""
+        """Write only what was synced."""
         place_folder(
             self.root, destination, lambda folder: folder.durable, lambda node: node.data if node.synced else b""
         )
 
     def aftermath(self, destination: Path, rng: random.Random) -> None:
-        """Lay out one state the disk may be in after the power came back."""
+        """Write one random state that the disk may be in after a power cut."""
         keep_names = rng.choice((0.0, 0.5, 0.9, 1.0))
         keep_data = rng.choice((0.0, 0.5, 1.0))
 
@@ -141,7 +141,7 @@ def place_folder(
     names_of: Callable[[FolderNode], dict[str, Node]],
     data_of: Callable[[FileNode], bytes],
 ) -> None:
-    """Write a tree of the model to a real disk, files with two names as one file with two names."""
+    """Write the files of the model to a real disk, a file with two names as one file with two links."""
     placed: dict[FileNode, Path] = {}
 
     def place(folder: FolderNode, path: Path) -> None:
@@ -167,7 +167,7 @@ def durable_folder(path: Path) -> FolderNode:
 
 
 def torn(data: bytes, keep: float, rng: random.Random) -> bytes:
-    """What may be left of data that was written and never synced."""
+    """A random remainder of data that was written and never synced."""
     sectors = [data[start : start + SECTOR] for start in range(0, len(data), SECTOR)]
     sectors = [sector if rng.random() < keep else bytes(len(sector)) for sector in sectors]
     if rng.random() < 0.5:

@@ -1,6 +1,6 @@
-"""One small archive with one of everything, written the same way by every proof of this folder, and read in doubt.
+"""One small archive with one of everything: written the same way by all fault tests, and compared when it is read.
 
-Everything is a function of (part, view, row), so that any process can write any block and any reader can be checked.
+All values are functions of (part, view, row), so that any process can write any block and any reader can be checked.
 """
 
 from __future__ import annotations
@@ -19,7 +19,16 @@ from redistill_cache.spec import ArchiveSpec, ArraySpec, SignalSpec, TeacherSpec
 from redistill_cache.storage import LOCAL, Files, is_leftover
 from redistill_cache.writer import ArchiveWriter
 
-__all__ = ["SPEC", "believed_rows", "block_arrays", "hashes", "leftovers", "open_writer", "prepare", "write_archive"]
+__all__ = [
+    "SPEC",
+    "block_arrays",
+    "count_correct_rows",
+    "hashes",
+    "leftovers",
+    "open_writer",
+    "prepare",
+    "write_archive",
+]
 
 SAMPLES, VIEWS, CLASSES, CANARIES = 21, 2, 7, 3
 
@@ -42,7 +51,7 @@ def random_of(*key: object) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(digest[:8], "little"))
 
 
-# -- what is in it ----------------------------------------------------------------------------------------------------
+# -- its content ------------------------------------------------------------------------------------------------------
 
 KEYS = tuple(f"train/{i % 3}/image-{i:03d}.png" for i in range(SAMPLES))
 LABELS = np.arange(SAMPLES) % CLASSES
@@ -52,9 +61,9 @@ DIGESTS = np.stack([np.frombuffer(hashlib.sha256(key.encode()).digest(), np.uint
 
 @functools.cache
 def logits(view: int) -> np.ndarray:
-    """What the teacher said of one view, [N, C]."""
+    """The teacher's logits of one view, [N, C]."""
     rows = random_of("logits", view).normal(size=(SAMPLES, CLASSES)) * 3
-    rows[4, :2] = 60.0, -60.0  # a row no pilot has seen
+    rows[4, :2] = 60.0, -60.0  # a row unlike those of the pilot
     return rows.astype(np.float32)
 
 
@@ -80,7 +89,7 @@ def stats(view: int, start: int, stop: int) -> dict[str, object]:
 
 
 def decoded(view: int) -> np.ndarray:
-    """The logits an honest archive gives back, straight from the codec."""
+    """The logits that an archive must return, straight from the codec."""
     blocks = [(start, min(start + 16, SAMPLES)) for start in range(0, SAMPLES, 16)]
     return np.concatenate([codec().decode(encoded(view, *block).arrays) for block in blocks])
 
@@ -114,7 +123,7 @@ def block_stats(block: Block) -> dict[str, object] | None:
 
 
 def open_writer(path: Path, files: Files = LOCAL) -> ArchiveWriter:
-    """What the command does when it is run again: resume what is there, else create."""
+    """Resume the archive, or create it where there is none, as the command does."""
     try:
         return ArchiveWriter.create(path, SPEC, files=files)
     except Refused as refused:
@@ -135,7 +144,7 @@ def all_missing(writer: ArchiveWriter) -> Iterable[Block]:
 
 
 def write_archive(path: Path, files: Files = LOCAL, committed: Callable[[Block], None] | None = None) -> str:
-    """Start or continue the archive and finish it. `committed` hears of every block once its write has returned."""
+    """Start or continue the archive and finish it. `committed` is called with every block after its write returned."""
     writer = open_writer(path, files)
     prepare(writer)
     for block in list(all_missing(writer)):
@@ -145,13 +154,13 @@ def write_archive(path: Path, files: Files = LOCAL, committed: Callable[[Block],
     return writer.seal()
 
 
-# -- reading it, believing nothing ------------------------------------------------------------------------------------
+# -- reading and comparing it -----------------------------------------------------------------------------------------
 
 
-def believed_rows(path: Path, *, partial: bool = False) -> int:
-    """Read everything the library offers and compare. AssertionError for one wrong value; the number of rows read.
+def count_correct_rows(path: Path, *, partial: bool = False) -> int:
+    """Read everything the archive offers and return the number of rows. AssertionError for a wrong value.
 
-    What the library refuses to read it raises; what a partial archive does not offer is not counted.
+    Errors of the library are raised; rows that a partial archive does not offer are not counted.
     """
     archive = redistill_cache.open_archive(path, allow_partial=partial)
     assert list(archive.keys) == list(KEYS)
@@ -159,10 +168,10 @@ def believed_rows(path: Path, *, partial: bool = False) -> int:
     assert np.array_equal(archive.digests, DIGESTS)
     assert np.array_equal(archive.sizes, SIZES)
     assert archive.class_names == SPEC.class_names
-    return sum(believed_view(archive, view) for view in range(VIEWS))
+    return sum(count_correct_rows_of_view(archive, view) for view in range(VIEWS))
 
 
-def believed_view(archive: redistill_cache.Archive, view: int) -> int:
+def count_correct_rows_of_view(archive: redistill_cache.Archive, view: int) -> int:
     if "net" not in archive.teachers:
         assert not archive.complete
         return 0

@@ -1,4 +1,4 @@
-"""Damage of every kind to a finished archive: what is read is right or refused, and verify finds what was done."""
+"""Damage of every kind to a finished archive: reads are right or refused, and verify reports the damage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from redistill_cache.errors import Damaged, RedistillError, Refused
 from redistill_cache.verify import verify
 
-from tests.faults.scenario import SAMPLES, VIEWS, believed_rows, write_archive
+from tests.faults.scenario import SAMPLES, VIEWS, count_correct_rows, write_archive
 
 EVERYTHING = SAMPLES * VIEWS
 
@@ -35,23 +35,23 @@ def is_metadata(path: Path) -> bool:
 
 
 @contextmanager
-def forgotten(archive: Path) -> Iterator[None]:
-    """Forget what this machine has verified: the archive has just arrived."""
+def empty_cache(archive: Path) -> Iterator[None]:
+    """Empty the cache folder, as if the archive had just been copied here."""
     shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
     yield
 
 
-def must_not_be_silent(archive: Path, what: str) -> None:
-    """Reading gives every right value or an error of ours; and a full verification says that something is wrong."""
-    with forgotten(archive):
-        refusal = refused(lambda: believed_rows(archive) == EVERYTHING)
+def check_damage_is_detected(archive: Path, what: str) -> None:
+    """Reading gives every right value or a RedistillError; and a full verification reports damage."""
+    with empty_cache(archive):
+        refusal = refused(lambda: count_correct_rows(archive) == EVERYTHING)
         assert "\n" not in refusal, what
-    with forgotten(archive):
+    with empty_cache(archive):
         assert refused(lambda: not verify(archive, full=True).ok), f"{what}: verify found nothing"
 
 
 def refused(check: Callable[[], bool]) -> str:
-    """The message of a refusal. Where nothing is refused the check must hold; "holds" then."""
+    """The message of the error of a check; "holds" where there is none, and the check must be true then."""
     try:
         assert check()
     except RedistillError as error:
@@ -68,27 +68,27 @@ def flip_bits(archive: Path, chosen: list[Path], count: int, seed: int) -> None:
         at, bit = rng.randrange(len(data)), rng.randrange(8)
         data[at] ^= 1 << bit
         path.write_bytes(data)
-        must_not_be_silent(archive, f"bit {bit} of byte {at} of {path.relative_to(archive)} (seed {seed})")
+        check_damage_is_detected(archive, f"bit {bit} of byte {at} of {path.relative_to(archive)} (seed {seed})")
         path.write_bytes(whole)
 
 
-def test_bits_of_data(archive: Path):
+def test_flipped_bits_of_data(archive: Path):
     flip_bits(archive, [path for path in files_of(archive) if not is_metadata(path)], 60, seed=1)
 
 
-def test_bits_of_metadata(archive: Path):
+def test_flipped_bits_of_metadata(archive: Path):
     flip_bits(archive, [path for path in files_of(archive) if is_metadata(path)], 100, seed=2)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_1200_bits_of_data(archive: Path):
+def test_1200_flipped_bits_of_data(archive: Path):
     flip_bits(archive, [path for path in files_of(archive) if not is_metadata(path)], 1200, seed=3)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_2000_bits_of_metadata(archive: Path):
+def test_2000_flipped_bits_of_metadata(archive: Path):
     flip_bits(archive, [path for path in files_of(archive) if is_metadata(path)], 2000, seed=4)
 
 
@@ -103,9 +103,9 @@ def test_truncated_and_extended_files(archive: Path):
         whole = path.read_bytes()
         for length in sorted({0, 1, len(whole) // 2, len(whole) - 1}):
             path.write_bytes(whole[:length])
-            must_not_be_silent(archive, f"{path.relative_to(archive)} cut to {length} of {len(whole)} bytes")
+            check_damage_is_detected(archive, f"{path.relative_to(archive)} cut to {length} of {len(whole)} bytes")
         path.write_bytes(whole + b"\0")
-        must_not_be_silent(archive, f"{path.relative_to(archive)} with a byte too many")
+        check_damage_is_detected(archive, f"{path.relative_to(archive)} with an extra byte")
         path.write_bytes(whole)
 
 
@@ -115,17 +115,17 @@ def test_deleted_files(archive: Path):
         path.unlink()
         if path.name == "manifest.json":
             with pytest.raises(Refused, match="never sealed"):
-                believed_rows(archive)
+                count_correct_rows(archive)
         else:
-            must_not_be_silent(archive, f"{path.relative_to(archive)} deleted")
+            check_damage_is_detected(archive, f"{path.relative_to(archive)} deleted")
         path.write_bytes(whole)
 
 
-def test_a_file_deleted_after_the_archive_was_verified_is_missed_when_it_is_read(archive: Path):
-    assert believed_rows(archive) == EVERYTHING
+def test_a_file_deleted_after_verification_is_missing_when_it_is_read(archive: Path):
+    assert count_correct_rows(archive) == EVERYTHING
     (archive / "teachers/net/logits/q/c.1.0.0").unlink()
-    with pytest.raises(Damaged, match="gone"):
-        believed_rows(archive)
+    with pytest.raises(Damaged, match="is missing"):
+        count_correct_rows(archive)
 
 
 def test_swapped_files_of_equal_size(archive: Path):
@@ -137,17 +137,17 @@ def test_swapped_files_of_equal_size(archive: Path):
         first, second = a.read_bytes(), b.read_bytes()
         a.write_bytes(second)
         b.write_bytes(first)
-        must_not_be_silent(archive, f"{a.relative_to(archive)} and {b.relative_to(archive)} swapped")
+        check_damage_is_detected(archive, f"{a.relative_to(archive)} and {b.relative_to(archive)} swapped")
         a.write_bytes(first)
         b.write_bytes(second)
 
 
 def test_an_old_shard_copied_back(archive: Path):
-    """A valid shard of another state of the archive, checksums and all, in the place of the committed one."""
+    """A valid shard with correct checksums in place of the committed one."""
     path = archive / "teachers/net/logits/q/c.1.0.0"
     whole = path.read_bytes()
     path.write_bytes((archive / "teachers/net/logits/q/c.0.0.0").read_bytes())
-    must_not_be_silent(archive, "a shard of another view")
+    check_damage_is_detected(archive, "a shard of another view")
     path.write_bytes(whole)
 
 
@@ -156,14 +156,14 @@ def test_a_commit_record_under_another_name(archive: Path):
     other = archive / "_redistill/blocks/views.1.0.json"
     whole = other.read_bytes()
     other.write_bytes(record.read_bytes())
-    must_not_be_silent(archive, "the record of one block in the place of another's")
+    check_damage_is_detected(archive, "the record of one block in place of another's")
     other.write_bytes(whole)
     (archive / "_redistill/blocks/views.7.0.json").write_bytes(record.read_bytes())
-    must_not_be_silent(archive, "a record too many")
+    check_damage_is_detected(archive, "an extra record")
 
 
 def test_records_of_an_unsealed_archive(archive: Path):
-    """Without a manifest the records are all there is: a flipped bit in one must not be believed."""
+    """Without a manifest only the records describe the files: a flipped bit in one must be detected."""
     (archive / "_redistill/manifest.json").unlink()
     rng = random.Random(5)
     records = sorted((archive / "_redistill/blocks").iterdir())
@@ -173,6 +173,6 @@ def test_records_of_an_unsealed_archive(archive: Path):
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         path.write_bytes(data)
         with pytest.raises((Damaged, Refused)):
-            believed_rows(archive, partial=True)
+            count_correct_rows(archive, partial=True)
         path.write_bytes(whole)
-    assert believed_rows(archive, partial=True) == EVERYTHING
+    assert count_correct_rows(archive, partial=True) == EVERYTHING

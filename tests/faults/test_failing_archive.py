@@ -1,4 +1,4 @@
-"""Every write, fsync and rename of an archive fails once in turn: nothing wrong is believed, a rerun ends the same."""
+"""Every write, fsync and rename of an archive fails once in turn: reads are right or refused, and a rerun completes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from redistill_cache.errors import RedistillError
 from redistill_cache.storage import Files
 
 from tests.faults.failing_disk import FAILURES, FailingDisk, Failure
-from tests.faults.scenario import believed_rows, hashes, leftovers, write_archive
+from tests.faults.scenario import count_correct_rows, hashes, leftovers, write_archive
 
 
 def count_operations(path: Path) -> int:
@@ -34,10 +34,10 @@ def fail_once(path: Path, nth: int, failure: Failure, reference: tuple[str, dict
         assert disk.failed, where
         assert str(path) in str(outcome), where
         assert "\n" not in str(outcome), where
-    else:  # only tidying up may fail unheard: then everything is there all the same
+    else:  # only cleaning up may fail silently: then the archive is complete all the same
         assert outcome == reference[0], where
     try:
-        believed_rows(path, partial=True)
+        count_correct_rows(path, partial=True)
     except RedistillError:
         assert disk.failed, where
     assert write_archive(path, Files()) == reference[0], where

@@ -1,4 +1,4 @@
-"""The file layer alone, under a failing disk and under power cuts. And: the kit itself can tell good from bad."""
+"""The file layer alone, on a failing disk and under power cuts; and the fault kit detects careless code."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_only_one_of_two_exclusive_writers_wins(tmp_path: Path):
 
 
 def cut_publish(folder: Path, disk_type: type[PowerCutDisk], seed: int) -> tuple[bool, bytes | None]:
-    """Publish NEW over OLD with the power cut at a random moment: (did publish return?, what is there after)."""
+    """Publish NEW over OLD with the power cut at a random moment: (whether publish returned, the content after it)."""
     rng = random.Random(seed)
     mount = folder / f"mount{seed}"
     mount.mkdir()

@@ -1,4 +1,4 @@
-"""A golden archive of format 1.0: written once, opened by every later version.
+"""A golden archive of format 1.0: written once, and opened by every later version.
 
 Regenerate (only for a new format, under a new name):
     python -c "from tests.faults.test_golden import regenerate; regenerate()"
@@ -26,7 +26,7 @@ def regenerate() -> None:
     np.savez_compressed(VALUES, logits=np.stack([scenario.decoded(view) for view in range(scenario.VIEWS)]))
 
 
-def test_the_golden_archive_opens_and_says_what_it_said(tmp_path: Path):
+def test_the_golden_archive_reads_the_same_values(tmp_path: Path):
     path = tmp_path / "golden.redistill.zarr"
     shutil.copytree(ARCHIVE, path)  # a checkout may be read-only
     assert verify(path, full=True).ok

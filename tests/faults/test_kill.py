@@ -1,4 +1,4 @@
-"""kill -9 of real writers: at random moments, and aimed between any two operations on the disk."""
+"""kill -9 of real writers: at random moments, and between any two operations on the disk."""
 
 from __future__ import annotations
 
@@ -15,59 +15,59 @@ import redistill_cache
 from redistill_cache.errors import Incomplete
 
 from tests.faults.failing_disk import FAILURES, FailingDisk
-from tests.faults.scenario import believed_rows, hashes, leftovers, write_archive
+from tests.faults.scenario import count_correct_rows, hashes, leftovers, write_archive
 from tests.faults.writer_process import start_writer
 
 Reference = tuple[str, dict[str, str]]
 SECONDS = 60
 
 
-def hear(pipe: Connection) -> list[str]:
-    """Everything a process says until it is gone; a word it was killed in the middle of does not count."""
-    said = []
+def receive_all(pipe: Connection) -> list[str]:
+    """Every complete message of a process until it has ended."""
+    messages = []
     while pipe.poll(SECONDS):
         try:
-            said.append(pipe.recv())
+            messages.append(pipe.recv())
         except (EOFError, OSError):
-            return said
-    raise TimeoutError(f"the writer has said nothing for {SECONDS} s, and lives")
+            return messages
+    raise TimeoutError(f"no message for {SECONDS} s from a running writer")
 
 
 def kill_at_random(path: Path, delay: float) -> list[str]:
     process, pipe = start_writer(path)
     with pipe:
         assert pipe.poll(SECONDS)
-        said = [pipe.recv()]
+        messages = [pipe.recv()]
         time.sleep(delay)
         process.kill()
-        said += hear(pipe)
+        messages += receive_all(pipe)
     process.join()
-    return said
+    return messages
 
 
 def kill_at_operation(path: Path, fatal: int) -> list[str]:
     process, pipe = start_writer(path, fatal)
     with pipe:
-        said = hear(pipe)
+        messages = receive_all(pipe)
     process.join()
     assert process.exitcode == -signal.SIGKILL, f"operation {fatal} was never reached"
-    return said
+    return messages
 
 
-def check_after(path: Path, said: list[str], reference: Reference) -> bool:
-    """Nothing that was promised is lost, nothing wrong is believed, and the next run ends the same. Was it early?"""
-    records = [word for word in said if word.endswith(".json")]
+def check_after(path: Path, messages: list[str], reference: Reference) -> bool:
+    """No committed block is lost, reads are right, and the next run completes. Whether it was killed before the end."""
+    records = [message for message in messages if message.endswith(".json")]
     if records:
-        committed = redistill_cache.open_archive(path, allow_partial=True).contents
+        state = redistill_cache.open_archive(path, allow_partial=True).state
         lost = [record for record in records if not (path / record).exists()]
-        assert not lost, f"committed and gone: {lost}"
-        held = committed.committed
-        assert held is None or len(held) >= len(records) + 2, "the sample index and the side data came before"
-        believed_rows(path, partial=True)
-    early = reference[0] not in said
+        assert not lost, f"committed and lost: {lost}"
+        blocks = state.committed
+        assert blocks is None or len(blocks) >= len(records) + 2, "the sample index and the side data came before"
+        count_correct_rows(path, partial=True)
+    early = reference[0] not in messages
     if early and records:
-        with contextlib.suppress(Incomplete):  # or it was killed after the manifest, before it could say so
-            believed_rows(path)
+        with contextlib.suppress(Incomplete):  # or it was killed after the manifest, before it sent the id
+            count_correct_rows(path)
     assert write_archive(path) == reference[0]
     assert hashes(path) == reference[1]
     assert not leftovers(path)
@@ -84,7 +84,7 @@ def kill_often(folder: Path, times: int, reference: Reference) -> None:
     start = time.monotonic()
     process, pipe = start_writer(folder / "pace.redistill.zarr")
     with pipe:
-        assert reference[0] in hear(pipe)
+        assert reference[0] in receive_all(pipe)
     process.join()
     pace = time.monotonic() - start
     early = []
@@ -93,8 +93,8 @@ def kill_often(folder: Path, times: int, reference: Reference) -> None:
         aimed = rng.random() < 0.5
         moment = rng.randint(1, disk.operations) if aimed else rng.random() * pace
         print(f"kill {i} at {f'operation {moment}' if aimed else f'{moment:.3f} s'}")
-        said = kill_at_operation(path, int(moment)) if aimed else kill_at_random(path, moment)
-        early.append(check_after(path, said, reference))
+        messages = kill_at_operation(path, int(moment)) if aimed else kill_at_random(path, moment)
+        early.append(check_after(path, messages, reference))
     assert sum(early) > times / 2, "most kills must come while the archive is written"
 
 

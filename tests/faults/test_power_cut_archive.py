@@ -1,10 +1,10 @@
-"""The power goes while an archive is written. What the disk kept is opened, resumed, and must end the same.
+"""Power cuts while an archive is written: what survives is opened and resumed, and must end as the same archive.
 
 The operations of one undisturbed run are logged once; a seed then chooses where they end and what survives:
 
-    cut            the power goes, once
-    cut twice      and goes again while the archive is being resumed
-    killed, cut    a writer is killed, another one resumes on the same running machine, then the power goes
+    cut            one power cut
+    cut twice      another one while the archive is being resumed
+    killed, cut    a writer is killed, another one resumes on the same running machine, then the power is cut
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from redistill_cache.errors import RedistillError
 from redistill_cache.layout import Block
 
 from tests.faults.power_cut import DiskModel, Operation, PowerCut, PowerCutDisk
-from tests.faults.scenario import believed_rows, hashes, leftovers, write_archive
+from tests.faults.scenario import count_correct_rows, hashes, leftovers, write_archive
 
 pytestmark = pytest.mark.usefixtures("_shards_encoded_once")
 
@@ -30,32 +30,32 @@ Reference = tuple[str, dict[str, str]]
 
 @dataclass(frozen=True)
 class Run:
-    """An undisturbed run: its operations, and after how many of them each block was promised to be safe."""
+    """An undisturbed run: its operations, and after how many of them the write of each block had returned."""
 
     operations: list[Operation]
-    promised: list[tuple[int, Block]]
+    committed: list[tuple[int, Block]]
 
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     disk = PowerCutDisk(tmp_path_factory.mktemp("mount"))
-    promised: list[tuple[int, Block]] = []
-    write_archive(disk.mount / NAME, disk, lambda block: promised.append((len(disk.log), block)))
-    return Run(disk.log, promised)
+    committed: list[tuple[int, Block]] = []
+    write_archive(disk.mount / NAME, disk, lambda block: committed.append((len(disk.log), block)))
+    return Run(disk.log, committed)
 
 
-def believe(path: Path) -> bool:
-    """Whether the archive is offered as complete. Wrong values raise AssertionError."""
+def is_complete(path: Path) -> bool:
+    """Whether the archive opens as complete. AssertionError for a wrong value."""
     try:
-        believed_rows(path, partial=True)
-        believed_rows(path)
+        count_correct_rows(path, partial=True)
+        count_correct_rows(path)
     except RedistillError:
         return False
     return True
 
 
 def resume_until_cut(mount: Path, model: DiskModel, cut_at: int) -> str | None:
-    """Resume on a real tree, mirrored in its model. The id, where the power stayed on long enough."""
+    """Resume on a real disk, mirrored in its model. The id, or None where the power was cut before the end."""
     disk = PowerCutDisk(mount, cut_at)
     try:
         return write_archive(mount / NAME, disk)
@@ -67,26 +67,26 @@ def resume_until_cut(mount: Path, model: DiskModel, cut_at: int) -> str | None:
 
 
 def survive(seed: int, run: Run, folder: Path, reference: Reference) -> bool:
-    """One seed's misfortune; whether the archive was complete after it."""
+    """The faults of one seed; whether the archive was complete after them."""
     rng = random.Random(seed)
     operations = rng.randint(0, len(run.operations))
     model = DiskModel()
     for operation in run.operations[:operations]:
         model.apply(operation)
     kind, mount, after = seed % 3, folder / "mount", folder / "after"
-    promised = [block for count, block in run.promised if count <= operations]
+    committed = [block for count, block in run.committed if count <= operations]
     sealed = False
     if kind == 2:
         model.lay_out(mount)
-        # The second writer has less to do; half the time the power outlasts it.
+        # The second writer has less to do; half the time it finishes before the power cut.
         sealed = resume_until_cut(mount, model, rng.randint(0, 2 * len(run.operations) - 2 * operations)) is not None
     elif kind == 1:
         model.aftermath(mount, rng)
         model = DiskModel.of_tree(mount)
         sealed = resume_until_cut(mount, model, rng.randint(0, 200)) is not None
     model.aftermath(after, rng)
-    check(after / NAME, promised, sealed, reference, f"seed {seed}")
-    complete = believe(after / NAME)
+    check(after / NAME, committed, sealed, reference, f"seed {seed}")
+    complete = is_complete(after / NAME)
     assert write_archive(after / NAME) == reference[0], f"seed {seed}: another id"
     assert hashes(after / NAME) == reference[1], f"seed {seed}: other files"
     assert not leftovers(after / NAME), f"seed {seed}: leftovers"
@@ -95,13 +95,13 @@ def survive(seed: int, run: Run, folder: Path, reference: Reference) -> bool:
     return complete
 
 
-def check(path: Path, promised: list[Block], sealed: bool, reference: Reference, seed: str) -> None:
-    """What a call that returned had promised is still there."""
+def check(path: Path, committed: list[Block], sealed: bool, reference: Reference, seed: str) -> None:
+    """Blocks whose write had returned, and the seal if it had returned, have survived."""
     if sealed:
-        assert redistill_cache.open_archive(path).id == reference[0], f"{seed}: a sealed archive is gone"
-    if promised:
-        contents = redistill_cache.open_archive(path, allow_partial=True).contents
-        lost = [str(block) for block in promised if not contents.holds(block)]
+        assert redistill_cache.open_archive(path).id == reference[0], f"{seed}: a sealed archive is lost"
+    if committed:
+        state = redistill_cache.open_archive(path, allow_partial=True).state
+        lost = [str(block) for block in committed if not state.holds(block)]
         assert not lost, f"{seed}: committed and lost: {lost}"
 
 
@@ -112,7 +112,7 @@ def test_power_cuts(ram: Path, run: Run, reference: Reference):
 
 
 def finish_after_kills(folder: Path, run: Run, reference: Reference, kills: range) -> None:
-    """A writer is killed, another finishes on the same machine, then the power goes and takes all that is unsynced."""
+    """A writer is killed, another finishes on the same machine, then a power cut loses everything unsynced."""
     for operations in kills:
         model = DiskModel()
         for operation in run.operations[:operations]:

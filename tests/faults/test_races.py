@@ -1,4 +1,4 @@
-"""Real writers at the same moment: racing for one block, and writing one whole archive together."""
+"""Real writers at the same moment: competing for one block, and writing one archive together."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ SECONDS = 60
 
 
 def contend(folder: Path, rounds: int, me: int, barrier: Barrier, parent: Connection) -> None:
-    """Write one block of every archive with my own rows, at the same moment as the other."""
+    """Write one block of every archive, at the same moment as another process with other rows."""
     for number in range(rounds):
         writer = ArchiveWriter.resume(folder / f"{number}.redistill.zarr", SPEC)
         block = writer.missing("views")[0]
         rows = len(block.rows)
         arrays = {"crop": np.full((rows, 4), me, np.int32), "flip": np.full(rows, me, np.uint8)}
         barrier.wait(SECONDS)
-        won = writer.write(block, arrays)
-        assert writer.read_back().contents.holds(block), "a writer that is told of a block can read it"
+        won = writer.write(block, arrays) is not None
+        assert writer.read_back().state.holds(block), "a writer must be able to read a block that is committed"
         parent.send((number, me, won))
         barrier.wait(SECONDS)
 
@@ -62,10 +62,10 @@ def race(folder: Path, rounds: int) -> None:
     for number, me in winners.items():
         path = folder / f"{number}.redistill.zarr"
         archive = redistill_cache.open_archive(path, allow_partial=True)
-        assert archive.contents.holds(Block("views", 0, 0, 0, 16))
-        found = archive.view_params(0, np.arange(16))
-        assert set(np.unique(found["crop"])) == set(np.unique(found["flip"])) == {me}, "rows of two writers are mixed"
-        assert not leftovers(path), "the loser left something behind"
+        assert archive.state.holds(Block("views", 0, 0, 0, 16))
+        params = archive.view_params(0, np.arange(16))
+        assert set(np.unique(params["crop"])) == set(np.unique(params["flip"])) == {me}, "rows of two writers are mixed"
+        assert not leftovers(path), "the loser left files behind"
 
 
 def test_two_writers_race_for_one_block(ram: Path):
@@ -74,7 +74,7 @@ def test_two_writers_race_for_one_block(ram: Path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_two_writers_race_a_hundred_times(ram: Path):
+def test_two_writers_race_for_a_hundred_blocks(ram: Path):
     race(ram, 100)
 
 
@@ -90,7 +90,7 @@ def write_whole(path: Path, barrier: Barrier, fatal: int, parent: Connection) ->
 
 
 def together(path: Path, fatal: list[int]) -> list[str | Exception]:
-    """Several writers start the same archive at the same moment; what each of them that lives says at the end."""
+    """Several writers start the same archive at the same moment: the results of those that are not killed."""
     barrier = context().Barrier(len(fatal))
     pipes = [context().Pipe(duplex=False) for _ in fatal]
     processes = [
@@ -100,15 +100,14 @@ def together(path: Path, fatal: list[int]) -> list[str | Exception]:
     for process, (_, theirs) in zip(processes, pipes, strict=True):
         process.start()
         theirs.close()
-    said = []
+    results: list[str | Exception] = []
     for process, (ours, _) in zip(processes, pipes, strict=True):
         process.join(SECONDS)
         assert process.exitcode is not None, "a writer is stuck"
-        if ours.poll():
-            with_word = process.exitcode == 0
-            said += [ours.recv()] if with_word else []
+        if ours.poll() and process.exitcode == 0:
+            results.append(ours.recv())
         ours.close()
-    return said
+    return results
 
 
 def write_together(folder: Path, times: int, reference: Reference) -> None:
@@ -116,18 +115,18 @@ def write_together(folder: Path, times: int, reference: Reference) -> None:
     for number in range(times):
         path = folder / f"{number}.redistill.zarr"
         fatal = [0, 0, rng.randint(1, 400)]  # one of three is killed on the way
-        said = together(path, fatal)
-        assert said[:2] == [reference[0]] * 2, f"run {number}, kill at operation {fatal[2]}"
+        results = together(path, fatal)
+        assert results[:2] == [reference[0]] * 2, f"run {number}, kill at operation {fatal[2]}"
         assert write_archive(path) == reference[0]
         assert hashes(path) == reference[1]
         assert not leftovers(path)
 
 
-def test_three_writers_make_one_archive(ram: Path, reference: Reference):
+def test_three_writers_write_one_archive(ram: Path, reference: Reference):
     write_together(ram, 6, reference)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_three_writers_make_one_archive_a_hundred_times(ram: Path, reference: Reference):
+def test_three_writers_write_one_archive_a_hundred_times(ram: Path, reference: Reference):
     write_together(ram, 100, reference)

@@ -1,6 +1,6 @@
-"""kill -9 of `redistill cache-teacher` with all its processes, and what the same command makes of what is left.
+"""kill -9 of `redistill cache-teacher` with all its processes; the same command then completes the archive.
 
-Most runs are forked from a server that has imported everything, some are started as a user would, with workers.
+Most runs are forked from a server that has imported everything, some are started as by a user, with workers.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Run:
-    """The command in a group of its own."""
+    """The command in its own process group."""
 
     def __init__(self, path: Path, real: bool) -> None:
         self.output = path.with_suffix(".txt")
@@ -60,7 +60,7 @@ class Run:
             self.pid, self.code, self.wait = forked.pid, lambda: forked.exitcode, lambda: forked.join(SECONDS)
 
     def kill_when(self, due: Callable[[], bool]) -> bool:
-        """Whether it lived until then."""
+        """Whether it was still running then."""
         while self.code() is None and not due():
             time.sleep(0.0005)
         with contextlib.suppress(ProcessLookupError, PermissionError):  # gone, or not a group of its own yet
@@ -73,14 +73,14 @@ class Run:
 
 
 def moment_of(rng: random.Random, path: Path, whole: Path, pace: float) -> tuple[str, Callable[[], bool]]:
-    """A moment to kill, in words and as a question: before anything is there, at so many files, or at the end."""
-    began, there, total = time.monotonic(), entries(path), entries(whole)
+    """A moment to kill, as text and as a condition: at random, at a number of files, or around the seal."""
+    began, count_now, total = time.monotonic(), entries(path), entries(whole)
     kind = rng.choices(["time", "files", "seal"], [2, 6, 2])[0]
     if kind == "time":
         delay = rng.random() * pace
         return f"{delay:.3f} s", lambda: time.monotonic() > began + delay
     if kind == "files":
-        count = min(there + rng.randint(1, total // 4), total - 2)
+        count = min(count_now + rng.randint(1, total // 4), total - 2)
         return f"{count} of {total} files", lambda: entries(path) >= count
     records = len(list((whole / "_redistill/blocks").iterdir()))
     delay = rng.random() * 0.02
@@ -100,9 +100,9 @@ def entries(path: Path) -> int:
 
 
 def check_killed(path: Path, whole: Path, kept: Place) -> None:
-    """Every row that may be read is right, and what was committed is where it was."""
+    """Every row that can be read is right, and no committed file was written again."""
     now = committed(path)
-    assert kept.items() <= now.items(), "a committed file has been lost or made again"
+    assert kept.items() <= now.items(), "a committed file was lost or written again"
     kept |= now
     with contextlib.suppress(Incomplete, redistill_cache.errors.Refused):  # too early for any reader
         archive, right = redistill_cache.open_archive(path, allow_partial=True), redistill_cache.open_archive(whole)
@@ -113,15 +113,13 @@ def check_killed(path: Path, whole: Path, kept: Place) -> None:
 
 
 def committed(path: Path) -> Place:
-    """Where the files of committed blocks lie, and since when."""
+    """Inode and modification time of the files of committed blocks."""
     places = {}
     for record in (path / "_redistill/blocks").glob("*.json"):
         for name in [str(record.relative_to(path)), *(item[0] for item in json.loads(record.read_bytes())["files"])]:
-            with contextlib.suppress(
-                FileNotFoundError
-            ):  # recorded, and not yet in its place: that comes at the next run
-                found = (path / name).stat()
-                places[name] = found.st_ino, found.st_mtime_ns
+            with contextlib.suppress(FileNotFoundError):  # committed, and renamed into place by the next run
+                status = (path / name).stat()
+                places[name] = status.st_ino, status.st_mtime_ns
     return places
 
 
@@ -137,9 +135,9 @@ def kill_often(folder: Path, whole: Path, kills: int, real_every: int | None = N
         path, kept = folder / f"{archives}.zarr", Place()
         for _ in range(min(PER_ARCHIVE, kills - killed)):
             real = real_every is not None and rng.randrange(real_every) == 0
-            words, due = moment_of(rng, path, whole, pace)
+            moment, due = moment_of(rng, path, whole, pace)
             lived = Run(path, real).kill_when(due)
-            print(f"archive {archives}: {'killed' if lived else 'done before'} at {words}{', with workers' * real}")
+            print(f"archive {archives}: {'killed' if lived else 'done before'} at {moment}{', with workers' * real}")
             check_killed(path, whole, kept)
             killed += lived
             if not lived:
@@ -150,7 +148,7 @@ def kill_often(folder: Path, whole: Path, kills: int, real_every: int | None = N
         assert not list(path.rglob("*.partial"))
         assert verify(path, full=True).ok
         archives += 1
-    print(f"{killed} kills, {archives} archives, all as if nothing had happened")
+    print(f"{killed} kills, {archives} archives, all equal to the uninterrupted one")
 
 
 def test_killed_runs(ram: Path, uninterrupted: Path):

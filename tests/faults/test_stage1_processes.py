@@ -1,4 +1,4 @@
-"""`redistill cache-teacher` when one of its processes is killed, or when all are asked to stop, as schedulers do."""
+"""`redistill cache-teacher` when one of its processes is killed, or when all get a signal, as from a scheduler."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.stage1 import OTHER_TEACHER, cache_options, command_line, file_hashes
 # Real commands with real workers: each takes seconds to start.
 pytestmark = pytest.mark.slow
 SECONDS = 200
-# Many small blocks, so that most of the work is still to come when the first of them is there.
+# Many small blocks, so that most of the work remains when the first of them is committed.
 MANY = {"data": "synthetic?classes=10&n=400", "teacher": OTHER_TEACHER, "batch_size": 8, "block_rows": 8}
 TORCHRUN = ("torch.distributed.run", "--master-port=0", "--nproc-per-node={}", "-m", "redistill_cli")
 
@@ -49,35 +49,36 @@ def running(path: Path, module: tuple[str, ...] = ("redistill_cli",), **changed:
 def wait_for(done: Callable[[], object]) -> None:
     end = time.monotonic() + SECONDS
     while not done():
-        assert time.monotonic() < end, "nothing happens any more"
+        assert time.monotonic() < end, f"still waiting after {SECONDS} s"
         time.sleep(0.002)
 
 
-def last_words(process: subprocess.Popen) -> str:
-    """The one line that begins with the program's name, once the process has ended by itself."""
-    said = process.communicate(timeout=SECONDS)[1]
-    lines = [line for line in said.splitlines() if line.startswith("redistill: ")]
-    assert len(lines) == 1, said
-    assert "Traceback" not in said
+def error_line(process: subprocess.Popen) -> str:
+    """The one line of stderr that begins with the program's name, once the process has ended."""
+    stderr = process.communicate(timeout=SECONDS)[1]
+    lines = [line for line in stderr.splitlines() if line.startswith("redistill: ")]
+    assert len(lines) == 1, stderr
+    assert "Traceback" not in stderr
     return lines[0]
 
 
 def children(pid: int) -> dict[int, str]:
-    """Processes whose parent this is, and how they were started."""
-    found = {}
+    """The child processes of a process, and their command lines."""
+    commands = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
             if parent == pid:
-                found[int(folder.name)] = (folder / "cmdline").read_text()
+                commands[int(folder.name)] = (folder / "cmdline").read_text()
         except (FileNotFoundError, ProcessLookupError):
-            continue  # gone meanwhile
-    return found
+            continue  # ended meanwhile
+    return commands
 
 
 def workers(pid: int) -> list[int]:
     """The processes that render: children of the server they are forked from."""
-    return [worker for server, words in children(pid).items() if "forkserver" in words for worker in children(server)]
+    servers = [child for child, command_line in children(pid).items() if "forkserver" in command_line]
+    return [worker for server in servers for worker in children(server)]
 
 
 def assert_continues(path: Path, uninterrupted: Path) -> None:
@@ -94,7 +95,7 @@ def test_a_signal_to_all_processes_ends_the_run_in_one_line(
         rendering = workers(process.pid)
         assert len(rendering) == 2
         os.killpg(process.pid, number)
-        assert f"interrupted by {number.name}; run the same command again to continue" in last_words(process)
+        assert f"interrupted by {number.name}; run the same command again to continue" in error_line(process)
         assert process.returncode == code
         wait_for(lambda: not any(Path(f"/proc/{worker}").exists() for worker in rendering))
     assert_continues(ram / "a.zarr", uninterrupted)
@@ -103,7 +104,7 @@ def test_a_signal_to_all_processes_ends_the_run_in_one_line(
 def test_a_killed_worker_ends_the_run_in_one_line(ram: Path, uninterrupted: Path):
     with running(ram / "a.zarr", workers=2) as process:
         os.kill(workers(process.pid)[0], signal.SIGKILL)
-        assert "a process that renders images has died" in last_words(process)
+        assert "a process that renders images has died" in error_line(process)
         assert process.returncode == 3
     assert_continues(ram / "a.zarr", uninterrupted)
 
@@ -119,13 +120,13 @@ def test_workers_do_not_outlive_a_killed_run(ram: Path, uninterrupted: Path):
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("killed", "then"), [(0, 1), (1, 1), (1, 3)])
-def test_a_killed_rank_is_made_up_for_by_any_number(ram: Path, uninterrupted: Path, killed: int, then: int):
+def test_any_number_of_ranks_continues_after_a_killed_rank(ram: Path, uninterrupted: Path, killed: int, then: int):
     path, torchrun = ram / "a.zarr", [word.format(2) for word in TORCHRUN]
     with running(path, module=tuple(torchrun)) as process:
         [rank] = [pid for pid in children(process.pid) if rank_of(pid) == str(killed)]
         os.kill(rank, signal.SIGKILL)
         process.communicate(timeout=SECONDS)
-        assert process.returncode == 1, "torchrun ends the others, and says so"
+        assert process.returncode == 1, "torchrun ends the other ranks"
     if then == 1:
         assert_continues(path, uninterrupted)
         return

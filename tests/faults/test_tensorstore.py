@@ -1,6 +1,6 @@
 """A second implementation reads an archive: tensorstore opens every array, and logits follow from FORMAT.md alone.
 
-Nothing of redistill_cache decodes anything here; it only writes the archive and says what the right answer is.
+redistill_cache decodes nothing here; it only writes the archive and gives the expected values.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def archive(tmp_path: Path) -> Path:
 
 
 def linear_logits(folder: Path) -> np.ndarray:
-    """What FORMAT.md says of the codec `linear`, written down a second time, one slot after another."""
+    """The codec `linear` of FORMAT.md, implemented a second time, one slot after another."""
     side = {path.name: read(path) for path in (folder / "side").iterdir() if path.is_dir()}
     q, level = read(folder / "q"), read(folder / "level").astype(np.int64)
     basis = (side["basis_high"].astype(np.int16) * 256 + side["basis_low"]) * side["scale"].astype(np.float64)[:, None]
@@ -50,10 +50,10 @@ def linear_logits(folder: Path) -> np.ndarray:
     return np.where((level & 0x80).astype(bool)[..., None], read(folder / "exact"), rows)
 
 
-def test_logits_by_the_written_contract(archive: Path):
-    found = linear_logits(archive / "teachers/net/logits")
+def test_logits_decoded_by_format_md_alone(archive: Path):
+    logits = linear_logits(archive / "teachers/net/logits")
     for view in range(scenario.VIEWS):
-        np.testing.assert_allclose(found[view], scenario.decoded(view), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(logits[view], scenario.decoded(view), rtol=1e-4, atol=1e-4)
 
 
 def test_view_parameters_samples_and_canaries(archive: Path):

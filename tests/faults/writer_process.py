@@ -1,7 +1,7 @@
-"""Real processes that write the archive of scenario.py: something to kill.
+"""Real processes that write the archive of scenario.py, to be killed.
 
-They are forked from a server that has imported everything, so that hundreds of them cost no start-up time; each is a
-process of its own, with its own event loop and threads, made after the fork.
+They are forked from a server that has imported everything, so that hundreds of them start quickly; each has its own
+event loop and threads, created after the fork.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["SuicidalFiles", "context", "start_writer"]
 
 
 class SuicidalFiles(Files):
-    """The real disk, and kill -9 of the own process just before operation `fatal` (from 1), if that is reached."""
+    """The real disk; kills its own process with SIGKILL just before operation `fatal` (from 1)."""
 
     def __init__(self, fatal: int) -> None:
         self._left = fatal
@@ -55,8 +55,8 @@ class SuicidalFiles(Files):
         self._do(lambda: super(SuicidalFiles, self).remove(path))
 
 
-def write_and_tell(path: Path, fatal: int, parent: Connection) -> None:
-    """The body of a writer process: says "ready", the record of every committed block, and the id."""
+def write_and_report(path: Path, fatal: int, parent: Connection) -> None:
+    """The body of a writer process: sends "ready", the record path of every committed block, and the id."""
     codec()
     parent.send("ready")
     parent.send(write_archive(path, SuicidalFiles(fatal), lambda block: parent.send(block.record_path)))
@@ -69,9 +69,9 @@ def context() -> ForkServerContext:
 
 
 def start_writer(path: Path, fatal: int = 0) -> tuple[ForkServerProcess, Connection]:
-    """A running writer and the end of the pipe that it talks into."""
+    """A running writer, and the receiving end of its pipe."""
     ours, theirs = context().Pipe(duplex=False)
-    process = context().Process(target=write_and_tell, args=(path, fatal, theirs))
+    process = context().Process(target=write_and_report, args=(path, fatal, theirs))
     process.start()
     theirs.close()
     return process, ours

@@ -1,4 +1,4 @@
-"""Columns come back as rows, whatever their number, type and place."""
+"""Columns of a chunk become rows, whatever their number, type and alignment."""
 
 from __future__ import annotations
 

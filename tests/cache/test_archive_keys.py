@@ -1,4 +1,4 @@
-"""Packed keys behave like a list of strings, at any length and alphabet, and never invent an equality."""
+"""Packed keys behave like a list of strings of any length and alphabet; different keys never compare equal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEXTS = st.lists(st.text(max_size=40), max_size=30)
 
 @given(TEXTS)
 @settings(max_examples=80, deadline=None)
-def test_packed_keys_are_the_strings(texts: list[str]):
+def test_packed_keys_equal_the_strings(texts: list[str]):
     keys = pack_keys(texts)
     assert list(keys) == texts
     assert [keys[i] for i in range(-len(texts), len(texts))] == texts * 2
@@ -45,7 +45,7 @@ def test_take_and_slices():
         keys[1000]
 
 
-def test_one_enormous_key_costs_no_enormous_matrix(monkeypatch: pytest.MonkeyPatch):
+def test_one_long_key_does_not_allocate_a_large_matrix(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(packing, "SLICE_BYTES", 4096)
     texts = [*(f"k{i}" for i in range(2000)), "long" * 5000, *(f"k{i}" for i in range(2000))]
     keys = pack_keys(texts)
@@ -56,6 +56,6 @@ def test_one_enormous_key_costs_no_enormous_matrix(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("offsets", [[], [1, 3], [0, 2], [0, 4], [0, 3, 1, 3], [[0, 3]]])
-def test_offsets_that_do_not_fit_are_damage(offsets: list[int]):
+def test_invalid_offsets_are_damage(offsets: list[int]):
     with pytest.raises(Damaged, match="offsets"):
         PackedKeys(np.frombuffer(b"abc", np.uint8), np.array(offsets, np.uint64))
