@@ -160,7 +160,7 @@ def _download(root: Path, published: _Published) -> None:
     except (OSError, RuntimeError, EOFError, tarfile.TarError, http.client.HTTPException) as error:
         raise Refused(
             f"{published.url} could not be downloaded to {str(root)!r}: {one_line(error)}; "
-            f"try again, or put {published.folder!r} there by hand"
+            f"try again, or put {published.folder!r} there yourself"
         ) from error
 
 

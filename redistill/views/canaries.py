@@ -1,7 +1,7 @@
 """Canaries: fingerprints of a few views, stored in an archive, that prove alignment without the teacher.
 
 The reader renders the same views from its own images and compares. Equal fingerprints are exact; small differences of
-the kind that other decoders cause are tolerated; anything else is refused, naming the cause where it is found.
+the kind that other decoders cause are tolerated; anything else is refused, with the cause if it can be determined.
 """
 
 from __future__ import annotations

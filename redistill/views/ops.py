@@ -28,7 +28,7 @@ SIGNED = OPERATIONS[1:10]
 FRACTION = 1 << 14  # shears, enhancements, and shifts as fractions of the view's side
 ANGLE = 1 << 7  # degrees
 LEVEL = 1 << 7  # solarize thresholds, in grey levels
-# Accepted range of each stored magnitude: what torchvision's functions accept, and no more than makes sense.
+# Accepted range of each stored magnitude, within what torchvision's functions accept.
 RANGES = {
     **dict.fromkeys(OPERATIONS, (-FRACTION, FRACTION)),
     "rotate": (-180 * ANGLE, 180 * ANGLE),
