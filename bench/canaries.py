@@ -1,8 +1,8 @@
-"""Does the alignment proof tell another decoder from another view? Every case with its drift and its verdict.
+"""Does the alignment check distinguish another decoder from another view? Every case with its drift and verdict.
 
 Another decoder must pass; another interpolation, crop, image, quality or recipe must be refused. Decoders: Pillow (the
-archive's), torchvision.io, Pillow with draft mode, chroma upsampled in three other ways from the chroma samples that
-are in the file, and, where the package simplejpeg is installed, libjpeg-turbo's fast inverse DCT and fast upsampling.
+archive's), torchvision.io, Pillow with draft mode, chroma upsampled in three other ways from the chroma samples of
+the file, and, where the package simplejpeg is installed, libjpeg-turbo's fast inverse DCT and fast upsampling.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from redistill.sources.base import Sample
 from redistill.sources.index import index_source
 from redistill.sources.open_source import open_source
 from redistill.views import DrawnViews, Recipe, ViewDataset, parse_recipe
-from redistill.views.canaries import AlteredViews, align, make_canaries
+from redistill.views.canaries import AlteredViews, align, canary_rows, fingerprints
 
 try:
     import simplejpeg
@@ -48,20 +48,20 @@ def by_pillow(data: bytes) -> np.ndarray:
 
 def by_torchvision(data: bytes) -> np.ndarray:
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # torchvision 0.29 announces its end
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # torchvision 0.29 deprecates it
         decoded = torchvision.io.decode_jpeg(encoded, mode=torchvision.io.ImageReadMode.RGB)
     return decoded.permute(1, 2, 0).numpy()
 
 
 def by_draft(data: bytes) -> np.ndarray:
-    """Draft mode as it is when the whole image is wanted: another path through Pillow, the same pixels."""
+    """Draft mode at full size: another path through Pillow, the same pixels."""
     image = Image.open(io.BytesIO(data))
     image.draft("RGB", image.size)
     return np.array(image.convert("RGB"))
 
 
 def by_half_draft(data: bytes) -> np.ndarray:
-    """Draft mode for a thumbnail: decoded at half the size, and enlarged. The fine detail is not the archive's."""
+    """Draft mode for a thumbnail: decoded at half the size and enlarged, which loses fine detail."""
     image = Image.open(io.BytesIO(data))
     width, height = image.size
     image.draft("RGB", (width // 2, height // 2))
@@ -69,7 +69,7 @@ def by_half_draft(data: bytes) -> np.ndarray:
 
 
 def upsampling_chroma(how: Image.Resampling) -> Decode:
-    """Luma as decoded; chroma as it lies in the file (a half-size decode gives exactly that), enlarged by `how`."""
+    """Luma as decoded; chroma as stored in the file (as a half-size decode returns it), enlarged by `how`."""
 
     def decode(data: bytes) -> np.ndarray:
         whole, small = Image.open(io.BytesIO(data)), Image.open(io.BytesIO(data))
@@ -102,7 +102,7 @@ if simplejpeg is not None:
 
 
 def smooth(seed: int, height: int, width: int) -> np.ndarray:
-    """Without fine detail, as an enlarged or blurred photograph."""
+    """Without fine detail, like an enlarged or blurred photograph."""
     return np.array(Image.fromarray(picture(seed, height // 4, width // 4)).resize((width, height), Image.BICUBIC))
 
 
@@ -117,7 +117,7 @@ KINDS: dict[str, tuple[Callable[[int, int, int], np.ndarray], int, int]] = {
     "small 60-120": (picture, 60, 120),
     "tiny 32": (picture, 32, 33),
 }
-# Recipe, kind of pictures, and whether the recipe resizes (else no interpolation can show).
+# Recipe and kind of pictures.
 SETUPS = [
     ("rrc", "photographs 240-600"),
     ("rrc", "smooth 240-600"),
@@ -153,7 +153,7 @@ class Encoded:
 
 @dataclass
 class Decoded:
-    """The same files after somebody's decoder."""
+    """The same files after a decoder."""
 
     pixels: list[np.ndarray]
 
@@ -212,7 +212,7 @@ def other_recipes(recipe: Recipe, kind: str) -> Iterator[str]:
     elif recipe == parse_recipe(f"rrc?size={size}"):
         yield from (f"rrc?size={size}&scale=0.09,1", f"rrc?size={size}&color_jitter=0,0,0.3")
         yield from (f"rrc?size={size}&reprob=0.25", f"rrc?size={size}&hflip=0.6")
-        if "smooth" not in kind:  # what is blurred already hides another blur better than another decoder
+        if "smooth" not in kind:  # another blur of a smooth image changes it less than another decoder
             yield f"rrc?size={size}&gaussian_blur_prob=0.5"
     else:
         yield f"rrc?size={size}"
@@ -223,33 +223,34 @@ def rows(setups: list[tuple[str, str]], count: int) -> Iterator[dict[str, object
         encoded = Encoded(kind, count)
         index = index_source(open_source(encoded), workers=0)
         views = DrawnViews(index, parse_recipe(text), seed=SEED, num_views=1)
-        stored = {0: make_canaries(open_source(encoded), views, SEED, 0, count)}
+        canaries = canary_rows(SEED, 0, count, count)
+        stored = {0: (canaries, fingerprints(ViewDataset(encoded, views), 0, canaries))}
         for expected, cases in (("passes", passing(encoded, views)), ("refused", refused(encoded, views, kind))):
             for name, dataset in cases:
                 started = time.perf_counter()
-                found = align(dataset, stored)
+                alignment = align(dataset, stored)
                 seconds = time.perf_counter() - started
-                right = (found.verdict == "refused") == (expected == "refused")
+                right = (alignment.verdict == "refused") == (expected == "refused")
                 yield {
                     "name": name,
                     "recipe": text,
                     "images": kind,
                     "expected": expected,
-                    "verdict": found.verdict,
-                    "drift": round(found.drift, 3),
+                    "verdict": alignment.verdict,
+                    "drift": round(alignment.drift, 3),
                     "ratio": float(right),
                     "seconds": round(seconds, 3),
-                    "reason": found.reason,
+                    "reason": alignment.reason,
                 }
 
 
 def main() -> None:
-    args = arguments("Drift and verdict of the alignment proof, case by case.").parse_args()
+    args = arguments("Drift and verdict of the alignment check, case by case.").parse_args()
     torch.set_num_threads(1)
-    found = list(rows(QUICK if args.quick else SETUPS, 64))
-    wrong = sum(row["ratio"] != 1.0 for row in found)
-    found.append({"name": f"wrong verdicts of {len(found)}", "ratio": wrong, "verdict": str(wrong)})
-    report("canaries", found, args)
+    cases = list(rows(QUICK if args.quick else SETUPS, 64))
+    wrong = sum(case["ratio"] != 1.0 for case in cases)
+    cases.append({"name": f"wrong verdicts of {len(cases)}", "ratio": wrong, "verdict": str(wrong)})
+    report("canaries", cases, args)
     if simplejpeg is None:
         print("(simplejpeg is not installed: libjpeg-turbo's fast DCT and fast upsampling were not tried)")
 

@@ -1,4 +1,4 @@
-"""Pictures to measure with: drawn, so that no download is needed; with the spectrum and the edges of photographs."""
+"""Pictures for measurements: generated, with the spectrum and the edges of photographs, so nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FULL, QUARTER = 0, 2  # Pillow's chroma subsampling: 4:4:4 and 4:2:0
 
 
 def picture(seed: int, height: int, width: int) -> np.ndarray:
-    """A uint8 image [height, width, 3]: coloured 1/f noise, over it some soft and some hard discs."""
+    """A uint8 image [height, width, 3]: coloured 1/f noise under some soft and some hard discs."""
     random = np.random.default_rng(seed)
     noise = [_noise(random, height, width, random.uniform(0.9, 1.7)) for _ in range(3)]
     luma = random.uniform(80, 170) + random.uniform(20, 60) * noise[0]

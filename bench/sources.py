@@ -1,14 +1,16 @@
-"""What it costs to know a data set: indexing against plain hashing of the same files, and joining 1.28 M samples.
+"""The cost of indexing, against plain hashing of the same files, and of joining 1.28 M samples.
 
 Indexing reads each file once, hashes it and parses its header; `ratio` is its rate over that of a loop that only
-reads and hashes the same files, both in one process and with warm caches. Joining is measured as time and as the
-peak of what numpy and Python allocate during it, beyond the index and the archive's rows it is given.
+reads and hashes the same files, both in one process and with warm caches. Joining is measured as time, and as the
+peak of what numpy and Python allocate meanwhile, beyond the index and the rows of the archive.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import os
+import shutil
 import tempfile
 import time
 import tracemalloc
@@ -37,7 +39,7 @@ def best(work: Callable[[], object], repeats: int) -> float:
     return min(seconds)
 
 
-def plant(root: Path, n: int) -> None:
+def write_images(root: Path, n: int) -> None:
     """`n` JPEG files of about 100 kB, as ImageNet has; each differs in its last bytes before the end mark."""
     out = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
@@ -52,11 +54,17 @@ def plant(root: Path, n: int) -> None:
 def indexing(n: int) -> harness.Row:
     with tempfile.TemporaryDirectory() as scratch:
         root, cache = Path(scratch) / "data", Path(scratch) / "cache"
-        plant(root, n)
+        write_images(root, n)
         source = FolderSource(root)
         paths = [root / key for key in source.keys]
         plain = best(lambda: [hashlib.sha256(path.read_bytes()).digest() for path in paths], 3)
-        ours = best(lambda: index_source(source, workers=0, cache_dir=cache, fresh=True), 3)
+        os.environ["XDG_CACHE_HOME"] = str(cache)
+
+        def index_afresh() -> None:
+            shutil.rmtree(cache, ignore_errors=True)
+            index_source(source, workers=0)
+
+        ours = best(index_afresh, 3)
         size = paths[0].stat().st_size
     return {
         "what": "indexing",
@@ -79,8 +87,8 @@ def joining(n: int) -> harness.Row:
     index = SourceIndex(keys.take(order), labels[order], digests[order], sizes, rows, names)
 
     def work() -> None:
-        found = join(index, keys=keys, labels=labels, digests=digests, class_names=names)
-        assert np.array_equal(order[found.source_row_of_archive_row], rows)
+        joined = join(index, keys=keys, labels=labels, digests=digests, class_names=names)
+        assert np.array_equal(order[joined.source_row_of_archive_row], rows)
 
     seconds = best(work, 3)
     tracemalloc.start()

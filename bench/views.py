@@ -30,7 +30,7 @@ from redistill.sources.index import index_source
 from redistill.sources.open_source import open_source
 from redistill.views import DrawnViews, ViewDataset, draw_params, parse_recipe
 
-DISTINCT = 64  # encoded pictures, used again and again
+DISTINCT = 64  # encoded pictures, used repeatedly
 
 
 class Encoded:
@@ -50,7 +50,7 @@ class Encoded:
 
 
 class HandWritten(Dataset[Any]):
-    """What everybody writes: decode, then a Compose of random transforms."""
+    """The usual dataset: decode, then a Compose of random transforms."""
 
     def __init__(self, source: Encoded, transform: v2.Transform) -> None:
         self.source, self.transform = source, transform
@@ -65,21 +65,21 @@ class HandWritten(Dataset[Any]):
 
 
 @dataclass
-class KeptViews:
-    """Parameters drawn beforehand and gathered per batch, as a process does with those it has read from an archive."""
+class PredrawnViews:
+    """Parameters drawn beforehand and gathered per batch, as those of an archive are."""
 
     drawn: DrawnViews
 
     def __post_init__(self) -> None:
         self.recipe, self.num_views = self.drawn.recipe, 1
         self.labels, self.source_rows = self.drawn.labels, self.drawn.source_rows
-        self.kept = self.drawn.params(0, np.arange(len(self.source_rows)))
+        self.drawn_params = self.drawn.params(0, np.arange(len(self.source_rows)))
 
     def params(self, _: int, rows: np.ndarray) -> dict[str, np.ndarray]:
-        return {name: values[rows] for name, values in self.kept.items()}
+        return {name: values[rows] for name, values in self.drawn_params.items()}
 
 
-# Name, kind of samples, recipe, and the same by hand.
+# Name, kind of samples, recipe, and the hand-written transforms.
 PIPELINES: list[tuple[str, str, str, list[v2.Transform]]] = [
     (
         "224 px JPEG, rrc",
@@ -135,7 +135,7 @@ def rendering(quick: bool) -> Iterator[dict[str, object]]:
         source = Encoded(count, kind)
         drawn = DrawnViews(index_source(open_source(source), workers=0), parse_recipe(text), seed=0, num_views=1)
         for workers in (0, 2):
-            ours = images_per_second(ViewDataset(source, KeptViews(drawn)), workers)
+            ours = images_per_second(ViewDataset(source, PredrawnViews(drawn)), workers)
             theirs = images_per_second(HandWritten(source, v2.Compose([v2.ToImage(), *transforms])), workers)
             pairs = [(ours(), theirs()) for _ in range(rounds + 1)][1:]  # the first pass warms up
             mine, hand = (statistics.median(column) for column in zip(*pairs, strict=True))

@@ -1,1 +1,1 @@
-"""Indexable image sets: where samples come from, what identifies them, and how they meet an archive."""
+"""Sources: indexable image sets, the index that identifies their samples, and the join to an archive."""

@@ -1,15 +1,15 @@
-"""`folder:PATH`: a folder of class folders, as torchvision's ImageFolder reads it.
+"""`folder:PATH`: a folder of class folders, in the layout of torchvision's ImageFolder.
 
-* The class of an image is the first folder of its path; deeper folders belong to it. Classes are numbered in the
-  order of their names (by code point), and so are the images of a class by path: the order never depends on the disk.
+* The class of an image is the first folder of its path, at any depth. Classes are numbered in the order of their names
+  (by code point), and the images of a class are ordered by path, so the order does not depend on the disk.
 * The key is the path below PATH with '/' between its parts: 'n01440764/n01440764_10026.JPEG'.
-* Images are files that end in .jpg .jpeg .png .webp .gif .bmp, in any case. Other files are left out and counted in
-  `skipped`; files and folders whose names start with '.', and '__MACOSX', are not even counted.
-* Links to files and folders are followed, as data sets are often farms of links; a link back into its own path is
-  refused. A link to nothing is a bad image, found when the source is indexed.
-* Images that lie beside the class folders, or a folder without any class folder, are refused, unless `?labels=none`:
-  then every image has the label -1 and there are no class names.
-* A class folder without images is refused, as it usually is not a class; `?allow_empty=1` keeps it as one.
+* Images are files that end in .jpg .jpeg .png .webp .gif .bmp, in any case. Other files are skipped and counted in
+  `skipped`; files and folders whose names start with '.', and '__MACOSX', are ignored.
+* Links to files and folders are followed, as data sets are often folders of links; a link to a folder that contains it
+  is refused. A broken link is a bad image, found when the source is indexed.
+* Images beside the class folders are refused, as is a folder without class folders. With `?labels=none` they are
+  accepted, every image has the label -1 and there are no class names.
+* A class folder without images is refused, as it usually is a mistake; `?allow_empty=1` keeps it as a class.
 * `?split=val` reads PATH/val, and so on.
 """
 
@@ -25,7 +25,7 @@ import numpy as np
 from redistill_cache.errors import Refused, UsageError
 from redistill_cache.keys import PackedKeys, pack_keys
 
-from redistill.sources.base import NO_LABEL, Sample
+from redistill.sources.base import NO_LABEL, Sample, local_path
 from redistill.sources.images import EXTENSIONS, MAX_ENCODED_BYTES, BadImage
 from redistill.specs import Spec
 
@@ -35,7 +35,7 @@ SPLITS = {"train", "val", "valid", "validation", "test"}
 
 
 class FolderSource:
-    """The images of a folder; files are listed once, when it is opened, and read one by one."""
+    """The images of a folder; files are listed when it is opened, and read one by one."""
 
     def __init__(
         self, root: Path, *, labelled: bool = True, allow_empty: bool = False, spec: str | None = None
@@ -68,10 +68,10 @@ class FolderSource:
         root, out = str(self.root), np.full((len(self), 2), -1, np.int64)
         for i, key in enumerate(self.keys):
             try:
-                found = os.stat(f"{root}/{key}")  # noqa: PTH116  a Path for each of a million files takes seconds
+                status = os.stat(f"{root}/{key}")  # noqa: PTH116  a Path for each of a million files takes seconds
             except OSError:
                 continue
-            out[i] = found.st_size, found.st_mtime_ns
+            out[i] = status.st_size, status.st_mtime_ns
         return out
 
     # -- listing --------------------------------------------------------------------------------------------------
@@ -89,8 +89,8 @@ class FolderSource:
                     loose.append(entry.name)
         if loose:
             raise Refused(
-                f"{len(loose)} images lie directly in {str(self.root)!r}, such as {min(loose)!r}, where only class "
-                "folders are expected; move them into class folders, or add '?labels=none' to use images without labels"
+                f"expected only class folders in {str(self.root)!r}, found {len(loose)} images such as {min(loose)!r}; "
+                "move them into class folders, or add '?labels=none' to use images without labels"
             )
         return sorted(names)
 
@@ -103,16 +103,16 @@ class FolderSource:
             yield from keys
 
     def _images(self, folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
-        """Keys of the images below `folder`, in any order; `above` are the folders on the way here."""
-        here = _identity(folder)
-        if here in above:
+        """Keys of the images below `folder`, in any order; `above` are the folders that contain it."""
+        identity = _identity(folder)
+        if identity in above:
             raise Refused(f"{str(folder)!r} links back to a folder that contains it; remove the link")
         with os.scandir(folder) as entries:
             for entry in entries:
                 if _hidden(entry.name):
                     continue
                 if entry.is_dir():
-                    yield from self._images(Path(entry.path), f"{prefix}{entry.name}/", (*above, here))
+                    yield from self._images(Path(entry.path), f"{prefix}{entry.name}/", (*above, identity))
                 elif self._is_image(entry.name):
                     _check_name(entry.name, folder)
                     yield prefix + entry.name
@@ -124,24 +124,25 @@ class FolderSource:
         self.skipped[extension] += 1
         return False
 
-    def _check(self, found: dict[str, int], allow_empty: bool) -> None:
-        if not any(found.values()):
-            seen = ", ".join(
+    def _check(self, counts: dict[str, int], allow_empty: bool) -> None:
+        """Refuse a folder whose number of images by class shows that it is not a data set."""
+        if not any(counts.values()):
+            found = ", ".join(
                 f"{count} {extension or 'without extension'}" for extension, count in self.skipped.most_common(5)
             )
             raise Refused(
                 f"no images in {str(self.root)!r}: expected class folders with files that end in "
-                f"{' '.join(EXTENSIONS)}, found {seen or 'no files'}"
+                f"{' '.join(EXTENSIONS)}, found {found or 'no files'}"
             )
-        empty = [name for name, count in found.items() if not count]
+        empty = [name for name, count in counts.items() if not count]
         if empty and not allow_empty:
             raise Refused(
-                f"{len(empty)} class folders of {str(self.root)!r} hold no images, such as {empty[0]!r}; "
+                f"{len(empty)} class folders of {str(self.root)!r} have no images, such as {empty[0]!r}; "
                 "remove them, or add '?allow_empty=1' to keep them as classes"
             )
         if self.class_names and set(self.class_names) <= SPLITS:
             raise Refused(
-                f"{str(self.root)!r} holds the splits {', '.join(self.class_names)}, not classes; "
+                f"{str(self.root)!r} contains the splits {', '.join(self.class_names)}, not classes; "
                 f"did you mean 'folder:{self.root / self.class_names[0]}'?"
             )
 
@@ -150,24 +151,24 @@ def open_folder(spec: Spec) -> FolderSource:
     """A source from `folder:PATH?labels=none&allow_empty=1&split=train`."""
     spec.refuse_unknown({"labels", "allow_empty", "split"})
     if not spec.name:
-        raise UsageError(f"{spec.text!r} names no folder; expected 'folder:PATH'")
+        raise UsageError(f"expected 'folder:PATH', found {spec.text!r} without a path")
     labels = spec.take("labels", "folders")
     if labels not in ("folders", "none"):
-        raise UsageError(f"{spec.text!r}: labels={labels!r} is neither 'folders' nor 'none'")
-    root = Path(spec.name).expanduser() / spec.take("split", "")
+        raise UsageError(f"{spec.text!r}: expected labels=folders or none, found {labels!r}")
+    root = local_path(spec.name) / spec.take("split", "")
     return FolderSource(root, labelled=labels == "folders", allow_empty=spec.take("allow_empty", False), spec=spec.text)
 
 
 def _read(path: Path, key: str) -> bytes:
-    """The bytes of one file, read once; whatever the disk says against it is a bad image with its name."""
+    """The bytes of one file; one that cannot be read is a bad image."""
     try:
-        # O_NONBLOCK: opening a FIFO that calls itself .jpg must not wait for a writer.
+        # O_NONBLOCK: opening a FIFO named .jpg must not wait for a writer.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
                 raise BadImage(key, "not a regular file")
-            if found.st_size > MAX_ENCODED_BYTES:
-                raise BadImage(key, f"{found.st_size} bytes, more than the limit of {MAX_ENCODED_BYTES}")
+            if status.st_size > MAX_ENCODED_BYTES:
+                raise BadImage(key, f"{status.st_size} bytes, more than the limit of {MAX_ENCODED_BYTES}")
             return file.read()
     except OSError as error:
         raise BadImage(key, error.strerror or str(error)) from error
@@ -178,12 +179,12 @@ def _hidden(name: str) -> bool:
 
 
 def _identity(folder: Path) -> tuple[int, int]:
-    found = folder.stat()
-    return found.st_dev, found.st_ino
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def _check_name(name: str, folder: Path) -> None:
-    """Keys travel as UTF-8; a name that is no UTF-8 could not be written down."""
+    """Keys are stored as UTF-8, so a name that is not UTF-8 cannot be a key."""
     try:
         name.encode()
     except UnicodeEncodeError:

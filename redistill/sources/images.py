@@ -1,28 +1,26 @@
-"""From the bytes of a sample to pixels: one rule for everybody, because student and teacher must see the same.
+"""Decoding: from the bytes of a sample to 8-bit RGB pixels, by the same rules for teacher and student.
 
-What comes out is always 8-bit RGB. What happens to what goes in:
-
-    format          JPEG, PNG, WebP, GIF and BMP, told by content, whatever the file is called; anything else is bad
+    format          JPEG, PNG, WebP, GIF and BMP, detected by content, whatever the file name; anything else is bad
     undecodable     bad; found by its header when the source is indexed, else when it is first decoded
-    truncated       bad, never grey halves: found when indexing by its missing end (then a full decode decides), and
-                    Pillow's global LOAD_TRUNCATED_IMAGES is refused rather than obeyed
-    bomb-sized      bad: more than 89,478,485 pixels (Pillow's MAX_IMAGE_PIXELS, whatever it is set to) or more
-                    than 256 MiB encoded; nothing is decoded to find out
+    truncated       bad, never half grey: when indexing, an image without its end marker is decoded to decide, and
+                    decoding is refused while Pillow's global LOAD_TRUNCATED_IMAGES is set
+    bomb-sized      bad: more than 89,478,485 pixels (Pillow's default MAX_IMAGE_PIXELS, whatever it is set to) or
+                    more than 256 MiB encoded; found without decoding
     gray, 1 bit     the value repeated in R, G and B
     16 bits         the high byte of each value (Pillow alone would clip gray at 255)
     CMYK, YCCK      Pillow's conversion to RGB; colour profiles of any image are ignored
     palette         the colours of the palette
-    alpha           dropped, as torchvision's loader does: the colour stored under it shows
-    EXIF rotation   JPEG and WebP are turned upright, and sizes are those of the upright image; an orientation tag
-                    that cannot be read counts as upright; in the other formats it is ignored
+    alpha           dropped, as torchvision's loader does: the colour stored under it is used
+    EXIF rotation   JPEG and WebP are turned upright, and sizes are those of the upright image; an invalid
+                    orientation tag counts as upright; in the other formats it is ignored
     animated        the first frame
-    arrays          uint8 [height, width, 3], or [height, width] and [height, width, 1] as gray; taken as they are
+    arrays          uint8 [height, width, 3], or [height, width] and [height, width, 1] as gray; used as they are
 
-A bad image raises `BadImage` with its name, and `index_source(on_bad_image=...)` decides what that means.
+A bad image raises `BadImage` with its name; `index_source(on_bad_image=...)` fails, or excludes it.
 
 Pillow decodes, not torchvision.io: both wrap libjpeg-turbo and gave identical pixels at 2.4 and 2.2 ms for a 500 x 375
-JPEG, but only Pillow has an allow-list of formats, a guard against bombs, and every case above; and torchvision 0.29
-deprecates its decoders.
+JPEG, but only Pillow has an allow-list of formats, a guard against bombs, and handles every case above; and torchvision
+0.29 deprecates its decoders.
 """
 
 from __future__ import annotations
@@ -47,7 +45,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 MAX_PIXELS = 89_478_485
 MAX_ENCODED_BYTES = 256 << 20
 
-# What Pillow's parsers raise on bytes that are not an image; nothing here can come from our own code.
+# What Pillow's parsers raise on bytes that are not an image.
 PILLOW_RAISES = (
     OSError,
     SyntaxError,
@@ -63,7 +61,7 @@ PILLOW_RAISES = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
-# EXIF orientation -> what turns the stored image upright; 5 to 8 swap width and height.
+# EXIF orientation -> the operation that turns the stored image upright; 5 to 8 swap width and height.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -84,16 +82,16 @@ class BadImage(Refused):
         self.reason = reason
 
     def __str__(self) -> str:
-        if not self.reason:  # rebuilt by a DataLoader from the text of a worker's traceback, which ends with our line
+        if not self.reason:  # rebuilt by a DataLoader from a worker's traceback, which ends with the original message
             return self.name.rstrip().rpartition(f"{type(self).__name__}: ")[2]
-        return f"image {self.name!r} cannot be used: {self.reason}; mend or remove it, or exclude bad images"
+        return f"image {self.name!r} cannot be used: {self.reason}; fix or remove it, or exclude bad images"
 
 
 def decode_image(payload: bytes | np.ndarray, *, name: str) -> torch.Tensor:
     """The pixels of a sample as a uint8 tensor [3, height, width], by the rules above.
 
-    The tensor owns its memory and lies in it row by row, RGB together (a channels-last view): torchvision's
-    resize is 1.6 times faster on that than on separate planes; `.contiguous()` gives planes.
+    The tensor owns its memory, in channels-last order: torchvision's resize is 1.6 times faster on that than on
+    separate planes.
     """
     import torch  # here, so that indexing workers never load it
 
@@ -120,13 +118,13 @@ def decode_array(payload: bytes | np.ndarray, *, name: str) -> np.ndarray:
 
 
 def image_size(payload: bytes | np.ndarray, *, name: str) -> tuple[int, int]:
-    """Height and width of the upright image, read from its header; an image without its end is decoded to judge it."""
+    """Height and width of the upright image, from its header; an image without its end marker is decoded."""
     if isinstance(payload, np.ndarray):
         height, width = as_pixels(payload, name=name).shape[:2]
         return height, width
     image = _open(payload, name)
     width, height = image.size
-    if not _has_its_end(payload, image.format):
+    if not _has_end_marker(payload, image.format):
         decode_array(payload, name=name)
     return (width, height) if _orientation(image) >= 5 else (height, width)
 
@@ -136,20 +134,18 @@ def as_pixels(array: np.ndarray, *, name: str) -> np.ndarray:
     pixels_HWC = array[:, :, None] if array.ndim == 2 else array
     if pixels_HWC.dtype != np.uint8 or pixels_HWC.ndim != 3 or pixels_HWC.shape[2] not in (1, 3):
         found = f"{array.dtype} {list(array.shape)}"
-        raise BadImage(name, f"an array sample must be uint8 [height, width, 3], found {found}")
+        raise BadImage(name, f"expected an array sample to be uint8 [height, width, 3], found {found}")
     if not 0 < pixels_HWC.shape[0] * pixels_HWC.shape[1] <= MAX_PIXELS:
-        raise BadImage(
-            name, f"{pixels_HWC.shape[1]} x {pixels_HWC.shape[0]} pixels; between 1 and {MAX_PIXELS} expected"
-        )
+        raise BadImage(name, f"expected 1 to {MAX_PIXELS} pixels, found {pixels_HWC.shape[1]} x {pixels_HWC.shape[0]}")
     return pixels_HWC
 
 
 def _open(payload: bytes, name: str) -> Image.Image:
-    """The image behind its header: format and size are checked, no pixel is decoded."""
+    """Open an image and check its format and size; no pixel is decoded."""
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise Refused(
-            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set in this process, so half an image would pass for a whole one; "
-            "set it back to False and exclude bad images instead"
+            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set in this process, so truncated images would not be detected; "
+            "set it to False and exclude bad images instead"
         )
     if not payload:
         raise BadImage(name, "the file is empty")
@@ -161,7 +157,7 @@ def _open(payload: bytes, name: str) -> Image.Image:
         raise BadImage(name, _reason(error)) from error
     width, height = image.size
     if not 0 < width * height <= MAX_PIXELS:
-        raise BadImage(name, f"{width} x {height} pixels; between 1 and {MAX_PIXELS} expected")
+        raise BadImage(name, f"expected 1 to {MAX_PIXELS} pixels, found {width} x {height}")
     return image
 
 
@@ -171,19 +167,19 @@ def _reason(error: Exception) -> str:
     return one_line(error)
 
 
-def _has_its_end(payload: bytes, kind: str | None) -> bool:
-    """Whether the last bytes are those the format ends with. A cut file cannot have them, but for rare chance."""
+def _has_end_marker(payload: bytes, kind: str | None) -> bool:
+    """Whether the last bytes are those that end the format; a truncated file has them by rare chance only."""
     if kind in ("JPEG", "MPO"):
         return payload.endswith(b"\xff\xd9")
     if kind == "PNG":
         return payload.endswith(b"IEND\xaeB`\x82")
     if kind == "WEBP":
         return len(payload) >= 8 + int.from_bytes(payload[4:8], "little")
-    return False  # GIF and BMP are small and rare: always decoded
+    return False  # GIF and BMP are small and rare, so they are always decoded
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8. Our own reader: Pillow's loads a whole PNG for it, and warns about odd tags."""
+    """The EXIF orientation, 1 to 8. Not Pillow's reader, which loads a whole PNG and warns about invalid tags."""
     exif = image.info.get("exif", b"")
     if image.format not in ("JPEG", "MPO", "WEBP") or not isinstance(exif, bytes):
         return 1

@@ -1,4 +1,4 @@
-"""From what a user writes to a source."""
+"""`open_source`: from a spec string, a path or an object to a source."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from redistill_cache.errors import UsageError
 
-from redistill.sources.base import ObjectSource, Source
+from redistill.sources.base import ObjectSource, Source, local_path
 from redistill.sources.cifar import open_cifar
 from redistill.sources.folder import open_folder
 from redistill.sources.synthetic import open_synthetic
@@ -28,14 +28,12 @@ EXPECTED = "expected folder:PATH, cifar10:PATH, cifar100:PATH, wds:PATTERN, synt
 
 
 def open_source(text_or_object: str | Path | Any) -> Source:  # noqa: ANN401  any object of the right shape
-    """Open an image set: a spec string, a bare path (sniffed), or an object with `__len__` and `sample(i)`.
+    """Open an image set: a spec string, a bare path, or an object with `__len__` and `sample(i)`.
 
     folder:PATH  cifar10:PATH  cifar100:PATH  wds:PATTERN  synthetic[:name][?key=value&...]
     """
-    if isinstance(text_or_object, Path):
-        text_or_object = str(text_or_object)
-    if isinstance(text_or_object, str):
-        return _open_text(text_or_object)
+    if isinstance(text_or_object, str | Path):
+        return _open_text(str(text_or_object))
     if isinstance(text_or_object, Source):
         return text_or_object
     return ObjectSource(text_or_object)
@@ -43,26 +41,26 @@ def open_source(text_or_object: str | Path | Any) -> Source:  # noqa: ANN401  an
 
 def _open_text(text: str) -> Source:
     if not text.strip():
-        raise UsageError(f"no data given; {EXPECTED}")
+        raise UsageError(f"expected data, found an empty string; {EXPECTED}")
     head, question, options = text.partition("?")
     scheme = head.partition(":")[0]
     if scheme in SCHEMES:
         return SCHEMES[scheme](parse_spec(text))
-    return _open_text(_sniff(head) + question + options)
+    return _open_text(_detect(head) + question + options)
 
 
-def _sniff(path: str) -> str:
-    """The spec string a bare path stands for."""
+def _detect(path: str) -> str:
+    """The spec string for a bare path."""
     scheme, colon, _ = path.partition(":")
-    place = Path(path).expanduser()
-    if path.partition("?")[0].endswith(".tar") or path.startswith(("http://", "https://")):
+    local = local_path(path)
+    if path.endswith(".tar") or path.startswith(("http://", "https://")):
         return f"wds:{path}"
     for name, folder in (("cifar10", "cifar-10-batches-py"), ("cifar100", "cifar-100-python")):
-        if place.name == folder or (place / folder).is_dir():
+        if local.name == folder or (local / folder).is_dir():
             return f"{name}:{path}"
-    if place.is_dir():
-        tars = place.glob("*.tar")
-        return f"wds:{path}" if any(tars) and not any(child.is_dir() for child in place.iterdir()) else f"folder:{path}"
+    if local.is_dir():
+        tars = local.glob("*.tar")
+        return f"wds:{path}" if any(tars) and not any(child.is_dir() for child in local.iterdir()) else f"folder:{path}"
     if colon and "/" not in scheme:
         raise UsageError(f"unknown kind of data {scheme!r}; {did_you_mean(scheme, SCHEMES)}")
     raise UsageError(f"{path!r} is neither a folder nor a tar pattern; {EXPECTED}")

@@ -1,25 +1,27 @@
-"""`wds:PATTERN`: tar files as webdataset writes them, read where they lie.
+"""`wds:PATTERN`: tar files in webdataset's layout, read in place.
 
-* PATTERN is a tar, or several by braces as in 'train-{000..146}.tar', or a folder (its *.tar by name); local paths or
-  http(s) addresses without a '?'. Never 'pipe:' and never a shell; webdataset itself is not loaded. Tars are not
-  extracted, and names inside are only names: nothing on the disk is ever opened by one.
-* The members of a sample lie next to each other and share a key: the whole name up to the first dot of its last part,
-  folders included ('a.b/0001.jpg' has the key 'a.b/0001'). What follows that dot says what a member is:
-  jpg jpeg png webp    the image, exactly one to a sample
-  cls                  the label, a whole number in ASCII
-  json                 the label where there is no cls: the field 'cls', 'label' or 'class' of an object, a whole number
-  anything else, pickles among it, is never read, and neither are names without such a dot.
+* PATTERN is a folder (its *.tar by name), or one or more tars: paths or http(s) addresses without a '?', separated by
+  '::', with braces as in 'train-{000..146}.tar' or '{a,b}.tar'. `${NAME}` is replaced by the environment variable
+  WDS_NAME. This is webdataset's own expansion, so a name that contains one of these can be reached only through its
+  folder (or, for braces, with a backslash before them), and an IPv6 address with '::' not at all. 'pipe:' is refused
+  and no shell ever runs. Tars are not extracted, and no file on disk is opened by a name from inside a tar.
+* The members of a sample are adjacent and share a key: the whole name up to the first dot of its last part, folders
+  included ('a.b/0001.jpg' has the key 'a.b/0001'). The rest, after that dot, is the kind of the member:
+  jpg jpeg png webp    the image, exactly one per sample
+  cls                  the label, an integer in ASCII
+  json                 the label where there is no cls: the field 'cls', 'label' or 'class' of an object, an integer
+  anything else, pickles included, is never read; nor are names without such a dot.
 * A sample with a label but no image, or an image but no label, is refused by its key; `?labels=none` reads no labels
-  and gives each image the label -1. There are no class names. A key that comes twice is refused, as are members of one
-  key with another between them.
-* Folders are passed over; links, devices, sparse files and whatever else a tar may hold are refused by name.
-* A tar without its end mark, or with anything but zeros after it, is refused: it is cut short, damaged, or two tars
-  in one file, of which other readers would silently see only the first. Compressed tars are refused.
-* A remote tar is downloaded once, whole, into `tars` in the user's cache folder ($XDG_CACHE_HOME/redistill, by default
-  ~/.cache/redistill), checked against the length the server announced, and from then on read there without asking the
-  server again; delete the file to fetch it anew.
-* The headers of a tar are read once and kept in the user's cache folder while its size and modification time stay;
-  samples are then read by offset, in any order.
+  and gives every image the label -1. There are no class names. Repeated keys are refused, as are members of one key
+  that are not adjacent.
+* Folders are skipped; links, devices, sparse files and other special members are refused by name.
+* A tar without its end mark, or with anything but zeros after it, is refused: it is truncated, damaged, or two tars
+  in one file, of which other readers silently read only the first. Compressed tars are refused.
+* A remote tar is downloaded once, as a whole, into `tars` in the user's cache folder ($XDG_CACHE_HOME/redistill, by
+  default ~/.cache/redistill), checked against the length that the server announced, and from then on read there
+  without contacting the server; delete the file to download it again.
+* The headers of a tar are read once and cached while its size and modification time stay the same; samples are then
+  read by offset, in any order.
 """
 
 from __future__ import annotations
@@ -40,38 +42,153 @@ from redistill_cache.errors import Damaged, Refused, UsageError
 from redistill_cache.fetching import pull
 from redistill_cache.keys import PackedKeys, pack_keys
 from redistill_cache.storage import LEFTOVER, LOCAL, disk_trouble
+from redistill_cache.strict_json import Fields
 from redistill_cache.verified_files import cache_folder
 from redistill_cache.wording import one_line
 
-from redistill.sources.base import NO_LABEL, Sample
+from redistill.sources.base import NO_LABEL, Sample, local_path
 from redistill.sources.images import MAX_ENCODED_BYTES, BadImage
-from redistill.sources.index import keep, repeats, settled, take_up
+from redistill.sources.index import load_arrays, old_enough, repeats, save_arrays
 from redistill.specs import Spec
 
-__all__ = [
-    "IMAGES",
-    "TarSamples",
-    "WdsSource",
-    "is_remote",
-    "local_copy",
-    "open_wds",
-    "pread",
-    "samples_of",
-    "stamp_of",
-]
+__all__ = ["WdsSource", "open_wds"]
+
+IMAGES = ("jpg", "jpeg", "png", "webp")
+LABELS = ("cls", "json")
+JSON_FIELDS = ("cls", "label", "class")
+MAX_LABEL_BYTES = 16 << 20
+MAX_LABEL = (1 << 31) - 1
+COPY_BYTES = 1 << 20
+SCAN_VERSION = 1
+# What tarfile raises on bytes that are not a tar.
+TARFILE_RAISES = (tarfile.TarError, ValueError, LookupError, OverflowError, EOFError, MemoryError, OSError)
 
 
-# -- remote -----------------------------------------------------------------------------------------------------------
-#
-# Remote files are downloaded once, whole, into the user's cache folder, and read there from then on.
+class WdsSource:
+    """The samples of some tars; headers are read when it is opened, images one by one."""
+
+    class_names: tuple[str, ...] | None = None
+
+    def __init__(self, tars: list[Path], *, labelled: bool = True, spec: str | None = None) -> None:
+        self.tars = [_existing(tar).resolve() for tar in tars]
+        self.spec = f"wds:{','.join(map(str, tars))}" if spec is None else spec
+        self.description = {"kind": "wds"}
+        parts = [_samples_of(tar, labelled=labelled) for tar in self.tars]
+        self._opened_as = [part.stamp for part in parts]
+        self.keys: PackedKeys = pack_keys(chain.from_iterable(part.keys for part in parts))
+        if not len(self.keys):
+            raise Refused(f"no images in {self.spec!r}: expected members that end in .{' .'.join(IMAGES)}")
+        table = np.concatenate([part.places for part in parts])
+        self._offsets, self._sizes, self.labels = (np.ascontiguousarray(column) for column in table.T)
+        counts = [len(part) for part in parts]
+        self._tar_of = np.repeat(np.arange(len(self.tars), dtype=np.int32), counts)
+        repeated = repeats(self.keys.hashes())
+        if len(repeated):
+            key, tar = self.keys[int(repeated[0])], self.tars[self._tar_of[repeated[0]]]
+            raise Refused(f"the key {key!r} in {str(tar)!r} is in an earlier tar, too; make keys unique across tars")
+
+    @property
+    def location(self) -> str:
+        return "wds:" + "\0".join(map(str, self.tars))
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def sample(self, i: int) -> Sample:
+        key = self.keys[i]
+        return Sample(self._read(i, key), int(self.labels[i]), key)
+
+    def stamps(self) -> np.ndarray:
+        by_tar = np.array([_stamp_of(tar) for tar in self.tars], np.int64)
+        return by_tar[self._tar_of]
+
+    def _read(self, i: int, key: str) -> bytes:
+        offset, size = int(self._offsets[i]), int(self._sizes[i])
+        tar, opened_as = self.tars[self._tar_of[i]], self._opened_as[self._tar_of[i]]
+        if size > MAX_ENCODED_BYTES:
+            raise BadImage(key, f"{size} bytes, more than the limit of {MAX_ENCODED_BYTES}")
+        try:
+            fd = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                status = os.fstat(fd)
+                if (status.st_size, status.st_mtime_ns) != opened_as:
+                    raise Refused(f"{str(tar)!r} changed since it was opened; start the run again")
+                return _pread(fd, offset, size)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise BadImage(key, f"{str(tar)!r}: {error.strerror or error}") from error
 
 
-def is_remote(name: str) -> bool:
+def open_wds(spec: Spec) -> WdsSource:
+    """A source from `wds:PATTERN?labels=none`."""
+    spec.refuse_unknown({"labels"})
+    labels = spec.take("labels", "members")
+    if labels not in ("members", "none"):
+        raise UsageError(f"{spec.text!r}: expected labels=members or none, found {labels!r}")
+    tars = [_local_copy(name) if _is_remote(name) else local_path(name) for name in _expand(spec)]
+    return WdsSource(tars, labelled=labels == "members", spec=spec.text)
+
+
+# -- which tars -------------------------------------------------------------------------------------------------------
+
+
+def _expand(spec: Spec) -> list[str]:
+    """The paths and addresses of a pattern."""
+    if not spec.name:
+        raise UsageError(f"expected a pattern such as 'wds:train-{{000..146}}.tar', found {spec.text!r}")
+    folder = local_path(spec.name)
+    if _is_folder(folder):
+        tars = sorted(str(tar) for tar in folder.glob("*.tar"))
+        if not tars:
+            raise Refused(f"no *.tar in {str(folder)!r}")
+        return tars
+    from webdataset.shardlists import expand_urls  # here, because it imports torch
+
+    try:
+        names: list[str] = expand_urls(spec.name)
+    except (AssertionError, KeyError) as error:  # KeyError where Python runs with -O, without webdataset's assertion
+        raise UsageError(
+            f"{spec.text!r} needs an environment variable that is not set: '${{NAME}}' stands for the variable WDS_NAME"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{spec.text!r} has unbalanced braces; expected braces such as '{{000..146}}'") from error
+    for name in names:
+        scheme = name.strip().partition(":")[0].lower()
+        if not name.strip():
+            raise UsageError(f"{spec.text!r} has an empty name; expected paths or http(s) addresses between '::'")
+        if scheme == "pipe" or ("://" in name and scheme not in ("http", "https")):
+            raise UsageError(f"{spec.text!r}: {scheme}: is not read; expected local paths or http(s) addresses")
+    if len(set(names)) < len(names):
+        raise UsageError(f"{spec.text!r} names the same tar twice")
+    return names
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a pattern of many tars is too long for a file name
+        return False
+
+
+def _existing(tar: Path) -> Path:
+    try:
+        is_file = tar.is_file()
+    except OSError as error:
+        raise Refused(f"{str(tar)!r} cannot be read: {error.strerror or error}") from error
+    if not is_file:
+        raise Refused(f"expected a tar, found no file {str(tar)!r}")
+    if not os.access(tar, os.R_OK):
+        raise Refused(f"{str(tar)!r} cannot be read: permission denied")
+    return tar
+
+
+def _is_remote(name: str) -> bool:
     return name.lower().startswith(("http://", "https://"))
 
 
-def local_copy(address: str) -> Path:
-    """The file of an http(s) address; it is fetched if it is not there yet."""
+def _local_copy(address: str) -> Path:
+    """The file of an http(s) address in the cache folder; it is downloaded unless it is there."""
     digest = hashlib.sha256(address.encode()).hexdigest()[:32]
     target = cache_folder() / "tars" / f"{digest}-{PurePosixPath(address).name[-100:]}"
     if not target.is_file():
@@ -82,7 +199,7 @@ def local_copy(address: str) -> Path:
 
 
 def _download(address: str, target: Path) -> None:
-    """Stream `address` into a temporary file beside `target`; it gets the name once it is whole."""
+    """Stream `address` into a temporary file beside `target`, and rename it when it is complete."""
     partial = target.with_name(f"{target.name[:100]}.{uuid.uuid4().hex}{LEFTOVER}")
     try:
         with partial.open("xb") as file:
@@ -94,97 +211,84 @@ def _download(address: str, target: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-# -- tars -------------------------------------------------------------------------------------------------------------
-#
-# The samples of one tar file; `redistill.sources.wds` says what is read and what is refused.
-
-IMAGES = ("jpg", "jpeg", "png", "webp")
-LABELS = ("cls", "json")
-JSON_FIELDS = ("cls", "label", "class")
-MAX_LABEL_BYTES = 16 << 20
-MAX_LABEL = 1 << 31
-COPY_BYTES = 1 << 20
-SCAN_VERSION = 1
-# What tarfile raises on bytes that are not a tar.
-TARFILE_RAISES = (tarfile.TarError, ValueError, LookupError, OverflowError, EOFError, MemoryError, OSError)
+# -- the samples of one tar -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class TarSamples:
+class _TarSamples:
     """The samples of a tar, in its order."""
 
     keys: PackedKeys
-    places: np.ndarray  # [n, 3] int64: where the image begins, its bytes, its label
-    stamp: tuple[int, int]  # of the tar when it was read: size and modification time
+    places: np.ndarray  # [n, 3] int64: offset and size of the image, and the label
+    stamp: tuple[int, int]  # size and modification time of the tar when it was read
 
     def __len__(self) -> int:
         return len(self.keys)
 
 
-def samples_of(tar: Path, *, labelled: bool) -> TarSamples:
-    """What a tar holds: from its headers, or, while size and modification time stay, from what was kept of them."""
-    stamp, started = stamp_of(tar), time.time_ns()
+def _samples_of(tar: Path, *, labelled: bool) -> _TarSamples:
+    """The samples of a tar: from its headers, or from the cache while its size and modification time stay the same."""
+    stamp, started = _stamp_of(tar), time.time_ns()
     name = f"{SCAN_VERSION} {labelled} {tar}"
     path = cache_folder() / "tar-headers" / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.npz"
-    kept = _kept(path, stamp)
-    if kept is not None:
-        return kept
-    found = _scan(tar, labelled)
-    samples = TarSamples(pack_keys(key for key, _ in found), _table([place for _, place in found]), stamp)
+    cached = _load_samples(path, stamp)
+    if cached is not None:
+        return cached
+    keys, places = _scan(tar, labelled)
+    samples = _TarSamples(pack_keys(keys), np.array(places, np.int64).reshape(-1, 3), stamp)
     row = np.array([stamp], np.int64)
-    if settled(row, started).all() and stamp_of(tar) == stamp:
-        keep(path, stamp=row, key_data=samples.keys.data, key_offsets=samples.keys.offsets, places=samples.places)
+    if old_enough(row, started).all() and _stamp_of(tar) == stamp:
+        key_data, key_offsets = samples.keys.data, samples.keys.offsets
+        save_arrays(path, stamp=row, key_data=key_data, key_offsets=key_offsets, places=samples.places)
     return samples
 
 
-def stamp_of(tar: Path) -> tuple[int, int]:
+def _stamp_of(tar: Path) -> tuple[int, int]:
     """Size and modification time; -1 where there is no such file."""
     try:
-        found = tar.stat()
+        status = tar.stat()
     except OSError:
         return -1, -1
-    return found.st_size, found.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
 
 
-def _kept(path: Path, stamp: tuple[int, int]) -> TarSamples | None:
-    kept = take_up(path, ("stamp", "key_data", "key_offsets", "places"))
-    if kept is None or kept["stamp"].tolist() != [list(stamp)]:
+def _load_samples(path: Path, stamp: tuple[int, int]) -> _TarSamples | None:
+    """The samples saved for a tar with this stamp, if they can be read."""
+    saved = load_arrays(path, ("stamp", "key_data", "key_offsets", "places"))
+    if saved is None or saved["stamp"].tolist() != [list(stamp)]:
         return None
     try:
-        keys = PackedKeys(kept["key_data"], kept["key_offsets"])
+        keys = PackedKeys(saved["key_data"], saved["key_offsets"])
     except (Damaged, ValueError, TypeError):
         return None
-    places = kept["places"]
-    return TarSamples(keys, places, stamp) if places.shape == (len(keys), 3) and places.dtype == np.int64 else None
+    places = saved["places"]
+    return _TarSamples(keys, places, stamp) if places.shape == (len(keys), 3) and places.dtype == np.int64 else None
 
 
-def _table(places: list[tuple[int, int, int]]) -> np.ndarray:
-    return np.array(places, np.int64).reshape(-1, 3)
-
-
-def _scan(tar: Path, labelled: bool) -> list[tuple[str, tuple[int, int, int]]]:
+def _scan(tar: Path, labelled: bool) -> tuple[list[str], list[tuple[int, int, int]]]:
     """Key and place of every sample."""
-    found, incomplete = [], None
-    for group in filter(_Group.matters, _groups(tar, labelled)):
+    keys, places, incomplete = [], [], None
+    for group in filter(_Group.is_sample, _groups(tar, labelled)):
         try:
-            found.append((group.key, group.place(tar, labelled)))
-        except Refused as error:  # members that lie apart explain it better, if the scan finds any
+            places.append(group.place(tar, labelled))
+            keys.append(group.key)
+        except Refused as error:  # raised later: members that are not adjacent explain it better, if there are any
             incomplete = incomplete or error
     if incomplete is not None:
         raise incomplete
-    return found
+    return keys, places
 
 
 @dataclass
 class _Group:
-    """Members next to each other that share a key: offset and size by extension, content of the labels."""
+    """Adjacent members that share a key: offset and size by extension, and the content of the labels."""
 
     key: str
     members: dict[str, tuple[int, int]] = field(default_factory=dict)
     label_bytes: dict[str, bytes] = field(default_factory=dict)
 
-    def matters(self) -> bool:
-        """Whether this is a sample at all; a README is not."""
+    def is_sample(self) -> bool:
+        """Whether any member is an image or a label; those of a README are not."""
         return any(extension in self.members for extension in (*IMAGES, *LABELS))
 
     def place(self, tar: Path, labelled: bool) -> tuple[int, int, int]:
@@ -197,21 +301,17 @@ class _Group:
 
     def _label(self, tar: Path) -> int:
         where = f"the sample {self.key!r} in {str(tar)!r}"
-        label: object = None
         try:
             if "cls" in self.label_bytes:
-                label = int(self.label_bytes["cls"].decode("ascii"))
-            elif "json" in self.label_bytes:
-                fields = json.loads(self.label_bytes["json"])
-                if isinstance(fields, dict):
-                    label = next((fields[name] for name in JSON_FIELDS if name in fields), None)
+                fields: object = {"cls": int(self.label_bytes["cls"].decode("ascii"))}
+            else:
+                fields = json.loads(self.label_bytes.get("json", b"null"))
         except (ValueError, RecursionError) as error:
-            raise Refused(f"{where} has a label that cannot be read: {' '.join(str(error).split())[:100]}") from error
-        if label is None:
+            raise Refused(f"{where} has a label that cannot be read: {one_line(error)[:100]}") from error
+        name = next((name for name in JSON_FIELDS if isinstance(fields, dict) and name in fields), None)
+        if name is None:
             raise Refused(f"{where} has no label: expected 'cls', or 'json' with 'cls'; or add '?labels=none'")
-        if type(label) is not int or not 0 <= label < MAX_LABEL:
-            raise Refused(f"{where} has the label {str(label)[:50]!r}; expected a whole number from 0")
-        return label
+        return Fields(fields, where).integer(name, 0, MAX_LABEL)
 
 
 def _groups(tar: Path, labelled: bool) -> Iterator[_Group]:
@@ -227,7 +327,7 @@ def _groups(tar: Path, labelled: bool) -> Iterator[_Group]:
                 if group is not None:
                     yield group
                 if key in seen:
-                    raise Refused(f"the members of {key!r} in {str(tar)!r} do not lie together; pack the tar again")
+                    raise Refused(f"the members of {key!r} in {str(tar)!r} are not adjacent; pack the tar again")
                 seen.add(key)
                 group = _Group(key)
             if extension in group.members:
@@ -241,15 +341,15 @@ def _groups(tar: Path, labelled: bool) -> Iterator[_Group]:
 
 def _label_bytes(fd: int, member: tarfile.TarInfo, tar: Path) -> bytes:
     if member.size > MAX_LABEL_BYTES:
-        raise Refused(f"{member.name!r} in {str(tar)!r} has {member.size} bytes, too many for a label")
+        raise Refused(f"{member.name!r} in {str(tar)!r} has {member.size} bytes; a label has at most {MAX_LABEL_BYTES}")
     try:
-        return pread(fd, member.offset_data, member.size)
+        return _pread(fd, member.offset_data, member.size)
     except OSError as error:
-        raise Refused(f"{str(tar)!r} is cut short at {member.name!r}; get it again") from error
+        raise Refused(f"{str(tar)!r} is truncated at {member.name!r}; get it again") from error
 
 
 def _split(name: str, tar: Path) -> tuple[str, str]:
-    """Key and lower-case extension; no extension for what is not part of a sample (hidden files, names with no dot)."""
+    """Key and lower-case extension; both empty for names that belong to no sample (hidden, or without a dot)."""
     folder, slash, last = name.rpartition("/")
     stem, _, extension = last.partition(".")
     if not stem or not extension:
@@ -262,30 +362,30 @@ def _split(name: str, tar: Path) -> tuple[str, str]:
 
 
 def _members(tar: Path) -> Iterator[tarfile.TarInfo]:
-    """The plain files of a tar, to its very end: tarfile alone takes a damaged header for the end."""
+    """The plain files of a tar, up to its end mark: tarfile alone takes a damaged header for the end."""
     end = 0
     try:
         with tarfile.open(tar, "r:") as archive:
             while (member := archive.next()) is not None:
-                archive.members = []  # type: ignore[attr-defined]  # or it keeps a kilobyte for each
+                archive.members = []  # type: ignore[attr-defined]  # else it holds a kilobyte for each
                 if member.size < 0 or member.offset_data <= end:
-                    raise tarfile.ReadError(f"{member.name!r} has an impossible size or place")
+                    raise tarfile.ReadError(f"{member.name!r} has an invalid size or offset")
                 end = member.offset_data
                 if member.isdir():
                     continue
                 if not member.isreg() or member.issparse():
                     raise Refused(
-                        f"{member.name!r} in {str(tar)!r} is a link or a special file; only plain files are read"
+                        f"{member.name!r} in {str(tar)!r} is a link or a special file; expected plain files only"
                     )
                 yield member
             end = archive.offset
         _check_end(tar, end)
     except TARFILE_RAISES as error:
-        raise Refused(f"{str(tar)!r} is not a tar, cut short or damaged: {one_line(error)}; get it again") from error
+        raise Refused(f"{str(tar)!r} is not a tar, truncated or damaged: {one_line(error)}; get it again") from error
 
 
 def _check_end(tar: Path, end: int) -> None:
-    """The end mark is a block of zeros, and only zeros follow it."""
+    """Check that a block of zeros ends the tar, and that only zeros follow it."""
     with tar.open("rb") as file:
         file.seek(end)
         first = file.read(tarfile.BLOCKSIZE)
@@ -296,117 +396,13 @@ def _check_end(tar: Path, end: int) -> None:
                 raise tarfile.ReadError("a damaged header, or more data after the end mark")
 
 
-def pread(fd: int, offset: int, size: int) -> bytes:
-    """Exactly `size` bytes."""
+def _pread(fd: int, offset: int, size: int) -> bytes:
+    """Exactly `size` bytes at `offset`."""
     parts, left = [], size
     while left:
         part = os.pread(fd, left, offset + size - left)
         if not part:
-            raise OSError(f"ends {left} bytes too early")
+            raise OSError(f"{left} bytes are missing at the end")
         parts.append(part)
         left -= len(part)
     return b"".join(parts)
-
-
-# -- wds --------------------------------------------------------------------------------------------------------------
-
-
-class WdsSource:
-    """The samples of some tars; their headers are read when it is opened, images one by one when asked for."""
-
-    class_names: tuple[str, ...] | None = None
-
-    def __init__(self, tars: list[Path], *, labelled: bool = True, spec: str | None = None) -> None:
-        self.tars = [_existing(tar).resolve() for tar in tars]
-        self.spec = f"wds:{','.join(map(str, tars))}" if spec is None else spec
-        self.description = {"kind": "wds"}
-        found = [samples_of(tar, labelled=labelled) for tar in self.tars]
-        self._opened_as = [samples.stamp for samples in found]
-        self.keys: PackedKeys = pack_keys(chain.from_iterable(samples.keys for samples in found))
-        if not len(self.keys):
-            raise Refused(f"{self.spec!r} holds no images: expected members that end in .{' .'.join(IMAGES)}")
-        table = np.concatenate([samples.places for samples in found])
-        self._offsets, self._sizes, self.labels = (np.ascontiguousarray(column) for column in table.T)
-        counts = [len(samples) for samples in found]
-        self._tar_of = np.repeat(np.arange(len(self.tars), dtype=np.int32), counts)
-        twice = repeats(self.keys.hashes())
-        if len(twice):
-            key, tar = self.keys[int(twice[0])], self.tars[self._tar_of[twice[0]]]
-            raise Refused(f"the key {key!r} in {str(tar)!r} is in an earlier tar, too; keys must differ across tars")
-
-    @property
-    def location(self) -> str:
-        return "wds:" + "\0".join(map(str, self.tars))
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def sample(self, i: int) -> Sample:
-        key, place = self.keys[i], int(self._tar_of[i])
-        return Sample(self._read(place, int(self._offsets[i]), int(self._sizes[i]), key), int(self.labels[i]), key)
-
-    def stamps(self) -> np.ndarray:
-        rows = np.array([stamp_of(tar) for tar in self.tars], np.int64)
-        return rows[self._tar_of]
-
-    def _read(self, place: int, offset: int, size: int, key: str) -> bytes:
-        tar = self.tars[place]
-        if size > MAX_ENCODED_BYTES:
-            raise BadImage(key, f"{size} bytes, more than the limit of {MAX_ENCODED_BYTES}")
-        try:
-            fd = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                found = os.fstat(fd)
-                if (found.st_size, found.st_mtime_ns) != self._opened_as[place]:
-                    raise Refused(f"{str(tar)!r} changed since it was opened; start again")
-                return pread(fd, offset, size)
-            finally:
-                os.close(fd)
-        except OSError as error:
-            raise BadImage(key, f"{str(tar)!r}: {error.strerror or error}") from error
-
-
-def open_wds(spec: Spec) -> WdsSource:
-    """A source from `wds:PATTERN?labels=none`."""
-    spec.refuse_unknown({"labels"})
-    labels = spec.take("labels", "members")
-    if labels not in ("members", "none"):
-        raise UsageError(f"{spec.text!r}: labels={labels!r} is neither 'members' nor 'none'")
-    tars = [local_copy(name) if is_remote(name) else Path(name).expanduser() for name in _expand(spec)]
-    return WdsSource(tars, labelled=labels == "members", spec=spec.text)
-
-
-# -- which tars -------------------------------------------------------------------------------------------------------
-
-
-def _expand(spec: Spec) -> list[str]:
-    """Paths and addresses the pattern stands for."""
-    if not spec.name:
-        raise UsageError(f"{spec.text!r} names no tar; expected something like 'wds:train-{{000..146}}.tar'")
-    folder = Path(spec.name).expanduser()
-    if folder.is_dir():
-        tars = sorted(str(tar) for tar in folder.glob("*.tar"))
-        if not tars:
-            raise Refused(f"no *.tar in {str(folder)!r}")
-        return tars
-    from webdataset.shardlists import expand_urls  # here, because it loads torch
-
-    try:
-        names: list[str] = expand_urls(spec.name)
-    except ValueError as error:
-        raise UsageError(f"{spec.text!r}: {error}; expected braces such as '{{000..146}}'") from error
-    for name in names:
-        scheme = name.strip().partition(":")[0].lower()
-        if scheme == "pipe" or ("://" in name and scheme not in ("http", "https")):
-            raise UsageError(f"{spec.text!r}: {scheme}: is not read; expected local paths or http(s) addresses")
-    if len(set(names)) < len(names):
-        raise UsageError(f"{spec.text!r} names the same tar twice")
-    return names
-
-
-def _existing(tar: Path) -> Path:
-    if not tar.is_file():
-        raise Refused(f"{str(tar)!r} is not there, or not a file; expected a tar")
-    if not os.access(tar, os.R_OK):
-        raise Refused(f"{str(tar)!r} cannot be read: permission denied")
-    return tar

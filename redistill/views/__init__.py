@@ -1,4 +1,4 @@
-"""Views: recipes as data, parameters drawn by a counter, pixels, and the proof that two labs see the same."""
+"""Views: recipes, drawn parameters, rendered pixels, and the canaries that prove alignment."""
 
 from __future__ import annotations
 

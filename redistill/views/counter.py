@@ -1,8 +1,8 @@
 """Random words that are a function of (seed, view, row, purpose, index) and of nothing else: Philox4x32-10.
 
 Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Integer arithmetic throughout, so
-every platform draws the same words; nothing is carried from one row to the next, so order, batches, ranks and restarts
-cannot matter. FORMAT.md states how the counter is laid out.
+every platform draws the same words; no state is carried from one row to the next, so order, batches, ranks and restarts
+cannot matter. FORMAT.md specifies the layout of the counter.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 __all__ = ["Purpose", "below", "draw_words", "happens", "philox4x32", "uniform"]
 
-Words = npt.NDArray[np.uint64]  # 32-bit words, held in 64 bits because they are about to be multiplied
+Words = npt.NDArray[np.uint64]  # 32-bit words, held in 64 bits so that products fit
 
 MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -24,7 +24,7 @@ ROUNDS = 10
 
 
 class Purpose(IntEnum):
-    """The third word of the counter: what a draw decides. Numbers are part of the format and never reused."""
+    """The third word of the counter: what the draw is for. Numbers are part of the format and never reused."""
 
     CROP = 1
     FLIP = 2
@@ -38,7 +38,7 @@ class Purpose(IntEnum):
 
 
 def philox4x32(counter: Words, key: tuple[int, int]) -> Words:
-    """Ten rounds over counters [4, n] (not changed); returns the four output words of each, [4, n]."""
+    """Ten rounds over counters [4, n]; returns the four output words of each, [4, n], in a new array."""
     c0, c1, c2, c3 = (word.copy() for word in counter)
     k0, k1 = key
     low0, low1 = np.empty_like(c0), np.empty_like(c0)

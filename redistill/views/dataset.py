@@ -1,4 +1,4 @@
-"""A map-style dataset of views: which view of which row is in the index, so workers hold no state that can go stale."""
+"""A map-style dataset of views. The index encodes view and row, so workers hold no state that can go stale."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = ["MixedView", "RenderedView", "ViewDataset", "find_sample", "render"]
 
 
 class RenderedView(NamedTuple):
-    """One view: pixels uint8 [3, size, size], and whose and which it is."""
+    """One view: pixels uint8 [3, size, size], and its label, row and view."""
 
     pixels: torch.Tensor
     label: int
@@ -41,7 +41,7 @@ class RenderedView(NamedTuple):
 
 
 class MixedView(NamedTuple):
-    """One view of a recipe that mixes; an unmixed row has itself for a partner, and the weight 1."""
+    """One view of a recipe that mixes; an unmixed row is its own partner, with the weight 1."""
 
     pixels: torch.Tensor
     label: int
@@ -50,14 +50,14 @@ class MixedView(NamedTuple):
     partner: int
     partner_label: int
     weight: np.float32
-    """The share of the row's own view, in pixels and so in label."""
+    """The weight of the row's own view in the pixels, and so of its label."""
 
 
 class ViewDataset(torch.utils.data.Dataset[RenderedView | MixedView]):
-    """All views of all rows: item `view * num_rows + row` (`index`) is `RenderedView(pixels, label, row, view)`.
+    """All views of all rows: item `view * num_rows + row` (see `index`) is a `RenderedView`, or a `MixedView`.
 
-    A loader takes its order from `indices(view)`, shuffled as it likes; persistent workers follow from view to view
-    because the index says all. Pixels are uint8: normalise on the device.
+    Sample from `indices(view)`, in any order; persistent workers can go on to the next view because the index encodes
+    the view. Pixels are uint8: normalise on the device.
 
         dataset = ViewDataset("folder:imagenet/train", archive, size=224)
         loader = DataLoader(dataset, batch_size=256, sampler=dataset.indices(view), num_workers=8)
@@ -65,15 +65,15 @@ class ViewDataset(torch.utils.data.Dataset[RenderedView | MixedView]):
 
     def __init__(
         self,
-        source: Source | str | Any,  # noqa: ANN401  or any object that can be made a source
+        source: Source | str | Any,  # noqa: ANN401  or any object that `open_source` accepts
         views: ViewArchive | Views,
         *,
         size: int | None = None,
         joined: Join | None = None,
     ) -> None:
-        """`views` is an archive, or where else parameters come from; without `joined`, the archive is joined here.
+        """`views` is an archive, or other `Views`; an archive is joined to the source unless `joined` is passed.
 
-        `size` is the side of the rendered views, the recipe's own where it is not given.
+        `size` is the side of the rendered views, by default the recipe's.
         """
         self.source: Source = open_source(source)
         if not isinstance(views, Views):
@@ -97,35 +97,38 @@ class ViewDataset(torch.utils.data.Dataset[RenderedView | MixedView]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[RenderedView | MixedView]:
-        """A batch: parameters are looked up together, and an image that serves several items is decoded once."""
-        wanted = np.asarray(indices, np.int64)
-        if len(wanted) and not 0 <= wanted.min() <= wanted.max() < len(self):
-            raise OutOfRange(f"expected indices in [0, {len(self)}), found {wanted.min()} to {wanted.max()}")
-        items: list[RenderedView | MixedView | None] = [None] * len(wanted)
+        """A batch: parameters are read together, and an image needed by several items is decoded once."""
+        index = np.asarray(indices, np.int64)
+        if len(index) and not 0 <= index.min() <= index.max() < len(self):
+            raise OutOfRange(f"expected indices in [0, {len(self)}), found {index.min()} to {index.max()}")
+        views, rows = np.divmod(index, self.num_rows)
+        plans = [self._plan(int(view), np.flatnonzero(views == view), rows) for view in np.unique(views)]
         images = _Images(self.source, self.views.source_rows)
-        plans = [self._plan(view, at, wanted[at] % self.num_rows) for view, at in _by_view(wanted // self.num_rows)]
         for plan in plans:
-            images.expect(plan.rows, plan.partners[plan.mixed])
+            images.count_uses(plan.rows)
+            images.count_uses(plan.partners[plan.mixed])
+        items: dict[int, RenderedView | MixedView] = {}
         for plan in plans:
-            for position, at in enumerate(plan.at.tolist()):
-                items[at] = self._render(plan, position, images)
-        return [item for item in items if item is not None]
+            for i, position in enumerate(plan.positions.tolist()):
+                items[position] = self._render(plan, i, images)
+        return [items[position] for position in range(len(index))]
 
-    def _plan(self, view: int, at: Rows, rows: Rows) -> _Plan:
+    def _plan(self, view: int, positions: Rows, batch_rows: Rows) -> _Plan:
+        rows = batch_rows[positions]
         params = self.views.params(view, rows)
         if not self.views.recipe.mixes:
-            return _Plan(view, at, rows, params, rows, np.zeros(len(rows), bool), {})
+            return _Plan(view, positions, rows, params, rows, np.zeros(len(rows), bool), {})
         partners = params["mix_partner"].astype(np.int64)
-        return _Plan(view, at, rows, params, partners, partners != rows, self.views.params(view, partners))
+        return _Plan(view, positions, rows, params, partners, partners != rows, self.views.params(view, partners))
 
-    def _render(self, plan: _Plan, position: int, images: _Images) -> RenderedView | MixedView:
-        row, other = int(plan.rows[position]), int(plan.partners[position])
+    def _render(self, plan: _Plan, i: int, images: _Images) -> RenderedView | MixedView:
+        row, other = int(plan.rows[i]), int(plan.partners[i])
         recipe, labels = self.views.recipe, self.views.labels
-        params = row_params(plan.params, position)
+        params = row_params(plan.params, i)
         partner = None
-        if plan.mixed[position]:
-            partner = images.take(other), row_params(plan.partner_params, position)
-        pixels = render_view(images.take(row), params, recipe, self.size, partner)
+        if plan.mixed[i]:
+            partner = images.decode(other), row_params(plan.partner_params, i)
+        pixels = render_view(images.decode(row), params, recipe, self.size, partner)
         if not recipe.mixes:
             return RenderedView(pixels, int(labels[row]), row, plan.view)
         weight = np.float32(int(params["mix_weight"]) / WEIGHT_UNIT)
@@ -133,10 +136,10 @@ class ViewDataset(torch.utils.data.Dataset[RenderedView | MixedView]):
 
 
 class _Plan(NamedTuple):
-    """What is to be rendered of one view: places in the batch, rows, their parameters and their partners'."""
+    """The items of a batch that show one view: positions in the batch, rows, partners, and the parameters of both."""
 
     view: int
-    at: Rows
+    positions: Rows
     rows: Rows
     params: dict[str, npt.NDArray[Any]]
     partners: Rows
@@ -144,39 +147,29 @@ class _Plan(NamedTuple):
     partner_params: dict[str, npt.NDArray[Any]]
 
 
-def _by_view(views: Rows) -> list[tuple[int, Rows]]:
-    return [(int(view), np.flatnonzero(views == view)) for view in np.unique(views)]
-
-
 class _Images:
-    """Decoded images of a batch; each is decoded at its first use and let go at its last."""
+    """The images of a batch; each is decoded at its first use and freed after its last."""
 
     def __init__(self, source: Source, source_rows: Rows) -> None:
         self.source, self.source_rows = source, source_rows
         self.uses: Counter[int] = Counter()
-        self.kept: dict[int, torch.Tensor] = {}
+        self.decoded: dict[int, torch.Tensor] = {}
 
-    def expect(self, *rows: Rows) -> None:
-        for some in rows:
-            self.uses.update(some.tolist())
+    def count_uses(self, rows: Rows) -> None:
+        self.uses.update(rows.tolist())
 
-    def take(self, row: int) -> torch.Tensor:
-        image = self.kept.pop(row, None)
+    def decode(self, row: int) -> torch.Tensor:
+        image = self.decoded.pop(row, None)
         if image is None:
-            place = int(self.source_rows[row])
-            if place < 0:
+            source_row = int(self.source_rows[row])
+            if source_row < 0:
                 raise Refused(f"row {row} has no sample in this source; use only the rows of indices(view)")
-            sample = self.source.sample(place)
+            sample = self.source.sample(source_row)
             image = decode_image(sample.payload, name=sample.key)
         self.uses[row] -= 1
         if self.uses[row] > 0:
-            self.kept[row] = image
+            self.decoded[row] = image
         return image
-
-
-# -- replay -----------------------------------------------------------------------------------------------------------
-#
-# One view of an archive, without a dataset: to look at, or to compare.
 
 
 def render(
@@ -210,19 +203,19 @@ def _decoded(source: Source, archive: ViewArchive, row: int) -> torch.Tensor:
 
 
 def find_sample(source: Source, archive: ViewArchive, row: int) -> Sample:
-    """The sample that the row was made from: looked for at its place, then by its key, then everywhere."""
+    """The sample that the archive's row was made from: sought by its row number, then by its key, then by content."""
     key, digest = archive.keys[row], np.asarray(archive.digests[row]).tobytes()
-    for place in _likely_places(source, key, row):
-        sample = source.sample(place)
+    for candidate in _candidates(source, key, row):
+        sample = source.sample(candidate)
         if digest_of(sample.payload, name=sample.key) == digest:
             return sample
-    place = int(join_archive(source, archive, allow_missing=True).source_row_of_archive_row[row])
-    if place < 0:
+    source_row = int(join_archive(source, archive, allow_missing=True).source_row_of_archive_row[row])
+    if source_row < 0:
         raise Refused(f"row {row} ({key!r}): the source has no image with the bytes that the archive was made from")
-    return source.sample(place)
+    return source.sample(source_row)
 
 
-def _likely_places(source: Source, key: str, row: int) -> Iterator[int]:
+def _candidates(source: Source, key: str, row: int) -> Iterator[int]:
     if row < len(source):
         yield row
     if isinstance(source, ListedSource):

@@ -1,12 +1,12 @@
 """Parameters of views: what a recipe draws for (seed, view, row), as the integers that an archive stores.
 
-Every number is a function of the seed, the view, the row and the size of the row's image; rows can be drawn in any
-order, batch or process. Arithmetic is integer, or IEEE-754 doubles through + - * / sqrt and rint only (see exact.py).
+Every number is a function of the seed, the view, the row and the size of the row's image, so rows can be drawn in any
+order, batch or process. Arithmetic is on integers, or on IEEE-754 doubles with + - * / sqrt and rint only (exact.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -35,63 +35,18 @@ from redistill.views.recipe import (
     Recipe,
 )
 
-__all__ = ["draw_mix", "draw_params"]
-
-
-# -- draw mix ---------------------------------------------------------------------------------------------------------
-#
-# Mixing parameters: a partner row, the weight of the row's own view, and for CutMix the box that is the partner's.
+__all__ = ["draw_params"]
 
 Array = npt.NDArray[Any]
-DrawWords = Callable[[Purpose, int], npt.NDArray[np.uint64]]
-
-
-def draw_mix(step: Mixing, rows: Array, words: DrawWords, side: int, num_samples: int) -> tuple[Array, Array, Array]:
-    """Partner [n], weight [n] and box [n, 4]; an unmixed row is its own partner, with the full weight and no box."""
-    first, second = words(Purpose.MIX, 0), words(Purpose.MIX, 1)
-    mixed = happens(first[1], step.p) & (num_samples > 1)
-    others = below(first[0], max(num_samples - 1, 1))
-    partner = np.where(mixed, others + (others >= rows), rows)  # uniform over the other rows
-    cut = mixed & happens(first[2], _cutmix_chance(step))
-    chance = first[3] >> np.uint64(16)
-    weight = np.full(len(rows), WEIGHT_UNIT)
-    if step.mixup:
-        weight = np.where(mixed & ~cut, beta_weights(step.mixup)[chance], weight)
-    box = np.zeros((len(rows), 4), np.int64)
-    if step.cutmix:
-        pixels = _cutmix_boxes(beta_weights(step.cutmix)[chance], second, side)
-        pixels[~cut | (pixels[:, :2] == pixels[:, 2:]).any(axis=1)] = 0
-        area = (pixels[:, 2] - pixels[:, 0]) * (pixels[:, 3] - pixels[:, 1])
-        weight = np.where(cut, np.rint((1.0 - area / (side * side)) * WEIGHT_UNIT).astype(np.int64), weight)
-        box = np.rint(pixels * (EDGE_UNIT / side)).astype(np.int64)
-    partner = np.where(weight == WEIGHT_UNIT, rows, partner)
-    return partner, weight, box
-
-
-def _cutmix_chance(step: Mixing) -> float:
-    if not step.mixup:
-        return 1.0
-    return step.switch if step.cutmix else 0.0
-
-
-def _cutmix_boxes(weights: Array, words: npt.NDArray[np.uint64], side: int) -> Array:
-    """A square of share 1 - weight around a uniform pixel, clipped to the view: top, left, bottom, right in pixels."""
-    half = (0.5 * np.sqrt(1.0 - weights / WEIGHT_UNIT) * side).astype(np.int64)
-    x, y = below(words[0], side), below(words[1], side)
-    return np.column_stack([np.clip(edge, 0, side) for edge in (y - half, x - half, y + half, x + half)])
-
-
-# -- draw -------------------------------------------------------------------------------------------------------------
-
 Rows = npt.NDArray[np.int64]
 Boxes = npt.NDArray[np.int64]  # [n, 4]: top, left, height, width
 
-ATTEMPTS = 10  # torchvision's, before RandomResizedCrop falls back to the centre and RandomErasing gives up
-DRAW_ROWS = 1 << 14  # rows worked on at once: few enough to stay in the processor's cache
+ATTEMPTS = 10  # as in torchvision, before RandomResizedCrop takes the central box and RandomErasing erases nothing
+DRAW_ROWS = 1 << 14  # rows drawn at once: the working set fits the processor's cache
 
 
 class Draws:
-    """The random words of some rows of one view; each purpose has its own."""
+    """The random words of some rows of one view, separate for each purpose."""
 
     def __init__(self, seed: int, view: int, rows: Rows) -> None:
         self.seed, self.view, self.rows = seed, view, rows
@@ -102,16 +57,16 @@ class Draws:
     def words(self, purpose: Purpose, index: int = 0) -> npt.NDArray[np.uint64]:
         return draw_words(self.seed, self.view, self.rows, purpose, index)
 
-    def some(self, chosen: Array) -> Draws:
-        return Draws(self.seed, self.view, self.rows[chosen])
+    def subset(self, positions: Array) -> Draws:
+        return Draws(self.seed, self.view, self.rows[positions])
 
 
 def draw_params(
     recipe: Recipe, seed: int, view: int, rows: npt.ArrayLike, sizes: npt.ArrayLike, num_samples: int
 ) -> dict[str, Array]:
-    """The parameters of one view of `rows`, as `views/...` of an archive holds them (`recipe.arrays()` names them).
+    """The parameters of one view of `rows`: the arrays of `recipe.arrays()`, as stored under `views/` in an archive.
 
-    `sizes` holds height and width of each row's decoded image; `num_samples` is N, from which mixing draws partners.
+    `sizes` holds height and width of each row's decoded image. Mixing draws partners from all `num_samples` rows.
     """
     rows, sizes = np.asarray(rows, np.int64), np.asarray(sizes, np.int64)
     if not 0 <= seed < 2**64 or not 0 <= view < 2**32:
@@ -143,8 +98,8 @@ def _draw_block(recipe: Recipe, draws: Draws, sizes: Array, num_samples: int) ->
             case RandomErasing():
                 yield "erase", _draw_erasing(step, draws, recipe.size)
             case Mixing():
-                mixes = draw_mix(step, draws.rows, draws.words, recipe.size, num_samples)
-                yield from zip(("mix_partner", "mix_weight", "mix_box"), mixes, strict=True)
+                arrays = _draw_mix(step, draws, recipe.size, num_samples)
+                yield from zip(("mix_partner", "mix_weight", "mix_box"), arrays, strict=True)
     if recipe.augment:
         yield "ops", _draw_operations(recipe, draws)
 
@@ -160,7 +115,7 @@ def _draw_crop(recipe: Recipe, draws: Draws, sizes: Array) -> Boxes:
 
 
 def center_boxes(sizes: Array, share: float) -> Boxes:
-    """The central square of `share` of the shorter side, at least a pixel; half pixels go to the top left."""
+    """The central square of `share` of the shorter side, at least one pixel; half pixels round to the top left."""
     side = np.maximum(np.rint(sizes.min(axis=1) * share).astype(np.int64), 1)
     corner = (sizes - side[:, None]) // 2
     return np.column_stack([corner, side, side])
@@ -171,9 +126,9 @@ def _draw_resized(crop: RandomResizedCrop, draws: Draws, sizes: Array) -> Boxes:
     left = np.arange(len(draws))  # positions of the rows without a box yet
     sizes_left = sizes
     for attempt in range(ATTEMPTS):
-        words = draws.some(left).words(Purpose.CROP, attempt) if attempt else draws.words(Purpose.CROP, attempt)
-        found, fits = place_boxes(words, sizes_left, crop.scale, crop.ratio)
-        boxes[left[fits]] = found[fits]
+        words = draws.subset(left).words(Purpose.CROP, attempt) if attempt else draws.words(Purpose.CROP, attempt)
+        candidates, fits = place_boxes(words, sizes_left, crop.scale, crop.ratio)
+        boxes[left[fits]] = candidates[fits]
         left, sizes_left = left[~fits], sizes_left[~fits]
         if not len(left):
             break
@@ -183,7 +138,7 @@ def _draw_resized(crop: RandomResizedCrop, draws: Draws, sizes: Array) -> Boxes:
 def place_boxes(
     words: npt.NDArray[np.uint64], sizes: Array, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[Boxes, npt.NDArray[np.bool_]]:
-    """One attempt at a box of random area and width / height; the boxes, and which of them fit into their image.
+    """One attempt at boxes of random area and width / height; returns the boxes, and which of them fit their image.
 
     The four words decide area, ratio, top and left.
     """
@@ -210,15 +165,15 @@ def _central_boxes_within(sizes: Array, ratio: tuple[float, float]) -> Boxes:
 
 
 def _draw_padded(crop: RandomCrop, draws: Draws, sizes: Array, side: int) -> Boxes:
-    room = sizes + 2 * crop.padding - side  # of the top left corner, less one
+    room = sizes + 2 * crop.padding - side  # the largest top and left within the padded image
     if len(room) and room.min() < 0:
         worst = int(room.min(axis=1).argmin())
         raise Refused(
-            f"row {draws.rows[worst]}: a crop of {side} pixels does not fit into an image of {sizes[worst, 0]} x "
+            f"row {draws.rows[worst]}: a crop of {side} pixels does not fit an image of {sizes[worst, 0]} x "
             f"{sizes[worst, 1]} padded by {crop.padding}; lower size=, raise padding= or use rrc"
         )
     if crop.padding_mode == "reflect" and len(sizes) and sizes.min() <= crop.padding:
-        raise Refused(f"reflecting {crop.padding} pixels needs larger images than {sizes.min()}; lower padding=")
+        raise Refused(f"reflecting {crop.padding} pixels needs images larger than {sizes.min()} pixels; lower padding=")
     words = draws.words(Purpose.CROP)
     corner = np.column_stack([below(words[axis], room[:, axis] + 1) for axis in (0, 1)]) - crop.padding
     return np.column_stack([corner, np.full_like(corner, side)])
@@ -268,13 +223,13 @@ def _draw_blur(step: GaussianBlur, draws: Draws) -> Array:
 
 
 def _draw_erasing(step: RandomErasing, draws: Draws, side: int) -> Array:
-    """Edges (top, left, bottom, right) in fractions of the view's side; zeros where nothing is erased."""
+    """Edges (top, left, bottom, right) as fractions of the view's side; zeros where nothing is erased."""
     edges = np.zeros((len(draws), 4), np.int64)
     left = np.flatnonzero(happens(draws.words(Purpose.ERASE)[0], step.p))
-    # torchvision names its ratio height / width here, and width / height in RandomResizedCrop.
+    # torchvision's ratio is height / width here, but width / height in RandomResizedCrop.
     ratio = (1.0 / step.ratio[1], 1.0 / step.ratio[0])
     for attempt in range(1, ATTEMPTS + 1):
-        words = draws.some(left).words(Purpose.ERASE, attempt)
+        words = draws.subset(left).words(Purpose.ERASE, attempt)
         sizes = np.full((len(left), 2), side)
         boxes, _ = place_boxes(words, sizes, step.scale, ratio)
         fits = (boxes[:, 2:] < side).all(axis=1)
@@ -285,3 +240,41 @@ def _draw_erasing(step: RandomErasing, draws: Draws, side: int) -> Array:
     edges[empty] = 0
     fractions: Array = np.rint(edges * (EDGE_UNIT / side))
     return fractions
+
+
+def _draw_mix(step: Mixing, draws: Draws, side: int, num_samples: int) -> tuple[Array, Array, Array]:
+    """The partner row [n], the weight of the own view [n], and for CutMix the box filled by the partner [n, 4].
+
+    An unmixed row is its own partner, with the full weight and no box.
+    """
+    rows, first, second = draws.rows, draws.words(Purpose.MIX, 0), draws.words(Purpose.MIX, 1)
+    mixed = happens(first[1], step.p) & (num_samples > 1)
+    others = below(first[0], max(num_samples - 1, 1))
+    partner = np.where(mixed, others + (others >= rows), rows)  # uniform over the other rows
+    cut = mixed & happens(first[2], _cutmix_probability(step))
+    quantile = first[3] >> np.uint64(16)
+    weight = np.full(len(rows), WEIGHT_UNIT)
+    if step.mixup:
+        weight = np.where(mixed & ~cut, beta_weights(step.mixup)[quantile], weight)
+    box = np.zeros((len(rows), 4), np.int64)
+    if step.cutmix:
+        pixels = _cutmix_boxes(beta_weights(step.cutmix)[quantile], second, side)
+        pixels[~cut | (pixels[:, :2] == pixels[:, 2:]).any(axis=1)] = 0
+        area = (pixels[:, 2] - pixels[:, 0]) * (pixels[:, 3] - pixels[:, 1])
+        weight = np.where(cut, np.rint((1.0 - area / (side * side)) * WEIGHT_UNIT).astype(np.int64), weight)
+        box = np.rint(pixels * (EDGE_UNIT / side)).astype(np.int64)
+    partner = np.where(weight == WEIGHT_UNIT, rows, partner)
+    return partner, weight, box
+
+
+def _cutmix_probability(step: Mixing) -> float:
+    if not step.mixup:
+        return 1.0
+    return step.switch if step.cutmix else 0.0
+
+
+def _cutmix_boxes(weights: Array, words: npt.NDArray[np.uint64], side: int) -> Array:
+    """A square of area 1 - weight around a uniform pixel, clipped to the view: top, left, bottom, right in pixels."""
+    half = (0.5 * np.sqrt(1.0 - weights / WEIGHT_UNIT) * side).astype(np.int64)
+    x, y = below(words[0], side), below(words[1], side)
+    return np.column_stack([np.clip(edge, 0, side) for edge in (y - half, x - half, y + half, x + half)])

@@ -1,7 +1,7 @@
-"""Tables of random quantities from correctly rounded operations alone, so that every platform computes the same bits.
+"""Quantile tables computed with correctly rounded operations only, so that every platform gets the same bits.
 
 exp, log and pow of the C library differ in the last place between platforms; + - * / and sqrt of IEEE-754 doubles do
-not. A power x**a is the product of repeated square roots chosen by the bits of a, and everything here follows from it.
+not. A power x**a is the product of repeated square roots chosen by the bits of a; the tables follow from it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["ENTRIES", "beta_weights", "log_uniform", "power"]
 Floats = npt.NDArray[np.float64]
 
 ENTRIES = 1 << 16
-EXPONENT_BITS = 24  # an exponent is taken to the nearest 2**-24
+EXPONENT_BITS = 24  # exponents are rounded to the nearest 2**-24
 SERIES_TERMS = 90  # x <= 1/2: the terms fall at least as fast as 2**-n once n passes the exponent
 
 

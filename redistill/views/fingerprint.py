@@ -1,11 +1,11 @@
-"""Fingerprints of views, and how far two of them may lie apart: arithmetic on small arrays, no images.
+"""Fingerprints of views and the distance between them: arithmetic on small arrays, no images.
 
-A fingerprint is the view's own pixels, RGB, at the centres of an 8 x 8 grid. Averages over the cells would be blind to
-what matters: a bicubic view, a crop one pixel off and a JPEG at quality 50 all have the averages of the right one.
-Single pixels see them, and what decoders do to JPEG differs from them in kind: another chroma upsampling leaves luma
-alone, another inverse DCT adds small noise around a constant. So luma is judged finely, after its constant, and chroma
-coarsely; and where a wrong rendering can be named, its direction is looked for in the difference (`explained`).
-The limits were set by bench/canaries.py, which prints the cases on both sides of each.
+A fingerprint is the view's RGB pixels at the centres of an 8 x 8 grid. Averages over the cells would not show a bicubic
+resize, a crop that is off by a pixel or a JPEG at quality 50; single pixels do. Differences between JPEG decoders are
+of another kind: another chroma upsampling leaves luma unchanged, another inverse DCT adds small noise around a
+constant. So the limits are tight for luma less its median and loose for chroma; and the difference is compared with
+what wrong renderings, such as another interpolation, would have caused (`best_explanation`).
+The limits were set with bench/canaries.py, which prints the cases on both sides of each.
 """
 
 from __future__ import annotations
@@ -16,57 +16,58 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["GRID", "Distance", "distance", "explained", "grid_positions"]
+__all__ = ["GRID", "Distance", "best_explanation", "distance", "grid_positions"]
 
 Floats = npt.NDArray[np.float64]
 Pixels = npt.NDArray[np.uint8]  # [n, 8, 8, 3]
 
 GRID = 8
 LUMA = np.array([0.299, 0.587, 0.114])
-# Of the 64 differences of a view the largest eighth is left out: operations such as solarize turn a drift of one level
-# into a jump, but only in the few pixels that lie at a threshold.
-KEPT = 56
+# The largest eighth of a view's 64 differences is left out: operations such as solarize turn a drift of one level into
+# a jump, but only in the few pixels at a threshold.
+TRIMMED = 56
 
-# Means over all canaries, in grey levels; behind each limit the worst decoder measured.
-LUMA_LIMIT = 0.85  # 0.65; views of images saved again at quality 50 start at 0.94
+# Limits on means over all canaries, in grey levels; beside each limit, the largest value measured for a decoder.
+LUMA_LIMIT = 0.85  # 0.65; images saved again at quality 50 start at 0.94
 DETAIL_LIMIT = 1.25  # of luma + chroma / 3: 1.04; quality 50 starts at 1.56
 CONSTANT_LIMIT = 1.5  # 0.51
 CHROMA_LIMIT = 3.0  # 2.2, where 32-pixel images with quartered chroma are not resized; else 0.95
-# By how much contrast and colour are multiplied.
+# Limits on the relative change of contrast and colour.
 CONTRAST_LIMIT = 0.03  # 0.006
 COLOUR_LIMIT = 0.08  # 0.038
-# One canary alone: 5; views of another image start at 27 on average.
+# Limit on a single canary: decoders reach 5, views of another image start at 27 on average.
 ROW_LIMIT = 12.0
-# One canary in fifty may be off: an image nearly without contrast, equalized, shows any drift hugely.
+# One canary in fifty may exceed it: equalizing an image almost without contrast magnifies any drift.
 ROWS_OFF = 0.02
-# A suspect that changes the canaries by less than this (root mean square) cannot be told from another decoder, and
-# does no more harm than one. Decoders follow no suspect by more than 0.1, the right suspect scores 1.
+# A wrong rendering that changes the canaries by less than VISIBLE (root mean square) cannot be distinguished from
+# another decoder, and does no more harm. The projection of a decoder's difference on the change that a rendering
+# causes is at most 0.1; that of the rendering itself is 1.
 VISIBLE = 0.15
 EXPLAINED = 0.5
 OUTLIER = 16.0
 
 
 def grid_positions(size: int) -> npt.NDArray[np.int64]:
-    """The rows (and columns) of a view of this size that the fingerprint takes: the centres of eight equal parts."""
+    """The rows (and columns) of the fingerprint in a view of this size: the centres of eight equal parts."""
     return (2 * np.arange(GRID) + 1) * size // (2 * GRID)
 
 
 @dataclass(frozen=True)
 class Distance:
-    """How far two sets of fingerprints lie apart: per canary, in grey levels."""
+    """The distance between two sets of fingerprints: per canary, in grey levels."""
 
     luma: Floats
-    """[n] mean size of the luma differences around their median."""
+    """[n] mean absolute luma difference, less its median."""
     constant: Floats
-    """[n] the median of the luma differences."""
+    """[n] median luma difference."""
     chroma: Floats
-    """[n] mean size of the differences of R - Y and B - Y."""
+    """[n] mean absolute difference of R - Y and B - Y."""
     strictness: float
-    """By what the limits of luma and detail are divided."""
+    """Divides the limits of luma and detail."""
     contrast_gain: float = 0.0
-    """By how much the differences follow the luma they are differences of: mean over canaries, without sign."""
+    """Relative change of luma contrast: mean absolute value over canaries."""
     colour_gain: float = 0.0
-    """The same of chroma: saturation and hue."""
+    """The same for chroma: saturation and hue."""
 
     @property
     def rows(self) -> Floats:
@@ -74,8 +75,8 @@ class Distance:
         return np.maximum(self.luma, np.maximum(np.abs(self.constant), self.chroma / 2))
 
     @property
-    def hopeless(self) -> bool:
-        """Most canaries show something else altogether: no rendering of the right image explains that."""
+    def other_content(self) -> bool:
+        """Whether most canaries show other content, which no rendering of the right image explains."""
         return bool((self.rows > ROW_LIMIT).mean() > 0.5)
 
     @property
@@ -83,8 +84,8 @@ class Distance:
         """The mean luma difference, constant included."""
         return float(np.mean(self.luma + np.abs(self.constant)))
 
-    def misfit(self) -> str | None:
-        """What is too far apart, in words; None when it is within the limits of another decoder."""
+    def mismatch(self) -> str | None:
+        """The first limit that is exceeded, as text; None when all are within those of another decoder."""
         off = self.rows > ROW_LIMIT
         if off.mean() > ROWS_OFF:
             return f"{off.sum()} of {len(off)} canaries show other content"
@@ -96,27 +97,27 @@ class Distance:
         ):
             mean = np.minimum(values, ROW_LIMIT).mean()
             if mean > limit:
-                return f"{name} differs by {mean:.2f} grey levels, more than the {limit:.2f} of other decoders"
+                return f"{name} differs by {mean:.2f} grey levels, more than the {limit:.2f} between decoders"
         for name, gain, limit in (
             ("contrast", self.contrast_gain, CONTRAST_LIMIT),
             ("saturation or hue", self.colour_gain, COLOUR_LIMIT),
         ):
             if gain > limit:
-                return f"{name} differs by {gain:.1%}, more than the {limit:.0%} of other decoders"
+                return f"{name} differs by {gain:.1%}, more than the {limit:.0%} between decoders"
         return None
 
 
-def distance(stored: Pixels, here: Pixels, *, reduction: float = 1.0) -> Distance:
-    """How far the archive's fingerprints lie from those made here.
+def distance(stored: Pixels, rendered: Pixels, *, reduction: float = 1.0) -> Distance:
+    """The distance between an archive's fingerprints and those rendered from the reader's images.
 
-    `reduction` is by how much views are smaller than what they show (a median): averaging over more pixels leaves
-    less of a decoder's noise, so less of it is tolerated.
+    `reduction` is the median number of source pixels per pixel of a view, along an axis: resizing averages the noise
+    of a decoder, so that less of it is tolerated.
     """
-    difference = _flat(stored) - _flat(here)
+    difference = _flat(stored) - _flat(rendered)
     luma = difference @ LUMA
     constant = np.median(luma, axis=1)
     chroma = np.stack([difference[..., 0] - luma, difference[..., 2] - luma])
-    base = _flat(here)
+    base = _flat(rendered)
     base_luma = base @ LUMA
     base_chroma = np.stack([base[..., 0] - base_luma, base[..., 2] - base_luma])
     apart = Distance(
@@ -125,7 +126,7 @@ def distance(stored: Pixels, here: Pixels, *, reduction: float = 1.0) -> Distanc
         chroma=_trimmed(chroma).mean(axis=0),
         strictness=float(np.sqrt(np.clip(reduction, 1.0, 4.0))),
     )
-    fits = apart.rows <= ROW_LIMIT  # of a canary that shows something else, contrast means nothing
+    fits = apart.rows <= ROW_LIMIT  # the contrast of canaries with other content means nothing
     return replace(
         apart,
         contrast_gain=_gain(luma[None, fits], base_luma[None, fits]),
@@ -133,16 +134,18 @@ def distance(stored: Pixels, here: Pixels, *, reduction: float = 1.0) -> Distanc
     )
 
 
-def explained(stored: Pixels, here: Pixels, suspects: Mapping[str, Pixels], *, share: float = 0.0) -> str | None:
-    """The suspect whose change of the canaries the archive's difference follows best, if it follows one at all.
+def best_explanation(
+    stored: Pixels, rendered: Pixels, candidates: Mapping[str, Pixels], *, share: float = 0.0
+) -> str | None:
+    """The name of the wrong rendering that accounts best for the difference to the archive, if any does.
 
-    A suspect is what the canaries would look like, made here, under another rendering; either sign counts, since a
-    crop can be a pixel off both ways. `share` is how much of the difference it must account for.
+    `candidates` holds the reader's canaries under each wrong rendering. Either sign counts, since a crop can be off by
+    a pixel both ways. `share` is the part of the difference that the rendering must account for at least.
     """
-    difference = _centred(stored, here)
+    difference = _centred(stored, rendered)
     best, best_share = None, share
-    for name, pixels in suspects.items():
-        change = _centred(pixels, here)
+    for name, pixels in candidates.items():
+        change = _centred(pixels, rendered)
         both, power = float(np.mean(difference * change)), float(np.mean(change**2))
         if power <= VISIBLE**2 or not EXPLAINED <= abs(both) / power <= 1 / EXPLAINED:
             continue
@@ -153,7 +156,7 @@ def explained(stored: Pixels, here: Pixels, suspects: Mapping[str, Pixels], *, s
 
 
 def _gain(change: Floats, base: Floats) -> float:
-    """Of [channels, n, 64]: how far each canary's change is a multiple of the canary, weighted by its power."""
+    """How much of each canary [channels, n, 64] its change is a multiple of: absolute factors, weighted by power."""
     change = change - change.mean(axis=-1, keepdims=True)
     base = base - base.mean(axis=-1, keepdims=True)
     power = float((base**2).sum())
@@ -165,13 +168,13 @@ def _flat(pixels: Pixels) -> Floats:
 
 
 def _trimmed(values: Floats) -> Floats:
-    """The mean size along the last axis without the largest eighth."""
-    means: Floats = np.sort(np.abs(values), axis=-1)[..., :KEPT].mean(axis=-1)
+    """The mean absolute value along the last axis, without the largest eighth."""
+    means: Floats = np.sort(np.abs(values), axis=-1)[..., :TRIMMED].mean(axis=-1)
     return means
 
 
-def _centred(pixels: Pixels, here: Pixels) -> Floats:
-    """Luma changes around their mean in each canary, with outliers held down."""
-    luma = np.clip((_flat(pixels) - _flat(here)) @ LUMA, -OUTLIER, OUTLIER)
+def _centred(pixels: Pixels, rendered: Pixels) -> Floats:
+    """Luma differences, clipped, less their mean in each canary."""
+    luma = np.clip((_flat(pixels) - _flat(rendered)) @ LUMA, -OUTLIER, OUTLIER)
     centred: Floats = luma - luma.mean(axis=1, keepdims=True)
     return centred

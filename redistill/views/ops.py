@@ -1,8 +1,8 @@
-"""The operations of RandAugment and TrivialAugmentWide: their numbers, their magnitudes as integers, their pixels.
+"""The operations of RandAugment and TrivialAugmentWide: their numbers, their integer magnitudes, their pixels.
 
-`rand_augment@1` and `trivial_augment_wide@1` are the tables below, which are those of torchvision 0.15 to 0.29. A
-stored operation is (number, magnitude), the magnitude being what the operation is told, in the operation's unit, with
-its sign; a reader needs neither the table of magnitudes nor the number of its bins.
+`rand_augment@1` and `trivial_augment_wide@1` are the tables below, equal to those of torchvision 0.15 to 0.29. An
+operation is stored as (number, signed magnitude in the operation's unit), so a reader needs neither the tables of
+magnitudes nor their number of bins.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SIGNED = OPERATIONS[1:10]
 FRACTION = 1 << 14  # shears, enhancements, and shifts as fractions of the view's side
 ANGLE = 1 << 7  # degrees
 LEVEL = 1 << 7  # solarize thresholds, in grey levels
-# What an operation can be told, stored: the limits of torchvision's functions, and of sense.
+# Accepted range of each stored magnitude, within what torchvision's functions accept.
 RANGES = {
     **dict.fromkeys(OPERATIONS, (-FRACTION, FRACTION)),
     "rotate": (-180 * ANGLE, 180 * ANGLE),
@@ -37,7 +37,7 @@ RANGES = {
 }
 WIDE_SHIFT = 32  # pixels at the recipe's size
 
-Table = npt.NDArray[np.int16]  # [operations, bins], magnitudes without their sign
+Table = npt.NDArray[np.int16]  # [operations, bins], unsigned magnitudes
 
 
 def _table(size: int, *, shear: float, angle: int, enhance: float, posterize: int, shifts: list[int]) -> Table:
@@ -54,14 +54,14 @@ def _table(size: int, *, shear: float, angle: int, enhance: float, posterize: in
 
 @lru_cache(maxsize=16)
 def rand_magnitudes(size: int) -> Table:
-    """RandAugment's: shifts up to 150/331 of the side, in whole pixels of the recipe's size."""
+    """The magnitudes of RandAugment: shifts up to 150/331 of the side, in whole pixels of the recipe's size."""
     shifts = [150 * size * m // (331 * 30) for m in range(BINS)]
     return _table(size, shear=0.3, angle=30, enhance=0.9, posterize=4, shifts=shifts)
 
 
 @lru_cache(maxsize=16)
 def wide_magnitudes(size: int) -> Table:
-    """TrivialAugmentWide's: shifts up to 32 pixels of the recipe's size."""
+    """The magnitudes of TrivialAugmentWide: shifts up to 32 pixels at the recipe's size."""
     shifts = [WIDE_SHIFT * m // 30 for m in range(BINS)]
     return _table(size, shear=0.99, angle=135, enhance=0.99, posterize=6, shifts=shifts)
 

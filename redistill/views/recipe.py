@@ -1,27 +1,29 @@
-"""A recipe: the declared augmentation as data, and the integer arrays that hold its draws."""
+"""Recipes: the declared augmentation as data, checked when constructed, and its JSON form.
+
+A recipe is a sequence of steps. A step's name carries the version of its meaning ("flip@1"): a changed meaning gets a
+new name, and an unknown name is refused. Options and defaults are those of torchvision's transforms, or of timm where
+torchvision has none. The arrays that store the drawn parameters, and their units, are part of the archive format.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from redistill_cache.errors import NewerFormat, UsageError
 from redistill_cache.spec import ArraySpec
+from redistill_cache.strict_json import Fields
 
 from redistill.specs import did_you_mean
 
 __all__ = [
     "BLUR_UNIT",
-    "CROPS",
     "EDGE_UNIT",
-    "INTERPOLATIONS",
     "JITTER_UNIT",
     "MAX_SIZE",
     "RECIPE_VERSION",
-    "STEPS",
     "WEIGHT_UNIT",
     "CenterCrop",
     "ColorJitter",
@@ -38,91 +40,86 @@ __all__ = [
     "Step",
     "TrivialAugmentWide",
     "edge_pixels",
-    "read_fields",
-    "step_from_json",
-    "step_to_json",
 ]
 
+RECIPE_VERSION = 1
+MAX_SIZE = 4096
+MAX_STEPS = 16
+MAX_OPS = 8  # of RandAugment
+MAX_TEXT = 60
+INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
 
-# -- units ------------------------------------------------------------------------------------------------------------
-#
-# The units of stored parameters: integers in the archive, fractions in the arithmetic. Part of the format.
-
+# Units of the stored integers: one is 1 / UNIT. Part of the format.
 JITTER_UNIT = 1 << 13  # colour factors and hue shifts
 BLUR_UNIT = 1 << 12  # sigma, in pixels at the recipe's size
 EDGE_UNIT = 1 << 15  # edges of boxes within a view, as fractions of its side
-WEIGHT_UNIT = 65535  # the share of a row's own view in a mixed one
+WEIGHT_UNIT = 65535  # the weight of a row's own view in a mixed view
+
+Pair = tuple[float, float]
 
 
 def edge_pixels(stored: int, side: int) -> int:
-    """The pixel edge at a rendered side: the nearest, ties up; gives back the drawn pixel at the drawn side."""
+    """The edge in pixels at a rendered side: rounded, ties up; at the recipe's size, exactly the pixel drawn."""
     return (2 * stored * side + EDGE_UNIT) // (2 * EDGE_UNIT)
 
 
 # -- steps ------------------------------------------------------------------------------------------------------------
-#
-# The steps a recipe is made of: what each one is called, what it is told, and what values make sense.
-#
-# A step's name carries the version of its meaning ("flip@1"); a changed meaning is a new name, and a name this
-# reader does not know is refused. Options and defaults are those of torchvision's transforms, or of timm where
-# torchvision has none.
-
-Pair = tuple[float, float]
-
-MAX_SIZE = 4096
-MAX_OPS = 8
 
 
-def demand(true: bool, what: str) -> None:
-    if not true:
-        raise UsageError(f"recipe: {what}")
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UsageError(f"recipe: {message}")
 
 
-def demand_chance(name: str, value: float) -> None:
-    demand(0.0 <= value <= 1.0, f"expected {name} to be a probability in [0, 1], found {value}")
+def require_probability(name: str, value: float) -> None:
+    require(0.0 <= value <= 1.0, f"expected {name} to be a probability in [0, 1], found {value}")
 
 
-def demand_range(name: str, value: Pair, low: float, high: float) -> None:
-    found = f"expected {name} to be low,high with {low:g} <= low <= high <= {high:g}, found {value[0]:g},{value[1]:g}"
-    demand(low <= value[0] <= value[1] <= high, found)
+def require_range(name: str, value: Pair, low: float, high: float) -> None:
+    expected = f"expected {name} to be low,high with {low:g} <= low <= high <= {high:g}"
+    require(low <= value[0] <= value[1] <= high, f"{expected}, found {value[0]:g},{value[1]:g}")
+
+
+def require_affine_interpolation(mode: str) -> None:
+    require(mode in ("nearest", "bilinear"), f"expected aa_interpolation nearest or bilinear, found {mode!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CenterCrop:
-    """The central square of `crop_pct` times the shorter side, resized."""
+    """The central square, `crop_pct` of the shorter side, resized."""
 
     name: ClassVar[str] = "center_crop@1"
     crop_pct: float = 0.875
 
     def __post_init__(self) -> None:
-        demand(0.0 < self.crop_pct <= 1.0, f"expected crop_pct in (0, 1], found {self.crop_pct}")
+        require(0.0 < self.crop_pct <= 1.0, f"expected crop_pct in (0, 1], found {self.crop_pct}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RandomResizedCrop:
-    """A box of a random share of the area and a random aspect ratio, resized: torchvision's RandomResizedCrop."""
+    """A box of random area and aspect ratio, resized: torchvision's RandomResizedCrop."""
 
     name: ClassVar[str] = "random_resized_crop@1"
     scale: Pair = (0.08, 1.0)
     ratio: Pair = (3 / 4, 4 / 3)
 
     def __post_init__(self) -> None:
-        demand_range("scale", self.scale, 1e-6, 1.0)
-        demand_range("ratio", self.ratio, 1e-3, 1e3)
+        require_range("scale", self.scale, 1e-6, 1.0)
+        require_range("ratio", self.ratio, 1e-3, 1e3)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RandomCrop:
-    """A box of the recipe's size from the image padded on every side: torchvision's RandomCrop."""
+    """A box of the recipe's size from the image, padded on every side: torchvision's RandomCrop."""
 
     name: ClassVar[str] = "random_crop@1"
     padding: int = 4
     padding_mode: str = "constant"
 
     def __post_init__(self) -> None:
-        demand(0 <= self.padding <= MAX_SIZE, f"expected padding in [0, {MAX_SIZE}], found {self.padding}")
+        require(0 <= self.padding <= MAX_SIZE, f"expected padding in [0, {MAX_SIZE}], found {self.padding}")
         modes = ("constant", "reflect")
-        demand(self.padding_mode in modes, f"expected padding_mode {' or '.join(modes)}, found {self.padding_mode!r}")
+        require(self.padding_mode in modes, f"expected padding_mode {' or '.join(modes)}, found {self.padding_mode!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,13 +129,13 @@ class Flip:
     vflip: float = 0.0
 
     def __post_init__(self) -> None:
-        demand_chance("hflip", self.hflip)
-        demand_chance("vflip", self.vflip)
+        require_probability("hflip", self.hflip)
+        require_probability("vflip", self.vflip)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ColorJitter:
-    """Brightness, contrast, saturation and hue, in a random order: torchvision's ColorJitter, with probability p."""
+    """Brightness, contrast, saturation and hue in random order: torchvision's ColorJitter, with probability p."""
 
     name: ClassVar[str] = "color_jitter@1"
     brightness: float = 0.4
@@ -148,10 +145,10 @@ class ColorJitter:
     p: float = 1.0
 
     def __post_init__(self) -> None:
-        for part, most in (("brightness", 2.0), ("contrast", 2.0), ("saturation", 2.0), ("hue", 0.5)):
+        for part, limit in (("brightness", 2.0), ("contrast", 2.0), ("saturation", 2.0), ("hue", 0.5)):
             value = getattr(self, part)
-            demand(0.0 <= value <= most, f"expected color_jitter {part} in [0, {most:g}], found {value:g}")
-        demand_chance("color_jitter_prob", self.p)
+            require(0.0 <= value <= limit, f"expected color_jitter {part} in [0, {limit:g}], found {value:g}")
+        require_probability("color_jitter_prob", self.p)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,9 +161,9 @@ class RandAugment:
     interpolation: str = "nearest"
 
     def __post_init__(self) -> None:
-        demand(1 <= self.num_ops <= MAX_OPS, f"expected 1 to {MAX_OPS} operations in aa, found {self.num_ops}")
-        demand(0 <= self.magnitude <= 30, f"expected the magnitude of aa in [0, 30], found {self.magnitude}")
-        demand_affine_interpolation(self.interpolation)
+        require(1 <= self.num_ops <= MAX_OPS, f"expected 1 to {MAX_OPS} operations in aa, found {self.num_ops}")
+        require(0 <= self.magnitude <= 30, f"expected the magnitude of aa in [0, 30], found {self.magnitude}")
+        require_affine_interpolation(self.interpolation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,11 +175,7 @@ class TrivialAugmentWide:
     interpolation: str = "nearest"
 
     def __post_init__(self) -> None:
-        demand_affine_interpolation(self.interpolation)
-
-
-def demand_affine_interpolation(mode: str) -> None:
-    demand(mode in ("nearest", "bilinear"), f"expected aa_interpolation nearest or bilinear, found {mode!r}")
+        require_affine_interpolation(self.interpolation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +184,7 @@ class Grayscale:
     p: float = 0.1
 
     def __post_init__(self) -> None:
-        demand_chance("grayscale_prob", self.p)
+        require_probability("grayscale_prob", self.p)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,15 +197,15 @@ class GaussianBlur:
     kernel_size: int = 23
 
     def __post_init__(self) -> None:
-        demand_chance("gaussian_blur_prob", self.p)
-        demand_range("blur_sigma", self.sigma, 0.01, 15.0)
-        odd = self.kernel_size % 2 == 1 and 1 <= self.kernel_size <= 255
-        demand(odd, f"expected an odd blur_kernel in [1, 255], found {self.kernel_size}")
+        require_probability("gaussian_blur_prob", self.p)
+        require_range("blur_sigma", self.sigma, 0.01, 15.0)
+        valid = self.kernel_size % 2 == 1 and 1 <= self.kernel_size <= 255
+        require(valid, f"expected an odd blur_kernel in [1, 255], found {self.kernel_size}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RandomErasing:
-    """A box filled with one colour, with probability p: torchvision's RandomErasing on the pixels of the view."""
+    """A box filled with one colour, with probability p: torchvision's RandomErasing, on uint8 pixels."""
 
     name: ClassVar[str] = "random_erasing@1"
     p: float = 0.25
@@ -221,15 +214,16 @@ class RandomErasing:
     value: tuple[int, int, int] = (0, 0, 0)
 
     def __post_init__(self) -> None:
-        demand_chance("reprob", self.p)
-        demand_range("rescale", self.scale, 0.0, 1.0)
-        demand_range("reratio", self.ratio, 1e-3, 1e3)
-        demand(all(0 <= v <= 255 for v in self.value), f"expected revalue as colours in [0, 255], found {self.value}")
+        require_probability("reprob", self.p)
+        require_range("rescale", self.scale, 0.0, 1.0)
+        require_range("reratio", self.ratio, 1e-3, 1e3)
+        valid = len(self.value) == 3 and all(0 <= level <= 255 for level in self.value)
+        require(valid, f"expected revalue as three colours in [0, 255], found {self.value}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixing:
-    """MixUp, CutMix or either, with another row's view of the same index; alphas, p and switch as in timm."""
+    """MixUp, CutMix or either, with the same view of another row; alphas, p and switch as in timm."""
 
     name: ClassVar[str] = "mix@1"
     mixup: float = 0.0
@@ -240,76 +234,23 @@ class Mixing:
     def __post_init__(self) -> None:
         for part in ("mixup", "cutmix"):
             alpha = getattr(self, part)
-            demand(alpha == 0.0 or 0.01 <= alpha <= 16.0, f"expected {part} to be 0 or in [0.01, 16], found {alpha}")
-        demand(self.mixup > 0.0 or self.cutmix > 0.0, "mix needs mixup or cutmix above 0")
-        demand_chance("mixup_prob", self.p)
-        demand_chance("mixup_switch_prob", self.switch)
+            require(alpha == 0.0 or 0.01 <= alpha <= 16.0, f"expected {part} to be 0 or in [0.01, 16], found {alpha}")
+        require(self.mixup > 0.0 or self.cutmix > 0.0, "expected mixup or cutmix above 0, found neither")
+        require_probability("mixup_prob", self.p)
+        require_probability("mixup_switch_prob", self.switch)
 
 
 Crop = CenterCrop | RandomResizedCrop | RandomCrop
-Step = Crop | Flip | ColorJitter | RandAugment | TrivialAugmentWide | Grayscale | GaussianBlur | RandomErasing | Mixing
+Augment = RandAugment | TrivialAugmentWide
+Step = Crop | Augment | Flip | ColorJitter | Grayscale | GaussianBlur | RandomErasing | Mixing
 CROPS = (CenterCrop, RandomResizedCrop, RandomCrop)
+AUGMENTS = (RandAugment, TrivialAugmentWide)
 STEPS: Mapping[str, type[Step]] = {
-    kind.name: kind
-    for kind in (
-        *CROPS,
-        Flip,
-        ColorJitter,
-        RandAugment,
-        TrivialAugmentWide,
-        Grayscale,
-        GaussianBlur,
-        RandomErasing,
-        Mixing,
-    )
+    kind.name: kind for kind in (*CROPS, *AUGMENTS, Flip, ColorJitter, Grayscale, GaussianBlur, RandomErasing, Mixing)
 }
 
 
-def step_to_json(step: Step) -> dict[str, Any]:
-    fields = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(step).items()}
-    return {"op": step.name, **fields}
-
-
-def step_from_json(data: object) -> Step:
-    """A step from data of unknown origin: every field present, none unknown, each of its type and in its range."""
-    if not isinstance(data, dict) or not isinstance(data.get("op"), str):
-        raise UsageError("recipe: expected every op to be an object with a string 'op'")
-    kind = STEPS.get(data["op"])
-    if kind is None:
-        raise UsageError(
-            f"recipe: unknown op {data['op'][:60]!r}; this version {did_you_mean(data['op'][:60], STEPS)}; "
-            "an archive made by a newer redistill needs that version"
-        )
-    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
-    return kind(**read_fields(kind.name, {k: v for k, v in data.items() if k != "op"}, defaults))
-
-
-def read_fields(owner: str, data: Mapping[str, object], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of `data` with the types of `defaults`; exactly the same keys."""
-    if data.keys() != defaults.keys():
-        odd = sorted(str(key)[:60] for key in data.keys() ^ defaults.keys())
-        raise UsageError(f"recipe: {owner} has exactly the fields {', '.join(defaults)}; missing or unknown: {odd}")
-    return {key: _read(f"{owner} {key}", data[key], default) for key, default in defaults.items()}
-
-
-def _read(where: str, value: object, like: Any) -> Any:  # noqa: ANN401  the type is that of `like`
-    if isinstance(like, tuple):
-        if isinstance(value, list) and len(value) == len(like):
-            return tuple(_read(where, item, element) for item, element in zip(value, like, strict=True))
-    elif isinstance(like, float):
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
-    elif type(value) is type(like):
-        return value
-    shape = f"a list of {len(like)}" if isinstance(like, tuple) else type(like).__name__
-    raise UsageError(f"recipe: expected {where} to be {shape}, found {str(value)[:60]!r}")
-
-
-# -- recipe -----------------------------------------------------------------------------------------------------------
-
-RECIPE_VERSION = 1
-INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
-AUGMENTS = (RandAugment, TrivialAugmentWide)
+# -- the recipe -------------------------------------------------------------------------------------------------------
 
 AnyStep = TypeVar("AnyStep")
 
@@ -318,8 +259,8 @@ AnyStep = TypeVar("AnyStep")
 class Recipe:
     """What is done to an image, in order: a crop first, mixing (if any) last, every kind of step at most once.
 
-    `size` is the canonical size: what a view is rendered at unless told otherwise, and the unit of everything that is
-    stated in pixels of the view.
+    `size` is the canonical size: the default side of a rendered view, and the unit of every option that is stated in
+    pixels of the view.
     """
 
     size: int
@@ -328,15 +269,14 @@ class Recipe:
     antialias: bool = True
 
     def __post_init__(self) -> None:
-        if not 1 <= self.size <= MAX_SIZE:
-            raise UsageError(f"recipe: expected size in [1, {MAX_SIZE}], found {self.size}")
-        if self.interpolation not in INTERPOLATIONS:
-            found = f"found {self.interpolation[:60]!r}"
-            raise UsageError(f"recipe: expected interpolation {' or '.join(INTERPOLATIONS)}, {found}")
+        require(1 <= self.size <= MAX_SIZE, f"expected size in [1, {MAX_SIZE}], found {self.size}")
+        modes = " or ".join(INTERPOLATIONS)
+        valid = self.interpolation in INTERPOLATIONS
+        require(valid, f"expected interpolation {modes}, found {self.interpolation[:MAX_TEXT]!r}")
         kinds = ["crop" if isinstance(s, CROPS) else "aa" if isinstance(s, AUGMENTS) else s.name for s in self.steps]
-        if kinds[:1] != ["crop"] or len(set(kinds)) != len(kinds) or Mixing.name in kinds[:-1]:
-            names = ", ".join(step.name for step in self.steps)
-            raise UsageError(f"recipe: expected one crop first, mixing last and no step twice, found {names or 'none'}")
+        valid = kinds[:1] == ["crop"] and len(set(kinds)) == len(kinds) and Mixing.name not in kinds[:-1]
+        names = ", ".join(step.name for step in self.steps) or "none"
+        require(valid, f"expected one crop first, mixing last and no step twice, found {names}")
 
     def find(self, kind: type[AnyStep]) -> AnyStep | None:
         """The step of this kind, if the recipe has one."""
@@ -349,7 +289,7 @@ class Recipe:
         return first
 
     @property
-    def augment(self) -> RandAugment | TrivialAugmentWide | None:
+    def augment(self) -> Augment | None:
         return self.find(RandAugment) or self.find(TrivialAugmentWide)
 
     @property
@@ -383,22 +323,54 @@ class Recipe:
             "size": self.size,
             "interpolation": self.interpolation,
             "antialias": self.antialias,
-            "ops": [step_to_json(step) for step in self.steps],
+            "ops": [_step_to_json(step) for step in self.steps],
         }
 
     @classmethod
     def from_json(cls, data: object) -> Recipe:
-        """A recipe from data of unknown origin (an archive, a file); anything not understood is refused."""
-        if not isinstance(data, Mapping):
-            raise UsageError(f"recipe: expected an object, found {type(data).__name__}")
-        version = data.get("version")
-        if type(version) is int and version > RECIPE_VERSION:
+        """A recipe from untrusted data (an archive, a file): every field present and valid, none unknown."""
+        fields = Fields(data, "recipe", UsageError)
+        version = fields.integer("version", 1, 2**32)
+        if version > RECIPE_VERSION:
             raise NewerFormat(f"recipe: expected version {RECIPE_VERSION}, found {version}; use a newer redistill")
-        if version != RECIPE_VERSION or type(version) is not int:
-            raise UsageError(f"recipe: expected version {RECIPE_VERSION}, found {str(version)[:60]!r}")
-        steps = data.get("ops")
-        if not isinstance(steps, list) or not 1 <= len(steps) <= 16:
-            raise UsageError("recipe: expected 'ops' to be a list of 1 to 16 operations")
-        head = {key: value for key, value in data.items() if key not in ("version", "ops")}
-        fields = read_fields("recipe", head, {"size": 0, "interpolation": "", "antialias": True})
-        return cls(steps=tuple(step_from_json(step) for step in steps), **fields)
+        recipe = cls(
+            size=fields.integer("size", 1, MAX_SIZE),
+            steps=tuple(_step_from_json(step, i) for i, step in enumerate(fields.items("ops", MAX_STEPS))),
+            interpolation=fields.choice("interpolation", INTERPOLATIONS),
+            antialias=fields.flag("antialias"),
+        )
+        fields.done()
+        return recipe
+
+
+def _step_to_json(step: Step) -> dict[str, Any]:
+    values = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(step).items()}
+    return {"op": step.name, **values}
+
+
+def _step_from_json(data: object, position: int) -> Step:
+    fields = Fields(data, f"recipe op {position}", UsageError)
+    name = fields.text("op", MAX_TEXT)
+    kind = STEPS.get(name)
+    if kind is None:
+        raise UsageError(
+            f"recipe: unknown op {name!r}; {did_you_mean(name, STEPS)} "
+            "(an archive written by a newer redistill needs that version)"
+        )
+    values: dict[str, Any] = {field.name: _read(fields, field) for field in dataclasses.fields(kind)}
+    fields.done()
+    return kind(**values)
+
+
+def _read(fields: Fields, field: dataclasses.Field[Any]) -> float | str | tuple[float, ...]:
+    """The value of one field, of the type of its default; the step itself checks the range."""
+    match field.default:
+        case int():
+            return fields.integer(field.name, 0, MAX_SIZE)
+        case float():
+            return fields.number(field.name)
+        case (int(), _, _) as colour:
+            return fields.integers(field.name, len(colour))
+        case tuple() as numbers:
+            return fields.numbers(field.name, len(numbers))
+    return fields.text(field.name, MAX_TEXT)

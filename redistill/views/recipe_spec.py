@@ -1,4 +1,4 @@
-"""Recipes by name: `rrc?size=224&aa=rand-m9-n2`, or a TOML file with the same options or the full list of ops."""
+"""Recipe strings such as `rrc?size=224&aa=rand-m9-n2`, and TOML files with the same options or a list of ops."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ COMMON_OPTIONS = (
     *("gaussian_blur_prob", "blur_sigma", "blur_kernel", "reprob", "rescale", "reratio", "revalue"),
     *("mixup", "cutmix", "mixup_prob", "mixup_switch_prob"),
 )
-# Below this size the usual evaluation crop would cut a border off images that are the size of the network's input.
+# Below this size images usually have the size of the network's input, and a center crop takes all of them.
 SMALL = 128
-# Options that only shape a step that another option asks for.
+# Options that have no effect without another option.
 NEEDS = {
     "color_jitter_prob": "color_jitter",
     "aa_interpolation": "aa",
@@ -61,7 +61,7 @@ NEEDS = {
 
 
 def parse_recipe(text: str) -> Recipe:
-    """A recipe from `center`, `rrc` or `cifar` with options, or from a TOML file."""
+    """A recipe from `center`, `rrc` or `cifar` with options, or from the path of a TOML file."""
     if text.partition("?")[0].endswith(".toml"):
         return _from_toml(Path(text))
     return _from_spec(parse_spec(text))
@@ -73,7 +73,7 @@ def _from_toml(path: Path) -> Recipe:
     except FileNotFoundError:
         raise UsageError(f"recipe file {path} does not exist") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"recipe file {path} is not TOML that can be read: {error}") from None
+        raise UsageError(f"recipe file {path} is not valid TOML: {error}") from None
     if "ops" in data:
         return Recipe.from_json({"version": RECIPE_VERSION, "interpolation": "bilinear", "antialias": True, **data})
     name = data.pop("recipe", None)
@@ -93,7 +93,7 @@ def _from_spec(spec: Spec) -> Recipe:
     spec.refuse_unknown((*CROP_OPTIONS[spec.scheme], *COMMON_OPTIONS))
     for option, needed in NEEDS.items():
         if option in spec.options and not any(name in spec.options for name in needed.split(" or ")):
-            raise UsageError(f"{spec.text!r}: {option} does nothing without {needed}")
+            raise UsageError(f"{spec.text!r}: {option} has no effect without {needed}")
     size = spec.take("size", DEFAULT_SIZES[spec.scheme])
     steps: list[Step | None] = [_crop(spec, size), _flip(spec)]
     steps += [_color_jitter(spec), _augment(spec), _grayscale(spec), _blur(spec, size), _erasing(spec), _mix(spec)]
@@ -106,7 +106,7 @@ def _from_spec(spec: Spec) -> Recipe:
 
 
 def _numbers(spec: Spec, key: str, default: tuple[Any, ...], lengths: tuple[int, ...] = ()) -> tuple[Any, ...]:
-    """The option as comma-separated numbers, as many as the default has (or one of `lengths`) and of its type."""
+    """An option of comma-separated numbers: of the type and length of the default, or one of `lengths`."""
     text = spec.options.get(key)
     if text is None:
         return default
@@ -118,7 +118,7 @@ def _numbers(spec: Spec, key: str, default: tuple[Any, ...], lengths: tuple[int,
         values = ()
     if len(values) not in lengths:
         counts = " or ".join(map(str, lengths))
-        raise UsageError(f"{spec.text!r}: expected {key} as {counts} numbers with commas between, found {text!r}")
+        raise UsageError(f"{spec.text!r}: expected {key} as {counts} numbers, separated by commas, found {text!r}")
     return values
 
 
@@ -142,7 +142,7 @@ def _color_jitter(spec: Spec) -> Step | None:
     strengths = _numbers(spec, "color_jitter", (0.0,), lengths=(1, 3, 4))
     if not any(strengths):
         return None
-    # As in timm: one number is brightness, contrast and saturation; hue only when all four are given.
+    # As in timm: one number sets brightness, contrast and saturation; hue needs all four numbers.
     brightness, contrast, saturation = strengths[:3] if len(strengths) > 1 else strengths * 3
     hue = strengths[3] if len(strengths) == 4 else 0.0
     chance = spec.take("color_jitter_prob", 1.0)
@@ -175,7 +175,7 @@ def _blur(spec: Spec, size: int) -> Step | None:
     chance = spec.take("gaussian_blur_prob", 0.0)
     if not chance:
         return None
-    tenth = min(2 * (size // 20) + 1, 255)  # SimCLR's rule: a tenth of the size, odd
+    tenth = min(2 * (size // 20) + 1, 255)  # as in SimCLR: a tenth of the size, odd
     kernel_size = spec.take("blur_kernel", max(tenth, 3))
     return GaussianBlur(p=chance, sigma=_numbers(spec, "blur_sigma", (0.1, 2.0)), kernel_size=kernel_size)
 

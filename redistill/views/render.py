@@ -1,7 +1,7 @@
-"""The pixels of a view from an image and the stored parameters: pure, uint8, torchvision's own operations.
+"""The pixels of a view, from an image and the stored parameters: pure functions, torchvision's operations on uint8.
 
-What is relative stays relative: at another size than the recipe's, boxes inside the view, shifts and the width of a
-blur scale with it, so that both sizes show the same content.
+At another size than the recipe's, boxes inside the view, shifts and the width of a blur scale with the size, so that
+both sizes show the same content.
 """
 
 from __future__ import annotations
@@ -53,10 +53,9 @@ def row_params(params: Mapping[str, npt.NDArray[Any]], position: int) -> RowPara
 def render_view(
     image: torch.Tensor, params: RowParams, recipe: Recipe, size: int | None = None, partner: Partner | None = None
 ) -> torch.Tensor:
-    """The view [3, size, size] of a decoded image [3, H, W], both uint8, that `params` describe.
+    """The view [3, size, size] that `params` describe of a decoded image [3, H, W], both uint8.
 
-    `partner` is the decoded image and the parameters of the row that a mixing recipe names; it may be left out for a
-    row that is not mixed.
+    `partner` is the decoded image and the parameters of the row to mix in; not needed for a row that is not mixed.
     """
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
         raise UsageError(f"expected a uint8 image [3, H, W], found {image.dtype} {list(image.shape)}")
@@ -69,14 +68,14 @@ def render_view(
             raise UsageError(f"the view mixes in row {int(params['mix_partner'])}; its image and parameters are needed")
         view = _mix(view, _render_alone(*partner, recipe, size), params)
     if view.untyped_storage().data_ptr() == image.untyped_storage().data_ptr():
-        return view.clone(memory_format=torch.contiguous_format)  # a whole image must not become the caller's to write
+        return view.clone(memory_format=torch.contiguous_format)  # the caller may write to the view, not to the image
     return view.contiguous()
 
 
 def render_views(
     image: torch.Tensor, params: Sequence[RowParams], recipe: Recipe, size: int | None = None
 ) -> torch.Tensor:
-    """Several unmixed views [n, 3, size, size] of one decoded image, which is decoded once."""
+    """Several unmixed views [n, 3, size, size] of one decoded image."""
     return torch.stack([render_view(image, one, recipe, size) for one in params])
 
 
@@ -96,8 +95,8 @@ def _crop(image: torch.Tensor, stored: npt.NDArray[Any], recipe: Recipe, size: i
     inside = inside and -margin <= left and left + width <= image_width + margin
     if not inside or height < 1 or width < 1:
         raise Damaged(
-            f"crop {top},{left},{height},{width} (top, left, height, width) does not fit into an image of "
-            f"{image_height} x {image_width}; the image or the archive is not what it was"
+            f"crop {top},{left},{height},{width} (top, left, height, width) does not fit an image of "
+            f"{image_height} x {image_width}; the image or the archive has changed"
         )
     if margin and isinstance(crop, RandomCrop) and crop.padding_mode == "reflect":
         image = F.pad_image(image, [margin], padding_mode="reflect")
@@ -142,7 +141,7 @@ def _jitter(step: ColorJitter, view: torch.Tensor, stored: npt.NDArray[Any]) -> 
         return view
     factors = [int(factor) / JITTER_UNIT for factor in stored[1:]]
     if order >= len(ORDERS) or min(factors[:3]) < 0 or abs(factors[3]) > 0.5:
-        expected = f"an order up to {len(ORDERS) - 1}, factors of 0 or more, a hue shift within a half turn"
+        expected = f"an order up to {len(ORDERS) - 1}, factors of 0 or more, a hue shift of at most half a turn"
         raise Damaged(f"colour jitter is {stored.tolist()}; expected {expected}")
     strengths = (step.brightness, step.contrast, step.saturation, step.hue)
     for part in ORDERS[order]:
@@ -176,9 +175,9 @@ def _blur(step: GaussianBlur, view: torch.Tensor, stored: int, recipe_size: int)
         return view
     side = view.shape[-1]
     sigma = stored / BLUR_UNIT * side / recipe_size
-    # The kernel's reach scales too, and reflection at the border allows no more than the view itself.
-    reach = min(round((step.kernel_size - 1) / 2 * side / recipe_size), side - 1)
-    blurred: torch.Tensor = F.gaussian_blur_image(view, [2 * reach + 1] * 2, [sigma, sigma])
+    # The radius of the kernel scales as well; reflection at the border allows at most the side of the view.
+    radius = min(round((step.kernel_size - 1) / 2 * side / recipe_size), side - 1)
+    blurred: torch.Tensor = F.gaussian_blur_image(view, [2 * radius + 1] * 2, [sigma, sigma])
     return blurred
 
 

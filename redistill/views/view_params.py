@@ -1,6 +1,6 @@
-"""Where the parameters of views come from: freshly drawn (stage 1), or read from an archive (stage 2).
+"""The parameters of views: drawn from a recipe (stage 1), or read from an archive (stage 2).
 
-Rendering and the dataset need no more than `Views`; that the two stages share it is what makes them show the same.
+The dataset and the canaries depend on `Views` only, so both stages render with the same code.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ __all__ = ["ArchiveViews", "DrawnViews", "ViewArchive", "Views", "archive_recipe
 Params = dict[str, npt.NDArray[Any]]
 Rows = npt.NDArray[np.int64]
 
-KEPT_VIEWS = 2  # whole views a process keeps the parameters of: that of this epoch, and of the one that begins
+CACHED_VIEWS = 2  # per process: the view of this epoch, and that of the next
 
 
 @runtime_checkable
 class Views(Protocol):
-    """The views of N rows: what is drawn for each, its label, and which sample of the source it is made from."""
+    """The views of N rows: their parameters, labels, and the sample of the source behind each row."""
 
     recipe: Recipe
     num_views: int
     labels: Rows
     source_rows: Rows
-    """[N]: the number of the row's sample in its source; -1 where the source has none."""
+    """[N]: the index of the row's sample in the source; -1 where the source has none."""
 
     def params(self, view: int, rows: Rows) -> Params:
         """The stored parameters of one view of some rows."""
 
 
 class ViewArchive(Protocol):
-    """What is used of an opened archive."""
+    """The part of an opened archive that views need."""
 
     @property
     def spec(self) -> Any: ...  # noqa: ANN401  an ArchiveSpec
@@ -62,7 +62,7 @@ class ViewArchive(Protocol):
 
 
 class DrawnViews:
-    """Views drawn on the spot. The rows are those of a source's index, all of which have their sample."""
+    """Views drawn on demand, for the rows of a source's index."""
 
     def __init__(self, index: SourceIndex, recipe: Recipe, *, seed: int, num_views: int) -> None:
         self.recipe, self.seed, self.num_views = recipe, seed, num_views
@@ -75,7 +75,7 @@ class DrawnViews:
 
 
 class ArchiveViews:
-    """The views of an archive, joined to a source. A process reads the parameters of a view once and keeps them."""
+    """The views of an archive joined to a source. Each process caches the parameters of the last views it used."""
 
     def __init__(self, archive: ViewArchive, joined: Join) -> None:
         self.archive = archive
@@ -84,43 +84,42 @@ class ArchiveViews:
         self.labels: Rows = np.asarray(archive.labels, np.int64)
         self.source_rows: Rows = np.asarray(joined.source_row_of_archive_row, np.int64)
         if len(self.source_rows) != archive.num_samples:
-            raise Refused(f"the join has {len(self.source_rows)} rows, the archive {archive.num_samples}; join again")
-        self._kept: OrderedDict[int, Params] = OrderedDict()
+            rows = len(self.source_rows)
+            raise Refused(f"expected a join of the archive's {archive.num_samples} rows, found {rows}; join again")
+        self._cached: OrderedDict[int, Params] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": OrderedDict()}  # a worker reads what it needs itself
+        return self.__dict__ | {"_cached": OrderedDict()}  # a worker reads the views it needs
 
     def params(self, view: int, rows: Rows) -> Params:
-        whole = self._kept.get(view)
+        whole = self._cached.get(view)
         if whole is None:
-            whole = self._kept[view] = self._read(view)
-            while len(self._kept) > KEPT_VIEWS:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(view)
+            whole = self._cached[view] = self._read(view)
+            while len(self._cached) > CACHED_VIEWS:
+                self._cached.popitem(last=False)
+        self._cached.move_to_end(view)
         return {name: values[rows] for name, values in whole.items()}
 
     def _read(self, view: int) -> Params:
         params = {name: np.asarray(values) for name, values in self.archive.view_params(view).items()}
         if self.recipe.mixes and params["mix_partner"].max(initial=0) >= self.archive.num_samples:
-            raise Damaged(
-                f"view {view} names mixing partners beyond the {self.archive.num_samples} rows of the archive"
-            )
+            raise Damaged(f"view {view} has mixing partners beyond the {self.archive.num_samples} rows of the archive")
         return params
 
 
 def archive_recipe(archive: ViewArchive) -> Recipe:
-    """The recipe an archive declares; refused unless the archive holds exactly the parameters the recipe needs."""
+    """The recipe of an archive; refused unless the archive holds exactly the parameter arrays the recipe needs."""
     recipe = Recipe.from_json(archive.spec.recipe)
-    wanted = {(array.name, np.dtype(array.dtype), tuple(array.row_shape)) for array in recipe.arrays()}
-    found = {(array.name, np.dtype(array.dtype), tuple(array.row_shape)) for array in archive.spec.view_arrays}
-    if wanted != found:
-        names = ", ".join(sorted(f"{name} {kind}{list(shape)}" for name, kind, shape in wanted ^ found))
-        raise Refused(f"the archive's view parameters are not those of its recipe; they differ in {names}")
+    expected = {(array.name, np.dtype(array.dtype), tuple(array.row_shape)) for array in recipe.arrays()}
+    actual = {(array.name, np.dtype(array.dtype), tuple(array.row_shape)) for array in archive.spec.view_arrays}
+    if expected != actual:
+        names = ", ".join(sorted(f"{name} {kind}{list(shape)}" for name, kind, shape in expected ^ actual))
+        raise Refused(f"the archive's view parameters do not match its recipe; they differ in {names}")
     return recipe
 
 
 def join_archive(images: Source | SourceIndex, archive: ViewArchive, *, allow_missing: bool = False) -> Join:
-    """The sample behind each row of the archive; of a source, its index is made or taken up first."""
+    """Find the sample behind each row of the archive, in a source (which is indexed first) or in its index."""
     return join(
         images if isinstance(images, SourceIndex) else index_source(images),
         keys=archive.keys,
@@ -132,10 +131,10 @@ def join_archive(images: Source | SourceIndex, archive: ViewArchive, *, allow_mi
 
 
 def usable_rows(views: Views, view: int) -> Rows:
-    """The rows whose view can be rendered: their sample is there, and that of the row mixed into it."""
+    """The rows whose view can be rendered: the source has their sample, and that of the row mixed in."""
     if not 0 <= view < views.num_views:
         raise OutOfRange(f"expected a view in [0, {views.num_views}), found {view}")
-    here = views.source_rows >= 0
+    present = views.source_rows >= 0
     if views.recipe.mixes:
-        here = here & here[views.params(view, np.arange(len(here)))["mix_partner"]]
-    return np.flatnonzero(here)
+        present = present & present[views.params(view, np.arange(len(present)))["mix_partner"]]
+    return np.flatnonzero(present)

@@ -1,4 +1,4 @@
-"""`cifar10:` and `cifar100:`: torchvision's layout, stable keys, and pickles that cannot do anything."""
+"""`cifar10:` and `cifar100:`: torchvision's layout, stable keys, and pickles whose code never runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write(path: Path, content: Any, protocol: int = 2) -> None:
     path.write_bytes(pickle.dumps(content, protocol))
 
 
-def plant10(root: Path, *, protocol: int = 2, n: int = 3) -> Path:
+def write_cifar10(root: Path, *, protocol: int = 2, n: int = 3) -> Path:
     folder = root / "cifar-10-batches-py"
     for b in range(1, 6):
         labels = [(b + i) % 10 for i in range(n)]
@@ -42,7 +42,7 @@ def plant10(root: Path, *, protocol: int = 2, n: int = 3) -> Path:
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_keys_labels_pixels_and_classes(tmp_path: Path, protocol: int):
-    root = plant10(tmp_path, protocol=protocol)
+    root = write_cifar10(tmp_path, protocol=protocol)
     source = redistill.open_source(f"cifar10:{root}")
     assert isinstance(source, ListedSource)
     assert len(source) == 15
@@ -59,7 +59,7 @@ def test_keys_labels_pixels_and_classes(tmp_path: Path, protocol: int):
 
 def test_a_file_as_python_2_wrote_it(tmp_path: Path):
     """The published files hold Python 2 strings (SHORT_BINSTRING and BINSTRING), which Python 3 no longer writes."""
-    root = plant10(tmp_path)
+    root = write_cifar10(tmp_path)
     pixels = images(2, 9)
     raw = pixels.tobytes()
     text = b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
@@ -71,7 +71,7 @@ def test_a_file_as_python_2_wrote_it(tmp_path: Path):
         + raw
         + b"tbU\x06labels](K\x03K\x04eu."
     )
-    assert np.array_equal(pickle.loads(text, encoding="latin1")["data"], pixels)  # so this is what numpy would read
+    assert np.array_equal(pickle.loads(text, encoding="latin1")["data"], pixels)  # what numpy would read
     (root / "cifar-10-batches-py" / "test_batch").write_bytes(text)
     source = redistill.open_source(f"cifar10:{root}?split=val")
     assert source.labels.tolist() == [3, 4]
@@ -79,18 +79,18 @@ def test_a_file_as_python_2_wrote_it(tmp_path: Path):
 
 
 def test_the_same_samples_as_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    root = plant10(tmp_path)
+    root = write_cifar10(tmp_path)
     folder = root / "cifar-10-batches-py"
     for attribute in ("train_list", "test_list"):
         sums = [[name, md5(folder / name)] for name, _ in getattr(CIFAR10, attribute)]
         monkeypatch.setattr(CIFAR10, attribute, sums)
     monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": md5(folder / "batches.meta")})
-    theirs = CIFAR10(root, train=True)
-    ours = redistill.open_source(f"cifar10:{root}")
-    assert ours.original
-    assert ours.description == {"kind": "cifar10", "split": "train", "original": True}
-    assert [ours.sample(i).label for i in range(len(ours))] == theirs.targets
-    assert np.array_equal(np.stack([ours.sample(i).payload for i in range(len(ours))]), theirs.data)
+    torchvision_set = CIFAR10(root, train=True)
+    source = redistill.open_source(f"cifar10:{root}")
+    assert source.original
+    assert source.description == {"kind": "cifar10", "split": "train", "original": True}
+    assert [source.sample(i).label for i in range(len(source))] == torchvision_set.targets
+    assert np.array_equal(np.stack([source.sample(i).payload for i in range(len(source))]), torchvision_set.data)
 
 
 def md5(path: Path) -> str:
@@ -103,7 +103,7 @@ def test_cifar100_uses_the_fine_labels(tmp_path: Path):
     write(folder / "train", {"data": images(2, 0), "fine_labels": [99, 0], "coarse_labels": [1, 2]})
     write(folder / "test", {"data": images(1, 1), "fine_labels": [5], "coarse_labels": [1]})
     write(folder / "meta", {"fine_label_names": fine, "coarse_label_names": ["c"]})
-    source = redistill.open_source(tmp_path)  # a bare path is told by the folder in it
+    source = redistill.open_source(tmp_path)  # a bare path is recognised by the folder in it
     assert source.spec.startswith("cifar100:")
     assert source.labels.tolist() == [99, 0]
     assert source.class_names == tuple(fine)
@@ -111,28 +111,28 @@ def test_cifar100_uses_the_fine_labels(tmp_path: Path):
     assert list(redistill.open_source(f"cifar100:{folder}?split=val").keys) == ["val/test/00000"]
 
 
-def test_a_pickled_source_is_small_and_reads_again(tmp_path: Path):
-    source = redistill.open_source(f"cifar10:{plant10(tmp_path, n=50)}")
+def test_a_pickled_source_is_small_and_reads_the_files_again(tmp_path: Path):
+    source = redistill.open_source(f"cifar10:{write_cifar10(tmp_path, n=50)}")
     text = pickle.dumps(source)
     assert len(text) < 20_000
     again = pickle.loads(text)
     assert np.array_equal(again.sample(60).payload, source.sample(60).payload)
-    plant10(tmp_path, n=49)
+    write_cifar10(tmp_path, n=49)
     with pytest.raises(Refused, match="changed since"):
         pickle.loads(text).sample(0)
 
 
-def test_the_index_is_kept_until_a_file_changes(tmp_path: Path):
-    root = plant10(tmp_path / "data")
+def test_the_index_is_cached_until_a_file_changes(tmp_path: Path):
+    root = write_cifar10(tmp_path / "data")
     for file in (root / "cifar-10-batches-py").iterdir():
         os.utime(file, (1e9, 1e9))
-    first = index_source(redistill.open_source(f"cifar10:{root}"), cache_dir=tmp_path / "cache")
+    first = index_source(redistill.open_source(f"cifar10:{root}"))
     assert first.reused == 0
     assert first.sizes.tolist() == [[32, 32]] * 15
-    again = index_source(redistill.open_source(f"cifar10:{root}"), cache_dir=tmp_path / "cache")
+    again = index_source(redistill.open_source(f"cifar10:{root}"))
     assert again.reused == 15
     write(root / "cifar-10-batches-py" / "data_batch_3", {"data": images(3, 77), "labels": [1, 2, 3]})
-    third = index_source(redistill.open_source(f"cifar10:{root}"), cache_dir=tmp_path / "cache")
+    third = index_source(redistill.open_source(f"cifar10:{root}"))
     assert third.reused == 12
     assert (third.digests != first.digests).any(axis=1).nonzero()[0].tolist() == [6, 7, 8]
 
@@ -150,20 +150,20 @@ class Carrier:
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize("name", ["data_batch_2", "batches.meta"])
 def test_code_in_a_pickle_does_not_run(tmp_path: Path, name: str, protocol: int):
-    root, trace = plant10(tmp_path), tmp_path / "was here"
+    root, trace = write_cifar10(tmp_path), tmp_path / "code-ran"
     content = {"data": images(3, 0), "labels": [1, 2, 3], "label_names": NAMES, "x": Carrier(Path.touch, trace)}
     write(root / "cifar-10-batches-py" / name, content, protocol)
-    with pytest.raises(Refused, match=rf"{name}' is refused: it asks for") as refused:
+    with pytest.raises(Refused, match=rf"{name}' is refused: it refers to") as refused:
         redistill.open_source(f"cifar10:{root}")
     assert "\n" not in str(refused.value)
     assert not trace.exists()
 
 
 @pytest.mark.parametrize("function", [eval, getattr, __import__, print, np.load, np.frombuffer, type, exec])
-def test_no_other_name_is_answered(tmp_path: Path, function: Any):
-    root = plant10(tmp_path)
+def test_no_other_name_is_resolved(tmp_path: Path, function: Any):
+    root = write_cifar10(tmp_path)
     write(root / "cifar-10-batches-py" / "test_batch", Carrier(function, "1"))
-    with pytest.raises(Refused, match=r"test_batch' is refused: it asks for"):
+    with pytest.raises(Refused, match=r"test_batch' is refused: it refers to"):
         redistill.open_source(f"cifar10:{root}?split=val")
 
 
@@ -189,7 +189,7 @@ def test_no_other_name_is_answered(tmp_path: Path, function: Any):
     ],
 )
 def test_other_and_damaged_content_is_refused_in_one_line(tmp_path: Path, content: bytes):
-    root = plant10(tmp_path)
+    root = write_cifar10(tmp_path)
     (root / "cifar-10-batches-py" / "test_batch").write_bytes(content)
     with pytest.raises(Refused) as refused:
         redistill.open_source(f"cifar10:{root}?split=val")
@@ -201,20 +201,20 @@ def test_options_are_checked(tmp_path: Path):
     for text in (f"cifar10:{tmp_path}?split=test", f"cifar10:{tmp_path}?spilt=val", "cifar100:"):
         with pytest.raises(UsageError):
             redistill.open_source(text)
-    with pytest.raises(Refused, match=r"batches\.meta' is not there.*download=1"):
+    with pytest.raises(Refused, match=r"found no '.*batches\.meta'.*download=1"):
         redistill.open_source(f"cifar10:{tmp_path}")
 
 
-def test_download_asks_torchvision_and_only_when_files_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_download_uses_torchvision_and_only_when_files_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/none.tar.gz")
     with pytest.raises(Refused, match=r"could not be downloaded to .*put 'cifar-10-batches-py' there") as refused:
         redistill.open_source(f"cifar10:{tmp_path / 'a'}?download=1")
     assert "\n" not in str(refused.value)
-    assert len(redistill.open_source(f"cifar10:{plant10(tmp_path / 'b')}?download=1")) == 15
+    assert len(redistill.open_source(f"cifar10:{write_cifar10(tmp_path / 'b')}?download=1")) == 15
 
 
 @pytest.mark.filterwarnings("ignore:.*filter extracted tar archives:DeprecationWarning")
-def test_download_unpacks_what_torchvision_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Any):
+def test_the_downloaded_archive_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Any):
     folder = tmp_path / "made" / CIFAR100.base_folder
     for name in ("train", "test"):
         write(folder / name, {"data": images(2, 0), "fine_labels": [0, 1]})

@@ -14,7 +14,7 @@ from redistill.sources.base import Source
 from redistill.sources.images import BadImage
 
 
-def plant(root: Path, *names: str) -> Path:
+def write_files(root: Path, *names: str) -> Path:
     for name in names:
         file = root / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -24,7 +24,7 @@ def plant(root: Path, *names: str) -> Path:
 
 def test_classes_keys_and_order_do_not_depend_on_the_disk(tmp_path: Path):
     names = ["dog/b.png", "cat/deep/er/z.JPEG", "cat/a.jpg", "Zebra/1.webp", "dog/a.bmp"]
-    for root in (plant(tmp_path / "one", *names), plant(tmp_path / "two", *reversed(names))):
+    for root in (write_files(tmp_path / "one", *names), write_files(tmp_path / "two", *reversed(names))):
         source = redistill.open_source(f"folder:{root}")
         assert isinstance(source, Source)
         assert source.class_names == ("Zebra", "cat", "dog")
@@ -34,8 +34,8 @@ def test_classes_keys_and_order_do_not_depend_on_the_disk(tmp_path: Path):
         assert (sample.payload, sample.label, sample.key) == (b"cat/deep/er/z.JPEG", 1, "cat/deep/er/z.JPEG")
 
 
-def test_hidden_and_other_files_are_left_out_and_the_others_counted(tmp_path: Path):
-    root = plant(
+def test_hidden_files_are_ignored_and_other_files_counted(tmp_path: Path):
+    root = write_files(
         tmp_path,
         "a/1.jpg",
         "a/.2.jpg",
@@ -51,9 +51,9 @@ def test_hidden_and_other_files_are_left_out_and_the_others_counted(tmp_path: Pa
     assert source.skipped == {".txt": 1, ".tif": 1, "": 1}
 
 
-def test_links_are_followed_but_not_in_circles(tmp_path: Path):
-    plant(tmp_path / "store", "x/1.jpg", "2.jpg")
-    root = plant(tmp_path / "data", "a/0.jpg")
+def test_links_are_followed_but_not_in_cycles(tmp_path: Path):
+    write_files(tmp_path / "store", "x/1.jpg", "2.jpg")
+    root = write_files(tmp_path / "data", "a/0.jpg")
     (root / "b").symlink_to(tmp_path / "store" / "x")
     (root / "a" / "2.jpg").symlink_to(tmp_path / "store" / "2.jpg")
     source = redistill.open_source(root)
@@ -64,8 +64,8 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path):
         redistill.open_source(root)
 
 
-def test_what_cannot_be_read_is_a_bad_image_with_its_name(tmp_path: Path):
-    root = plant(tmp_path, "a/0.jpg")
+def test_a_file_that_cannot_be_read_is_a_bad_image_with_its_name(tmp_path: Path):
+    root = write_files(tmp_path, "a/0.jpg")
     (root / "a" / "1.jpg").symlink_to("nowhere")
     os.mkfifo(root / "a" / "2.jpg")
     source = redistill.open_source(root)
@@ -76,9 +76,9 @@ def test_what_cannot_be_read_is_a_bad_image_with_its_name(tmp_path: Path):
     assert source.stamps()[1].tolist() == [-1, -1]
 
 
-def test_loose_images_need_the_option(tmp_path: Path):
-    root = plant(tmp_path, "1.jpg", "deep/2.jpg")
-    with pytest.raises(Refused, match=r"1 images lie directly in .*'1\.jpg'.*labels=none"):
+def test_images_beside_class_folders_need_the_option(tmp_path: Path):
+    root = write_files(tmp_path, "1.jpg", "deep/2.jpg")
+    with pytest.raises(Refused, match=r"found 1 images such as '1\.jpg'.*labels=none"):
         redistill.open_source(root)
     source = redistill.open_source(f"{root}?labels=none")
     assert list(source.keys) == ["1.jpg", "deep/2.jpg"]
@@ -86,42 +86,44 @@ def test_loose_images_need_the_option(tmp_path: Path):
     assert source.class_names is None
 
 
-def test_folders_that_are_no_data_set_are_refused_with_advice(tmp_path: Path):
+def test_other_folders_are_refused_with_advice(tmp_path: Path):
     with pytest.raises(Refused, match="is not a folder"):
         redistill.open_source("folder:/nonexistent")
     with pytest.raises(Refused, match=r"no images.*found 2 \.txt"):
-        redistill.open_source(plant(tmp_path / "text", "a/1.txt", "b/2.txt"))
-    with pytest.raises(Refused, match=r"1 class folders .* hold no images, such as 'b'"):
-        redistill.open_source(plant(tmp_path / "empty", "a/1.jpg", "b/2.txt"))
+        redistill.open_source(write_files(tmp_path / "text", "a/1.txt", "b/2.txt"))
+    with pytest.raises(Refused, match=r"1 class folders .* have no images, such as 'b'"):
+        redistill.open_source(write_files(tmp_path / "empty", "a/1.jpg", "b/2.txt"))
     assert redistill.open_source(f"{tmp_path}/empty?allow_empty=1").class_names == ("a", "b")
-    splits = plant(tmp_path / "splits", "train/a/1.jpg", "val/a/2.jpg")
+    splits = write_files(tmp_path / "splits", "train/a/1.jpg", "val/a/2.jpg")
     with pytest.raises(Refused, match=r"splits train, val, not classes; did you mean 'folder:.*train'"):
         redistill.open_source(splits)
     assert list(redistill.open_source(f"folder:{splits}?split=val").keys) == ["a/2.jpg"]
 
 
-def test_a_name_that_is_no_utf8_is_refused(tmp_path: Path):
-    plant(tmp_path, "a/1.jpg")
+def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path):
+    write_files(tmp_path, "a/1.jpg")
     (Path(os.fsdecode(bytes(tmp_path / "a") + b"/\xff.jpg"))).write_bytes(b"")
     with pytest.raises(Refused, match="not UTF-8"):
         redistill.open_source(tmp_path)
 
 
-def test_what_cannot_be_understood_says_what_could(tmp_path: Path):
+def test_invalid_data_arguments_are_refused_with_advice(tmp_path: Path):
     with pytest.raises(UsageError, match="unknown kind of data 'foldr'; did you mean folder"):
         redistill.open_source("foldr:x")
     with pytest.raises(UsageError, match="neither a folder nor a tar pattern"):
         redistill.open_source(tmp_path / "gone")
     with pytest.raises(UsageError, match="unknown option 'label'; did you mean labels"):
         redistill.open_source(f"folder:{tmp_path}?label=none")
-    with pytest.raises(UsageError, match="no data given"):
+    with pytest.raises(UsageError, match="found an empty string"):
         redistill.open_source("")
-    with pytest.raises(UsageError, match="a int is not a source"):
+    with pytest.raises(UsageError, match="home directory is not known"):
+        redistill.open_source("folder:~no-such-user/data")
+    with pytest.raises(UsageError, match="found int"):
         redistill.open_source(3)
 
 
-def test_a_folder_travels_to_another_process(tmp_path: Path):
-    source = redistill.open_source(plant(tmp_path, "a/1.jpg", "b/2.jpg"))
+def test_a_folder_can_be_pickled(tmp_path: Path):
+    source = redistill.open_source(write_files(tmp_path, "a/1.jpg", "b/2.jpg"))
     again = pickle.loads(pickle.dumps(source))
     assert again.sample(1) == source.sample(1)
     assert again.class_names == source.class_names

@@ -43,7 +43,7 @@ def pixels(payload: bytes | np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("BMP", {}), ("WEBP", {"lossless": True})])
-def test_lossless_formats_give_back_the_pixels(kind: str, options: dict[str, object]):
+def test_lossless_formats_return_the_pixels(kind: str, options: dict[str, object]):
     assert np.array_equal(pixels(encode(SMOOTH, kind, **options)), SMOOTH)
 
 
@@ -131,7 +131,7 @@ def test_animations_show_the_first_frame():
         assert (pixels(payload) == 10).all(), kind
 
 
-def test_a_name_does_not_decide_the_format_but_the_list_does():
+def test_the_format_is_detected_by_content_and_must_be_listed():
     for kind in ("TIFF", "PPM", "ICO"):
         with pytest.raises(BadImage, match=r"image 'a/b\.jpg' cannot be used: not an image in any of the formats JPEG"):
             image_size(encode(SMOOTH, kind), name="a/b.jpg")
@@ -148,7 +148,7 @@ PAYLOADS: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("kind", PAYLOADS)
-def test_truncated_images_are_found_by_the_index_already(kind: str):
+def test_truncated_images_are_found_when_indexing(kind: str):
     whole = PAYLOADS[kind]()
     image_size(whole, name="it")
     for cut in sorted({0, 1, 10, len(whole) // 4, len(whole) // 2, len(whole) * 3 // 4}):
@@ -158,13 +158,13 @@ def test_truncated_images_are_found_by_the_index_already(kind: str):
             decode_image(whole[:cut], name="it")
 
 
-def test_a_file_with_something_after_its_end_is_whole():
+def test_a_file_with_bytes_after_its_end_is_complete():
     for kind in ("JPEG", "PNG", "WEBP"):
         payload = PAYLOADS[kind]()
         assert np.array_equal(pixels(payload + b"\0\0trailing"), pixels(payload))
 
 
-def test_obeying_truncation_is_refused(monkeypatch: pytest.MonkeyPatch):
+def test_decoding_is_refused_while_pillow_loads_truncated_images(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     with pytest.raises(Refused, match="LOAD_TRUNCATED_IMAGES is set"):
         decode_image(PAYLOADS["PNG"](), name="it")
@@ -241,7 +241,7 @@ class OneBad(torch.utils.data.Dataset[torch.Tensor]):
         return decode_image(b"no image", name="a/b.jpg")
 
 
-def test_a_bad_image_keeps_its_kind_and_its_line_on_the_way_out_of_a_worker():
+def test_a_bad_image_in_a_worker_keeps_its_type_and_message():
     again = pickle.loads(pickle.dumps(BadImage("a", "b")))
     assert str(again) == str(BadImage("a", "b"))
     loader = torch.utils.data.DataLoader(OneBad(), num_workers=1, multiprocessing_context="fork")

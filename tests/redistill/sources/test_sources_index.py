@@ -45,11 +45,6 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "cache"
-
-
 class Counting(FolderSource):
     """Counts what is read."""
 
@@ -58,9 +53,9 @@ class Counting(FolderSource):
         self.reads: Counter[str] = Counter()
 
     def sample(self, i: int) -> Sample:
-        found = super().sample(i)
-        self.reads[found.key] += 1
-        return found
+        sample = super().sample(i)
+        self.reads[sample.key] += 1
+        return sample
 
 
 def same(left: SourceIndex, right: SourceIndex) -> bool:
@@ -68,10 +63,10 @@ def same(left: SourceIndex, right: SourceIndex) -> bool:
     return all(np.array_equal(getattr(left, name), getattr(right, name)) for name in names)
 
 
-def test_an_index_says_what_identifies_each_sample(root: Path, cache: Path):
+def test_the_index_holds_what_identifies_each_sample(root: Path):
     source = Counting(root)
-    seen: list[tuple[int, int]] = []
-    index = index_source(source, workers=0, cache_dir=cache, progress=lambda *both: seen.append(both))
+    reported: list[tuple[int, int]] = []
+    index = index_source(source, workers=0, progress=lambda *both: reported.append(both))
     assert list(index.keys) == list(source.keys)
     assert index.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert index.class_names == ("class0", "class1", "class2")
@@ -81,13 +76,13 @@ def test_an_index_says_what_identifies_each_sample(root: Path, cache: Path):
         assert index.digests[i].tobytes() == hashlib.sha256(payload).digest()
         assert index.sizes[i].tolist() == list(Image.open(io.BytesIO(payload)).size[::-1])
     assert set(source.reads.values()) == {1}, "every file is read once"
-    assert seen[-1] == (12, 12)
+    assert reported[-1] == (12, 12)
 
 
 def test_only_what_changed_is_read_again(root: Path, cache: Path):
-    first = index_source(FolderSource(root), workers=0, cache_dir=cache)
+    first = index_source(FolderSource(root), workers=0)
     again = Counting(root)
-    assert same(index_source(again, workers=0, cache_dir=cache), first)
+    assert same(index_source(again, workers=0), first)
     assert not again.reads
 
     put(root / "class0" / "00.png", png(8, 9), at=LONG_AGO + 1)  # edited
@@ -96,66 +91,69 @@ def test_only_what_changed_is_read_again(root: Path, cache: Path):
     (root / "class2" / "05.png").rename(root / "class2" / "fifth.png")  # renamed
     (root / "class1" / "01.png").touch()  # only touched
     after = Counting(root)
-    index = index_source(after, workers=0, cache_dir=cache)
+    index = index_source(after, workers=0)
     assert set(after.reads) == {"class0/00.png", "class1/new.png", "class2/fifth.png", "class1/01.png"}
     assert index.reused == 8
-    assert same(index, index_source(FolderSource(root), workers=0, cache_dir=cache, fresh=True))
+    shutil.rmtree(cache)
+    assert same(index, index_source(FolderSource(root), workers=0))
 
 
-def test_a_file_as_young_as_its_index_is_read_again(root: Path, cache: Path):
+def test_a_file_modified_just_before_indexing_is_read_again(root: Path):
     (root / "class0" / "00.png").touch()
-    index_source(FolderSource(root), workers=0, cache_dir=cache)
+    index_source(FolderSource(root), workers=0)
     again = Counting(root)
-    index_source(again, workers=0, cache_dir=cache)
+    index_source(again, workers=0)
     assert set(again.reads) == {"class0/00.png"}
 
 
-def test_moved_data_and_a_lost_or_broken_cache_cost_time_only(root: Path, cache: Path, tmp_path: Path):
-    first = index_source(FolderSource(root), workers=0, cache_dir=cache)
-    (kept,) = (cache / "index").iterdir()
-    whole = kept.read_bytes()
+def test_moved_data_and_a_damaged_or_unwritable_cache_only_cost_time(
+    root: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    first = index_source(FolderSource(root), workers=0)
+    (saved,) = (cache / "index").iterdir()
+    whole = saved.read_bytes()
     for broken in (b"", whole[:100], whole[:-30], b"PK" + whole[2:200], bytes(len(whole))):
-        kept.write_bytes(broken)
-        assert same(index_source(FolderSource(root), workers=0, cache_dir=cache), first)
+        saved.write_bytes(broken)
+        assert same(index_source(FolderSource(root), workers=0), first)
     for place in np.random.default_rng(0).integers(0, len(whole), 150).tolist():
         flipped = bytearray(whole)
         flipped[place] ^= 1 << place % 8
-        kept.write_bytes(flipped)
-        assert same(index_source(FolderSource(root), workers=0, cache_dir=cache), first)
+        saved.write_bytes(flipped)
+        assert same(index_source(FolderSource(root), workers=0), first)
     shutil.move(root, tmp_path / "elsewhere")
-    assert same(index_source(FolderSource(tmp_path / "elsewhere"), workers=0, cache_dir=cache), first)
+    assert same(index_source(FolderSource(tmp_path / "elsewhere"), workers=0), first)
     (tmp_path / "file").write_bytes(b"")
-    no_place = tmp_path / "file" / "below"
-    assert same(index_source(FolderSource(tmp_path / "elsewhere"), workers=0, cache_dir=no_place), first)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "below"))
+    assert same(index_source(FolderSource(tmp_path / "elsewhere"), workers=0), first)
 
 
-def test_the_cache_lies_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_the_cache_folder_follows_xdg_cache_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "redistill"
-    for nothing in ("", "relative"):
-        monkeypatch.setenv("XDG_CACHE_HOME", nothing)
+    for ignored in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", ignored)
         assert cache_folder() == Path.home() / ".cache" / "redistill"
 
 
-def test_processes_change_nothing(cache: Path):
+def test_the_index_does_not_depend_on_the_number_of_processes():
     source = redistill.open_source("synthetic?n=600&size=16")
-    alone = index_source(source, workers=0, cache_dir=cache)
-    assert same(index_source(source, workers=2, cache_dir=cache), alone)
+    alone = index_source(source, workers=0)
+    assert same(index_source(source, workers=2), alone)
 
 
-def test_bad_images_are_named_or_left_out(root: Path, cache: Path):
+def test_bad_images_are_refused_by_name_or_excluded(root: Path):
     put(root / "class0" / "bad.png", b"no image")
     with pytest.raises(BadImage, match=r"'class0/bad\.png' cannot be used: not an image"):
-        index_source(FolderSource(root), workers=0, cache_dir=cache)
+        index_source(FolderSource(root), workers=0)
     put(root / "class1" / "short.png", png()[:-100])
     put(root / "class2" / "empty.png", b"")
     (root / "class2" / "gone.png").symlink_to("nowhere")
     with pytest.raises(
         Refused, match=r"4 of 16 images cannot be used \('class0/bad\.png': not an image.*exclude"
     ) as error:
-        index_source(FolderSource(root), workers=0, cache_dir=cache)
+        index_source(FolderSource(root), workers=0)
     assert "\n" not in str(error.value)
-    index = index_source(FolderSource(root), workers=0, cache_dir=cache, on_bad_image="exclude")
+    index = index_source(FolderSource(root), workers=0, on_bad_image="exclude")
     assert [key for key, _ in index.excluded] == [
         "class0/bad.png",
         "class1/short.png",
@@ -170,24 +168,22 @@ def test_bad_images_are_named_or_left_out(root: Path, cache: Path):
     source = FolderSource(root)
     assert [source.keys[i] for i in index.rows] == list(index.keys)
     assert index.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    put(root / "class0" / "bad.png", png())  # mended
-    assert len(index_source(FolderSource(root), workers=0, cache_dir=cache, on_bad_image="exclude")) == 13
+    put(root / "class0" / "bad.png", png())  # repaired
+    assert len(index_source(FolderSource(root), workers=0, on_bad_image="exclude")) == 13
 
 
-def test_damage_inside_the_pixels_is_found_by_a_full_check(root: Path, cache: Path):
+def test_damage_inside_the_pixels_is_found_when_bad_images_are_excluded(root: Path):
     payload = bytearray(png(64, 64))
     payload[len(payload) // 2] ^= 0xFF  # the checksum of the pixels is wrong; header and end are whole
     put(root / "class1" / "inside.png", bytes(payload))
-    assert len(index_source(FolderSource(root), workers=0, cache_dir=cache)) == 13
-    with pytest.raises(BadImage, match=r"inside\.png"):
-        index_source(FolderSource(root), workers=0, cache_dir=cache, check="full")
-    index = index_source(FolderSource(root), workers=0, cache_dir=cache, on_bad_image="exclude")
+    assert len(index_source(FolderSource(root), workers=0)) == 13
+    index = index_source(FolderSource(root), workers=0, on_bad_image="exclude")
     assert [key for key, _ in index.excluded] == ["class1/inside.png"]
 
 
 @dataclass
-class Mine:
-    """What a user brings."""
+class Samples:
+    """A user's own object."""
 
     items: list[object] = field(default_factory=list)
 
@@ -201,10 +197,10 @@ class Mine:
 def test_any_object_with_samples_is_a_source(cache: Path):
     pixels = RNG.integers(0, 256, (4, 5, 3), np.uint8)
     source = redistill.open_source(
-        Mine([(png(6, 7), 3, "one"), (pixels, np.int64(1), "two"), Sample(png(), 0, "three")])
+        Samples([(png(6, 7), 3, "one"), (pixels, np.int64(1), "two"), Sample(png(), 0, "three")])
     )
     assert redistill.open_source(source) is source
-    index = index_source(source, cache_dir=cache)
+    index = index_source(source)
     assert (list(index.keys), index.labels.tolist()) == (["one", "two", "three"], [3, 1, 0])
     assert index.sizes.tolist() == [[6, 7], [4, 5], [8, 9]]
     assert index.digests[1].tobytes() == hashlib.sha256(b"uint8[4,5,3]" + pixels.tobytes()).digest()
@@ -212,6 +208,6 @@ def test_any_object_with_samples_is_a_source(cache: Path):
 
 
 @pytest.mark.parametrize("item", [None, (b"", 0), (b"", "x", "key"), ("text", 0, "key"), (b"", 0, 7)])
-def test_what_is_no_sample_says_what_one_is(item: object, cache: Path):
+def test_an_invalid_sample_is_refused(item: object):
     with pytest.raises(UsageError, match=r"sample\(0\)"):
-        index_source(redistill.open_source(Mine([item])), cache_dir=cache)
+        index_source(redistill.open_source(Samples([item])))

@@ -1,4 +1,4 @@
-"""The drawn image set: a function of its name to the last bit, balanced, hard within families, refused in one line."""
+"""The synthetic image set: a function of its options bit for bit, balanced, hard within families."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def pixels(text: str, rows=None) -> np.ndarray:
     return np.stack([source.sample(i).payload for i in (range(len(source)) if rows is None else rows)])
 
 
-def test_the_pixels_are_what_they_have_always_been():
-    """Archives of this source are shared: a changed bit would be a changed image."""
+def test_the_pixels_never_change():
+    """Archives of this source are shared: a changed bit is a changed image."""
     digest = hashlib.sha256(pixels("synthetic?n=40").tobytes()).hexdigest()
     assert digest == "fda36f067a625c801920620cc0f7ce3e9358d94824498d3dc3d3e45c7f6cf53e"
 
@@ -49,12 +49,12 @@ def test_index_keys_labels_and_names():
 
 
 @pytest.mark.parametrize("option", ["classes=7", "size=48", "noise=0", "similarity=0.9", "clutter=0"])
-def test_every_knob_turns(option: str):
+def test_every_option_changes_the_pixels(option: str):
     assert pixels(f"synthetic?n=8&{option}").tobytes() != pixels("synthetic?n=8").tobytes()
 
 
-def test_members_of_a_family_are_alike():
-    """Without noise and clutter, class means within a family are nearer to each other than across families."""
+def test_members_of_a_family_are_similar():
+    """Without noise and clutter, class means within a family are closer to each other than across families."""
     source = pixels("synthetic?n=1600&classes=8&clutter=0&noise=0").astype(np.float32).mean(3)
     centred = np.abs(source - source.mean((1, 2), keepdims=True))
     means = np.stack([centred[label::8].mean(0) for label in range(8)])
@@ -68,7 +68,7 @@ def test_members_of_a_family_are_alike():
     "text",
     ["synthetic:cats", "synthetic?classes=1", "synthetic?size=8", "synthetic?split=test", "synthetic?colour=red"],
 )
-def test_nonsense_is_refused_in_one_line(text: str):
+def test_invalid_options_are_refused_in_one_line(text: str):
     with pytest.raises(UsageError) as error:
         open_source(text)
     assert "\n" not in str(error.value)

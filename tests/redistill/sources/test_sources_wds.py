@@ -1,4 +1,4 @@
-"""`wds:`: what is a sample, what is a key, and tars that are cut, hostile or simply wrong."""
+"""`wds:`: samples, keys and patterns, and tars that are truncated, hostile or malformed."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_braces_folders_and_bare_paths(tmp_path: Path):
     assert list(redistill.open_source(f"{tmp_path}/s-{{03,01}}.tar").keys) == [
         f"x/{i:04d}" for i in (30, 31, 32, 10, 11, 12)
     ]
-    assert "s-12.tar' is not there" in refusal(f"wds:{tmp_path}/s-{{00..12}}.tar")
+    assert "s-12.tar'" in refusal(f"wds:{tmp_path}/s-{{00..12}}.tar")
 
 
 def test_the_same_samples_as_webdataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -115,11 +115,11 @@ def test_the_same_samples_as_webdataset(tmp_path: Path, monkeypatch: pytest.Monk
 
     members = [(f"d.x/{i}.{e}", c) for i in range(4) for e, c in (("png", picture(i)), ("cls", b"1"), ("a.txt", b"t"))]
     with pack(tmp_path / "a.tar", members).open("rb") as file:
-        theirs = [
+        expected = [
             (s["__key__"], s["png"]) for s in group_by_keys({**m, "__url__": ""} for m in tar_file_iterator(file))
         ]
-    ours = redistill.open_source(f"wds:{tmp_path / 'a.tar'}")
-    assert [(s.key, s.payload) for s in (ours.sample(i) for i in range(len(ours)))] == theirs
+    source = redistill.open_source(f"wds:{tmp_path / 'a.tar'}")
+    assert [(s.key, s.payload) for s in (source.sample(i) for i in range(len(source)))] == expected
 
 
 def test_pickled_and_indexed_with_processes_and_cached(tmp_path: Path):
@@ -129,10 +129,10 @@ def test_pickled_and_indexed_with_processes_and_cached(tmp_path: Path):
     source = redistill.open_source(f"wds:{tmp_path}/{{0,1}}.tar")
     again = pickle.loads(pickle.dumps(source))
     assert again.sample(33).payload == source.sample(33).payload == picture(113)
-    first = index_source(source, workers=2, cache_dir=tmp_path / "cache")
+    first = index_source(source, workers=2)
     assert (first.reused, first.sizes.tolist()) == (0, [[8, 6]] * 40)
     shard(tars[1], 100, 20)
-    assert index_source(redistill.open_source(source.spec), cache_dir=tmp_path / "cache").reused == 20
+    assert index_source(redistill.open_source(source.spec)).reused == 20
     with pytest.raises(Refused, match=r"1\.tar' changed since it was opened"):
         source.sample(30)
     assert source.sample(3).payload == picture(3)
@@ -151,12 +151,12 @@ def test_labels_none_needs_no_labels(tmp_path: Path):
     [
         (("cls", b"one"), "cannot be read"),
         (("cls", "\u0661".encode()), "cannot be read"),
-        (("cls", b"-1"), "'-1'"),
+        (("cls", b"-1"), "found -1"),
         (("cls", b"9" * 5000), "cannot be read"),
-        (("cls", b"99999999999"), "whole number"),
-        (("json", b'{"cls": true}'), "'True'"),
-        (("json", b'{"cls": "3"}'), "whole number"),
-        (("json", b'{"cls": 3.5}'), "'3.5'"),
+        (("cls", b"99999999999"), "an integer from 0"),
+        (("json", b'{"cls": true}'), "found True"),
+        (("json", b'{"cls": "3"}'), "an integer from 0"),
+        (("json", b'{"cls": 3.5}'), "found 3.5"),
         (("json", b'{"other": 3}'), "has no label"),
         (("json", b"[3]"), "has no label"),
         (("json", b'{"cls": 3'), "cannot be read"),
@@ -164,7 +164,7 @@ def test_labels_none_needs_no_labels(tmp_path: Path):
         (("json", b"[" * 100_000), "cannot be read"),
     ],
 )
-def test_labels_that_are_none(tmp_path: Path, label: tuple[str, bytes], expected: str):
+def test_invalid_labels_are_refused(tmp_path: Path, label: tuple[str, bytes], expected: str):
     tar = pack(tmp_path / "a.tar", [("d/7.png", picture(1)), (f"d/7.{label[0]}", label[1])])
     message = refusal(f"wds:{tar}")
     assert "'d/7'" in message
@@ -174,12 +174,12 @@ def test_labels_that_are_none(tmp_path: Path, label: tuple[str, bytes], expected
 @pytest.mark.parametrize(
     ("members", "expected"),
     [
-        ([("1.png", b"x"), ("2.png", b"y"), ("1.cls", b"1"), ("2.cls", b"2")], r"members of '1' .* lie together"),
+        ([("1.png", b"x"), ("2.png", b"y"), ("1.cls", b"1"), ("2.cls", b"2")], r"members of '1' .* not adjacent"),
         ([("1.png", b"x"), ("1.cls", b"1"), ("1.png", b"y")], r"'1\.png' is in .* twice"),
         ([("1.png", b"x"), ("1.jpg", b"y"), ("1.cls", b"1")], r"'1' .* has 2 images \(jpg, png\)"),
         ([("1.cls", b"1")], r"'1' .* has no image"),
-        ([("1.txt", b"1")], r"holds no images"),
-        ([], r"holds no images"),
+        ([("1.txt", b"1")], r"no images in"),
+        ([], r"no images in"),
         ([("1.png", b"x"), ("1.cls", b"1"), special("2.png", tarfile.SYMTYPE, "/etc/passwd")], r"'2\.png' .* link"),
         ([("1.png", b"x"), ("1.cls", b"1"), special("2.png", tarfile.LNKTYPE, "1.png")], r"'2\.png' .* link"),
         ([special("2.png", tarfile.CHRTYPE)], r"'2\.png' .* special"),
@@ -187,7 +187,7 @@ def test_labels_that_are_none(tmp_path: Path, label: tuple[str, bytes], expected
         ([("a\udcff.png", b"x"), ("a\udcff.cls", b"1")], r"not UTF-8"),
     ],
 )
-def test_tars_that_do_not_fit_are_refused_by_name(tmp_path: Path, members: list[Member], expected: str):
+def test_malformed_tars_are_refused_by_name(tmp_path: Path, members: list[Member], expected: str):
     tar = pack(tmp_path / "a.tar", members, style=tarfile.GNU_FORMAT)
     with pytest.raises(Refused, match=expected):
         redistill.open_source(f"wds:{tar}")
@@ -201,7 +201,7 @@ def test_a_key_in_two_tars_is_refused(tmp_path: Path):
     assert "b.tar" in message
 
 
-def test_a_tar_cut_anywhere_is_refused(tmp_path: Path):
+def test_a_tar_truncated_anywhere_is_refused(tmp_path: Path):
     whole = shard(tmp_path / "a.tar", 0, 3).read_bytes()
     end = whole.rstrip(b"\0")  # the end mark is two blocks of zeros, then padding
     used = -(-len(end) // 512) * 512
@@ -215,7 +215,7 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path):
     tar = shard(tmp_path / "a.tar", 0, 3)
     data = bytearray(tar.read_bytes())
     at = data.index(b"x/0001.cls")
-    data[at : at + 1] = b"y"  # the checksum no longer fits: tarfile stops there without a word
+    data[at : at + 1] = b"y"  # the checksum is wrong: tarfile stops there silently
     tar.write_bytes(data)
     with tarfile.open(tar) as silent:
         assert len(silent.getnames()) == 3
@@ -232,7 +232,7 @@ def test_two_tars_in_one_file_and_compressed_tars_are_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_bytes_changed_at_random_never_end_in_a_traceback(tmp_path: Path, seed: int):
+def test_random_damage_never_ends_in_a_traceback(tmp_path: Path, seed: int):
     draw = np.random.default_rng(seed)
     tar = shard(tmp_path / "a.tar", 0, 3)
     data = np.frombuffer(tar.read_bytes(), np.uint8).copy()
@@ -241,11 +241,11 @@ def test_bytes_changed_at_random_never_end_in_a_traceback(tmp_path: Path, seed: 
     tar.write_bytes(data.tobytes())
     message = ""
     try:
-        found = len(redistill.open_source(f"wds:{tar}"))
+        samples = len(redistill.open_source(f"wds:{tar}"))
     except Refused as refused:
-        message, found = str(refused), 0
-    # What opens has all samples: the change lies in an image or in padding, and the digest will tell.
-    assert (found, message) == (3, "") or (found == 0 and "a.tar" in message and "\n" not in message)
+        message, samples = str(refused), 0
+    # A tar that opens has all samples: the damage is in an image, where its digest shows it, or in padding.
+    assert (samples, message) == (3, "") or (samples == 0 and "a.tar" in message and "\n" not in message)
 
 
 def test_sizes_that_are_negative_or_past_the_end_are_refused(tmp_path: Path):
@@ -257,7 +257,7 @@ def test_sizes_that_are_negative_or_past_the_end_are_refused(tmp_path: Path):
         assert "a.tar" in refusal(f"wds:{tmp_path}/a.tar")
 
 
-def test_names_that_climb_are_only_keys(tmp_path: Path):
+def test_names_that_leave_the_folder_are_only_keys(tmp_path: Path):
     names = ["../../etc/passwd", "/abs/olute", "a/../b"]
     members = [m for name in names for m in ((f"{name}.png", picture(1)), (f"{name}.cls", b"1"))]
     (tmp_path / "inside").mkdir()
@@ -277,7 +277,7 @@ class Carrier:
 
 
 def test_pickles_in_a_tar_do_not_run(tmp_path: Path):
-    trace = tmp_path / "was here"
+    trace = tmp_path / "code-ran"
     payload = pickle.dumps(Carrier(trace))
     extra = [(f"1.{e}", payload) for e in ("pyd", "pkl", "pickle", "pth", "npy", "npz", "ten", "mp", "cbor", "py")]
     tar = pack(
@@ -285,7 +285,7 @@ def test_pickles_in_a_tar_do_not_run(tmp_path: Path):
     )
     source = redistill.open_source(f"wds:{tar}")
     assert source.labels.tolist() == [4, 1]
-    index = index_source(source, cache_dir=tmp_path / "cache", on_bad_image="exclude")
+    index = index_source(source, on_bad_image="exclude")
     assert [key for key, _ in index.excluded] == ["2"]
     assert not trace.exists()
 
@@ -295,19 +295,53 @@ def test_pickles_in_a_tar_do_not_run(tmp_path: Path):
     ["pipe:touch {0}", "{1,pipe:touch {0}}", "PIPE:touch {0}", " pipe:touch {0}", "pipe:touch {0}; cat x.tar"],
 )
 def test_pipes_are_refused_and_nothing_runs(tmp_path: Path, pattern: str):
-    trace = tmp_path / "was-here"
+    trace = tmp_path / "code-ran"
     text = "wds:" + pattern.replace("{0}", str(trace))
     with pytest.raises(UsageError, match="pipe: is not read"):
         redistill.open_source(text)
     assert not trace.exists()
 
 
+def test_names_are_separated_by_two_colons_and_variables_have_webdatasets_prefix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for i in range(3):
+        shard(tmp_path / f"{i}.tar", 10 * i, 1)
+    monkeypatch.setenv("WDS_DATA", str(tmp_path))
+    assert len(redistill.open_source("wds:${DATA}/{0,2}.tar::${DATA}/1.tar")) == 3
+    monkeypatch.setenv("WDS_DATA", "pipe:touch x")
+    with pytest.raises(UsageError, match="pipe: is not read"):
+        redistill.open_source("wds:${DATA}")
+
+
+def test_a_pattern_longer_than_a_file_name_may_be():
+    assert "'000.tar'" in refusal("wds:" + "::".join(f"{i:03d}.tar" for i in range(2000)))
+    assert "cannot be read" in refusal(f"wds:{'a' * 300}.tar")
+
+
 @pytest.mark.parametrize(
-    "text", ["wds:", "wds:s3://b/a.tar", "wds:file:///a.tar", "wds:a{.tar", "wds:a.tar?lables=none"]
+    ("text", "expected"),
+    [
+        ("wds:", "expected a pattern"),
+        ("wds:s3://b/a.tar", "s3: is not read"),
+        ("wds:file:///a.tar", "file: is not read"),
+        ("wds:a.tar::s3://b/a.tar", "s3: is not read"),
+        ("wds:a{.tar", "unbalanced braces"),
+        ("wds:a}.tar", "unbalanced braces"),
+        ("wds:a\n{.tar", "unbalanced braces"),
+        ("wds:${DATA", "unbalanced braces"),
+        ("wds:" + "{" * 3000 + "}" * 3000, "unbalanced braces"),
+        ("wds:${NOT_SET}/a.tar", "environment variable that is not set"),
+        ("wds:a.tar::", "empty name"),
+        ("wds:::a.tar", "empty name"),
+        ("wds:a.tar?lables=none", "did you mean labels"),
+    ],
 )
-def test_other_patterns_are_refused(text: str):
-    with pytest.raises(UsageError):
+def test_other_patterns_are_refused(text: str, expected: str):
+    with pytest.raises(UsageError) as error:
         redistill.open_source(text)
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_the_same_tar_twice_is_refused(tmp_path: Path):
@@ -316,8 +350,7 @@ def test_the_same_tar_twice_is_refused(tmp_path: Path):
         redistill.open_source(f"wds:{tmp_path}/{{a,a}}.tar")
 
 
-def test_remote_tars_are_downloaded_once(tmp_path: Path, serve: Any, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def test_remote_tars_are_downloaded_once(tmp_path: Path, cache: Path, serve: Any):
     (tmp_path / "www").mkdir()
     for i in range(2):
         shard(tmp_path / "www" / f"s{i}.tar", 10 * i, 2)
@@ -326,11 +359,10 @@ def test_remote_tars_are_downloaded_once(tmp_path: Path, serve: Any, monkeypatch
         source = redistill.open_source(f"wds:{address}/s{{0..1}}.tar")
         assert [source.sample(i).payload for i in range(4)] == [picture(i) for i in (0, 1, 10, 11)]
     assert requests == ["/s0.tar", "/s1.tar"]
-    assert len(list((tmp_path / "cache" / "redistill" / "tars").iterdir())) == 2
+    assert len(list((cache / "tars").iterdir())) == 2
 
 
-def test_downloads_that_fail_leave_nothing(tmp_path: Path, serve: Any, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def test_downloads_that_fail_leave_nothing(tmp_path: Path, cache: Path, serve: Any, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "www").mkdir()
     monkeypatch.setattr(fetching, "WAITS", (0.0, 0.0))
     shard(tmp_path / "www" / "a.tar", 0, 2)
@@ -339,7 +371,7 @@ def test_downloads_that_fail_leave_nothing(tmp_path: Path, serve: Any, monkeypat
     assert "404" in refusal(f"wds:{address}/none.tar")
     assert "cannot fetch" in refusal("wds:http://127.0.0.1:9/a.tar")
     assert "cannot fetch" in refusal("wds:http://[half/a.tar")
-    assert list((tmp_path / "cache" / "redistill" / "tars").iterdir()) == []
+    assert list((cache / "tars").iterdir()) == []
 
 
 def test_an_image_over_the_limit_is_bad_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -355,8 +387,7 @@ def test_json_labels_by_field(tmp_path: Path):
     assert redistill.open_source(f"wds:{pack(tmp_path / 'a.tar', members)}").labels.tolist() == [1, 2, 3]
 
 
-def test_headers_are_read_once_while_a_tar_stays_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def test_headers_are_read_once_while_a_tar_stays_the_same(tmp_path: Path, cache: Path):
     tar = shard(tmp_path / "a.tar", 0, 5)
     hour_ago = tar.stat().st_mtime_ns - 3600 * 10**9
     os.utime(tar, ns=(hour_ago, hour_ago))
@@ -368,10 +399,10 @@ def test_headers_are_read_once_while_a_tar_stays_the_same(tmp_path: Path, monkey
     assert list(again.keys) == list(first.keys)
     assert again.labels.tolist() == first.labels.tolist()
     assert [again.sample(i).payload for i in range(5)] == [first.sample(i).payload for i in range(5)]
-    (kept,) = (tmp_path / "cache" / "redistill" / "tar-headers").iterdir()
-    for damaged in (b"", kept.read_bytes()[:-40], b"not a zip"):
-        kept.write_bytes(damaged)
+    (saved,) = (cache / "tar-headers").iterdir()
+    for damaged in (b"", saved.read_bytes()[:-40], b"not a zip"):
+        saved.write_bytes(damaged)
         assert "not a tar" in refusal(f"wds:{tar}")
-    tar.write_bytes(whole)  # its time is that of now, and a later edit may have the same: not kept
+    tar.write_bytes(whole)  # modified just now: a later edit may leave the same time, so nothing is saved
     assert len(redistill.open_source(f"wds:{tar}")) == 5
-    assert kept.read_bytes() == b"not a zip"
+    assert saved.read_bytes() == b"not a zip"

@@ -1,4 +1,4 @@
-"""Views through a real archive on disk: written, sealed, opened, joined, proven, rendered."""
+"""Views through an archive on disk: written, sealed, opened, joined, checked, rendered."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from redistill.sources.base import Sample
 from redistill.sources.index import index_source
 from redistill.sources.open_source import open_source
 from redistill.views import DrawnViews, ViewDataset, join_archive, parse_recipe
-from redistill.views.canaries import check_canaries, make_canaries, view_environment
+from redistill.views.canaries import canary_rows, check_canaries, fingerprints, view_environment
 
 N, V, SEED = 20, 3, 5
 RECIPE = "rrc?size=24&aa=rand-m9-n2&reprob=0.5&mixup=0.4&cutmix=1"
@@ -62,7 +62,8 @@ def archive(tmp_path_factory):
     for block in writer.missing("views"):
         writer.write(block, views.params(block.view, np.arange(block.start, block.stop)))
     for block in writer.missing("canaries"):
-        rows, pixels = make_canaries(open_source(Images()), views, SEED, block.view, 6)
+        rows = canary_rows(SEED, block.view, N, 6)
+        pixels = fingerprints(ViewDataset(Images(), views), block.view, rows)
         writer.write(block, {"row": rows, "pixels": pixels})
     for block in writer.missing("teachers/net"):
         encoded = codec.encode(logits[block.start : block.stop])
@@ -71,25 +72,25 @@ def archive(tmp_path_factory):
     return open_archive(path)
 
 
-def test_the_archive_shows_what_was_drawn(archive):
+def test_views_of_the_archive_are_the_views_drawn(archive):
     views = DrawnViews(index_source(open_source(Images()), workers=0), parse_recipe(RECIPE), seed=SEED, num_views=V)
     drawn, read = ViewDataset(Images(), views), ViewDataset(Images(), archive)
     for index in range(N * V):
         assert all(np.array_equal(one, other) for one, other in zip(drawn[index], read[index], strict=True))
 
 
-def test_the_readers_own_images_prove_exact(archive):
+def test_the_readers_own_images_are_exact(archive):
     source = open_source(Images(order=list(reversed(range(N)))))
-    found = check_canaries(source, archive, join_archive(source, archive))
-    assert (found.verdict, found.checked, dict(found.versions)) == ("exact", 3 * 6, {})
+    alignment = check_canaries(source, archive, join_archive(source, archive))
+    assert (alignment.verdict, alignment.checked, dict(alignment.versions)) == ("exact", 3 * 6, {})
 
 
-def test_other_images_are_refused_before_and_by_the_proof(archive):
+def test_other_images_are_refused_by_the_join_and_by_the_canaries(archive):
     worse = open_source(Images(quality=50))
     with pytest.raises(Refused, match="changed"):
         join_archive(worse, archive)
-    believed = join_archive(open_source(Images()), archive)
-    assert check_canaries(worse, archive, believed).verdict == "refused"
+    joined = join_archive(open_source(Images()), archive)
+    assert check_canaries(worse, archive, joined).verdict == "refused"
 
 
 def test_a_dataset_of_an_archive_can_be_sent_to_workers(archive):

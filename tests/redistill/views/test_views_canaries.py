@@ -1,4 +1,4 @@
-"""The alignment proof: what passes, what is refused and why, and which rows it looks at."""
+"""The alignment check: what passes, what is refused and why, and which rows are compared."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from redistill.views.canaries import (
     align,
     canary_rows,
     check_canaries,
-    make_canaries,
+    fingerprints,
     view_environment,
 )
-from redistill.views.fingerprint import distance, explained, grid_positions
+from redistill.views.fingerprint import best_explanation, distance, grid_positions
 
 N, SEED = 24, 3
 
@@ -64,9 +64,15 @@ def drawn(text: str, seed: int = SEED, num_views: int = 1) -> DrawnViews:
     return DrawnViews(INDEX, parse_recipe(text), seed=seed, num_views=num_views)
 
 
+def canaries(images: Images, views, view: int = 0, count: int = N) -> tuple[np.ndarray, np.ndarray]:
+    """The rows and fingerprints that an archive would store for a view."""
+    rows = canary_rows(SEED, view, N, count)
+    return rows, fingerprints(ViewDataset(images, views), view, rows)
+
+
 @cache
 def stored(text: str) -> dict:
-    return {0: make_canaries(open_source(Images(ENCODED)), drawn(text), SEED, 0, N)}
+    return {0: canaries(Images(ENCODED), drawn(text))}
 
 
 @cache
@@ -74,7 +80,7 @@ def decoded(how=by_pillow) -> Images:
     return Images([how(data) for data in ENCODED])
 
 
-def verdict(text: str, source: Images, views=None) -> Alignment:
+def alignment(text: str, source: Images, views=None) -> Alignment:
     return align(ViewDataset(source, views or drawn(text)), stored(text))
 
 
@@ -84,25 +90,25 @@ def verdict(text: str, source: Images, views=None) -> Alignment:
 @pytest.mark.parametrize("text", RECIPES)
 @pytest.mark.parametrize("how", [by_pillow, by_torchvision, by_draft])
 def test_the_same_pixels_are_exact(text, how):
-    found = verdict(text, decoded(how))
-    assert (found.verdict, found.drift, found.checked) == ("exact", 0.0, N)
-    assert found.require() is found
+    result = alignment(text, decoded(how))
+    assert (result.verdict, result.drift, result.checked) == ("exact", 0.0, N)
+    assert result.require() is result
 
 
 @pytest.mark.parametrize("text", RECIPES)
 @pytest.mark.parametrize("how", [Image.Resampling.NEAREST, Image.Resampling.BICUBIC])
 def test_another_chroma_upsampling_is_tolerated(text, how):
-    found = verdict(text, decoded(upsampling_chroma(how)))
-    assert found.verdict == "tolerance"
-    assert 0.0 < found.drift < 1.0
-    assert "drift" in found.message
+    result = alignment(text, decoded(upsampling_chroma(how)))
+    assert result.verdict == "tolerance"
+    assert 0.0 < result.drift < 1.0
+    assert "drift" in result.message
 
 
 def test_rounding_noise_is_tolerated():
     """One level up or down at random: what another inverse DCT does."""
     random = np.random.default_rng(0)
     noisy = [np.clip(image.astype(int) + random.integers(-1, 2, image.shape), 0, 255) for image in decoded().payloads]
-    assert verdict(PLAIN, Images([image.astype(np.uint8) for image in noisy])).verdict == "tolerance"
+    assert alignment(PLAIN, Images([image.astype(np.uint8) for image in noisy])).verdict == "tolerance"
 
 
 # -- another view is refused ------------------------------------------------------------------------------------------
@@ -152,20 +158,20 @@ WRONG = {
     ],
 )
 def test_other_views_are_refused(text, wrong):
-    found = verdict(text, *WRONG[wrong](text))
-    assert found.verdict == "refused"
-    with pytest.raises(Refused, match="not those the teacher saw") as caught:
-        found.require()
+    result = alignment(text, *WRONG[wrong](text))
+    assert result.verdict == "refused"
+    with pytest.raises(Refused, match="do not match the archive") as caught:
+        result.require()
     assert "\n" not in str(caught.value)
-    assert len(found.worst) == 3
-    assert found.worst[0].drift >= found.worst[1].drift
+    assert len(result.worst) == 3
+    assert result.worst[0].drift >= result.worst[1].drift
 
 
 @pytest.mark.parametrize(
     "other", ["rrc?size=64&scale=0.09,1", "rrc?size=64&color_jitter=0,0,0.3", "rrc?size=64&hflip=0.6"]
 )
 def test_other_recipes_are_refused(other):
-    assert verdict(PLAIN, decoded(), drawn(other)).verdict == "refused"
+    assert alignment(PLAIN, decoded(), drawn(other)).verdict == "refused"
 
 
 @pytest.mark.parametrize(
@@ -179,25 +185,25 @@ def test_other_recipes_are_refused(other):
     ],
 )
 def test_the_cause_is_named(wrong, cause):
-    assert cause in verdict(PLAIN, *WRONG[wrong](PLAIN)).message
+    assert cause in alignment(PLAIN, *WRONG[wrong](PLAIN)).message
 
 
-def test_a_wrong_rendering_is_found_beneath_the_noise_of_a_decoder():
-    """The archive was resized without antialiasing and decoded elsewhere: less than the tolerance, but it points."""
+def test_a_wrong_rendering_is_found_within_the_noise_of_a_decoder():
+    """The archive was resized without antialiasing and decoded otherwise: within tolerance, but the cause shows."""
     images = decoded(upsampling_chroma(Image.Resampling.NEAREST))
-    archive = {0: make_canaries(images, with_interpolation(PLAIN, "bilinear", False), SEED, 0, N)}
+    archive = {0: canaries(images, with_interpolation(PLAIN, "bilinear", False))}
     apart = distance(archive[0][1], stored(PLAIN)[0][1])
-    assert apart.misfit() is None
-    found = align(ViewDataset(Images(ENCODED), drawn(PLAIN)), archive)
-    assert found.verdict == "refused"
-    assert "bilinear interpolation, without antialiasing" in found.reason
+    assert apart.mismatch() is None
+    result = align(ViewDataset(Images(ENCODED), drawn(PLAIN)), archive)
+    assert result.verdict == "refused"
+    assert "bilinear interpolation, without antialiasing" in result.reason
 
 
-def test_what_cannot_show_is_exact():
+def test_an_option_without_effect_is_exact():
     """Views that are not resized do not depend on the interpolation."""
     text = "cifar?size=32"
-    found = verdict(text, decoded(), with_interpolation(text, "bicubic", True))
-    assert found.verdict == "exact"
+    result = alignment(text, decoded(), with_interpolation(text, "bicubic", True))
+    assert result.verdict == "exact"
 
 
 # -- which rows -------------------------------------------------------------------------------------------------------
@@ -229,7 +235,7 @@ def test_fewer_rows_than_canaries_are_all_canaries():
 
 
 def test_fingerprints_are_pixels_of_the_view():
-    rows, pixels = make_canaries(open_source(Images(ENCODED)), drawn(PLAIN), SEED, 0, 5)
+    rows, pixels = canaries(Images(ENCODED), drawn(PLAIN), count=5)
     at = grid_positions(64)
     assert at.tolist() == [4, 12, 20, 28, 36, 44, 52, 60]
     dataset = ViewDataset(Images(ENCODED), drawn(PLAIN))
@@ -250,7 +256,7 @@ def test_small_views_have_fingerprints_too():
 
 @dataclass
 class Archive:
-    """What a reader offers, held in memory."""
+    """The part of an opened archive that the check uses, in memory."""
 
     text: str
     num_views: int
@@ -265,54 +271,54 @@ class Archive:
         self.spec = SimpleNamespace(recipe=recipe.to_json(), view_arrays=recipe.arrays(), environment=environment)
         self.views = drawn(self.text, num_views=self.num_views)
         self.keys, self.labels, self.digests = pack_keys(INDEX.keys), INDEX.labels, INDEX.digests
-        self.asked = []
+        self.read = []
 
     def view_params(self, view, rows=None):
         return self.views.params(view, np.arange(N) if rows is None else np.asarray(rows))
 
     def canaries(self, view):
-        self.asked.append(view)
-        return make_canaries(open_source(Images(ENCODED)), self.views, SEED, view, self.count)
+        self.read.append(view)
+        return canaries(Images(ENCODED), self.views, view, self.count)
 
 
 def joined(missing=()) -> Join:
     rows = np.arange(N)
     rows[list(missing)] = -1
-    return Join(rows, None)
+    return Join(rows)
 
 
 def test_an_archive_is_checked_against_the_readers_images():
-    found = check_canaries(open_source(Images(ENCODED)), Archive(MIXED, 3), joined())
-    assert (found.verdict, found.checked) == ("exact", 3 * 16)
-    assert found.versions == {"pillow": ("1.0", view_environment()["pillow"])}
-    found = check_canaries(open_source(replaced_by_neighbours()), Archive(MIXED, 3), joined())
-    assert found.verdict == "refused"
-    assert found.worst[0].key == f"{found.worst[0].row}.jpg"
-    assert "pillow 1.0 there" in found.message
+    result = check_canaries(open_source(Images(ENCODED)), Archive(MIXED, 3), joined())
+    assert (result.verdict, result.checked) == ("exact", 3 * 16)
+    assert result.versions == {"pillow": ("1.0", view_environment()["pillow"])}
+    result = check_canaries(open_source(replaced_by_neighbours()), Archive(MIXED, 3), joined())
+    assert result.verdict == "refused"
+    assert result.worst[0].key == f"{result.worst[0].row}.jpg"
+    assert "pillow 1.0 in the archive" in result.message
 
 
 def test_many_views_are_checked_evenly():
     archive = Archive("rrc?size=16", 100)
-    found = check_canaries(open_source(Images(ENCODED)), archive, joined())
-    assert len(archive.asked) == 16
-    assert found.checked == 256
-    assert np.ptp(np.diff(archive.asked)) <= 1
-    archive.asked.clear()
+    result = check_canaries(open_source(Images(ENCODED)), archive, joined())
+    assert len(archive.read) == 16
+    assert result.checked == 256
+    assert np.ptp(np.diff(archive.read)) <= 1
+    archive.read.clear()
     check_canaries(open_source(Images(ENCODED)), archive, joined(), views=[5, 7])
-    assert archive.asked == [5, 7]
+    assert archive.read == [5, 7]
 
 
-def test_canaries_without_their_image_are_passed_over():
+def test_canaries_without_their_image_are_skipped():
     archive = Archive(MIXED, 1)
     rows = archive.canaries(0)[0]
-    found = check_canaries(open_source(Images(ENCODED)), archive, joined(missing=rows[:8]))
-    assert found.verdict == "exact"
-    assert 0 < found.checked <= 8
+    result = check_canaries(open_source(Images(ENCODED)), archive, joined(missing=rows[:8]))
+    assert result.verdict == "exact"
+    assert 0 < result.checked <= 8
     with pytest.raises(Refused, match="nothing proves"):
         check_canaries(open_source(Images(ENCODED)), archive, joined(missing=rows))
 
 
-def test_a_canary_beyond_the_archive_is_damage():
+def test_a_canary_row_beyond_the_archive_is_damage():
     archive = Archive(PLAIN, 1)
     archive.canaries = lambda _: (np.array([N], np.uint32), np.zeros((1, 8, 8, 3), np.uint8))
     with pytest.raises(Damaged, match="canary of view 0 is row 24"):
@@ -320,31 +326,31 @@ def test_a_canary_beyond_the_archive_is_damage():
 
 
 def test_an_alignment_is_plain_json():
-    found = check_canaries(open_source(replaced_by_neighbours()), Archive(PLAIN, 1), joined())
-    data = json.loads(json.dumps(found.to_json()))
+    result = check_canaries(open_source(replaced_by_neighbours()), Archive(PLAIN, 1), joined())
+    data = json.loads(json.dumps(result.to_json()))
     assert (data["verdict"], len(data["worst"]), data["checked"]) == ("refused", 3, 16)
 
 
-def test_one_odd_canary_of_many_is_reported_but_not_fatal():
-    """An image nearly without contrast, equalized, shows the drift of a decoder hugely; two such are too many."""
-    here = stored(PLAIN)[0][1].repeat(3, axis=0)
-    odd = here.copy()
+def test_one_outlier_of_many_canaries_is_tolerated():
+    """Equalizing an image almost without contrast magnifies the drift of a decoder; two such canaries are too many."""
+    rendered = stored(PLAIN)[0][1].repeat(3, axis=0)
+    odd = rendered.copy()
     odd[5] = 255 - odd[5]
-    assert distance(odd, here).misfit() is None
+    assert distance(odd, rendered).mismatch() is None
     odd[6] = 255 - odd[6]
-    assert "2 of 72 canaries" in distance(odd, here).misfit()
+    assert "2 of 72 canaries" in distance(odd, rendered).mismatch()
 
 
-def test_noise_points_at_no_suspect():
+def test_noise_is_explained_by_no_wrong_rendering():
     random = np.random.default_rng(0)
-    here = stored(PLAIN)[0][1]
-    suspect = stored("rrc?size=64&interpolation=bicubic")[0][1]
-    noisy = np.clip(here.astype(int) + random.integers(-1, 2, here.shape), 0, 255).astype(np.uint8)
-    assert explained(noisy, here, {"bicubic": suspect}) is None
-    assert explained(suspect, here, {"bicubic": suspect}) == "bicubic"
+    rendered = stored(PLAIN)[0][1]
+    bicubic = stored("rrc?size=64&interpolation=bicubic")[0][1]
+    noisy = np.clip(rendered.astype(int) + random.integers(-1, 2, rendered.shape), 0, 255).astype(np.uint8)
+    assert best_explanation(noisy, rendered, {"bicubic": bicubic}) is None
+    assert best_explanation(bicubic, rendered, {"bicubic": bicubic}) == "bicubic"
 
 
-def test_the_environment_names_what_decides_pixels():
+def test_the_environment_has_the_versions_that_decide_pixels():
     environment = view_environment()
     assert {"pillow", "libjpeg", "torchvision", "numpy", "cpu"} <= environment.keys()
     assert environment["torch"] == torch.__version__ or environment["torch"] in torch.__version__

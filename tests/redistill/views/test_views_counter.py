@@ -1,4 +1,4 @@
-"""The generator against its published vectors, a slow second implementation, and its own promises."""
+"""The generator against published test vectors, a slow second implementation, and its properties."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 
 from redistill.views.counter import Purpose, below, draw_words, happens, philox4x32, uniform
 
-# Random123's known answers for "philox4x32 10": counter, key, output.
+# Random123's known-answer tests of "philox4x32 10": counter, key, output.
 KNOWN_ANSWERS = [
     ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
     ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
@@ -19,11 +19,11 @@ def hexadecimals(text: str) -> list[int]:
     return [int(word, 16) for word in text.split()]
 
 
-@pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS)
-def test_known_answers(counter, key, answer):
+@pytest.mark.parametrize(("counter", "key", "output"), KNOWN_ANSWERS)
+def test_known_answers(counter, key, output):
     first, second = hexadecimals(key)
     words = philox4x32(np.array(hexadecimals(counter), np.uint64)[:, None], (first, second))
-    assert words[:, 0].tolist() == hexadecimals(answer)
+    assert words[:, 0].tolist() == hexadecimals(output)
 
 
 def slow_philox(counter: list[int], key: tuple[int, int]) -> list[int]:
@@ -50,14 +50,14 @@ def test_agrees_with_a_slow_second_implementation():
         assert words[:, n].tolist() == slow_philox(counters[:, n].tolist(), (0xDEADBEEF, 7))
 
 
-def test_words_are_where_the_format_says():
+def test_words_follow_the_layout_of_the_format():
     seed = 0x0123456789ABCDEF
     words = draw_words(seed, 3, np.array([41, 2**32 - 1]), Purpose.MIX, 2)
     assert words[:, 0].tolist() == slow_philox([41, 3, 8, 2], (0x89ABCDEF, 0x01234567))
     assert words[:, 1].tolist() == slow_philox([2**32 - 1, 3, 8, 2], (0x89ABCDEF, 0x01234567))
 
 
-def test_words_do_not_depend_on_the_company_of_a_row():
+def test_words_do_not_depend_on_the_other_rows():
     rows = np.random.default_rng(0).permutation(1000)
     together = draw_words(1, 2, rows, Purpose.CROP)
     assert (draw_words(1, 2, rows[100:103], Purpose.CROP) == together[:, 100:103]).all()

@@ -1,4 +1,4 @@
-"""The dataset: the same bytes however it is loaded, one decode per image, and refusals for what cannot be shown."""
+"""The dataset: the same bytes from any loader, one decode per image, and refusals of what cannot be rendered."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Pictures:
 
 @dataclass
 class StoredArchive:
-    """What a reader offers, held in memory."""
+    """The part of an opened archive that views use, in memory."""
 
     spec: SimpleNamespace
     class_names: None
@@ -92,7 +92,7 @@ MIXED = "rrc?size=24&aa=ta_wide&reprob=0.5&mixup=0.5&cutmix=1&mixup_prob=0.8"
 
 
 def every_item(loader) -> list[np.ndarray]:
-    """The fields of all batches, put together."""
+    """The fields of all batches, concatenated."""
     batches = list(loader)
     assert all(type(batch) is type(batches[0]) for batch in batches)
     return [torch.cat(column).numpy() for column in zip(*batches, strict=True)]
@@ -118,8 +118,8 @@ def test_the_same_bytes_from_any_number_and_kind_of_workers(workers, method):
         assert (one == other).all()
 
 
-def test_persistent_workers_follow_the_epochs():
-    """The view is in the index: workers started for view 0 show view 1 when the order asks for it."""
+def test_persistent_workers_render_the_view_of_the_epoch():
+    """The index encodes the view: workers started for view 0 render view 1 when the sampler requests it."""
     dataset = ViewDataset(Pictures(), archive_of(PLAIN))
     order = list(dataset.indices(0))
     loader = DataLoader(dataset, batch_size=4, sampler=order, num_workers=1, persistent_workers=True)
@@ -131,7 +131,7 @@ def test_persistent_workers_follow_the_epochs():
         assert (pixels == np.stack([dataset[int(index)].pixels for index in order])).all()
 
 
-def test_items_say_whose_they_are():
+def test_items_have_their_label_row_and_view():
     dataset = ViewDataset(Pictures(), archive_of(PLAIN))
     assert len(dataset) == N * V
     item = dataset[dataset.index(2, 7)]
@@ -174,9 +174,9 @@ def test_the_order_of_the_source_does_not_matter():
     shuffled = np.random.default_rng(2).permutation(N).tolist()
     one, other = ViewDataset(Pictures(), archive), ViewDataset(Pictures(shuffled), archive)
     for view in range(V):
-        for mine, theirs in zip(*(d.__getitems__(d.indices(view)) for d in (one, other)), strict=True):
-            assert mine.row == theirs.row
-            assert torch.equal(mine.pixels, theirs.pixels)
+        for left, right in zip(*(d.__getitems__(d.indices(view)) for d in (one, other)), strict=True):
+            assert left.row == right.row
+            assert torch.equal(left.pixels, right.pixels)
 
 
 @pytest.mark.parametrize("text", [PLAIN, MIXED, "center?size=24"])
@@ -200,11 +200,11 @@ def test_render_shows_what_the_dataset_shows(text):
     assert render(Pictures(), archive, row=0, view=0, size=17).shape == (3, 17, 17)
 
 
-def test_rows_without_their_sample_are_left_out_and_refused():
+def test_rows_without_their_sample_are_skipped_by_indices_and_refused():
     archive = archive_of(MIXED)
-    there = [number for number in range(N) if number not in (3, 8)]
-    joined = join_archive(open_source(Pictures(there)), archive, allow_missing=True)
-    dataset = ViewDataset(Pictures(there), archive, joined=joined)
+    present = [number for number in range(N) if number not in (3, 8)]
+    joined = join_archive(open_source(Pictures(present)), archive, allow_missing=True)
+    dataset = ViewDataset(Pictures(present), archive, joined=joined)
     rows = dataset.indices(0) % N
     partners = archive.stored[0]["mix_partner"][rows]
     assert not set(rows) & {3, 8}
@@ -213,7 +213,7 @@ def test_rows_without_their_sample_are_left_out_and_refused():
     with pytest.raises(Refused, match="row 3 has no sample"):
         dataset[3]
     with pytest.raises(Refused, match="row 8"):
-        render(Pictures(there), archive, 8, 0)
+        render(Pictures(present), archive, 8, 0)
 
 
 def test_a_pickled_dataset_carries_no_parameters():
@@ -224,7 +224,7 @@ def test_a_pickled_dataset_carries_no_parameters():
     assert torch.equal(pickle.loads(pickle.dumps(dataset))[5].pixels, expected)
 
 
-def test_few_views_are_kept():
+def test_the_parameters_of_two_views_are_cached():
     views = ArchiveViews(archive_of(PLAIN), join_archive(open_source(Pictures()), archive_of(PLAIN)))
     reads = []
     archive = views.archive
@@ -249,7 +249,7 @@ def test_views_and_rows_outside_are_refused():
         ViewDataset(Pictures(), archive).indices(V)
 
 
-def test_an_archive_whose_parameters_are_not_its_recipes_is_refused():
+def test_an_archive_whose_parameters_do_not_match_its_recipe_is_refused():
     archive = archive_of(PLAIN)
     archive.spec.recipe = parse_recipe("rrc?size=24&reprob=0.5").to_json()
     with pytest.raises(Refused, match="erase"):

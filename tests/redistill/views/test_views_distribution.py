@@ -1,4 +1,4 @@
-"""Drawn parameters against those torchvision v2 draws itself: two samples, one distribution.
+"""Drawn parameters against those that torchvision v2 draws: two samples of one distribution.
 
 All seeds are fixed, so a test either always passes or always fails; P is far from what chance would give a wrong
 distribution of this many samples, which `test_a_slightly_different_distribution_would_be_found` shows.
@@ -103,7 +103,7 @@ def test_color_jitter():
 
 
 def recorded(kind: type[v2.Transform], n: int, side: int, **options) -> list[list[tuple[str, float]]]:
-    """The operations and magnitudes that torchvision's automatic augmentation asks itself to apply."""
+    """The operations and magnitudes that torchvision's automatic augmentation applies."""
     calls: list[tuple[str, float]] = []
 
     class Recorder(kind):
@@ -131,11 +131,11 @@ UNITS = {"posterize": 1, "rotate": 2**7, "solarize": 255 * 2**7, "translate_x": 
 
 def ours_as_theirs(ops: np.ndarray) -> list[tuple[str, float]]:
     """Operation and magnitude in torchvision's terms, shifts in whole pixels; rounded, to be counted."""
-    found = []
+    calls = []
     for number, stored in ops.tolist():
         name = OPERATIONS[number]
-        found.append((NAMES[name], round(stored / UNITS.get(name, 2**14), 2)))
-    return found
+        calls.append((NAMES[name], round(stored / UNITS.get(name, 2**14), 2)))
+    return calls
 
 
 def counted(calls: list[tuple[str, float]]) -> list[tuple[str, float]]:
@@ -215,7 +215,7 @@ def test_cutmix(alpha):
         assert_same_numbers(boxes[:, mine], theirs[:, their])
 
 
-def test_mixing_is_switched_as_asked():
+def test_mixing_follows_its_probabilities():
     params = draw("rrc?size=64&mixup=0.8&cutmix=1&mixup_prob=0.7&mixup_switch_prob=0.25", 64, 64)
     cut = params["mix_box"][:, 2] > 0
     mixed = params["mix_partner"] != np.arange(N)
@@ -224,7 +224,7 @@ def test_mixing_is_switched_as_asked():
 
 
 def test_a_slightly_different_distribution_would_be_found():
-    """The tests have teeth: a ratio range 5 % too wide, an operation missing, a sign never drawn."""
+    """Detected: a ratio range 5 % too wide, an operation missing, a sign never drawn."""
     crop = draw("rrc?ratio=0.7125,1.4", 375, 500)["crop"]
     drawn = their_params(v2.RandomResizedCrop(224), 375, 500)
     with pytest.raises(AssertionError):

@@ -1,4 +1,4 @@
-"""What drawing promises: a function of (seed, view, row) alone, in range, and the same numbers for ever."""
+"""Drawn parameters: a function of (seed, view, row) alone, in range, and never changing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_arrays_are_those_the_recipe_declares():
         assert (name, values.dtype, values.shape) == (spec.name, np.dtype(spec.dtype), (N, *spec.row_shape))
 
 
-def test_rows_can_be_drawn_in_any_order_and_company():
+def test_rows_can_be_drawn_in_any_order_and_batch():
     whole = draw()
     order = np.random.default_rng(1).permutation(N)
     shuffled = draw(rows=order)
@@ -42,7 +42,7 @@ def test_rows_can_be_drawn_in_any_order_and_company():
         assert (alone[name] == values[77:78]).all()
 
 
-def test_blocks_of_work_leave_no_trace():
+def test_rows_do_not_depend_on_the_block_they_are_drawn_in():
     rows = np.arange(DRAW_ROWS + 100)
     sizes = np.tile([300, 400], (len(rows), 1))
     recipe = parse_recipe("rrc?reprob=0.3")
@@ -58,7 +58,7 @@ def test_seeds_and_views_differ():
             assert (other[name] != values).any()
 
 
-def test_nothing_leaves_its_range():
+def test_all_parameters_are_in_range():
     params = draw()
     crop = params["crop"].astype(int)
     assert (crop[:, :2] >= 0).all()
@@ -120,7 +120,7 @@ def test_images_too_small_for_a_padded_crop_are_named():
         (0, 0, [0], [9]),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(seed, view, rows, sizes):
+def test_invalid_arguments_are_refused(seed, view, rows, sizes):
     with pytest.raises(UsageError):
         draw_params(parse_recipe("rrc"), seed, view, rows, sizes, 5)
 
@@ -129,7 +129,7 @@ def test_no_rows_is_no_parameters():
     assert draw(rows=np.arange(0))["crop"].shape == (0, 4)
 
 
-def test_draws_are_the_same_numbers_for_ever():
+def test_draws_never_change():
     """A changed digest means that a released recipe draws other views: that is a new op name, not a new digest."""
     digests = {}
     for text in ("rrc", "cifar?padding=300", EVERYTHING, "center", "rrc?aa=ta_wide&size=32&vflip=0.5"):
@@ -151,12 +151,12 @@ DIGESTS = {
 
 def test_purposes_never_share_a_counter(monkeypatch):
     """Two steps that drew from the same words would be dependent; every (purpose, index) is used by one step only."""
-    asked = []
+    used = []
 
-    def noted(seed, view, rows, purpose, index=0):
-        asked.append((purpose, index))
+    def recording(seed, view, rows, purpose, index=0):
+        used.append((purpose, index))
         return draw_words(seed, view, rows, purpose, index)
 
-    monkeypatch.setattr("redistill.views.draw.draw_words", noted)
+    monkeypatch.setattr("redistill.views.draw.draw_words", recording)
     draw(rows=np.arange(50))
-    assert len(asked) == len(set(asked))
+    assert len(used) == len(set(used))

@@ -27,8 +27,8 @@ def test_log_uniform_quantiles(low, high):
 
 @pytest.mark.parametrize("alpha", [0.1, 0.2, 0.4, 0.8, 1.0, 1.5, 2.0, 8.0, 16.0])
 def test_beta_quantiles_are_the_nearest_weights(alpha):
-    wanted = scipy.stats.beta(alpha, alpha).ppf(CHANCES) * WEIGHT_UNIT
-    assert np.abs(beta_weights(alpha) - wanted).max() <= 0.51
+    expected = scipy.stats.beta(alpha, alpha).ppf(CHANCES) * WEIGHT_UNIT
+    assert np.abs(beta_weights(alpha) - expected).max() <= 0.51
 
 
 def test_tables_are_the_same_bits_everywhere():

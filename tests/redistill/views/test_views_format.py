@@ -1,4 +1,4 @@
-"""FORMAT.md's account of the generator, followed word for word in plain Python: the same integers."""
+"""The generator as FORMAT.md specifies it, in plain Python: the same integers."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def box(w: list[int], height: int, width: int, scale: tuple, ratio: tuple) -> li
 def crop(row: int, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)) -> list[int]:
     height, width = SIZES[row].tolist()
     for attempt in range(10):
-        found = box(words(row, 1, attempt), height, width, scale, ratio)
-        if 1 <= found[2] <= height and 1 <= found[3] <= width:
-            return found
+        candidate = box(words(row, 1, attempt), height, width, scale, ratio)
+        if 1 <= candidate[2] <= height and 1 <= candidate[3] <= width:
+            return candidate
     high = round(width / ratio[0]) if width / height < ratio[0] else height
     wide = round(height * ratio[1]) if width / height > ratio[1] else width
     return [(height - high) // 2, (width - wide) // 2, high, wide]
@@ -75,13 +75,13 @@ def jitter(row: int, strengths: tuple, p: float) -> list[int]:
 
 def operations(row: int, count: int, magnitude: int | None) -> list[list[int]]:
     table = rand_magnitudes(224) if magnitude is not None else wide_magnitudes(224)
-    found = []
+    drawn = []
     for k in range(count):
         w = words(row, 4, k)
         number = below(w[0], len(OPERATIONS))
         stored = int(table[number, below(w[2], BINS) if magnitude is None else magnitude])
-        found.append([number, -stored if number in SIGNED and happens(w[1], 0.5) else stored])
-    return found
+        drawn.append([number, -stored if number in SIGNED and happens(w[1], 0.5) else stored])
+    return drawn
 
 
 def mix(row: int, side: int, mixup: float, cutmix: float, p: float, switch: float) -> tuple:
@@ -144,15 +144,15 @@ def test_gray_blur_and_erase(drawn):
 
 def test_mix(drawn):
     for row in range(N):
-        found = drawn["mix_partner"][row], drawn["mix_weight"][row], drawn["mix_box"][row]
-        assert found == mix(row, 224, 0.3, 1.5, 0.8, 0.4)
+        values = drawn["mix_partner"][row], drawn["mix_weight"][row], drawn["mix_box"][row]
+        assert values == mix(row, 224, 0.3, 1.5, 0.8, 0.4)
 
 
 def test_padded_crop():
-    found = draw_params(parse_recipe("cifar?padding=5&size=30"), SEED, VIEW, np.arange(N), SIZES, N)["crop"]
+    values = draw_params(parse_recipe("cifar?padding=5&size=30"), SEED, VIEW, np.arange(N), SIZES, N)["crop"]
     for row in range(N):
         w, (height, width) = words(row, 1), SIZES[row].tolist()
-        assert found[row].tolist() == [below(w[0], height + 11 - 30) - 5, below(w[1], width + 11 - 30) - 5, 30, 30]
+        assert values[row].tolist() == [below(w[0], height + 11 - 30) - 5, below(w[1], width + 11 - 30) - 5, 30, 30]
 
 
 def test_canaries():

@@ -1,4 +1,4 @@
-"""Rendered pixels against torchvision's own transforms, handed the same parameters."""
+"""Rendered pixels against torchvision's own transforms, with the same parameters."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def test_resized_crops_and_flips(interpolation, antialias):
     text = f"rrc?size=64&vflip=0.5&interpolation={interpolation}&antialias={antialias}"
     flips = set()
     for params, view in views(text):
-        wanted = crop_as_torchvision(params, 64, interpolation, antialias)
+        expected = crop_as_torchvision(params, 64, interpolation, antialias)
         flip = int(params["flip"])
-        wanted = v2.functional.horizontal_flip(wanted) if flip & 1 else wanted
-        wanted = v2.functional.vertical_flip(wanted) if flip & 2 else wanted
+        expected = v2.functional.horizontal_flip(expected) if flip & 1 else expected
+        expected = v2.functional.vertical_flip(expected) if flip & 2 else expected
         flips.add(flip)
-        assert torch.equal(view, wanted)
+        assert torch.equal(view, expected)
     assert flips == {0, 1, 2, 3}
 
 
@@ -79,13 +79,13 @@ def test_color_jitter():
     for params, view in views("rrc?size=64&hflip=0&color_jitter=0.4,0.4,0.4,0.1&color_jitter_prob=0.7"):
         order, *factors = params["jitter"].tolist()
         brightness, contrast, saturation, hue = (factor / JITTER_UNIT for factor in factors)
-        wanted = crop_as_torchvision(params)
+        expected = crop_as_torchvision(params)
         orders.add(order)
         if order >= 0:
             drawn = {"brightness_factor": brightness, "contrast_factor": contrast}
             drawn |= {"saturation_factor": saturation, "hue_factor": hue, "fn_idx": torch.tensor(ORDERS[order])}
-            wanted = transform.transform(wanted, drawn)
-        assert torch.equal(view, wanted)
+            expected = transform.transform(expected, drawn)
+        assert torch.equal(view, expected)
     assert len(orders) > 8
     assert -1 in orders
 
@@ -97,7 +97,7 @@ def test_augment_operations(aa, interpolation):
     mode = InterpolationMode(interpolation)
     seen = set()
     for params, view in views(f"rrc?size=64&hflip=0&aa={aa}&aa_interpolation={interpolation}", rows=np.arange(60)):
-        wanted = crop_as_torchvision(params)
+        expected = crop_as_torchvision(params)
         for number, stored in params["ops"].tolist():
             name = OPERATIONS[number]
             unit = {"rotate": 2**7, "posterize": 1, "solarize": 255 * 2**7}.get(name, 2**14)
@@ -105,11 +105,11 @@ def test_augment_operations(aa, interpolation):
             if name.startswith("translate"):
                 assert magnitude == pytest.approx(round(magnitude), abs=0.01)
                 magnitude = round(magnitude)
-            wanted = transform._apply_image_or_video_transform(
-                wanted, TORCHVISION[number], magnitude, interpolation=mode, fill=transform._fill
+            expected = transform._apply_image_or_video_transform(
+                expected, TORCHVISION[number], magnitude, interpolation=mode, fill=transform._fill
             )
             seen.add(name)
-        assert torch.equal(view, wanted)
+        assert torch.equal(view, expected)
     assert len(seen) > 10
 
 
@@ -133,13 +133,13 @@ def test_magnitudes_show_the_pixels_that_torchvision_shows(size, table, transfor
             magnitude = 0.0 if magnitudes is None else float(magnitudes[m])
             if name.startswith("Translate") and abs(magnitude - round(magnitude)) < 1e-5:
                 magnitude = round(magnitude)  # float32 makes 15.999999 of 16 pixels, and torchvision 15
-            wanted = transform()._apply_image_or_video_transform(
+            expected = transform()._apply_image_or_video_transform(
                 image, name, magnitude, interpolation=InterpolationMode.NEAREST, fill={}
             )
             view = apply_operation(image, number, int(stored[number, m]), InterpolationMode.NEAREST)
-            differing = (view != wanted).float().mean()
+            differing = (view != expected).float().mean()
             if name in ("Brightness", "Color", "Contrast", "Sharpness"):
-                assert (view.int() - wanted.int()).abs().max() <= 1, (name, m)
+                assert (view.int() - expected.int()).abs().max() <= 1, (name, m)
             else:
                 assert differing <= {"ShearX": 0.1, "ShearY": 0.1, "Solarize": 0.02}.get(name, 0.0), (name, m)
 
@@ -147,25 +147,25 @@ def test_magnitudes_show_the_pixels_that_torchvision_shows(size, table, transfor
 def test_grayscale_and_blur():
     blurred = 0
     for params, view in views("rrc?size=64&hflip=0&grayscale_prob=0.5&gaussian_blur_prob=0.5&blur_kernel=7"):
-        wanted = crop_as_torchvision(params)
-        wanted = v2.functional.rgb_to_grayscale(wanted, 3) if params["gray"] else wanted
+        expected = crop_as_torchvision(params)
+        expected = v2.functional.rgb_to_grayscale(expected, 3) if params["gray"] else expected
         if params["blur"]:
             blurred += 1
-            wanted = v2.functional.gaussian_blur(wanted, [7, 7], [int(params["blur"]) / 4096] * 2)
-        assert torch.equal(view, wanted)
+            expected = v2.functional.gaussian_blur(expected, [7, 7], [int(params["blur"]) / 4096] * 2)
+        assert torch.equal(view, expected)
     assert 4 < blurred < 20
 
 
 def test_erasing():
     erased = 0
     for params, view in views("rrc?size=64&hflip=0&reprob=0.5&revalue=9,99,199"):
-        wanted = crop_as_torchvision(params)
+        expected = crop_as_torchvision(params)
         top, left, bottom, right = (edge_pixels(edge, 64) for edge in params["erase"].tolist())
         if bottom:
             erased += 1
             colour = torch.tensor([9, 99, 199], dtype=torch.uint8)[:, None, None]
-            wanted = v2.functional.erase(wanted, top, left, bottom - top, right - left, colour)
-        assert torch.equal(view, wanted)
+            expected = v2.functional.erase(expected, top, left, bottom - top, right - left, colour)
+        assert torch.equal(view, expected)
     assert 4 < erased < 20
 
 
@@ -268,7 +268,7 @@ def test_rendering_is_pure(text):
 
 
 def test_channels_last_images_give_the_same_pixels():
-    """Decoders hand out images with interleaved channels; the memory layout must not reach the pixels."""
+    """Decoders hand out images with interleaved channels; the memory layout must not change the pixels."""
     interleaved = IMAGE.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     for text in ("rrc?size=64", "rrc?size=64&interpolation=bicubic", "rrc?size=224&aa=rand"):
         for (_, one), (_, other) in zip(views(text), views(text, image=interleaved), strict=True):
