@@ -22,6 +22,7 @@ from redistill_cache.strict_json import Json, canonical, json_copy
 __all__ = [
     "CHUNK_BYTES",
     "FORMAT",
+    "LOGITS",
     "VERSION",
     "ArchiveSpec",
     "ArraySpec",
@@ -201,6 +202,8 @@ def _divisors(number: int) -> list[int]:
 
 FORMAT = "redistill-archive"
 VERSION = (1, 0)
+# The signal that every teacher has; others are named after layers.
+LOGITS = "logits"
 CODECS = ("linear", "float16", "float32", "compander", "topk")
 
 
@@ -354,7 +357,7 @@ class ArchiveSpec:
     def check_teacher(self, teacher: TeacherSpec) -> None:
         """Logits have a value for every class, or labels would point outside of them."""
         for signal in teacher.signals:
-            fits = signal.name != "logits" or signal.width == self.num_classes
+            fits = signal.name != LOGITS or signal.width == self.num_classes
             expected = f"{self.num_classes}, the number of classes"
             require(fits, f"teacher {teacher.name!r}: width of the logits", expected, signal.width)
 

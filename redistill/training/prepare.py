@@ -51,7 +51,7 @@ def prepare(options: TrainOptions, world: World, progress: Progress) -> TrainSet
     """What is quick to find out comes first: nobody should wait for a million images to read of a typing error."""
     with world.first_here_first():
         archive = open_archive(options.archive)
-    specs = options.members()
+    specs = options.members
     size = archive_recipe(archive).size if options.size is None else options.size
     refuse_options(options, specs, archive)
     students = [open_student(spec, archive, size, options) for spec in specs]

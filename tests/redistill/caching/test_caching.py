@@ -354,7 +354,7 @@ def test_bad_places(tmp_path: Path):
     "option", [{"views": 0}, {"block_rows": 0}, {"size": 0}, {"workers": -1}, {"codec": "zip"}, {"fidelity": 2.0}]
 )
 def test_options_that_make_no_sense(tmp_path: Path, option: dict):
-    with pytest.raises(UsageError, match="|".join(option)):
+    with pytest.raises(UsageError, match="--" + "|".join(option).replace("_", "-")):
         asked(tmp_path / "a.zarr", **option)
 
 
