@@ -118,8 +118,8 @@ def check_types(values: Mapping[str, Any], options: type) -> None:
     for name, value in values.items():
         kind, several, _ = options_of(options)[name].type
         types, words = TYPES[kind]
-        items = value if several and isinstance(value, list | tuple) else [value]
-        is_list = items is value
+        is_list = isinstance(value, list | tuple)
+        items = value if is_list else [value]
         if is_list != several or not all(isinstance(i, types) and isinstance(i, bool) == (kind is bool) for i in items):
             raise UsageError(f"{name} must be {f'a list, each {words}' if several else words}, found {value!r}")
 

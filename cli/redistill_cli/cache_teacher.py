@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from typing import TYPE_CHECKING, Annotated
@@ -52,12 +51,9 @@ def cache_teacher(
     \b
       torchrun --nproc-per-node=8 -m redistill_cli cache-teacher \\
         'wds:train-{0000..0146}.tar' --views 8 \\
-        --teacher 'torchvision:resnet50?weights=DEFAULT' --out resnet50.redistill.zarr
+        --teacher 'torchvision:resnet50?weights=DEFAULT' \\
+        --out resnet50.redistill.zarr
     """
-    # The encoder multiplies many small matrices while the teacher needs the cores: with several threads it takes twice
-    # the processor time. Must be set before numpy is imported by the workers.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-
     from redistill.caching import cache_teacher as run
     from redistill.caching import estimate_cache
     from redistill.ranks import Rank

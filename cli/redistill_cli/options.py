@@ -40,13 +40,12 @@ def takes(options: type, *, require: bool = True) -> Callable[[Command], Command
 def parameter(option: Option, require: bool) -> Parameter:
     """An option as a parameter of a typer command."""
     required = require and option.default is MISSING
-    text = option.help if required or option.default is MISSING else f"{option.help}{describe_default(option)}"
-    metavar = option.metavar or "|".join(option.type.choices) or None
     default = ... if required else None
+    text = option.help + describe_default(option)
     if option.positional:
-        info = typer.Argument(default, help=text, metavar=metavar or option.flag, show_default=False)
+        info = typer.Argument(default, metavar=option.flag, help=text, show_default=False)
     else:
-        info = typer.Option(default, spelling(option), help=text, metavar=metavar, show_default=False)
+        info = typer.Option(default, spelling(option), metavar=metavar(option), help=text, show_default=False)
     return Parameter(option.field, Parameter.KEYWORD_ONLY, default=info, annotation=annotation(option))
 
 
@@ -56,24 +55,30 @@ def spelling(option: Option) -> str:
     return f"{option.flag}/--no-{option.flag[2:]}" if negatable else option.flag
 
 
+def metavar(option: Option) -> str | None:
+    kind, several, choices = option.type
+    return option.metavar or "|".join(choices) or (f"<{kind.__name__}>" if several else None)
+
+
 def annotation(option: Option) -> object:
     kind, several, _ = option.type
-    if option.commas or (kind is Path and option.metavar):  # split in collect; a Path would break a URL
+    if option.commas or (kind is Path and option.metavar):  # split by collect; a Path would break a URL
         return str
     return GenericAlias(list, (kind,)) if several else kind
 
 
 def describe_default(option: Option) -> str:
     value = option.default
-    if value is True:
-        text = option.flag.lstrip("-")
+    if isinstance(value, tuple):
+        value = ",".join(map(str, value))
     elif isinstance(value, float):
-        text = f"{value:g}"
-    elif isinstance(value, tuple):
-        text = ",".join(map(str, value)) or option.default_text
-    else:
-        text = option.default_text if value is None or value is False else str(value)
-    return f" [default: {text}]" if text else ""
+        value = f"{value:g}"
+    elif value is True:
+        value = option.flag[2:]
+    elif value in (None, MISSING) or value is False:
+        value = ""
+    text = value if value != "" else option.default_text
+    return f" [default: {text}]" if text != "" else ""
 
 
 def collect(options: type, values: Mapping[str, Any]) -> dict[str, Any]:

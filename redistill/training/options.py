@@ -89,7 +89,6 @@ class TrainOptions:
         metadata=option(
             "Seed for weights and noise. May be repeated.",
             name="seed",
-            metavar="INT",
             at_least=0,
             at_most=LARGEST_SEED,
         ),
