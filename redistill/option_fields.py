@@ -105,7 +105,8 @@ def options_of(options: type) -> Mapping[str, Option]:
     return result
 
 
-def field_type(hint: Any) -> FieldType:  # noqa: ANN401  a type, a Literal, a tuple, or a union with one of them first
+def field_type(hint: type) -> FieldType:
+    """Of an annotation: a type, a Literal, a tuple of one of them, or a union that begins with one."""
     if get_origin(hint) is Literal:
         return FieldType(str, False, get_args(hint))
     if get_origin(hint) is tuple:
