@@ -1,102 +1,106 @@
-"""Optimisers and learning rates, under the names that timm's users know.
+"""Optimisers and learning rate schedules, under timm's names.
 
-The learning rate is a pure function of progress: nothing has to be saved or replayed to resume in the middle of an
-epoch. `sgd` is torch's plain momentum, as the distillation literature uses it; `nesterov` is what timm calls sgd.
+The learning rate is a pure function of progress, so resuming in the middle of an epoch needs no scheduler state. `sgd`
+is torch's plain momentum, as the distillation literature uses it; `nesterov` is what timm calls sgd.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from redistill_cache.errors import UsageError
-from torch import Tensor, nn
 
+from redistill.option_fields import check_values, option
 from redistill.specs import did_you_mean
 
-__all__ = ["PRESETS", "OptimConfig", "Preset", "clip_gradients", "lr_at", "make_optimizer", "preset", "set_lr"]
+if TYPE_CHECKING:  # imported where it is used: `redistill --help` shows these options and must not wait for torch
+    import torch
+    from torch import Tensor, nn
 
-OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw")
-SCHEDULES = ("cosine", "step", "multistep", "constant")
+__all__ = ["PRESETS", "OptimConfig", "Preset", "clip_gradients", "lr_at", "make_optimizer", "preset", "set_lr"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """How weights are moved. Field names are option names."""
+    """Optimiser and learning rate schedule."""
 
-    opt: str = "nesterov"
-    lr: float = 0.1
-    """The highest rate, at the batch size in use: nothing scales it silently."""
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    no_decay_norm_bias: bool = False
-    """Leave biases and the parameters of norms out of weight decay."""
-    sched: str = "cosine"
-    epochs: int = 240
-    warmup_epochs: float = 0.0
-    """From `warmup_lr` to `lr` on a straight line, counted within `epochs`. Milestones count from the start."""
-    warmup_lr: float = 0.0
-    min_lr: float = 0.0
-    """Where cosine ends, and what step and multistep never go below."""
-    decay_epochs: float = 30.0
-    """`step`: multiply by `decay_rate` every so many epochs."""
-    decay_milestones: tuple[float, ...] = ()
-    """`multistep`: multiply by `decay_rate` when these epochs are complete."""
-    decay_rate: float = 0.1
-    clip_grad: float | None = None
-    """Largest norm of the whole gradient."""
+    epochs: int = field(default=240, metadata=option("Epochs of training.", at_least=1))
+    opt: Literal["sgd", "nesterov", "adam", "adamw"] = field(
+        default="nesterov", metadata=option("Optimiser; nesterov is what timm calls sgd.")
+    )
+    lr: float = field(
+        default=0.1,
+        metadata=option(
+            "Peak learning rate, used as it is at any batch size; presets scale theirs.", above=0, below=math.inf
+        ),
+    )
+    momentum: float = field(default=0.9, metadata=option("Momentum of sgd and nesterov.", at_least=0, below=1))
+    weight_decay: float = field(default=5e-4, metadata=option("Weight decay.", at_least=0, below=math.inf))
+    no_decay_norm_bias: bool = field(
+        default=False, metadata=option("No weight decay for biases and normalisation layers.")
+    )
+    sched: Literal["cosine", "step", "multistep", "constant"] = field(
+        default="cosine", metadata=option("Learning rate schedule.")
+    )
+    warmup_epochs: float = field(
+        default=0.0,
+        metadata=option(
+            "Linear warm-up from --warmup-lr to --lr, counted within --epochs.", at_least=0, below=math.inf
+        ),
+    )
+    warmup_lr: float = field(
+        default=0.0, metadata=option("Learning rate at the start of warm-up.", at_least=0, below=math.inf)
+    )
+    min_lr: float = field(
+        default=0.0,
+        metadata=option(
+            "Final learning rate of cosine, lower bound of step and multistep.", at_least=0, below=math.inf
+        ),
+    )
+    decay_epochs: float = field(
+        default=30.0,
+        metadata=option("With --sched step: epochs between multiplications by --decay-rate.", above=0, below=math.inf),
+    )
+    decay_milestones: tuple[float, ...] = field(
+        default=(),
+        metadata=option(
+            "With --sched multistep: epochs, counted from the start, after which to multiply by --decay-rate, as in "
+            "150,180,210.",
+            metavar="A,B",
+            commas=True,
+            above=0,
+        ),
+    )
+    decay_rate: float = field(
+        default=0.1,
+        metadata=option("Factor of the learning rate in --sched step and multistep.", above=0, below=math.inf),
+    )
+    clip_grad: float | None = field(
+        default=None, metadata=option("Clip the norm of the whole gradient to this.", above=0, below=math.inf)
+    )
 
     def __post_init__(self) -> None:
-        one_of("opt", self.opt, OPTIMIZERS)
-        one_of("sched", self.sched, SCHEDULES)
-        for name in ("lr", "decay_epochs", "decay_rate", "epochs", "clip_grad"):
-            within(name, getattr(self, name), low_open=True)
-        for name in ("weight_decay", "warmup_epochs", "warmup_lr", "min_lr"):
-            within(name, getattr(self, name))
-        if not 0 <= self.momentum < 1:
-            raise UsageError(f"{flag('momentum')} must be in [0, 1), found {self.momentum!r}")
+        check_values(self)
         if self.opt == "nesterov" and self.momentum == 0:
             raise UsageError("--opt nesterov needs --momentum above 0")
         if self.warmup_epochs > self.epochs:
-            raise UsageError(f"{self.warmup_epochs:g} warm-up epochs do not fit into {self.epochs} epochs")
+            raise UsageError(f"--warmup-epochs {self.warmup_epochs:g} is above --epochs {self.epochs}")
         if self.min_lr > self.lr:
             raise UsageError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}")
         if self.sched == "multistep" and not self.decay_milestones:
             raise UsageError("--sched multistep needs --decay-milestones, such as 150,180,210")
-        if any(not m > 0 for m in self.decay_milestones) or list(self.decay_milestones) != sorted(
-            set(self.decay_milestones)
-        ):
-            raise UsageError(f"--decay-milestones must rise from above 0, found {list(self.decay_milestones)}")
+        if list(self.decay_milestones) != sorted(set(self.decay_milestones)):
+            raise UsageError(f"--decay-milestones must increase, found {list(self.decay_milestones)}")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"decay_milestones": list(self.decay_milestones)}
 
 
-def flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def one_of(name: str, value: str, known: Iterable[str]) -> None:
-    if value not in known:
-        raise UsageError(f"{flag(name)} {value!r} is not known; {did_you_mean(value, known)}")
-
-
-def within(name: str, value: float | None, *, low_open: bool = False) -> None:
-    """A finite number, not below zero; with `low_open`, above it."""
-    if value is None:
-        return
-    if not math.isfinite(value) or value < 0 or (low_open and value == 0):
-        raise UsageError(f"{flag(name)} must be a finite number {'above' if low_open else 'from'} 0, found {value!r}")
-
-
 def lr_at(config: OptimConfig, progress: float) -> float:
-    """The learning rate after `progress` epochs: 1.5 is half-way through the second.
-
-    Ask with steps_done / steps_per_epoch before each step.
-    """
+    """The learning rate after `progress` epochs: steps_done / steps_per_epoch before each step."""
     if progress < config.warmup_epochs:
         return config.warmup_lr + (config.lr - config.warmup_lr) * progress / config.warmup_epochs
     if config.sched == "cosine":
@@ -111,7 +115,9 @@ def lr_at(config: OptimConfig, progress: float) -> float:
 
 
 def make_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimiser of a module's trainable parameters, with the rate of step 0."""
+    """The optimiser of the module's trainable parameters, at the learning rate of step 0."""
+    import torch
+
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     groups = parameter_groups(named, config)
     lr = lr_at(config, 0.0)
@@ -123,12 +129,12 @@ def make_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 
 
 def parameter_groups(named: list[tuple[str, nn.Parameter]], config: OptimConfig) -> list[dict[str, Any]]:
-    """One group per weight decay. A vector is a bias or belongs to a norm."""
+    """One group per weight decay. A parameter of one dimension is a bias or belongs to a normalisation layer."""
     if not config.no_decay_norm_bias:
         return [{"params": [p for _, p in named], "weight_decay": config.weight_decay}]
-    spared = [p for name, p in named if p.ndim <= 1 or name.endswith(".bias")]
+    exempt = [p for name, p in named if p.ndim <= 1 or name.endswith(".bias")]
     decayed = [p for name, p in named if not (p.ndim <= 1 or name.endswith(".bias"))]
-    groups = [(decayed, config.weight_decay), (spared, 0.0)]
+    groups = [(decayed, config.weight_decay), (exempt, 0.0)]
     return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
 
 
@@ -138,10 +144,12 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def clip_gradients(parameters: Iterable[Tensor], config: OptimConfig) -> Tensor | None:
-    """Scale the gradients to `clip_grad` where they are longer; the norm before that, or None without clipping.
+    """Clip the gradient norm to `clip_grad`; returns the norm before clipping, or None without clipping.
 
     Under a gradient scaler, call `scaler.unscale_(optimizer)` first.
     """
+    from torch import nn
+
     if config.clip_grad is None:
         return None
     return nn.utils.clip_grad_norm_(parameters, config.clip_grad)
@@ -149,38 +157,44 @@ def clip_gradients(parameters: Iterable[Tensor], config: OptimConfig) -> Tensor 
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A recipe of the literature: what `preset` hands out, at the batch size in use."""
+    """Settings of a published recipe."""
 
     batch_size: int
     optim: OptimConfig
-    note: str
 
-
-# CRD (arXiv 1910.10699) and its followers; rates of the narrow families are those of their scripts.
-CIFAR_KD = OptimConfig(
-    opt="sgd",
-    lr=0.05,
-    momentum=0.9,
-    weight_decay=5e-4,
-    sched="multistep",
-    epochs=240,
-    decay_milestones=(150.0, 180.0, 210.0),
-)
-IMAGENET_100 = OptimConfig(
-    opt="sgd",
-    lr=0.1,
-    momentum=0.9,
-    weight_decay=1e-4,
-    sched="multistep",
-    epochs=100,
-    decay_milestones=(30.0, 60.0, 90.0),
-)
-QUICK = OptimConfig(opt="nesterov", lr=0.1, weight_decay=5e-4, sched="cosine", epochs=10, warmup_epochs=1.0)
 
 PRESETS = {
-    "cifar-kd": Preset(batch_size=64, optim=CIFAR_KD, note="CIFAR-100 as in CRD: 240 epochs, x0.1 at 150, 180, 210"),
-    "imagenet-100": Preset(batch_size=256, optim=IMAGENET_100, note="ImageNet: 100 epochs, x0.1 at 30, 60, 90"),
-    "quick": Preset(batch_size=128, optim=QUICK, note="10 epochs, cosine: to see that everything works"),
+    # CIFAR-100 as in CRD (arXiv 1910.10699) and its followers.
+    "cifar-kd": Preset(
+        batch_size=64,
+        optim=OptimConfig(
+            opt="sgd",
+            lr=0.05,
+            momentum=0.9,
+            weight_decay=5e-4,
+            sched="multistep",
+            epochs=240,
+            decay_milestones=(150.0, 180.0, 210.0),
+        ),
+    ),
+    # The usual recipe of ImageNet: 100 epochs, x0.1 at 30, 60, 90.
+    "imagenet-100": Preset(
+        batch_size=256,
+        optim=OptimConfig(
+            opt="sgd",
+            lr=0.1,
+            momentum=0.9,
+            weight_decay=1e-4,
+            sched="multistep",
+            epochs=100,
+            decay_milestones=(30.0, 60.0, 90.0),
+        ),
+    ),
+    # 10 epochs, to see that everything works.
+    "quick": Preset(
+        batch_size=128,
+        optim=OptimConfig(opt="nesterov", lr=0.1, weight_decay=5e-4, sched="cosine", epochs=10, warmup_epochs=1.0),
+    ),
 }
 
 # Families that diverge at 0.05 without warm-up: CRD's scripts train them at a fifth of the rate.
@@ -189,10 +203,11 @@ GENTLE_FACTOR = 0.2
 
 
 def preset(name: str, *, model: str = "", batch_size: int | None = None) -> Preset:
-    """A preset for this model (by name) at this batch size: the rate is scaled in proportion to the batch."""
-    one_of("preset", name, PRESETS)
-    found = PRESETS[name]
+    """The preset for a model (by name) at a batch size: the learning rate is proportional to the batch size."""
+    if name not in PRESETS:
+        raise UsageError(f"--preset {name!r} is not known; {did_you_mean(name, PRESETS)}")
+    published = PRESETS[name]
     gentle = name == "cifar-kd" and model.lower().startswith(GENTLE)
-    batch = found.batch_size if batch_size is None else batch_size
-    lr = found.optim.lr * (GENTLE_FACTOR if gentle else 1.0) * (batch / found.batch_size)
-    return replace(found, batch_size=batch, optim=replace(found.optim, lr=lr))
+    batch = published.batch_size if batch_size is None else batch_size
+    lr = published.optim.lr * (GENTLE_FACTOR if gentle else 1.0) * (batch / published.batch_size)
+    return Preset(batch_size=batch, optim=replace(published.optim, lr=lr))

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from redistill_cache.errors import Refused, UsageError
+from redistill_cache.spec import LOGITS
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
@@ -18,7 +19,7 @@ from redistill.specs import did_you_mean, first_line
 
 __all__ = ["LOGITS", "PENULTIMATE", "Head", "Signals", "find_head", "pool"]
 
-LOGITS, PENULTIMATE = "logits", "penultimate"
+PENULTIMATE = "penultimate"
 
 
 class Head(NamedTuple):

@@ -1,9 +1,11 @@
-"""Spec strings, the one small language of the command line: `scheme:name?key=value&key=value`.
+"""Spec strings, the small language of data, models and losses: `scheme:name?key=value&key=value`.
 
 folder:/data/train                 data       scheme "folder", name "/data/train"
 synthetic?classes=20&size=32       data       scheme "synthetic", name ""
 cifar:resnet8x4?weights=w.pt       model      scheme "cifar", name "resnet8x4"
 power?lam=0.6667&temperature=4     loss       scheme "power", name ""
+
+Also the wording that their error messages share with others.
 """
 
 from __future__ import annotations
@@ -20,42 +22,14 @@ from redistill_cache.errors import UsageError
 __all__ = ["Spec", "did_you_mean", "first_line", "listed", "parse_spec"]
 
 
-# -- wording ----------------------------------------------------------------------------------------------------------
-#
-# Words for error messages, which are one line each.
-
-NAMED = 3
-
-
-def listed(words: Iterable[str], separator: str = ", ") -> str:
-    """The first few, and how many more."""
-    words = list(words)
-    rest = [f"and {len(words) - NAMED} more"] if len(words) > NAMED else []
-    return separator.join(words[:NAMED] + rest)
-
-
-def first_line(error: BaseException) -> str:
-    """What a library says, cut to its first line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-
-
-# -- specs ------------------------------------------------------------------------------------------------------------
-
 T = TypeVar("T", str, int, float, bool)
 
 TRUE, FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The tail of an "unknown name" message: the nearest known names, or all of them when none is near."""
-    known = sorted(known)
-    near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
-    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
-
-
 @dataclass(frozen=True)
 class Spec:
-    """A parsed spec string. `options` are still text; `take` reads them with a type."""
+    """A parsed spec string. `options` are text; `take` converts them."""
 
     scheme: str
     name: str = ""
@@ -66,7 +40,7 @@ class Spec:
         return self.text
 
     def refuse_unknown(self, known: Iterable[str]) -> None:
-        """Every option must be one of `known`; a typo is an error, never ignored."""
+        """Refuse any option that is not one of `known`."""
         known = sorted(known)
         for key in self.options:
             if key not in known:
@@ -74,7 +48,7 @@ class Spec:
                 raise UsageError(f"{self.text!r}: unknown option {key!r}; {hint}")
 
     def take(self, key: str, default: T) -> T:
-        """The option `key` as the type of `default`, or `default` when it was not given."""
+        """The option `key` as the type of `default`, or `default` where it is missing."""
         text = self.options.get(key)
         if text is None:
             return default
@@ -90,7 +64,7 @@ class Spec:
 
 
 def parse_spec(text: str) -> Spec:
-    """Split a spec string: the scheme ends at the first ':' before any '?', options start at the first '?'."""
+    """Split a spec string: options start at the first '?', and the scheme ends at the first ':' before it."""
     head, question, tail = text.partition("?")
     scheme, _, name = head.partition(":")
     if not scheme:
@@ -101,6 +75,30 @@ def parse_spec(text: str) -> Spec:
         if not key or not equals:
             raise UsageError(f"{text!r}: expected key=value after '?', found {pair!r}")
         if key in options:
-            raise UsageError(f"{text!r}: option {key!r} is given twice")
+            raise UsageError(f"{text!r}: option {key!r} occurs twice")
         options[key] = unquote(value)
     return Spec(scheme=scheme, name=name, options=MappingProxyType(options), text=text)
+
+
+# -- wording of error messages ----------------------------------------------------------------------------------------
+
+LISTED = 3
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of an "unknown name" message: the most similar known names, or all of them when none is similar."""
+    known = sorted(known)
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+
+
+def listed(words: Iterable[str], separator: str = ", ") -> str:
+    """The first few, and how many more."""
+    words = list(words)
+    rest = [f"and {len(words) - LISTED} more"] if len(words) > LISTED else []
+    return separator.join(words[:LISTED] + rest)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's error message, shortened."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]

@@ -23,6 +23,7 @@ from redistill_cache.strict_json import Json, canonical, json_copy
 __all__ = [
     "CHUNK_BYTES",
     "FORMAT",
+    "LOGITS",
     "VERSION",
     "ArchiveSpec",
     "ArraySpec",
@@ -196,6 +197,8 @@ def _divisors(number: int) -> list[int]:
 
 FORMAT = "redistill-archive"
 VERSION = (1, 0)
+# The signal that every teacher has; others are named after layers.
+LOGITS = "logits"
 # All codecs of the format; codecs/catalogue.py implements each.
 CODECS = ("linear", "float16", "float32", "compander", "topk")
 
@@ -347,7 +350,7 @@ class ArchiveSpec:
     def check_teacher(self, teacher: TeacherSpec) -> None:
         """`UsageError` unless the logits of a teacher have one value per class."""
         for signal in teacher.signals:
-            fits = signal.name != "logits" or signal.width == self.num_classes
+            fits = signal.name != LOGITS or signal.width == self.num_classes
             expected = f"{self.num_classes}, the number of classes"
             require(fits, f"teacher {teacher.name!r}: width of the logits", expected, signal.width)
 

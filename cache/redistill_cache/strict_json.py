@@ -158,7 +158,7 @@ class Fields:
         bounded = math.isfinite(low) and math.isfinite(high)
         expected = f"a number from {low:g} to {high:g}" if bounded else "a finite number"
         value = self._take(key, (int, float), expected)
-        if not math.isfinite(value) or not low <= value <= high:
+        if not _is_finite(value) or not low <= value <= high:
             self.refuse(key, expected)
         return float(value)
 
@@ -167,7 +167,7 @@ class Fields:
         expected = f"a list of {count} finite numbers"
         values = self._take(key, (list, tuple), expected)
         if len(values) != count or not all(
-            isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values
+            isinstance(v, int | float) and not isinstance(v, bool) and _is_finite(v) for v in values
         ):
             self.refuse(key, expected)
         return tuple(float(value) for value in values)

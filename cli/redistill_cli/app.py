@@ -1,4 +1,4 @@
-"""The typer application: one module per command, each registered here."""
+"""The typer application. Every command is a module of its own."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from redistill_cli.train import train
 from redistill_cli.verify import verify
 
 
-class Stopped(RedistillError):
-    """Ctrl-C where nothing was to be kept."""
+class CommandInterrupted(RedistillError):
+    """Ctrl-C in a command that has no state to save."""
 
     exit_code = 130
 
 
 class Commands(TyperGroup):
-    """Says so when a command is interrupted, as typer would leave without a word."""
+    """Reports Ctrl-C as an error of ours; typer would exit without a message."""
 
-    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401  a context of the click that typer brings; what a command returns
+    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401  the context of typer's own click, and what a command returns
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            raise Stopped("interrupted") from None
+            raise CommandInterrupted("interrupted") from None
 
 
 app = typer.Typer(
@@ -39,16 +39,16 @@ app = typer.Typer(
     cls=Commands,
     help="Knowledge distillation without paying for the teacher twice.",
     no_args_is_help=True,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,  # rich reflows examples, drops text in brackets, and cuts option names at 80 columns
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 fine, 1 the answer is no, 2 usage, 3 refused (data or archive do not fit), "
-    "4 damaged archive, 130 interrupted.",
+    epilog="Exit codes: 0 ok, 1 check failed, 2 usage, 3 refused (data or archive do not match), 4 damaged archive, "
+    "130 interrupted.",
 )
 
 
-def show_version(wanted: bool) -> None:
-    if wanted:
+def show_version(requested: bool) -> None:
+    if requested:
         from importlib.metadata import version
 
         typer.echo(f"redistill {version('redistill')}")

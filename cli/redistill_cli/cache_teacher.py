@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from redistill_cache.wording import human_bytes
 
+from redistill.caching.options import CacheOptions
+from redistill_cli.options import collect, takes
 from redistill_cli.rendering import TerminalProgress, human_seconds, key_values, print_json
 
 if TYPE_CHECKING:
@@ -21,155 +21,93 @@ SECRET = re.compile(r"(?i)((?:token|secret|password|passwd|api[_-]?key|access[_-
 USER_OF_URL = re.compile(r"(?<=://)[^/\s@]+@")
 
 
+@takes(CacheOptions)
 def cache_teacher(
-    data: Annotated[str, typer.Argument(help="The images: folder:PATH, cifar100:PATH, wds:PATTERN, ..., or a path.")],
-    teacher: Annotated[str, typer.Option("--teacher", help="The teacher: torchvision:resnet50?weights=DEFAULT, ...")],
-    out: Annotated[Path, typer.Option("--out", help="The archive to write or to continue.")],
-    views: Annotated[int, typer.Option("--views", help="Views of every image; an epoch of training reads one.")] = 1,
-    recipe: Annotated[
-        str | None, typer.Option("--recipe", help="Augmentation: center, rrc, cifar with ?options, or a TOML file.")
-    ] = None,
-    size: Annotated[int | None, typer.Option("--size", help="Side of a view. [default: the teacher's input]")] = None,
-    codec: Annotated[str, typer.Option("--codec", help="auto, linear, compander, float16 or float32.")] = "auto",
-    fidelity: Annotated[
-        float, typer.Option("--fidelity", help="Bound on KL(teacher || stored) of every row, at T = 1 and T = 4.")
-    ] = 1e-3,
-    feature_fidelity: Annotated[
-        float, typer.Option("--feature-fidelity", help="Bound on the relative error of every row of features.")
-    ] = 0.02,
-    signals: Annotated[
-        str, typer.Option("--signals", help="What to keep: logits, and layers such as layer3 or penultimate.")
-    ] = "logits",
-    keep_shift: Annotated[
-        bool, typer.Option("--keep-shift", help="Keep the mean of each row of logits, for losses on raw logits.")
-    ] = False,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Views the teacher answers for at once.")] = 128,
-    workers: Annotated[int | None, typer.Option("--workers", help="Rendering processes. [default: cores]")] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    amp: Annotated[
-        bool | None, typer.Option("--amp/--no-amp", help="bfloat16 forward pass. [default: on CUDA only]")
-    ] = None,
-    compile_: Annotated[bool, typer.Option("--compile", help="torch.compile the teacher.")] = False,
-    seed: Annotated[int, typer.Option("--seed", help="Decides every view.")] = 0,
-    teacher_name: Annotated[
-        str | None, typer.Option("--teacher-name", help="Name in the archive; another one adds a teacher.")
-    ] = None,
-    licence: Annotated[str, typer.Option("--licence", help="Licence of the archive.")] = "",
-    citation: Annotated[str, typer.Option("--citation", help="How to cite the archive.")] = "",
-    block_rows: Annotated[
-        int | None, typer.Option("--block-rows", help="Rows committed together. [default: by the number of samples]")
-    ] = None,
-    on_bad_image: Annotated[str, typer.Option("--on-bad-image", help="fail, or exclude (and list it).")] = "fail",
-    extend_views: Annotated[
-        bool, typer.Option("--extend-views", help="Add views to an archive, up to --views; nothing is redone.")
-    ] = False,
+    *,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what it would cost; runs the teacher on a pilot.")
+        bool, typer.Option("--dry-run", help="Estimate size and time from a small pilot, and write nothing.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    **values: object,
 ) -> None:
-    """Run a teacher once over augmented views of images, and keep what it says in an archive.
+    """Run a teacher over augmented views, write an archive.
 
-    The same command continues after any interruption; committed blocks are never done again. Under torchrun the
-    processes share the work, and the archive is the same to the byte.
+    Run the same command again to resume after an interruption: committed
+    blocks are not recomputed. Under torchrun the ranks share the work; the
+    archive is byte-identical for any number of ranks.
 
     Examples:
 
-      redistill cache-teacher folder:imagenet/train --teacher torchvision:resnet50?weights=DEFAULT --views 8
-      --out resnet50.redistill.zarr --dry-run
+    \b
+      redistill cache-teacher folder:imagenet/train --views 8 \\
+        --teacher 'torchvision:resnet50?weights=DEFAULT' \\
+        --out resnet50.redistill.zarr --dry-run
 
-      redistill cache-teacher cifar100:data --teacher 'cifar:resnet32x4?weights=r32x4.pt' --views 40
-      --recipe cifar --out r32x4.redistill.zarr
+    \b
+      redistill cache-teacher cifar100:data --views 40 --recipe cifar \\
+        --teacher 'cifar:resnet32x4?weights=r32x4.pt' \\
+        --out r32x4.redistill.zarr
 
-      torchrun --nproc-per-node=8 -m redistill_cli cache-teacher wds:'train-{0000..0146}.tar' --teacher ... --out ...
+    \b
+      torchrun --nproc-per-node=8 -m redistill_cli cache-teacher \\
+        'wds:train-{0000..0146}.tar' --views 8 \\
+        --teacher 'torchvision:resnet50?weights=DEFAULT' \\
+        --out resnet50.redistill.zarr
     """
-    # The encoder multiplies many small matrices, while the teacher needs the cores: with more threads than one it takes
-    # twice the processor time. Read when numpy is imported.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-
-    from redistill_cache.errors import UsageError
-
-    from redistill.caching import CacheOptions, estimate_cache
-    from redistill.caching import cache_teacher as cache
+    from redistill.caching import cache_teacher as run
+    from redistill.caching import estimate_cache
     from redistill.ranks import Rank
 
-    if dry_run and not Rank.from_environment().first:
-        return  # the first rank speaks for all
-    if on_bad_image not in ("fail", "exclude"):
-        raise UsageError(f"expected --on-bad-image fail or exclude, found {on_bad_image!r}")
-    options = CacheOptions(
-        data=data,
-        teacher=teacher,
-        views=views,
-        out=out,
-        recipe=recipe,
-        size=size,
-        codec=codec,
-        fidelity=fidelity,
-        feature_fidelity=feature_fidelity,
-        signals=tuple(name.strip() for name in signals.split(",") if name.strip()),
-        keep_shift=keep_shift,
-        batch_size=batch_size,
-        workers=workers,
-        device=device,
-        amp=amp,
-        compile=compile_,
-        seed=seed,
-        teacher_name=teacher_name,
-        licence=licence,
-        citation=citation,
-        block_rows=block_rows,
-        on_bad_image="exclude" if on_bad_image == "exclude" else "fail",
-        extend_views=extend_views,
-        allow_python=True,
-        command=without_secrets(sys.argv[1:]),
-    )
+    first = Rank.from_environment().first
+    if dry_run and not first:
+        return
+    options = CacheOptions(**collect(CacheOptions, values), allow_python=True, command=without_secrets(sys.argv[1:]))
     with TerminalProgress() as progress:
         if dry_run:
-            found = estimate_cache(options, progress)
-        else:
-            done = cache(options, progress)
-    if not Rank.from_environment().first:
-        return  # the first rank speaks for all
-    if dry_run:
-        print_json(found.to_json()) if as_json else show_estimate(found)
-    elif as_json:
-        print_json(done.to_json())
-    else:
-        show_result(done)
+            estimate = estimate_cache(options, progress)
+            print_json(estimate.to_json()) if as_json else show_estimate(estimate)
+            return
+        result = run(options, progress)
+    if first:
+        print_json(result.to_json()) if as_json else show_result(result)
 
 
 def without_secrets(arguments: list[str]) -> str:
-    """The command for the record: what looks like a password is not in it."""
+    """The command line as recorded in the archive: values that look like passwords or tokens are masked."""
     return " ".join(USER_OF_URL.sub("***@", SECRET.sub(r"\1***", argument)) for argument in arguments)
 
 
-def show_estimate(found: Estimate) -> None:
+def show_estimate(estimate: Estimate) -> None:
+    pace = f"{estimate.images_per_second:.1f} images/s on {estimate.device}"
     rows: list[tuple[str, object]] = [
-        ("samples", f"{found.samples:,}"),
-        ("views", f"{found.views:,}, {found.blocks:,} blocks, {found.files:,} files"),
-        ("size", f"{human_bytes(found.total_bytes)}, {found.bytes_per_view:.1f} bytes a view of the teacher's"),
-        ("free", human_bytes(found.free_bytes)),
-        ("pace", f"{found.images_per_second:.1f} images/s on {found.device}, measured on {found.pilot_rows} views"),
-        ("time", f"{human_seconds(found.seconds)}, {found.device_hours:.2f} hours of {found.device} in all"),
-        ("break-even", found.break_even),
+        ("samples", f"{estimate.samples:,}"),
+        ("views", f"{estimate.views:,}, {estimate.blocks:,} blocks, {estimate.files:,} files"),
+        (
+            "size",
+            f"{human_bytes(estimate.total_bytes)}, {estimate.bytes_per_view:.1f} bytes per view of teacher outputs",
+        ),
+        ("free", human_bytes(estimate.free_bytes)),
+        ("pace", f"{pace}, measured on {estimate.pilot_rows} views"),
+        ("time", f"{human_seconds(estimate.seconds)}, {estimate.device_hours:.2f} hours of {estimate.device} in total"),
+        ("break-even", estimate.break_even),
     ]
-    if found.teacher_top1 is not None:
-        rows.append(("teacher", f"right on {found.teacher_top1:.1%} of the pilot's views"))
-    rows += [(f"codec of {name}", reason) for name, reason in found.codecs.items()]
+    if estimate.teacher_top1 is not None:
+        rows.append(("teacher", f"top-1 {estimate.teacher_top1:.1%} on the pilot's views"))
+    rows += [(f"codec of {name}", reason) for name, reason in estimate.codecs.items()]
     key_values(rows)
 
 
-def show_result(done: CacheResult) -> None:
-    pace = f", {done.images_per_second:.1f} images/s" if done.images_per_second else ""
-    top1 = f", right on {done.teacher_top1:.1%}" if done.teacher_top1 is not None else ""
-    asked = f"asked about {done.images:,} views" if done.images else "nothing was missing"
-    rows: list[tuple[str, Any]] = [
-        ("archive", done.path),
-        ("id", done.id or f"none yet: {', '.join(done.missing) or 'another process'} is to be finished"),
-        ("views", f"{done.views:,} of {done.samples:,} samples"),
-        ("teacher", f"{done.teacher}, {asked}{top1}"),
-        ("time", f"{human_seconds(done.seconds)}{pace}"),
-        ("size", f"{human_bytes(done.total_bytes)}, {done.bytes_per_view:.1f} bytes a view of the teacher's"),
+def show_result(result: CacheResult) -> None:
+    pace = f", {result.images_per_second:.1f} images/s" if result.images_per_second else ""
+    top1 = f", top-1 {result.teacher_top1:.1%}" if result.teacher_top1 is not None else ""
+    computed = f"{result.images:,} views computed" if result.images else "nothing was missing"
+    unfinished = f"none yet, unfinished: {', '.join(result.missing) or 'blocks of another process'}"
+    rows: list[tuple[str, object]] = [
+        ("archive", result.path),
+        ("id", result.id or unfinished),
+        ("views", f"{result.views:,} of {result.samples:,} samples"),
+        ("teacher", f"{result.teacher}, {computed}{top1}"),
+        ("time", f"{human_seconds(result.seconds)}{pace}"),
+        ("size", f"{human_bytes(result.total_bytes)}, {result.bytes_per_view:.1f} bytes per view of teacher outputs"),
     ]
     key_values(rows)

@@ -1,54 +1,68 @@
-"""`redistill doctor`: what this machine can do."""
+"""`redistill doctor`: how fast this machine is, and what limits training on it."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from redistill_cache.wording import harmless
 
-from redistill_cli.rendering import PLACE, archive_at, key_values, print_json
+from redistill_cli.rendering import PATH_OR_URL, key_values, local_archive, print_json
+
+if TYPE_CHECKING:
+    from redistill.doctor import Diagnosis
 
 
 def doctor(
-    data: Annotated[str | None, typer.Option("--data", help="Measure with these images.")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="DATA", help="Measure with these images instead of synthetic ones.")
+    ] = None,
     archive: Annotated[
         str | None,
-        typer.Option("--archive", metavar=PLACE, help="Measure reading this archive, too."),
+        typer.Option("--archive", metavar=PATH_OR_URL, help="Also measure reading and decoding this archive."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Say what this machine has, how fast its parts are, what will limit training, and what to do about it.
+    """Measure this machine, advise on bottlenecks.
 
-    Takes some seconds. Example:
+    Lists versions and devices, measures disk, rendering and training for a few
+    seconds, and names what will limit training.
 
-      redistill doctor --data folder:imagenet/train --archive resnet50.redistill.zarr
+    Examples:
+
+    \b
+      redistill doctor --data folder:imagenet/train \\
+        --archive resnet50.redistill.zarr
     """
     from redistill.doctor import examine
 
-    found = examine(data, archive_at(archive))
+    diagnosis = examine(data, local_archive(archive))
     if as_json:
-        print_json(found.to_json())
-        return
-    versions = ", ".join(f"{name} {text}" for name, text in found.versions.items() if text is not None)
-    memory = "" if found.memory_gib is None else f", {found.memory_gib:.1f} GiB of memory"
-    cores = found.cores if found.cores == found.machine_cores else f"{found.cores} of {found.machine_cores}"
-    disk = f"{found.disk_free_gib:.1f} GiB free, {found.disk_write_mib_per_second:.0f} MiB/s durable writes here"
+        print_json(diagnosis.to_json())
+    else:
+        show(diagnosis)
+
+
+def show(diagnosis: Diagnosis) -> None:
+    d = diagnosis
+    versions = ", ".join(f"{name} {text}" for name, text in d.versions.items() if text is not None)
+    memory = "" if d.memory_gib is None else f", {d.memory_gib:.1f} GiB of memory"
+    cores = d.cores if d.cores == d.machine_cores else f"{d.cores} of {d.machine_cores}"
     rows: list[tuple[str, object]] = [
-        ("versions", f"python {found.python}, {versions}"),
-        ("machine", f"{found.system}, {cores} cores{memory}"),
-        ("devices", ", ".join(found.devices)),
-        ("disk", disk),
-        ("workers", f"{found.workers} by default, started by {found.worker_start}"),
+        ("versions", f"python {d.python}, {versions}"),
+        ("machine", f"{d.system}, {cores} cores{memory}"),
+        ("devices", ", ".join(d.devices)),
         (
-            "views",
-            f"{found.views_per_second_and_core:.0f} of {found.view_size} px a second and core ({harmless(found.data)})",
+            "disk",
+            f"{d.disk_free_gib:.1f} GiB free, {d.disk_write_mib_per_second:.0f} MiB/s durable writes to this folder",
         ),
-        ("student", f"{found.student_images_per_second:.0f} images/s forward and backward, {found.student}"),
+        ("workers", f"{d.workers} by default, start method {d.worker_start}"),
+        ("views", f"{d.views_per_second_and_core:.0f}/s per core at {d.view_size} px ({harmless(d.data)})"),
+        ("student", f"{d.student_images_per_second:.0f} images/s forward and backward, {d.student}"),
     ]
-    if found.archive_load_rows_per_second is not None and found.archive_decode_rows_per_second is not None:
-        load, decode = found.archive_load_rows_per_second, found.archive_decode_rows_per_second
+    if d.archive_load_rows_per_second is not None and d.archive_decode_rows_per_second is not None:
+        load, decode = d.archive_load_rows_per_second, d.archive_decode_rows_per_second
         rows.append(("archive", f"{load:,.0f} rows/s from disk, {decode:,.0f} rows/s decoded"))
-    rows.append(("limit", found.limit))
-    rows += [("advice" if i == 0 else "", text) for i, text in enumerate(found.advice)]
+    rows.append(("limit", d.limit))
+    rows += [("advice" if i == 0 else "", text) for i, text in enumerate(d.advice)]
     key_values(rows)

@@ -1,4 +1,4 @@
-"""`redistill report`: a page about runs."""
+"""`redistill report`: an HTML page about runs."""
 
 from __future__ import annotations
 
@@ -8,28 +8,38 @@ from typing import Annotated
 import typer
 from redistill_cache.wording import harmless
 
-from redistill_cli.rendering import PLACE, archive_at
+from redistill_cli.rendering import PATH_OR_URL, local_archive
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or of cohorts.", metavar="RUN...")],
-    out: Annotated[Path, typer.Option("--out", help="The page to write.")] = Path("report.html"),
-    archive: Annotated[str | None, typer.Option("--archive", metavar=PLACE, help="Show this archive's card.")] = None,
-    data: Annotated[str | None, typer.Option("--data", help="Its images: show views with everybody's answers.")] = None,
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs, or folders that contain runs.")],
+    out: Annotated[Path, typer.Option("--out", help="File to write.")] = Path("report.html"),
+    archive: Annotated[
+        str | None, typer.Option("--archive", metavar=PATH_OR_URL, help="Archive to describe on the page.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="DATA", help="Images of --archive: shows views with all predictions."),
+    ] = None,
 ) -> None:
-    """Write one self-contained page about finished runs: accuracy, curves, calibration, classes, views, the archive.
+    """Write a self-contained HTML page about finished runs.
 
-    Runs that differ in nothing but the seed are one line. The page needs no network and no script, and prints well.
+    Shows accuracy, curves, calibration, classes, views and the archive. Runs
+    that differ only in the seed are grouped. The page needs no network and no
+    script, and can be printed.
 
     Examples:
 
+    \b
       redistill report runs/losses --out losses.html
 
-      redistill report runs/* --archive resnet50.redistill.zarr --data folder:imagenet/train
+    \b
+      redistill report runs/* --archive resnet50.redistill.zarr \\
+        --data folder:imagenet/train
     """
     from redistill.report import write_report
 
-    written = write_report(runs, out, archive=archive_at(archive), data=data)
+    written = write_report(runs, out, archive=local_archive(archive), data=data)
     for note in written.notes:
         typer.echo(f"note: {harmless(note)}", err=True)
     groups = "" if written.runs == written.groups else f" in {written.groups} groups"

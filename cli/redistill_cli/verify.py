@@ -1,4 +1,4 @@
-"""`redistill verify`: is every byte of an archive the byte that was committed?"""
+"""`redistill verify`: are the files of an archive intact, and are these its images?"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from redistill_cache.wording import harmless
 
-from redistill_cli.rendering import archive_at, print_json, progress_line
+from redistill_cli.rendering import ProgressBar, local_archive, print_json
 
 if TYPE_CHECKING:
     from redistill_cache.verify import VerifyReport
@@ -19,34 +19,37 @@ REFUSED = 3
 
 
 def verify(
-    archive: Annotated[
-        str,
-        typer.Argument(metavar="ARCHIVE", help="A folder like name.redistill.zarr, or its URL."),
-    ],
-    full: Annotated[bool, typer.Option("--full", help="Hash every file, also those verified here before.")] = False,
+    archive: Annotated[str, typer.Argument(metavar="ARCHIVE", help="Path such as name.redistill.zarr, or URL.")],
+    full: Annotated[
+        bool, typer.Option("--full", help="Hash every file, including those verified on this machine before.")
+    ] = False,
     quarantine: Annotated[
-        bool, typer.Option("--quarantine", help="Move damaged blocks aside, so that they can be made again.")
+        bool, typer.Option("--quarantine", help="Move damaged blocks aside, so that cache-teacher recomputes them.")
     ] = False,
     data: Annotated[
-        str | None, typer.Option("--data", help="Also prove that this image set gives the views the teacher saw.")
+        str | None,
+        typer.Option("--data", metavar="DATA", help="Also check that these images give the archive's views."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Check every file of an archive against what was committed; with --data, the views against your images.
+    """Check the files of an archive, and its images.
 
-    Exit code 0: all is well. 3: the images do not give the archive's views. 4: damaged, every file is named.
+    Every file is compared with its checksum; with --data, sample views are
+    rendered again and compared with the archive's canaries.
+
+    Exit codes: 0 ok, 3 the images do not give the archive's views, 4 damaged.
 
     Examples:
 
+    \b
       redistill verify teacher.redistill.zarr --full
-
       redistill verify teacher.redistill.zarr --data folder:imagenet/train
     """
     from redistill_cache import verify as verification
 
-    path = archive_at(archive)
-    with progress_line("verify") as progress:
-        report = verification.verify(path, full=full, progress=progress)
+    path = local_archive(archive)
+    with ProgressBar("verify", "file") as bar:
+        report = verification.verify(path, full=full, progress=bar.update)
     moved = verification.quarantine(path, report.damaged) if quarantine and report.damaged else []
     aligned = True
     if data is not None and report.ok:
@@ -79,9 +82,11 @@ def _show(archive: Path, report: VerifyReport, moved: list[str]) -> None:
     for block in moved:
         typer.echo(f"moved aside: {harmless(block)}", err=True)
     if report.damaged:
-        advice = "run the command that wrote the archive again" if moved else "--quarantine lets them be made again"
+        advice = (
+            "run the same cache-teacher command to recompute them" if moved else "use --quarantine to recompute them"
+        )
         typer.echo(f"{harmless(archive)}: {len(report.damaged)} of {report.checked_files} files are damaged; {advice}")
         return
-    typer.echo(f"{harmless(archive)}: {report.checked_files} files are what was committed")
+    typer.echo(f"{harmless(archive)}: {report.checked_files} files ok")
     if report.alignment is not None:
         typer.echo(harmless(report.alignment["message"]))

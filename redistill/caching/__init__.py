@@ -5,7 +5,19 @@ Reading order: run, plan, pilot, estimate, open_archive, encoder.
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from redistill.caching.options import CacheOptions
-from redistill.caching.run import CacheResult, cache_teacher, estimate_cache
+
+if TYPE_CHECKING:
+    from redistill.caching.run import CacheResult, cache_teacher, estimate_cache
 
 __all__ = ["CacheOptions", "CacheResult", "cache_teacher", "estimate_cache"]
+
+
+def __getattr__(name: str) -> object:
+    """Names that need torch are loaded at first use: `redistill --help` reads the options only."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("redistill.caching.run"), name)

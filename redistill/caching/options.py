@@ -1,83 +1,112 @@
-"""What stage 1 is told. Every default of `redistill cache-teacher` is here and nowhere else."""
+"""Options of stage 1: every default of `redistill cache-teacher`."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from redistill_cache.codecs import CODECS
 from redistill_cache.errors import UsageError
-from redistill_cache.spec import check_name, check_text
+from redistill_cache.spec import LOGITS, check_name, check_text
 
-from redistill.signals import LOGITS
+from redistill.option_fields import check_values, option
 from redistill.specs import did_you_mean
 
 __all__ = ["CacheOptions"]
 
-
-# -- options ----------------------------------------------------------------------------------------------------------
+CHOICES = ("auto", *(name for name in CODECS if name != "topk"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheOptions:
-    """Options of `cache_teacher`. Those that decide content are kept in the archive and compared on resume."""
+    """Options of `cache_teacher`. Those that decide content are stored in the archive and compared on resume."""
 
-    data: str | Any
-    """A spec string, or any object that can be made a source."""
-    teacher: str
-    views: int
-    out: Path
-    recipe: str | None = None
-    """`rrc`, or `cifar` for networks of small images, where nothing is said."""
-    size: int | None = None
-    """Side of the views; the teacher's own input size where nothing is said."""
-    codec: str = "auto"
-    fidelity: float = 1e-3
-    feature_fidelity: float = 0.02
-    """Bound on the relative error of every row of features."""
-    signals: tuple[str, ...] = (LOGITS,)
-    keep_shift: bool = False
-    """Keep the mean of every row of logits too: softmax does not see it, losses on raw logits do."""
-    batch_size: int = 128
-    workers: int | None = None
-    device: str = "auto"
-    amp: bool | None = None
+    data: str | Any = field(
+        metadata=option("Images: folder:PATH, cifar100:PATH, wds:PATTERN, ..., or a path.", positional=True)
+    )
+    """From Python also any object that `open_source` takes."""
+    teacher: str = field(metadata=option("Teacher model: torchvision:resnet50?weights=DEFAULT, ...", metavar="MODEL"))
+    out: Path = field(metadata=option("Archive to write or resume."))
+    views: int = field(
+        default=1, metadata=option("Augmented views per image; each epoch of training reads one.", at_least=1)
+    )
+    recipe: str | None = field(
+        default=None,
+        metadata=option(
+            "Augmentation: center, rrc or cifar with ?key=value options, or a TOML file.",
+            default_text="cifar for teachers of small images, else rrc",
+        ),
+    )
+    size: int | None = field(
+        default=None,
+        metadata=option("Side of a view in pixels.", default_text="the teacher's input size", at_least=1),
+    )
+    codec: str = field(default="auto", metadata=option(f"Codec: {', '.join(CHOICES)}."))
+    fidelity: float = field(
+        default=1e-3,
+        metadata=option("Largest KL(teacher || stored) of any row, at T = 1 and at T = 4.", at_least=1e-9, at_most=1),
+    )
+    feature_fidelity: float = field(
+        default=0.02, metadata=option("Largest relative error of any row of features.", at_least=1e-9, at_most=1)
+    )
+    signals: tuple[str, ...] = field(
+        default=(LOGITS,),
+        metadata=option(
+            "Outputs to store: logits (always), and layers such as layer3 or penultimate.", metavar="A,B", commas=True
+        ),
+    )
+    keep_shift: bool = field(
+        default=False,
+        metadata=option("Also store the mean of each row of logits. Softmax ignores it; losses on raw logits need it."),
+    )
+    batch_size: int = field(default=128, metadata=option("Teacher batch size.", at_least=1))
+    workers: int | None = field(
+        default=None, metadata=option("Rendering processes.", default_text="one per CPU core", at_least=0)
+    )
+    device: str = field(default="auto", metadata=option("Device: auto, cpu, cuda, cuda:N or mps."))
+    amp: bool | None = field(default=None, metadata=option("Run the teacher in bfloat16.", default_text="on CUDA only"))
     channels_last: bool = True
-    compile: bool = False
-    seed: int = 0
-    teacher_name: str | None = None
-    licence: str = ""
-    citation: str = ""
-    block_rows: int | None = None
-    on_bad_image: Literal["fail", "exclude"] = "fail"
-    extend_views: bool = False
+    compile: bool = field(default=False, metadata=option("Run the teacher through torch.compile."))
+    seed: int = field(default=0, metadata=option("Seed for all augmentation parameters."))
+    teacher_name: str | None = field(
+        default=None,
+        metadata=option(
+            "Name of the teacher in the archive. A new name adds a teacher.",
+            metavar="NAME",
+            default_text="after its network",
+        ),
+    )
+    licence: str = field(default="", metadata=option("Licence of the archive."))
+    citation: str = field(default="", metadata=option("How to cite the archive."))
+    block_rows: int | None = field(
+        default=None,
+        metadata=option("Rows per committed block.", default_text="from the number of samples", at_least=1),
+    )
+    on_bad_image: Literal["fail", "exclude"] = field(
+        default="fail", metadata=option("What to do with an image that cannot be decoded.")
+    )
+    extend_views: bool = field(
+        default=False,
+        metadata=option("Add views to a finished archive, up to --views. Existing views are not recomputed."),
+    )
     allow_python: bool = False
-    """Whether `teacher` may name code to import; only a command line may say so."""
+    """Whether `teacher` may name code to import; set for command lines, never for files."""
     command: str = ""
-    """How this was asked for, for the record; without secrets."""
+    """The command line without secrets, recorded in the archive's notes."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "out", Path(self.out))
         layers = dict.fromkeys((LOGITS, *self.signals))  # logits always, and nothing twice
         object.__setattr__(self, "signals", tuple(layers))
-        for name in ("views", "batch_size", "size", "block_rows"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"expected {name} of at least 1, found {value}")
-        if self.workers is not None and self.workers < 0:
-            raise UsageError(f"expected workers of at least 0, found {self.workers}")
+        check_values(self)
         if self.codec == "topk":
-            raise UsageError("topk keeps a part of each row and is for importing other formats; use --codec auto")
-        known = ("auto", *(name for name in CODECS if name != "topk"))
-        if self.codec not in known:
-            raise UsageError(f"unknown codec {self.codec!r}; {did_you_mean(self.codec, known)}")
+            raise UsageError("topk drops most of each row and is only for importing other formats; use --codec auto")
+        if self.codec not in CHOICES:
+            raise UsageError(f"--codec {self.codec!r} is not known; {did_you_mean(self.codec, CHOICES)}")
         if re.match("[a-z0-9]{2,}:/", str(self.out)):
-            raise UsageError(f"{self.out} is a URL; archives are written to a local disk and copied from there")
-        for name in ("fidelity", "feature_fidelity"):
-            if not 1e-9 <= getattr(self, name) <= 1:
-                raise UsageError(f"expected {name} from 1e-9 to 1, found {getattr(self, name):g}")
+            raise UsageError(f"--out {self.out} is a URL; write the archive to a local path and copy it from there")
         if self.teacher_name is not None:
             check_name(self.teacher_name, "--teacher-name")
         check_text(self.licence, "--licence")
@@ -88,5 +117,5 @@ class CacheOptions:
         return tuple(signal for signal in self.signals if signal != LOGITS)
 
     def name_of_teacher(self, network: str) -> str:
-        """What the teacher is called in the archive: as told, or after its network."""
+        """The teacher's name in the archive: `teacher_name`, or the network's name in the allowed characters."""
         return self.teacher_name or re.sub(r"[^a-z0-9_-]+", "-", network.lower()).strip("-_")[:64] or "teacher"

@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
-from redistill.training.loop import train
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from redistill.training.options import TrainOptions
-from redistill.training.run_files import TrainResult
+
+if TYPE_CHECKING:
+    from redistill.training.loop import train
+    from redistill.training.run_files import TrainResult
 
 __all__ = ["TrainOptions", "TrainResult", "train"]
+
+LATE = {"train": "redistill.training.loop", "TrainResult": "redistill.training.run_files"}
+
+
+def __getattr__(name: str) -> object:
+    """Names that need torch are loaded at first use: `redistill --help` reads the options only."""
+    if name not in LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(LATE[name]), name)

@@ -1,131 +1,30 @@
-"""What stage 2 is told. Every default of `redistill train` is here or in OptimConfig, and nowhere else."""
+"""Options of stage 2: every default of `redistill train`, and config.toml, from which a run can be repeated."""
 
 from __future__ import annotations
 
-import json
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cache
+from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
+import tomli_w
 from redistill_cache.errors import UsageError
 from redistill_cache.storage import LOCAL
 
 from redistill.optim import OptimConfig, preset
+from redistill.option_fields import check_types, check_values, option, options_of
 from redistill.specs import did_you_mean, parse_spec
 
-__all__ = [
-    "CONFIG",
-    "POWER",
-    "MemberSpec",
-    "TrainOptions",
-    "check_types",
-    "read_config",
-    "to_toml",
-    "write_config",
-]
-
-
-# -- given ------------------------------------------------------------------------------------------------------------
-#
-# Values that came as text, from a TOML file above all, against the types of the options they are for.
-
-WORDS: Mapping[type, str] = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    Path: "a path",
-}
-
-
-def check_types(given: Mapping[str, Any], options: type) -> None:
-    """Refuse the first value that its field in the dataclass `options` cannot hold."""
-    hints = type_hints(options)
-    for name, value in given.items():
-        if name in hints and not fits(value, hints[name]):
-            raise UsageError(f"{name} must be {' or '.join(words(hints[name]))}, found {value!r}")
-
-
-@cache
-def type_hints(options: type) -> dict[str, Any]:
-    return get_type_hints(options)
-
-
-def fits(value: object, hint: Any) -> bool:  # noqa: ANN401  a type, a union or a tuple of one
-    if hint is Any:  # an object, which comes from code and not from text
-        return False
-    if get_origin(hint) is tuple:
-        return isinstance(value, list | tuple) and all(fits(item, get_args(hint)[0]) for item in value)
-    if get_args(hint):
-        return any(fits(value, one) for one in get_args(hint))
-    wider = {float: int | float, Path: str | Path}.get(hint, hint)
-    return isinstance(value, wider) and (hint is bool or not isinstance(value, bool))
-
-
-def words(hint: Any) -> list[str]:  # noqa: ANN401  as above
-    if get_origin(hint) is tuple:
-        return [f"a list, each {' or '.join(words(get_args(hint)[0]))}"]
-    return [found for one in get_args(hint) or (hint,) if one in WORDS for found in (WORDS[one],)]
-
-
-# -- config -----------------------------------------------------------------------------------------------------------
-#
-# config.toml: everything a run was told and found, so that `redistill train --config` repeats it.
-
-CONFIG = "config.toml"
-
-
-def write_config(folder: Path, options: Mapping[str, Any], facts: Mapping[str, Mapping[str, Any]]) -> None:
-    """`options` as `TrainOptions.to_json` gives them; `facts` are tables that are read by people only."""
-    LOCAL.publish(folder / CONFIG, to_toml({"options": options, **facts}).encode())
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The options of a config.toml."""
-    try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"no configuration at {path}; a run folder holds it as {CONFIG}") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"{path} is not TOML that can be read: {error}") from None
-    options = found.get("options")
-    if not isinstance(options, dict):
-        raise UsageError(f"{path}: expected a table [options], as in the {CONFIG} of a run")
-    return options
-
-
-def to_toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
-    """Tables of strings, numbers, booleans and lists of them."""
-    lines = []
-    for name, table in tables.items():
-        lines.append(f"[{name}]")
-        lines += [f"{to_value(key) if not key.isidentifier() else key} = {to_value(v)}" for key, v in table.items()]
-        lines.append("")
-    return "\n".join(lines)
-
-
-def to_value(value: Any) -> str:  # noqa: ANN401  whatever an option holds
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        return repr(value)  # inf and nan are TOML too
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(to_value, value))}]"
-    # TOML's basic strings are JSON's, but for DEL, which must be escaped as well.
-    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-# -- options ----------------------------------------------------------------------------------------------------------
+__all__ = ["CONFIG", "FREE", "POWER", "MemberSpec", "TrainOptions", "loss_name", "read_config", "write_config"]
 
 POWER = "power?lam=0.6667&temperature=4"
+LARGEST_SEED = 2**63 - 1
 LISTS = ("students", "losses", "seeds", "teachers", "log")
 PATHS = ("archive", "out", "val_archive")
-LOGS = ("csv", "tensorboard", "wandb")
-# How a run is carried out, not what comes out: free to differ when it is resumed.
+# These do not change the result, so they may differ when a run is resumed.
 FREE = (
     "out",
     "data",
@@ -142,7 +41,7 @@ FREE = (
 
 @dataclass(frozen=True)
 class MemberSpec:
-    """One student of a cohort: a network, what it minimises, and the seed of its weights and noise."""
+    """One student of a run: its network, the terms of its loss, and the seed of its weights and noise."""
 
     name: str
     student: str
@@ -152,49 +51,115 @@ class MemberSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """Options of `train`. Several students, losses or seeds make a cohort: every combination, in one pass."""
+    """Options of `train`. Every combination of students, losses and seeds is trained, in one pass over the images."""
 
-    data: str | Any
-    archive: Path
-    students: tuple[str, ...]
-    out: Path
-    losses: tuple[str, ...] = (POWER,)
-    """Each is an objective: terms joined by '+', as in `kl?weight=0.5+dist?weight=2+ce?weight=1`."""
-    seeds: tuple[int, ...] = (0,)
-    ce_weight: float | None = None
-    """Of the cross-entropy with the labels; what was published with the loss where nothing is said."""
+    data: str | Any = field(
+        metadata=option("Images the archive was made from: folder:PATH, cifar100:PATH, ...", positional=True)
+    )
+    """From Python also any object that `open_source` takes; so is `val`."""
+    archive: Path = field(metadata=option("Archive that cache-teacher wrote.", metavar="PATH|URL"))
+    students: tuple[str, ...] = field(
+        metadata=option(
+            "Student network: torchvision:resnet18, cifar:resnet8x4, ... May be repeated.",
+            name="student",
+            metavar="MODEL",
+        )
+    )
+    out: Path = field(metadata=option("Folder of the run. Several students, losses or seeds get a subfolder each."))
+    val: str | Any | None = field(
+        default=None, metadata=option("Held-out images, validated after every epoch.", metavar="DATA")
+    )
+    val_archive: Path | None = field(
+        default=None,
+        metadata=option(
+            "Archive of the --val images, for agreement with and KL to the teacher on held-out views.",
+            metavar="PATH|URL",
+        ),
+    )
+    losses: tuple[str, ...] = field(
+        default=(POWER,),
+        metadata=option(
+            "Loss: terms joined by '+', as in 'kl?weight=0.5+ce?weight=1'. May be repeated.",
+            name="loss",
+            metavar="LOSS",
+        ),
+    )
+    seeds: tuple[int, ...] = field(
+        default=(0,),
+        metadata=option(
+            "Seed for weights and noise. May be repeated.",
+            name="seed",
+            at_least=0,
+            at_most=LARGEST_SEED,
+        ),
+    )
     optim: OptimConfig = field(default_factory=OptimConfig)
-    batch_size: int = 128
-    """Rows of a step, over all processes. Batches of an epoch differ by one row at most, so none is tiny."""
-    grad_accum: int = 1
-    """Parts in which each process computes its share of a batch."""
-    views_per_image: int = 1
-    """Views of an image in one batch: decoded once. An epoch shows every image so many times."""
-    val: str | Any | None = None
-    val_archive: Path | None = None
-    """An archive over the images of `val`: agreement with the teacher on views nobody trained on."""
-    teachers: tuple[str, ...] = ()
-    """Which teachers of the archive; the mean of their logits where there are several. All that there are."""
-    online_teacher: str | None = None
-    """A teacher that runs beside the students instead of the archive's answers; the views are the archive's."""
-    order_seed: int = 0
-    size: int | None = None
-    device: str = "auto"
-    amp: bool | None = None
-    compile: bool = False
-    channels_last: bool = True
-    sync_bn: bool = False
-    ema: float | None = None
-    """Decay of an average of the weights; it is what is validated and kept as the student."""
-    workers: int | None = None
-    cache_memory: float = 4.0
-    """GiB of memory for teacher's rows; above it they lie in a temporary file."""
-    allow_missing: bool = False
-    checkpoint_minutes: float = 10.0
-    resume: str = "auto"
-    """`auto` continues what is in `out`; `never` refuses a folder that holds a run."""
-    log: tuple[str, ...] = ("csv", "tensorboard")
+    batch_size: int = field(default=128, metadata=option("Batch size over all processes.", at_least=1))
+    """Batches of an epoch differ by one row at most, so that none is tiny."""
+    grad_accum: int = field(
+        default=1,
+        metadata=option("Parts in which each process computes its share of a batch, to save memory.", at_least=1),
+    )
+    views_per_image: int = field(
+        default=1,
+        metadata=option(
+            "Views per image in one batch, decoded once. An epoch contains each image this many times.", at_least=1
+        ),
+    )
+    teachers: tuple[str, ...] = field(
+        default=(),
+        metadata=option(
+            "Teachers of the archive; the mean of their logits is used.",
+            name="teacher-names",
+            metavar="A,B",
+            default_text="all",
+            commas=True,
+        ),
+    )
+    online_teacher: str | None = field(
+        default=None,
+        metadata=option("Baseline: run this teacher at every step instead of reading its logits.", metavar="MODEL"),
+    )
+    order_seed: int = field(
+        default=0, metadata=option("Seed for the order of images.", at_least=0, at_most=LARGEST_SEED)
+    )
+    size: int | None = field(
+        default=None, metadata=option("Side of a view in pixels.", default_text="as in the archive", at_least=2)
+    )
+    device: str = field(default="auto", metadata=option("Device: auto, cpu, cuda, cuda:N or mps."))
+    amp: bool | None = field(default=None, metadata=option("Train in bfloat16.", default_text="on CUDA only"))
+    compile: bool = field(default=False, metadata=option("Run the students through torch.compile."))
+    channels_last: bool = field(default=True, metadata=option("Memory format of images and weights."))
+    sync_bn: bool = field(default=False, metadata=option("Synchronise batch norm statistics over all GPUs."))
+    ema: float | None = field(
+        default=None,
+        metadata=option(
+            "Decay of an average of the weights, such as 0.999; the average is validated and saved.",
+            above=0,
+            below=1,
+        ),
+    )
+    workers: int | None = field(
+        default=None, metadata=option("Rendering processes.", default_text="one per CPU core", at_least=0)
+    )
+    cache_memory: float = field(
+        default=4.0,
+        metadata=option("GiB of memory for teacher rows; above it they go to a temporary file.", at_least=0),
+    )
+    allow_missing: bool = field(
+        default=False, metadata=option("Train on the images that match although others are missing.")
+    )
+    checkpoint_minutes: float = field(
+        default=10.0, metadata=option("Minutes between checkpoints within an epoch.", at_least=0)
+    )
+    resume: Literal["auto", "never"] = field(
+        default="auto", metadata=option("What to do with a run in --out: auto resumes it, never refuses it.")
+    )
+    log: tuple[Literal["csv", "tensorboard", "wandb"], ...] = field(
+        default=("csv", "tensorboard"), metadata=option("Where metrics are logged.", commas=True)
+    )
     allow_python: bool = False
+    """Whether models may name code to import; set for command lines, never for files."""
 
     def __post_init__(self) -> None:
         for name in LISTS:
@@ -202,69 +167,42 @@ class TrainOptions:
         for name in PATHS:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, Path(getattr(self, name)))
-        self._check_numbers()
+        check_values(self)
         if self.batch_size < self.views_per_image * self.grad_accum:
             raise UsageError(
-                f"--batch-size {self.batch_size} cannot be cut into {self.grad_accum} parts of {self.views_per_image} "
-                "views of an image"
+                f"--batch-size {self.batch_size} cannot be split into {self.grad_accum} parts of "
+                f"{self.views_per_image} views of an image"
             )
         for name in ("students", "losses", "seeds"):
             if not getattr(self, name):
-                raise UsageError(f"expected at least one of --{name[:-1] if name != 'losses' else 'loss'}")
+                raise UsageError(f"expected at least one {options_of(TrainOptions)[name].flag}")
         if self.val_archive is not None and self.val is None:
             raise UsageError(f"--val-archive {self.val_archive} needs the images it was made from: give --val as well")
         if self.archive.resolve() in (self.out.resolve(), *self.out.resolve().parents):
-            raise UsageError(f"--out {self.out} lies in the archive {self.archive}; choose a folder of its own")
+            raise UsageError(f"--out {self.out} is inside the archive {self.archive}; choose another folder")
         if len(set(self.teachers)) < len(self.teachers):
             raise UsageError(f"--teacher-names {','.join(self.teachers)} has a name twice; give each once")
-        if self.resume not in ("auto", "never"):
-            raise UsageError(f"--resume must be auto or never, found {self.resume!r}")
-        for kind in self.log:
-            if kind not in LOGS:
-                raise UsageError(f"--log {kind!r} is not known; {did_you_mean(kind, LOGS)}")
-
-    def _check_numbers(self) -> None:
-        for name in ("batch_size", "grad_accum", "views_per_image"):
-            within(name, getattr(self, name), 1, "at least 1")
-        within("size", self.size, 2, "at least 2 pixels")
-        for name in ("workers", "cache_memory", "checkpoint_minutes"):
-            within(name, getattr(self, name), 0, "0 or more")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise UsageError(f"--ema is a decay between 0 and 1 such as 0.999, found {self.ema:g}")
-        for name, seed in (("order-seed", self.order_seed), *(("seed", seed) for seed in self.seeds)):
-            if not 0 <= seed < 2**63:
-                raise UsageError(f"--{name} must be a number from 0 to 2^63 - 1, found {seed}")
 
     # -- members ------------------------------------------------------------------------------------------------------
 
+    @cached_property
     def members(self) -> tuple[MemberSpec, ...]:
-        """Every student with every loss and every seed, named after what tells them apart."""
-        found = []
-        losses, students = (
-            distinct(map(loss_name, self.losses), self.losses),
-            distinct((student.partition("?")[0].replace(":", "-") for student in self.students), self.students),
-        )
-        for student, student_name in zip(self.students, students, strict=True):
-            for loss, name in zip(self.losses, losses, strict=True):
+        """Every student with every loss and every seed, named after what distinguishes them."""
+        networks = (student.partition("?")[0].replace(":", "-") for student in self.students)
+        result = []
+        for student, network in unique_names(networks, self.students):
+            for loss, name in unique_names(map(loss_name, self.losses), self.losses):
                 for seed in self.seeds:
-                    parts = [student_name] if len(self.students) > 1 else []
-                    full = "-".join([*parts, name, str(seed)])
-                    found.append(MemberSpec(full, student, self.terms(loss), seed))
-        names = [member.name for member in found]
-        if len(set(names)) < len(names):
-            raise UsageError("the same student, loss and seed are asked for twice; give each once")
-        return tuple(found)
-
-    def terms(self, loss: str) -> tuple[str, ...]:
-        """The specs of one objective, with the cross-entropy where its weight is said."""
-        terms = tuple(term.strip() for term in loss.split("+"))
-        if self.ce_weight is None or any(parse_spec(term).scheme == "ce" for term in terms):
-            return terms
-        return (*terms, f"ce?weight={self.ce_weight:g}")
+                    parts = [network] if len(self.students) > 1 else []
+                    full_name = "-".join([*parts, name, str(seed)])
+                    result.append(MemberSpec(full_name, student, split_terms(loss), seed))
+        if len({member.name for member in result}) < len(result):
+            raise UsageError("the same student, loss and seed are given twice; give each once")
+        return tuple(result)
 
     def folder(self, member: MemberSpec) -> Path:
-        """Where its files go: a cohort has a folder each."""
-        return self.out / member.name if len(self.members()) > 1 else self.out
+        """The folder of a member: a subfolder of `out` where there are several."""
+        return self.out / member.name if len(self.members) > 1 else self.out
 
     # -- files --------------------------------------------------------------------------------------------------------
 
@@ -275,56 +213,91 @@ class TrainOptions:
         return plain | {name: value for name, value in self.optim.to_json().items() if value is not None}
 
     def deciding(self) -> dict[str, Any]:
-        """What must be the same for a run to go on."""
+        """Options that must be the same for a run to be resumed."""
         return {name: value for name, value in self.to_json().items() if name not in FREE}
 
     @classmethod
-    def read(cls, given: Mapping[str, Any], *, preset_name: str | None = None) -> TrainOptions:
-        """From flat names, as on the command line or in config.toml; a preset says what is not given."""
-        known, optim_names = {f.name for f in fields(cls)} - {"optim"}, {f.name for f in fields(OptimConfig)}
-        for key in given:
-            if key not in known | optim_names:
-                raise UsageError(f"unknown option {key!r}; {did_you_mean(key, known | optim_names)}")
-        check_types(given, cls)
-        check_types(given, OptimConfig)
-        own = {key: value for key, value in given.items() if key in known}
-        optim = {key: value for key, value in given.items() if key in optim_names}
+    def read(cls, values: Mapping[str, Any], *, preset_name: str | None = None) -> TrainOptions:
+        """From flat field names, as in config.toml; a preset replaces defaults."""
+        known = options_of(TrainOptions)
+        for name in values:
+            if name == "ce_weight":
+                raise UsageError(replace_ce_weight(values))
+            if name not in known:
+                raise UsageError(f"unknown option {name!r}; {did_you_mean(name, known)}")
+        check_types(values, cls)
+        optim = {name: value for name, value in values.items() if name in options_of(OptimConfig)}
+        own = {name: value for name, value in values.items() if name not in optim}
         base = OptimConfig()
         if preset_name is not None:
             students = own.get("students", ())
-            found = preset(
+            settings = preset(
                 preset_name,
                 model=parse_spec(students[0]).name if students else "",
                 batch_size=own.get("batch_size"),
             )
-            base = found.optim
-            own.setdefault("batch_size", found.batch_size)
+            base = settings.optim
+            own.setdefault("batch_size", settings.batch_size)
         if "decay_milestones" in optim:
             optim["decay_milestones"] = tuple(optim["decay_milestones"])
         return cls(**own, optim=replace(base, **optim))
 
 
-def within(name: str, value: float | None, least: float, words: str) -> None:
-    if value is not None and not value >= least:  # so that not-a-number is refused, too
-        raise UsageError(f"--{name.replace('_', '-')} must be {words}, found {value:g}")
+def replace_ce_weight(values: Mapping[str, Any]) -> str:
+    """What to write instead of an option that configurations of earlier versions may have."""
+    losses = [str(loss) for loss in values.get("losses", (POWER,))]
+    term = f"ce?weight={values['ce_weight']}"
+    new = [loss if "ce" in map(scheme, split_terms(loss)) else f"{loss}+{term}" for loss in losses]
+    return f"ce_weight is not an option any more: remove it and write it into the loss, losses = {new}"
 
 
-def plain_value(value: Any) -> Any:  # noqa: ANN401  whatever an option holds
+def plain_value(value: object) -> object:
+    """A value that TOML and JSON can hold."""
     if isinstance(value, tuple):
         return list(value)
-    return str(value) if isinstance(value, Path) else value
+    return value if isinstance(value, bool | int | float | str) else str(value)
+
+
+def split_terms(loss: str) -> tuple[str, ...]:
+    return tuple(term.strip() for term in loss.split("+"))
+
+
+def scheme(term: str) -> str:
+    return parse_spec(term).scheme
 
 
 def loss_name(loss: str) -> str:
-    """The terms by name; the cross-entropy only where it is alone."""
-    schemes = [parse_spec(term.strip()).scheme for term in loss.split("+")]
-    return "+".join([scheme for scheme in schemes if scheme != "ce"] or schemes)
+    """The names of the terms; cross-entropy is named only where it is alone."""
+    schemes = [scheme(term) for term in split_terms(loss)]
+    return "+".join([name for name in schemes if name != "ce"] or schemes)
 
 
-def distinct(short: Any, full: tuple[str, ...]) -> list[str]:  # noqa: ANN401  an iterable of names
-    """Short names where these are unique, else the whole text as a file name."""
+def unique_names(short: Iterable[str], full: Sequence[str]) -> Iterable[tuple[str, str]]:
+    """Each text of `full` with its short name, or with the whole text as a file name where that is not unique."""
     names = list(short)
-    return [
-        name if names.count(name) == 1 else re.sub(r"[^A-Za-z0-9.+-]+", "-", text)
-        for name, text in zip(names, full, strict=True)
-    ]
+    for name, text in zip(names, full, strict=True):
+        yield text, name if names.count(name) == 1 else re.sub(r"[^A-Za-z0-9.+-]+", "-", text)
+
+
+# -- config.toml ------------------------------------------------------------------------------------------------------
+
+CONFIG = "config.toml"
+
+
+def write_config(folder: Path, options: Mapping[str, Any], facts: Mapping[str, Mapping[str, Any]]) -> None:
+    """`options` as from `TrainOptions.to_json`; `facts` are tables for human readers."""
+    LOCAL.publish(folder / CONFIG, tomli_w.dumps({"options": options, **facts}).encode())
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The options in a config.toml."""
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"no configuration at {path}; expected the {CONFIG} of a run") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{path} is not readable TOML: {error}") from None
+    options = tables.get("options")
+    if not isinstance(options, dict):
+        raise UsageError(f"{path}: expected a table [options], as in the {CONFIG} of a run")
+    return options

@@ -53,7 +53,7 @@ def prepare(options: TrainOptions, world: World, progress: Progress) -> TrainSet
         raise Refused(
             f"--views-per-image {options.views_per_image} needs that many views, the archive has {archive.num_views}"
         )
-    specs = options.members()
+    specs = options.members
     objectives = [Objective(spec.losses) for spec in specs]
     for objective in objectives:
         refuse_objective(objective, archive, options)

@@ -1,4 +1,4 @@
-"""The commands as a user types them: both stages, the report, and what is said when something does not fit."""
+"""The commands as a user types them: both stages, the report, and one-line errors with their exit codes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer.main
 from redistill_cli.__main__ import main
-from redistill_cli.app import app
 
 from tests.small_archive import DATA, TEACHER, VAL, cache
 
@@ -58,7 +56,7 @@ def test_from_a_teacher_to_a_page(run, tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert "views are exact" in done.stderr
     runs = json.loads(done.stdout)["runs"]
-    assert [found["run"] for found in runs] == ["power-0", "power-1", "ce-0", "ce-1"]
+    assert [result["run"] for result in runs] == ["power-0", "power-1", "ce-0", "ce-1"]
     assert {"top1", "top5", "nll", "ece", "agreement", "images_per_second"} <= set(runs[0])
     assert "report: runs/report.html" in done.stderr
     assert cached["id"] in (tmp_path / "runs/report.html").read_text()
@@ -73,13 +71,13 @@ def test_from_a_teacher_to_a_page(run, tmp_path: Path):
     assert page.count("data:image/png") == 12
 
 
-def test_a_run_is_repeated_from_its_configuration(run, tmp_path: Path, archive: Path):
+def test_a_run_is_repeated_from_its_config(run, tmp_path: Path, archive: Path):
     first = run("train", DATA, "--archive", archive, "--out", "one", *TRAIN)
     assert first.returncode == 0, first.stderr
-    (tmp_path / "two" / "report.html").mkdir(parents=True)  # a page that cannot be written takes nothing from the run
+    (tmp_path / "two" / "report.html").mkdir(parents=True)  # a page that cannot be written must not fail the run
     again = run("train", "--config", "one/config.toml", "--out", "two")
     assert again.returncode == 0, again.stderr
-    assert "the training is finished, but two/report.html was not written" in again.stderr
+    assert "training is finished, but two/report.html was not written" in again.stderr
     assert (tmp_path / "one/student.safetensors").read_bytes() == (tmp_path / "two/student.safetensors").read_bytes()
 
 
@@ -94,14 +92,14 @@ def test_two_processes_train_on_the_same_batches(run, tmp_path: Path, archive: P
     one, two = json.loads(alone.stdout), json.loads(both.stdout)
     assert two["nll"] == pytest.approx(one["nll"], rel=0.1)
     assert two["evaluation"]["rows"] == one["evaluation"]["rows"] == 64
-    continued = run("train", DATA, "--archive", archive, "--out", "both", "--val", VAL, *TRAIN, "--json")
-    taken_up = json.loads(continued.stdout)
-    assert taken_up["epochs"] == 2, "one process takes up what two have left"
-    assert taken_up["nll"] == pytest.approx(two["nll"], rel=1e-5), "two have validated the network that was saved"
+    resumed = run("train", DATA, "--archive", archive, "--out", "both", "--val", VAL, *TRAIN, "--json")
+    resumed_by_one = json.loads(resumed.stdout)
+    assert resumed_by_one["epochs"] == 2, "one process resumes the run of two"
+    assert resumed_by_one["nll"] == pytest.approx(two["nll"], rel=1e-5), "two validated the network that was saved"
 
 
 @pytest.mark.parametrize(
-    ("changed", "code", "words"),
+    ("changed", "code", "message"),
     [
         (("synthetic?n=150&classes=8&seed=9",), 3, "no image of the data"),
         (("synthetic?n=120&classes=8",), 3, "30 missing"),
@@ -112,15 +110,18 @@ def test_two_processes_train_on_the_same_batches(run, tmp_path: Path, archive: P
         ((DATA, "--teacher-names", "other"), 3, "teachers: small"),
         ((DATA, "--device", "cuda:7"), 3, "GPU"),
         ((DATA, "--val", "synthetic?n=20&classes=9&split=val"), 3, "class"),
-        ((DATA, "--log", "paper"), 2, "paper"),
+        ((DATA, "--log", "paper"), 2, "--log 'paper' is not known"),
+        ((DATA, "--resume", "maybe"), 2, "--resume 'maybe' is not known; known: auto, never"),
+        ((DATA, "--decay-milestones", "10,x"), 2, "--decay-milestones takes numbers separated by commas, found '10,x'"),
+        ((DATA, "--preset", "cifar_kd"), 2, "did you mean cifar-kd?"),
         ((DATA, "--config", "nothing.toml"), 2, "no configuration"),
         ((DATA, "--out", "/proc/run"), 3, "cannot write /proc/run"),
-        ((DATA, "--out", "{archive}/run"), 2, "lies in the archive"),
-        ((DATA, "--order-seed", "-1"), 2, "--order-seed must be a number from 0"),
-        ((DATA, "--seed", "99999999999999999999"), 2, "--seed must be a number from 0"),
-        ((DATA, "--workers", "-1"), 2, "--workers must be 0 or more"),
-        ((DATA, "--cache-memory", "nan"), 2, "--cache-memory must be 0 or more, found nan"),
-        ((DATA, "--checkpoint-minutes", "-1"), 2, "--checkpoint-minutes must be 0 or more"),
+        ((DATA, "--out", "{archive}/run"), 2, "is inside the archive"),
+        ((DATA, "--order-seed", "-1"), 2, "--order-seed must be at least 0"),
+        ((DATA, "--seed", "99999999999999999999"), 2, "--seed must be at least 0 and at most"),
+        ((DATA, "--workers", "-1"), 2, "--workers must be at least 0, found -1"),
+        ((DATA, "--cache-memory", "nan"), 2, "--cache-memory must be at least 0, found nan"),
+        ((DATA, "--checkpoint-minutes", "-1"), 2, "--checkpoint-minutes must be at least 0"),
         ((DATA, "--val-archive", "{archive}"), 2, "give --val as well"),
         ((DATA, "--teacher-names", "small,small"), 2, "a name twice"),
         ((DATA, "--views-per-image", "4"), 3, "the archive has 3"),
@@ -128,20 +129,20 @@ def test_two_processes_train_on_the_same_batches(run, tmp_path: Path, archive: P
         ((DATA, "--size", "8", "--grad-accum", "32"), 3, "a smaller --grad-accum"),
     ],
 )
-def test_what_does_not_fit_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path, archive: Path, changed: tuple, code: int, words: str
+def test_an_error_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path, archive: Path, changed: tuple, code: int, message: str
 ):
-    """The program itself, in this process: a new one takes seconds to start."""
+    """In this process, as a new one takes seconds to start."""
     monkeypatch.chdir(tmp_path)
     arguments = ["train", changed[0], "--archive", str(archive), "--out", "run", *TRAIN]
-    arguments += [word.format(archive=archive) for word in changed[1:]]
+    arguments += [argument.format(archive=archive) for argument in changed[1:]]
     monkeypatch.setattr(sys, "argv", ["redistill", *arguments])
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_:
         main()
-    said = capsys.readouterr().err
-    assert left.value.code == code, said
-    assert words in said
-    assert len([line for line in said.splitlines() if line.startswith("redistill:")]) == 1
+    err = capsys.readouterr().err
+    assert exit_.value.code == code, err
+    assert message in err
+    assert len([line for line in err.splitlines() if line.startswith("redistill:")]) == 1
     assert not (tmp_path / "run" / "last.ckpt").exists()
 
 
@@ -156,21 +157,14 @@ def test_a_damaged_archive_is_exit_code_four(run, tmp_path: Path):
     assert str(shard.relative_to(path)) in done.stderr
 
 
-def test_a_diverging_loss_stops_and_says_where(run, archive: Path):
+def test_a_diverging_loss_stops_the_run(run, archive: Path):
     done = run("train", DATA, "--archive", archive, "--out", "run", *TRAIN, "--lr", "1e30", "--loss", "ce")
     assert done.returncode == 1, done.stderr
     assert "no longer finite at epoch 1, batch" in done.stderr
 
 
-def test_help_has_examples():
-    commands = typer.main.get_command(app).commands
-    assert commands.keys() >= {"demo", "cache-teacher", "train", "evaluate", "report", "inspect", "verify", "doctor"}
-    for name, command in commands.items():
-        assert "xample" in (command.help or ""), name
-
-
-def test_the_doctor_needs_nothing(run):
-    found = json.loads(run("doctor", "--json").stdout)
-    assert found["cores"] >= 1
-    assert found["limit"]
-    assert found["views_per_second_and_core"] > 0
+def test_doctor_without_arguments(run):
+    diagnosis = json.loads(run("doctor", "--json").stdout)
+    assert diagnosis["cores"] >= 1
+    assert diagnosis["limit"]
+    assert diagnosis["views_per_second_and_core"] > 0

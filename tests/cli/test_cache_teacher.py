@@ -1,4 +1,4 @@
-"""`redistill cache-teacher` as a user meets it: what it prints and leaves behind, and one line for what is wrong."""
+"""`redistill cache-teacher`: output, files, exit codes, and one-line errors."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def cached(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path):
     """cached("--views", "2") -> exit code, stdout and stderr of the program itself, in an empty folder."""
     monkeypatch.chdir(tmp_path)
 
-    def call(*words: str, data: str = DATA, teacher: str = TEACHER, out: str = "a.zarr") -> tuple[int, str, str]:
-        line = ["redistill", "cache-teacher", data, "--teacher", teacher, "--out", out, *PLAIN, *words]
-        monkeypatch.setattr(sys, "argv", line)
-        with pytest.raises(SystemExit) as left:
+    def call(*options: str, data: str = DATA, teacher: str = TEACHER, out: str = "a.zarr") -> tuple[int, str, str]:
+        command = ["redistill", "cache-teacher", data, "--teacher", teacher, "--out", out, *PLAIN, *options]
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as exit_:
             main()
-        said = capsys.readouterr()
-        return int(left.value.code or 0), said.out, said.err
+        output = capsys.readouterr()
+        return int(exit_.value.code or 0), output.out, output.err
 
     return call
 
 
-def the_line(err: str) -> str:
-    """The only line that speaks of an error."""
+def error_line(err: str) -> str:
+    """The only error line."""
     lines = [line for line in err.splitlines() if line.startswith("redistill: ")]
     assert len(lines) == 1, err
     assert "Traceback" not in err
@@ -49,32 +49,32 @@ def odd(name: str) -> str:
     return f"python:{odd_teachers.__name__}:{name}?num_classes=5&norm=half&size=32"
 
 
-def test_json_has_the_outcome_and_nothing_else(cached):
+def test_json_is_the_only_output(cached):
     code, out, err = cached("--views", "2", "--json")
     assert code == 0, err
-    done = json.loads(out)
+    result = json.loads(out)
     archive = open_archive("a.zarr")
-    assert done["id"] == archive.id
-    assert (done["samples"], done["views"], done["images"], done["teacher"]) == (90, 2, 180, "small")
-    assert done.keys() == {
+    assert result["id"] == archive.id
+    assert (result["samples"], result["views"], result["images"], result["teacher"]) == (90, 2, 180, "small")
+    assert result.keys() == {
         *("path", "id", "samples", "views", "images", "seconds", "images_per_second", "total_bytes"),
         *("bytes_per_view", "teacher", "teacher_top1", "floor", "missing"),
     }
-    assert done["total_bytes"] == sum((Path("a.zarr") / name).stat().st_size for name in file_hashes(Path("a.zarr")))
+    assert result["total_bytes"] == sum((Path("a.zarr") / name).stat().st_size for name in file_hashes(Path("a.zarr")))
     code, out, _ = cached("--views", "2", "--json")
-    assert (code, json.loads(out)["images"], json.loads(out)["id"]) == (0, 0, done["id"])
+    assert (code, json.loads(out)["images"], json.loads(out)["id"]) == (0, 0, result["id"])
 
 
-def test_a_dry_run_says_what_it_would_cost_and_leaves_nothing(cached, tmp_path: Path):
+def test_a_dry_run_estimates_and_writes_nothing(cached, tmp_path: Path):
     code, out, err = cached("--views", "8", "--dry-run", "--json")
     assert code == 0, err
-    found = json.loads(out)
-    assert (found["samples"], found["views"], found["blocks"]) == (90, 8, 24)
-    assert {"total_bytes", "seconds", "device_hours", "free_bytes", "break_even", "codecs"} < found.keys()
+    estimate = json.loads(out)
+    assert (estimate["samples"], estimate["views"], estimate["blocks"]) == (90, 8, 24)
+    assert {"total_bytes", "seconds", "device_hours", "free_bytes", "break_even", "codecs"} < estimate.keys()
     code, out, err = cached("--dry-run")
     assert code == 0, err
-    for word in ("samples", "size", "free", "pace", "time", "break-even", "codec of logits"):
-        assert word in out
+    for name in ("samples", "size", "free", "pace", "time", "break-even", "codec of logits"):
+        assert name in out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -100,38 +100,39 @@ WRONG = {
     "layer": (2, {}, ("--signals", "layer9"), "did you mean layer3"),
     "codec": (2, {}, ("--codec", "topk"), "use --codec auto"),
     "device": (2, {}, ("--device", "gpu"), "expected auto, cpu, cuda"),
-    "views": (2, {}, ("--views", "0"), "views of at least 1"),
-    "block rows": (2, {}, ("--block-rows", "0"), "block_rows of at least 1"),
+    "views": (2, {}, ("--views", "0"), "--views must be at least 1, found 0"),
+    "block rows": (2, {}, ("--block-rows", "0"), "--block-rows must be at least 1, found 0"),
+    "fidelity": (2, {}, ("--fidelity", "2"), "--fidelity must be at least 1e-09 and at most 1, found 2.0"),
     "name": (2, {}, ("--teacher-name", "Große"), "--teacher-name must be"),
-    "bad images": (2, {}, ("--on-bad-image", "skip"), "fail or exclude"),
+    "bad images": (2, {}, ("--on-bad-image", "skip"), "--on-bad-image 'skip' is not known"),
 }
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_what_does_not_fit_is_one_line_and_leaves_nothing(cached, tmp_path: Path, what: str):
-    expected, named, words, said = WRONG[what]
-    code, out, err = cached(*words, **named)
-    assert said in the_line(err)
+def test_an_error_is_one_line_and_nothing_is_written(cached, tmp_path: Path, what: str):
+    expected, arguments, options, message = WRONG[what]
+    code, out, err = cached(*options, **arguments)
+    assert message in error_line(err)
     assert (code, out) == (expected, "")
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_gpu_that_is_not_there(cached):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
+def test_a_missing_gpu(cached):
     code, _, err = cached("--device", "cuda")
     assert code == 3
-    assert "use --device cpu" in the_line(err)
+    assert "use --device cpu" in error_line(err)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can write everywhere")
 def test_a_folder_that_cannot_be_written(cached, tmp_path: Path):
     tmp_path.chmod(0o500)
     code, _, err = cached()
     assert code == 3
-    assert "check the permissions" in the_line(err)
+    assert "check the permissions" in error_line(err)
 
 
-OTHERWISE = {
+CHANGED = {
     "--batch-size": (("--batch-size", "32"), "batch_size = 16, now it is 32"),
     "--fidelity": (("--fidelity", "1e-2"), "fidelity = 0.001, now it is 0.01"),
     "--feature-fidelity": (("--feature-fidelity", "0.1"), "feature_fidelity"),
@@ -154,16 +155,16 @@ OTHERWISE = {
 def test_every_option_that_decides_content_is_refused_by_name(cached):
     assert cached()[0] == 0
     before = file_hashes(Path("a.zarr"))
-    for option, (words, named) in OTHERWISE.items():
-        code, _, err = cached(*words)
+    for option, (changed, message) in CHANGED.items():
+        code, _, err = cached(*changed)
         assert code == 3, (option, err)
-        assert named in the_line(err), option
+        assert message in error_line(err), option
         assert file_hashes(Path("a.zarr")) == before, option
     assert verify("a.zarr", full=True).ok
 
 
-def test_a_disk_that_is_full_is_one_line_and_the_rest_is_done_later(cached, tmp_path: Path):
-    """No file may grow beyond a few KiB: as if there were no more room, for real."""
+def test_a_full_disk_is_one_line_and_the_run_can_be_resumed(cached, tmp_path: Path):
+    """The kernel lets no file grow beyond a few KiB."""
     assert cached("--views", "3", out="whole.zarr")[0] == 0
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     for most in (100, 1500, 5000):
@@ -173,7 +174,7 @@ def test_a_disk_that_is_full_is_one_line_and_the_rest_is_done_later(cached, tmp_
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert code == 3
-        assert f"{tmp_path / 'a.zarr'}: File too large; check the disk" in the_line(err)
+        assert f"{tmp_path / 'a.zarr'}: File too large; check the disk" in error_line(err)
     assert cached("--views", "3")[0] == 0
     assert file_hashes(Path("a.zarr")) == file_hashes(Path("whole.zarr"))
     assert verify("a.zarr", full=True).ok

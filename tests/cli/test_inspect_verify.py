@@ -1,4 +1,4 @@
-"""`redistill inspect` and `redistill verify` as a user meets them: real processes, exit codes, one-line errors."""
+"""`redistill inspect` and `redistill verify` as processes: output, exit codes, one-line errors."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def write_archive(path: Path, *, seal: bool = True) -> np.ndarray:
 
 @pytest.fixture
 def run(tmp_path: Path):
-    def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "NO_COLOR": "1", "COLUMNS": "120"}
-        command = [sys.executable, "-m", "redistill_cli", *map(str, words)]
+        command = [sys.executable, "-m", "redistill_cli", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
 
     return run
@@ -65,22 +65,27 @@ def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_inspect_says_what_it_is(run, archive: Path):
+def test_inspect_as_json(run, archive: Path):
     done = run("inspect", archive, "--json")
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["id"] == open_archive(archive).id
-    assert (found["complete"], found["num_samples"], found["num_views"], found["num_classes"]) == (True, 40, 2, 6)
-    signal = found["teachers"]["demo"]["logits"]
+    description = json.loads(done.stdout)
+    assert description["id"] == open_archive(archive).id
+    assert (
+        description["complete"],
+        description["num_samples"],
+        description["num_views"],
+        description["num_classes"],
+    ) == (True, 40, 2, 6)
+    signal = description["teachers"]["demo"]["logits"]
     assert signal["codec"] == "linear"
     assert signal["bytes_per_view"] == pytest.approx(sum(signal["bytes_per_view_by_array"].values()))
     assert (
         0 < signal["fidelity"]["mean_kl_t1"] <= signal["fidelity"]["max_kl_t1"] <= signal["fidelity"]["bound"] == 1e-3
     )
-    assert found["total_bytes"] == sum(path.stat().st_size for path in archive.rglob("*") if path.is_file())
+    assert description["total_bytes"] == sum(path.stat().st_size for path in archive.rglob("*") if path.is_file())
 
 
-def test_inspect_is_readable_and_sends_no_escape_codes(run, archive: Path):
+def test_inspect_as_text_without_escape_codes(run, archive: Path):
     done = run("inspect", archive)
     assert done.returncode == 0, done.stderr
     assert "demo" in done.stdout
@@ -88,14 +93,14 @@ def test_inspect_is_readable_and_sends_no_escape_codes(run, archive: Path):
     assert "\x1b" not in done.stdout
 
 
-def test_an_unfinished_archive_is_described_as_such(run, tmp_path: Path):
+def test_an_unfinished_archive_is_described(run, tmp_path: Path):
     write_archive(tmp_path / "u.redistill.zarr", seal=False)
-    found = json.loads(run("inspect", tmp_path / "u.redistill.zarr", "--json").stdout)
-    assert (found["complete"], found["id"]) == (False, None)
-    assert found["committed_blocks"] == 2 * 2 * 3 + 2
+    description = json.loads(run("inspect", tmp_path / "u.redistill.zarr", "--json").stdout)
+    assert (description["complete"], description["id"]) == (False, None)
+    assert description["committed_blocks"] == 2 * 2 * 3 + 2
 
 
-def test_verify_finds_a_flipped_bit_and_quarantine_lets_it_be_made_again(run, archive: Path):
+def test_verify_finds_a_flipped_bit_and_quarantine_marks_the_block_missing(run, archive: Path):
     assert run("verify", archive).returncode == 0
     shard = archive / "teachers/demo/logits/q/c.1.2.0"
     data = bytearray(shard.read_bytes())
@@ -112,17 +117,17 @@ def test_verify_finds_a_flipped_bit_and_quarantine_lets_it_be_made_again(run, ar
     assert run("verify", archive, "--quarantine").returncode == 4
     missing = ArchiveWriter.resume(archive).missing("teachers/demo")
     assert [(block.view, block.index) for block in missing] == [(1, 2)]
-    assert run("verify", archive).returncode == 0  # what is left is whole
+    assert run("verify", archive).returncode == 0  # the other files are intact
 
 
-def test_full_verification_hashes_what_stamps_would_spare(run, archive: Path):
+def test_full_verification_hashes_files_that_were_verified_before(run, archive: Path):
     assert run("verify", archive).returncode == 0
     shard = archive / "views/flip/c.0.0"
     before = shard.stat()
     data = bytearray(shard.read_bytes())
     data[3] ^= 1
     shard.write_bytes(data)
-    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a failing disk would change it
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))  # like a failing disk: size and time are unchanged
     assert run("verify", archive).returncode == 0
     assert run("verify", archive, "--full").returncode == 4
 
@@ -131,10 +136,10 @@ def test_full_verification_hashes_what_stamps_would_spare(run, archive: Path):
 def test_errors_are_one_line(run, tmp_path: Path, command: str):
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()
-    for name, words in (("nothing", "it does not exist"), ("file", "it is a file"), ("empty", "no zarr.json")):
+    for name, message in (("nothing", "it does not exist"), ("file", "it is a file"), ("empty", "no zarr.json")):
         done = run(command, tmp_path / name)
         assert (done.returncode, done.stdout) == (3, "")
-        assert words in done.stderr
+        assert message in done.stderr
         assert done.stderr.count("\n") == 1
     assert run(command).returncode == 2
 
@@ -143,26 +148,28 @@ def test_archives_at_a_url(tmp_path: Path, run, serve, monkeypatch: pytest.Monke
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_archive(tmp_path / "a.redistill.zarr")
     address, _ = serve(tmp_path)
-    there = json.loads(run("inspect", f"{address}/a.redistill.zarr", "--json").stdout)
-    here = json.loads(run("inspect", tmp_path / "a.redistill.zarr", "--json").stdout)
-    assert there.pop("path") != here.pop("path")
-    assert there == here
+    remote = json.loads(run("inspect", f"{address}/a.redistill.zarr", "--json").stdout)
+    local = json.loads(run("inspect", tmp_path / "a.redistill.zarr", "--json").stdout)
+    assert remote.pop("path") != local.pop("path")
+    assert remote == local
     assert run("verify", f"{address}/a.redistill.zarr", "--full").returncode == 0
-    found = run("inspect", f"{address}/b.redistill.zarr")
-    assert (found.returncode, found.stderr.count("\n")) == (3, 1)
+    missing = run("inspect", f"{address}/b.redistill.zarr")
+    assert (missing.returncode, missing.stderr.count("\n")) == (3, 1)
 
 
-def test_ctrl_c_in_the_middle_is_said_in_a_line():
+def test_ctrl_c_is_reported_in_one_line():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}/a.redistill.zarr"
         command = [sys.executable, "-m", "redistill_cli", "inspect", address]
-        listening = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # else not behind &
+        listening = {
+            "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+        }  # ignored where the tests run in the background
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **listening)
         try:
-            asking, _ = silent.accept()  # it waits for an answer now
-            with asking:
+            connection, _ = silent.accept()  # from here on it waits for a response
+            with connection:
                 process.send_signal(signal.SIGINT)
-                said, complained = process.communicate(timeout=60)
+                out, err = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert (process.returncode, said, complained) == (130, "", "redistill: interrupted\n")
+    assert (process.returncode, out, err) == (130, "", "redistill: interrupted\n")

@@ -1,4 +1,4 @@
-"""Learning rates as a function of progress, optimisers by timm's names, presets of the literature."""
+"""Learning rate schedules, optimisers under timm's names, presets of the literature."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_cosine_against_torch():
         assert lr_at(config, epoch) == pytest.approx(reference.get_last_lr()[0])
         optimizer.step()
         reference.step()
-    assert lr_at(config, 25) == pytest.approx(0.01)  # beyond the end it stays
+    assert lr_at(config, 25) == pytest.approx(0.01)  # constant beyond the end
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_milestones_fall_on_the_first_step_of_their_epoch():
         assert lr_at(config, (first - 1) / steps_per_epoch) == pytest.approx(0.05)
 
 
-def test_presets_are_those_of_the_papers():
+def test_presets_match_the_papers():
     crd = preset("cifar-kd", model="resnet8x4")
     assert (crd.batch_size, crd.optim.opt, crd.optim.momentum, crd.optim.weight_decay) == (64, "sgd", 0.9, 5e-4)
     rates = [lr_at(crd.optim, epoch) for epoch in (0, 149, 150, 180, 210, 239)]
@@ -90,27 +90,27 @@ def test_every_optimiser_lowers_a_loss(opt: str):
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_sgd_is_plain_and_nesterov_is_not():
+def test_sgd_has_plain_momentum():
     assert make_optimizer(nn.Linear(2, 2), OptimConfig(opt="sgd")).defaults["nesterov"] is False
     assert make_optimizer(nn.Linear(2, 2), OptimConfig(opt="nesterov")).defaults["nesterov"] is True
 
 
-def test_norms_and_biases_are_spared_when_asked():
+def test_no_weight_decay_for_norms_and_biases():
     network = demo.build("large", 3)
-    everything = make_optimizer(network, OptimConfig(weight_decay=0.1)).param_groups
-    assert [group["weight_decay"] for group in everything] == [0.1]
-    decayed, spared = make_optimizer(network, OptimConfig(weight_decay=0.1, no_decay_norm_bias=True)).param_groups
-    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0)
+    all_groups = make_optimizer(network, OptimConfig(weight_decay=0.1)).param_groups
+    assert [group["weight_decay"] for group in all_groups] == [0.1]
+    decayed, exempt = make_optimizer(network, OptimConfig(weight_decay=0.1, no_decay_norm_bias=True)).param_groups
+    assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.1, 0)
     assert {p.ndim for p in decayed["params"]} == {2, 4}
-    assert {p.ndim for p in spared["params"]} == {1}
-    assert len(decayed["params"]) + len(spared["params"]) == len(list(network.parameters()))
+    assert {p.ndim for p in exempt["params"]} == {1}
+    assert len(decayed["params"]) + len(exempt["params"]) == len(list(network.parameters()))
 
 
 def test_frozen_parameters_are_left_out():
     network = demo.build("tiny", 3)
     network.get_submodule("layer1").requires_grad_(False)
-    held = {id(p) for group in make_optimizer(network, OptimConfig()).param_groups for p in group["params"]}
-    assert held == {id(p) for p in network.parameters() if p.requires_grad}
+    updated = {id(p) for group in make_optimizer(network, OptimConfig()).param_groups for p in group["params"]}
+    assert updated == {id(p) for p in network.parameters() if p.requires_grad}
 
 
 def test_clipping_scales_the_whole_gradient():
@@ -126,26 +126,27 @@ def test_clipping_scales_the_whole_gradient():
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"opt": "adamW"}, "did you mean adam or adamw"),
         ({"sched": "cos"}, "--sched 'cos' is not known"),
-        ({"lr": 0.0}, "--lr must be a finite number above 0"),
+        ({"lr": 0.0}, "--lr must be above 0 and below inf, found 0.0"),
         ({"lr": math.nan}, "--lr must be"),
+        ({"lr": math.inf}, "--lr must be"),
         ({"weight_decay": -1e-4}, "--weight-decay must be"),
         ({"momentum": 1.0}, "--momentum must be"),
         ({"momentum": 0.0}, "needs --momentum above 0"),
         ({"epochs": 0}, "--epochs must be"),
-        ({"epochs": 3, "warmup_epochs": 4}, "do not fit into 3 epochs"),
+        ({"epochs": 3, "warmup_epochs": 4}, "--warmup-epochs 4 is above --epochs 3"),
         ({"min_lr": 1.0}, "above --lr"),
         ({"sched": "multistep"}, "needs --decay-milestones"),
-        ({"decay_milestones": (30, 20)}, "must rise"),
-        ({"decay_milestones": (0, 20)}, "must rise"),
+        ({"decay_milestones": (30, 20)}, "must increase"),
+        ({"decay_milestones": (0, 20)}, "--decay-milestones must be above 0, found 0"),
         ({"clip_grad": 0.0}, "--clip-grad must be"),
         ({"decay_rate": 0.0}, "--decay-rate must be"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(settings, says: str):
-    with pytest.raises(UsageError, match=says) as caught:
+def test_invalid_settings_are_refused(settings, message: str):
+    with pytest.raises(UsageError, match=message) as refusal:
         OptimConfig(**settings)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(refusal.value)

@@ -1,0 +1,104 @@
+"""Command-line options derived from the fields of an options dataclass, the only place where they are defined."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING
+from inspect import Parameter
+from pathlib import Path
+from types import GenericAlias
+from typing import Any, TypeVar, cast
+
+import typer
+from redistill_cache.errors import UsageError
+
+from redistill.option_fields import Option, options_of
+
+__all__ = ["collect", "split", "takes"]
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def takes(options: type, *, require: bool = True) -> Callable[[Command], Command]:
+    """Give a command the options of a dataclass, in place of its `**` parameter and before its own parameters.
+
+    Every option is None where it is not on the command line, so that a preset or a file may decide. With `require`
+    unset no option is required.
+    """
+
+    def decorate(command: Command) -> Command:
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        derived = [parameter(option, require) for option in options_of(options).values() if option.help]
+        signature = inspect.Signature([*derived, *(p for p in own if p.kind is Parameter.KEYWORD_ONLY)])
+        cast("Any", command).__signature__ = signature  # where typer looks for parameters
+        return command
+
+    return decorate
+
+
+def parameter(option: Option, require: bool) -> Parameter:
+    """An option as a parameter of a typer command."""
+    required = require and option.default is MISSING
+    default = ... if required else None
+    text = option.help + describe_default(option)
+    if option.positional:
+        info = typer.Argument(default, metavar=option.flag, help=text, show_default=False)
+    else:
+        info = typer.Option(default, spelling(option), metavar=metavar(option), help=text, show_default=False)
+    return Parameter(option.field, Parameter.KEYWORD_ONLY, default=info, annotation=annotation(option))
+
+
+def spelling(option: Option) -> str:
+    """A switch that is not off by default can be turned off as well."""
+    negatable = option.type.kind is bool and option.default is not False
+    return f"{option.flag}/--no-{option.flag[2:]}" if negatable else option.flag
+
+
+def metavar(option: Option) -> str | None:
+    kind, several, choices = option.type
+    return option.metavar or "|".join(choices) or (f"<{kind.__name__}>" if several else None)
+
+
+def annotation(option: Option) -> object:
+    kind, several, _ = option.type
+    if option.commas or (kind is Path and option.metavar):  # split by collect; a Path would break a URL
+        return str
+    return GenericAlias(list, (kind,)) if several else kind
+
+
+def describe_default(option: Option) -> str:
+    value = option.default
+    if isinstance(value, tuple):
+        value = ",".join(map(str, value))
+    elif isinstance(value, float):
+        value = f"{value:g}"
+    elif value is True:
+        value = option.flag[2:]
+    elif value in (None, MISSING) or value is False:
+        value = ""
+    text = value if value != "" else option.default_text
+    return f" [default: {text}]" if text != "" else ""
+
+
+def collect(options: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What the command line gives for the options of a dataclass, by field."""
+    given = {}
+    for name, option in options_of(options).items():
+        value = values.get(name)
+        if option.commas and value is not None:
+            value = split_commas(option, value)
+        if value is not None and value not in ([], ()):
+            given[name] = value
+    return given
+
+
+def split_commas(option: Option, text: str) -> list[Any]:
+    try:
+        return [option.type.kind(part) for part in split(text)]
+    except ValueError:
+        raise UsageError(f"{option.flag} takes numbers separated by commas, found {text!r}") from None
+
+
+def split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]

@@ -1,0 +1,149 @@
+"""Options on the command line: derived from the dataclasses, documented, and without waiting for torch."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+import typer.main
+from redistill_cache.errors import UsageError
+from redistill_cli.app import app
+from redistill_cli.options import collect
+from redistill_cli.train import read_options
+
+from redistill.caching import CacheOptions
+from redistill.optim import OptimConfig
+from redistill.training import TrainOptions
+from redistill.training.options import POWER
+
+COMMANDS = typer.main.get_command(app).commands
+REQUIRED = ("folder:images", "--archive", "a.zarr", "--student", "demo:tiny", "--out", "run")
+
+
+def parse(options: type, command: str, *arguments: str) -> dict[str, Any]:
+    """What a command line gives for the options of a dataclass."""
+    with COMMANDS[command].make_context(command, list(arguments)) as context:
+        return collect(options, context.params)
+
+
+def train_options(*arguments: str, config: Path | None = None, preset: str | None = None) -> TrainOptions:
+    return read_options(parse(TrainOptions, "train", *arguments), config, preset)
+
+
+def help_text(command: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("COLUMNS", "80")
+    with COMMANDS[command].make_context(command, [], resilient_parsing=True) as context:
+        return context.get_help()
+
+
+def test_options_that_are_not_given_have_the_defaults_of_the_dataclasses():
+    assert train_options(*REQUIRED) == TrainOptions(
+        data="folder:images", archive=Path("a.zarr"), students=("demo:tiny",), out=Path("run"), allow_python=True
+    )
+    values = parse(CacheOptions, "cache-teacher", "folder:images", "--teacher", "demo:tiny", "--out", "a.zarr")
+    assert values == {"data": "folder:images", "teacher": "demo:tiny", "out": Path("a.zarr")}
+    assert CacheOptions(**values).views == 1
+
+
+def test_several_values_are_repeated_or_separated_by_commas():
+    options = train_options(
+        *(*REQUIRED, "--student", "demo:small", "--loss", "kl", "--loss", "ce", "--seed", "3", "--seed", "4"),
+        *("--teacher-names", "a, b", "--log", "csv", "--sched", "multistep", "--decay-milestones", "10,20.5"),
+    )
+    assert options.students == ("demo:tiny", "demo:small")
+    assert (options.losses, options.seeds) == (("kl", "ce"), (3, 4))
+    assert (options.teachers, options.log) == (("a", "b"), ("csv",))
+    assert options.optim.decay_milestones == (10, 20.5)
+    values = parse(
+        CacheOptions, "cache-teacher", "x", "--teacher", "t", "--out", "a", "--signals", "layer3,penultimate"
+    )
+    assert CacheOptions(**values).signals == ("logits", "layer3", "penultimate")
+
+
+@pytest.mark.parametrize(("arguments", "amp"), [((), None), (("--amp",), True), (("--no-amp",), False)])
+def test_amp_is_on_off_or_decided_by_the_device(arguments: tuple[str, ...], amp: bool | None):
+    assert train_options(*REQUIRED, *arguments).amp is amp
+
+
+def test_switches():
+    options = train_options(*REQUIRED, "--compile", "--no-channels-last", "--no-decay-norm-bias")
+    assert (options.compile, options.channels_last, options.optim.no_decay_norm_bias) == (True, False, True)
+
+
+def test_the_command_line_wins_over_the_config_over_the_preset_over_defaults(tmp_path: Path):
+    config = tmp_path / "config.toml"
+    stored = {"data": "d", "archive": "a", "students": ["demo:tiny"], "out": "r", "lr": 0.2, "batch_size": 128}
+    config.write_text(tomli_w.dumps({"options": stored}))
+    options = train_options("--lr", "0.3", "--out", "again", config=config, preset="cifar-kd")
+    assert (options.optim.lr, options.batch_size, options.optim.opt) == (0.3, 128, "sgd")
+    assert (options.optim.momentum, options.out) == (OptimConfig().momentum, Path("again"))
+    assert train_options(config=config, preset="cifar-kd").optim.lr == 0.2
+    assert train_options(*REQUIRED, preset="cifar-kd").optim.lr == 0.05
+
+
+def test_missing_options_are_named():
+    with pytest.raises(UsageError, match="train needs --archive, --student, --out"):
+        train_options("folder:images")
+    with pytest.raises(UsageError, match="train needs DATA, --archive"):
+        train_options()
+
+
+@pytest.mark.parametrize("option", ["--cohort", "--ce-weight"])
+def test_removed_options_are_unknown(option: str):
+    with pytest.raises(Exception, match="No such option") as refusal:
+        train_options(*REQUIRED, option, "1")
+    assert getattr(refusal.value, "exit_code", None) == 2
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_has_a_help_text(command: str):
+    for parameter in COMMANDS[command].params:
+        assert parameter.help, parameter.name
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"[default: {POWER}]",
+        "--opt sgd|nesterov|adam|adamw",
+        "[default: nesterov]",
+        "[default: on CUDA only]",
+        "--no-decay-norm-bias",
+        "--archive PATH|URL",
+        "[default: csv,tensorboard]",
+    ],
+)
+def test_help_shows_names_choices_and_defaults(text: str, monkeypatch: pytest.MonkeyPatch):
+    assert text in re.sub(r"\s+", " ", help_text("train", monkeypatch))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_examples_can_be_pasted_from_a_terminal_of_80_columns(command: str, monkeypatch: pytest.MonkeyPatch):
+    examples = re.split(r"\n\n(?:Arguments|Options):", help_text(command, monkeypatch).partition("Examples:")[2])[0]
+    lines = re.sub(r" \\\n +", " ", examples).splitlines()
+    pasted = [line.strip() for line in lines if re.match(r" +(redistill|torchrun) ", line)]
+    assert pasted
+    assert max(len(line) for line in examples.splitlines()) <= 76
+    for line in pasted:
+        _, name, *arguments = shlex.split(re.sub(r"^torchrun .*? -m redistill_cli", "redistill", line))
+        with COMMANDS[name].make_context(name, arguments):
+            assert name == command
+
+
+def test_help_loads_no_torch():
+    code = "import sys, typer.main, redistill_cli.app as a; typer.main.get_command(a.app); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "redistill.training.options" in loaded
+    assert not loaded & {"torch", "torchvision"}
+
+
+def test_the_entry_point_sets_variables_before_numpy_is_imported():
+    code = "import sys, redistill_cli.__main__; sys.exit('numpy' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

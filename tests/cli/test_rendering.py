@@ -1,0 +1,54 @@
+"""Progress where stderr is not a terminal."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from redistill_cli import rendering
+from redistill_cli.rendering import ProgressBar, TerminalProgress
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch, capsys):
+    """lines() -> what was written to stderr; every look at the clock is 10 seconds later."""
+    clock = itertools.count(0, 10)
+    monkeypatch.setattr(rendering.time, "monotonic", lambda: float(next(clock)))
+    return lambda: capsys.readouterr().err.splitlines()
+
+
+def test_a_line_every_30_seconds_with_the_rate_of_this_process(lines):
+    with TerminalProgress() as progress:
+        for done in range(500, 1200, 100):
+            progress.advance("train", done, 1200, loss="0.5")
+    assert lines() == [
+        "train: 700 of 1200, 10.00 images/s, 00:50 left, loss 0.5",
+        "train: 1000 of 1200, 10.00 images/s, 00:20 left, loss 0.5",
+    ]
+
+
+def test_another_task_has_its_own_rate(lines):
+    with TerminalProgress() as progress:
+        for done in range(0, 400, 100):
+            progress.advance("index", done, 400)
+        progress.stage("next")
+        for done in range(0, 40, 10):
+            progress.advance("train", done, 40)
+    assert lines() == [
+        "index: 200 of 400, 10.00 images/s, 00:20 left",
+        "",
+        "* next",
+        "train: 20 of 40,  1.00 images/s, 00:20 left",
+    ]
+
+
+def test_bytes_have_units(lines):
+    with ProgressBar("fetch", "B") as bar:
+        for done in range(4):
+            bar.update(done * 10_000_000, 50_000_000)
+    assert lines() == ["fetch: 20.0M of 50.0M, 1.00MB/s, 00:30 left"]
+
+
+def test_messages_are_harmless(lines):
+    TerminalProgress().warning("\x1b[31mred")
+    assert lines() == ["warning: \\x1b[31mred"]
