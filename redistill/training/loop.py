@@ -16,7 +16,7 @@ from redistill_cache.storage import disk_trouble
 from redistill.interrupts import StopRequest, stop_on_signals
 from redistill.losses.objective import Mix
 from redistill.losses.schedule import TrainingProgress
-from redistill.metrics import Metrics, Tally
+from redistill.metrics import Metrics, MetricSums
 from redistill.progress import NoProgress, Progress
 from redistill.ranks import World, joined_world
 from redistill.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
@@ -167,7 +167,7 @@ class Training:
         mine = validation.tallies(students, self.world.device, self.run.members[0].amp)
         found: list[Metrics | None] = []
         for tallies in zip(*self.world.gather(mine), strict=True):
-            total: Tally = tallies[0]
+            total: MetricSums = tallies[0]
             for other in tallies[1:]:
                 total = total + other
             found.append(total.metrics())

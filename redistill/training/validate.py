@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from redistill.devices import refuse_out_of_memory
 from redistill.loading import batch_loader
-from redistill.metrics import Tally, tally
+from redistill.metrics import MetricSums, batch_sums
 from redistill.models.model_info import Normalise
 from redistill.sources.index import SourceIndex, index_source
 from redistill.sources.open_source import open_source
@@ -92,9 +92,9 @@ class Validation:
     @torch.no_grad()
     def tallies(
         self, students: Sequence[tuple[nn.Module, Normalise]], device: torch.device, amp: torch.dtype | None = None
-    ) -> list[Tally]:
+    ) -> list[MetricSums]:
         """What each student gets right of this process's share, all from one pass over the images."""
-        totals: list[Tally | None] = [None] * len(students)
+        totals: list[MetricSums | None] = [None] * len(students)
         for rows, pixels in self._batches():
             moved = pixels.to(device)
             labels = torch.from_numpy(self.labels[rows]).to(device)
@@ -106,7 +106,7 @@ class Validation:
                     torch.autocast(device.type, amp) if amp is not None else nullcontext(),
                 ):
                     logits = network(normalise(moved))
-                one = tally(logits, labels, said)
+                one = batch_sums(logits, labels, said)
                 before = totals[at]
                 totals[at] = one if before is None else before + one
         found = [total for total in totals if total is not None]
