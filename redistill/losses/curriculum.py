@@ -102,7 +102,7 @@ class CurriculumTemperature(nn.Module):
     θ ascends the loss that the student descends. θ must be among the parameters of the optimiser.
     Li et al., AAAI 2023 (arXiv 2211.16231), the global variant.
     Published: weights 0.1 CE + 0.9 KD, ramp 10 epochs. Assumed: low 1, span 20 and the initial θ = 1 are recalled from
-    the authors' code; θ ascends T² as well, as it does there.
+    the authors' code; θ ascends the factor T² as well.
     Needs: one trainable parameter.
     """
 

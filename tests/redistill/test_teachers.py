@@ -306,7 +306,7 @@ def test_a_missing_device_is_refused_in_one_line(device: str, message: str):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_cuda_without_a_gpu_is_refused():
     with pytest.raises(Refused, match="finds no GPU here; use --device cpu"):
         pick_device("cuda")
