@@ -1,10 +1,10 @@
-"""Time and memory of the power divergence over those of standard distillation (kl_div and two softmaxes).
+"""Time and memory of the power divergence relative to standard distillation (kl_div and two softmaxes).
 
     python bench/losses.py [--quick] [--json PATH]
 
-One step is forward and backward of the loss alone, from float32 logits to the gradient of the student's. The two
-losses take turns, so that whatever else the machine does meets both, in one thread; `ratio` is that of the medians.
-`memory` is the ratio of the peaks of what a step allocates beyond its inputs.
+One step is forward and backward of the loss alone, from float32 logits to the gradient of the student's, in one thread.
+The two losses alternate, so that other load on the machine affects both; `ratio` is that of the median times. `memory`
+is the ratio of the peak allocations of a step, without its inputs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# The profiler that counts memory would write two lines of its own for each measurement.
+# Otherwise the memory profiler logs two lines for each measurement.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import harness
@@ -59,21 +59,21 @@ def step(loss: Loss, student: Tensor, teacher: Tensor) -> None:
 
 
 def seconds(losses: list[Loss], student: Tensor, teacher: Tensor, repeats: int) -> list[float]:
-    """Median seconds of a step of each loss, taking turns."""
+    """Median seconds of a step of each loss, measured alternately."""
     times: list[list[float]] = [[] for _ in losses]
     for turn in range(-3, repeats):
-        for loss, taken in zip(losses, times, strict=True):
+        for loss, durations in zip(losses, times, strict=True):
             _finish(student)
             start = time.perf_counter()
             step(loss, student, teacher)
             _finish(student)
             if turn >= 0:
-                taken.append(time.perf_counter() - start)
-    return [statistics.median(taken) for taken in times]
+                durations.append(time.perf_counter() - start)
+    return [statistics.median(durations) for durations in times]
 
 
 def peak_bytes(loss: Loss, student: Tensor, teacher: Tensor) -> int:
-    """The most that a step holds at once beyond what was there before it."""
+    """The peak of what a step allocates."""
     step(loss, student, teacher)
     if student.is_cuda:
         before = torch.cuda.memory_allocated()
@@ -86,10 +86,10 @@ def peak_bytes(loss: Loss, student: Tensor, teacher: Tensor) -> int:
         trace = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(trace))
         events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
-    held = peak = 0
+    allocated = peak = 0
     for event in sorted(events, key=lambda event: event["ts"]):
-        held += event["args"]["Bytes"]
-        peak = max(peak, held)
+        allocated += event["args"]["Bytes"]
+        peak = max(peak, allocated)
     return peak
 
 

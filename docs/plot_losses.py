@@ -1,4 +1,4 @@
-"""Make the plots of docs/LOSSES.md, and print the numbers of its tables.
+"""Write the plots of docs/LOSSES.md and print the numbers of its tables.
 
 python docs/plot_losses.py
 """
@@ -35,15 +35,15 @@ def rows(student: Tensor, teacher: Tensor, member: tuple, temperature: float = 1
 
 
 def wrong_row(classes: int = 100) -> tuple[Tensor, Tensor]:
-    """A student sure of class 0 (0.9), and a teacher that is surer of class 1 (0.95)."""
+    """A student with probability 0.9 for class 0, and a teacher with 0.95 for class 1."""
     student = torch.full((1, classes), 0.1 / (classes - 1), dtype=torch.float64)
     teacher = torch.full((1, classes), 0.04 / (classes - 2), dtype=torch.float64)
     student[0, 0], teacher[0, 0], teacher[0, 1] = 0.9, 0.01, 0.95
     return student, teacher
 
 
-def push(member: tuple, temperature: float) -> Tensor:
-    """The gradient by the student's logits on the confidently wrong row."""
+def gradient(member: tuple, temperature: float) -> Tensor:
+    """The gradient with respect to the student's logits on the confidently wrong row."""
     student, teacher = wrong_row()
     logits = student.log().requires_grad_()
     _, lam, form, order, _, _ = member
@@ -51,14 +51,14 @@ def push(member: tuple, temperature: float) -> Tensor:
     return torch.autograd.grad(loss, logits)[0][0]
 
 
-def settled(member: tuple, share: float, classes: int = 100) -> float:
-    """The probability of the true class under a constant student, where `share` of the rows are wrong at random."""
+def minimum(member: tuple, share: float, classes: int = 100) -> float:
+    """The true class's probability for the best single prediction for all rows, `share` of which are wrong."""
     teacher = torch.full((classes, classes), 0.1 / (classes - 1), dtype=torch.float64)
     teacher.fill_diagonal_(0.9)
-    # Row 0 is right; the other rows, one for each wrong class, carry `share` between them.
+    # Row 0 is right; the other rows, one for each wrong class, have the weight `share` together.
     weights = torch.full((classes,), share / (classes - 1), dtype=torch.float64)
     weights[0] = 1 - share
-    # Start at the solution for KL: bounded members are flat far away, where a line search would fail.
+    # Start at the minimum of KL: bounded members are flat far from theirs, and the line search would fail.
     logits = (weights @ teacher).log()[None].requires_grad_()
     optimiser = torch.optim.LBFGS([logits], max_iter=500, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
 
@@ -84,26 +84,28 @@ def plot_values() -> None:
     finish(figure, axes, "power_value.svg")
 
 
-def plot_push() -> None:
+def plot_gradients() -> None:
     figure, axes = plt.subplots(figsize=(6.2, 3.6))
     temperatures = torch.logspace(0, math.log10(16), 25, dtype=torch.float64).tolist()
     for member in MEMBERS:
-        sizes = [push(member, temperature).abs().sum().item() for temperature in temperatures]
+        sizes = [gradient(member, temperature).abs().sum().item() for temperature in temperatures]
         axes.plot(temperatures, sizes, label=member[0], color=member[4], linestyle=member[5])
     axes.set(xscale="log", yscale="log", xlabel="temperature", ylabel="|gradient| (L1), times T²")
     axes.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
-    finish(figure, axes, "power_push.svg")
+    finish(figure, axes, "power_gradient.svg")
 
 
-def plot_settled() -> None:
+def plot_minima() -> None:
     figure, axes = plt.subplots(figsize=(6.2, 3.6))
     shares = [0.01, *(0.05 * i for i in range(1, 11))]
     for member in MEMBERS:
         axes.plot(
-            shares, [settled(member, share) for share in shares], label=member[0], color=member[4], linestyle=member[5]
+            shares, [minimum(member, share) for share in shares], label=member[0], color=member[4], linestyle=member[5]
         )
-    axes.set(xlabel="share of confidently wrong teacher rows", ylabel="student's belief in the truth", ylim=(0, 1))
-    finish(figure, axes, "power_settled.svg")
+    axes.set(
+        xlabel="share of confidently wrong teacher rows", ylabel="student's probability of the true class", ylim=(0, 1)
+    )
+    finish(figure, axes, "power_minimum.svg")
 
 
 def finish(figure: plt.Figure, axes: plt.Axes, name: str) -> None:
@@ -119,18 +121,18 @@ def print_tables() -> None:
     print("gradient (times T²) on the confidently wrong row: true class / wrong class / L1")
     for member in MEMBERS:
         for temperature in (1.0, 4.0):
-            gradient = push(member, temperature)
-            true, wrong, size = gradient[0].item(), gradient[1].item(), gradient.abs().sum().item()
+            row = gradient(member, temperature)
+            true, wrong, size = row[0].item(), row[1].item(), row.abs().sum().item()
             print(f"  {member[0]:32} T={temperature:g}  {true:8.3f} {wrong:8.3f} {size:8.3f}")
-    print("belief in the true class where a share of the rows is wrong: 10 %, 20 %, 40 %")
+    print("probability of the true class where a share of the rows is wrong: 10 %, 20 %, 40 %")
     for member in MEMBERS:
-        print(f"  {member[0]:32} " + "  ".join(f"{settled(member, share):.2f}" for share in (0.1, 0.2, 0.4)))
+        print(f"  {member[0]:32} " + "  ".join(f"{minimum(member, share):.2f}" for share in (0.1, 0.2, 0.4)))
 
 
 if __name__ == "__main__":
-    # Text as text and fixed ids: a second run writes the same bytes.
+    # Text as text and fixed ids, so that a second run writes the same bytes.
     mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "redistill", "path.simplify_threshold": 0.5})
     plot_values()
-    plot_push()
-    plot_settled()
+    plot_gradients()
+    plot_minima()
     print_tables()

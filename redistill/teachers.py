@@ -1,4 +1,8 @@
-"""A frozen model that answers for pixels."""
+"""A frozen teacher, and the check on its first batch that its outputs may be cached.
+
+A model in train mode, one with dropout, one that normalises with the statistics of the batch: each runs without an
+error, and each would fill an archive with logits that are not a function of the image.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +24,14 @@ from redistill.specs import listed
 
 __all__ = ["Teacher", "TeacherCheck", "check_teacher"]
 
-PROBE_SIZE = 64  # where the network does not say what it expects; any fully convolutional network takes it
+PROBE_SIZE = 64  # for networks with an unknown input size; any fully convolutional network accepts it
 
 
 class Teacher:
     """teacher(pixels) -> {"logits": [B, C], "layer3": [B, d], ...}, float32, on `device`.
 
-    Pixels are uint8 [B, 3, H, W]; they are normalised on the device. The module is taken over: set to eval mode,
-    frozen and moved. Answers carry no gradient, but may stand beside a student's in a loss.
+    Pixels are uint8 [B, 3, H, W]; they are normalised on the device. The module of `model` is modified: set to eval
+    mode, frozen and moved. Outputs carry no gradient, but can be used in a student's loss.
     """
 
     def __init__(
@@ -41,9 +45,7 @@ class Teacher:
         layers: Sequence[str] = (),
     ) -> None:
         if model.weights_source is None:
-            raise Refused(
-                f"the teacher {model.spec!r} has no weights; add weights=PATH (or weights=random, to mean just that)"
-            )
+            raise Refused(f"the teacher {model.spec!r} has no weights; add weights=PATH, or weights=random for a test")
         self.model = model
         self.device = device
         self.amp = amp
@@ -51,28 +53,28 @@ class Teacher:
         self.normalise = model.normalise().to(device)
         model.module.eval().requires_grad_(False)
         head = self.head_name if PENULTIMATE in layers else None
-        self._cut_head = None if head is None else model.module.get_submodule(head)
+        self._removed_head = None if head is None else model.module.get_submodule(head)
         with refuse_out_of_memory(1, device):
             self.network = Signals(model.module, layers, head).eval().to(device, memory_format=self.memory_format)  # type: ignore[call-overload]
         self._run = torch.compile(self.network) if compile else self.network
 
     @property
     def signals(self) -> tuple[str, ...]:
-        """`logits`, then the layers in the order asked for."""
+        """`logits`, then the layers in the order requested."""
         return (LOGITS, *(layer for layer in self.network.layers if layer != LOGITS))
 
     @cached_property
     def head_name(self) -> str | None:
-        """The final linear layer, by name, when the logits are its output and nothing else."""
+        """The name of the final linear layer, if its output is the logits."""
         side = self.model.input_size or PROBE_SIZE
         own = next(iter(self.model.module.parameters()), torch.empty(0))
         noise = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)).to(own.device)
         return find_head(self.model.module, self.model.num_classes, noise)
 
     def head(self) -> Head | None:
-        """Weight and bias of the final linear layer, on the CPU; None when the logits are not its plain output."""
-        if self._cut_head is not None:
-            linear = self._cut_head
+        """Weight and bias of the final linear layer, on the CPU; None if its output is not the logits."""
+        if self._removed_head is not None:
+            linear = self._removed_head
         elif self.head_name is not None:
             linear = self.model.module.get_submodule(self.head_name)
         else:
@@ -82,50 +84,45 @@ class Teacher:
         bias = torch.zeros(len(weight)) if linear.bias is None else linear.bias.detach().float().cpu()
         return Head(weight, bias)
 
-    @torch.no_grad()  # not inference_mode: its tensors may not take part in a student's loss
+    @torch.no_grad()  # not inference_mode, whose tensors cannot be used in a student's loss
     def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
             raise UsageError(f"expected uint8 pixels [B, 3, H, W], found {pixels.dtype} {list(pixels.shape)}")
         with refuse_out_of_memory(len(pixels), self.device):
             moved = pixels.to(self.device, non_blocking=True).contiguous(memory_format=self.memory_format)
             with torch.autocast(self.device.type, self.amp) if self.amp is not None else nullcontext():
-                answers: dict[str, Tensor] = self._run(self.normalise(moved))
-        expected = (len(pixels), self.model.num_classes)
-        if answers[LOGITS].shape != expected:
-            found = list(answers[LOGITS].shape)
-            raise Refused(f"expected logits {list(expected)} from {self.model.spec!r}, found {found}; see num_classes=")
-        return answers
+                outputs: dict[str, Tensor] = self._run(self.normalise(moved))
+        expected = [len(pixels), self.model.num_classes]
+        shape = list(outputs[LOGITS].shape)
+        if shape != expected:
+            raise Refused(f"expected logits {expected} from {self.model.spec!r}, found {shape}; see num_classes=")
+        return outputs
 
 
-# -- teacher check ----------------------------------------------------------------------------------------------------
-#
-# Is this teacher fit to be written down? Asked once, on the first batch, before anything is spent.
-#
-# A model in train mode, one that drops at random, one that normalises with the statistics of the batch: each answers
-# without complaint, and each would fill an archive with answers that belong to no network.
+# -- the check on the first batch -------------------------------------------------------------------------------------
 
-# How far answers for one image may move with its neighbours in the batch, relative to the spread of the logits.
-# Rounding moves them by 1e-6 (float32), 1e-3 (TF32) or 1e-2 (bfloat16); statistics of the batch move them by 0.1 to 1.
+# How far the logits of an image may depend on the other images of the batch, relative to the deviation of the logits.
+# Rounding changes them by 1e-6 (float32), 1e-3 (TF32) or 1e-2 (bfloat16); batch statistics change them by 0.1 to 1.
 NEIGHBOUR_BOUND = {None: 0.02, torch.float16: 0.1, torch.bfloat16: 0.1}
-# Two runs of the same batch: bit for bit on a CPU. A GPU may pick another kernel the second time.
+# Two runs of the same batch are equal bit for bit on a CPU. A GPU may choose another kernel the second time.
 REPEAT_BOUND = {"cpu": 0.0, "cuda": 1e-3, "mps": 1e-3}
 
 
 @dataclass(frozen=True)
 class TeacherCheck:
-    """What was measured on the batch. Differences are of logits, in absolute terms."""
+    """The measurements on the batch. Differences are absolute differences of logits."""
 
     images: int
     floor: float
-    """Largest difference between the same views in two batch compositions: below it, logits mean nothing."""
+    """Largest difference between the same views in two batch compositions; smaller differences are noise."""
     relative_floor: float
-    """`floor` over the standard deviation of the logits."""
+    """`floor` divided by the standard deviation of the logits."""
     repeat: float
     """Largest difference between two runs of the same batch."""
 
 
 def check_teacher(teacher: Teacher, pixels: Tensor) -> TeacherCheck:
-    """Run the teacher a few times over `pixels` [B >= 4, 3, H, W]; refuse it, or say how exact its answers are."""
+    """Run the teacher several times over `pixels` [B >= 4, 3, H, W]; refuse it, or measure its reproducibility."""
     assert len(pixels) >= 4, len(pixels)
     refuse_train_mode(teacher)
     before = state_digests(teacher.network)
@@ -133,65 +130,65 @@ def check_teacher(teacher: Teacher, pixels: Tensor) -> TeacherCheck:
     refuse_not_finite(teacher, first)
     refuse_changed(before, state_digests(teacher.network))
     refuse_train_mode(teacher)
-    spread = max(first[LOGITS].std().item(), 1e-12)
-    repeat = difference(first, second)
-    if repeat > REPEAT_BOUND[teacher.device.type] * spread:
+    deviation = max(first[LOGITS].std().item(), 1e-12)
+    repeat = max_difference(first, second)
+    if repeat > REPEAT_BOUND[teacher.device.type] * deviation:
         raise Refused(
-            f"the teacher gives different answers for the same images (by {repeat:.3g}); dropout or sampling must not "
-            f"run in eval mode"
+            f"two runs of the teacher over the same images give different logits (by {repeat:.3g}); it must not use "
+            f"dropout or sampling in eval mode"
         )
-    floor = difference(first, regrouped(teacher, pixels))
-    if floor > NEIGHBOUR_BOUND[teacher.amp] * spread:
+    floor = max_difference(first, run_regrouped(teacher, pixels))
+    if floor > NEIGHBOUR_BOUND[teacher.amp] * deviation:
         raise Refused(
-            f"the teacher's answer for an image depends on the other images of the batch (by {floor:.3g}, where logits "
-            f"spread by {spread:.3g}); batch norm must use its running statistics"
+            f"the teacher's logits for an image depend on the other images of the batch (by {floor:.3g}, at a standard "
+            f"deviation of {deviation:.3g}); batch norm must use its running statistics"
         )
-    return TeacherCheck(images=len(pixels), floor=floor, relative_floor=floor / spread, repeat=repeat)
+    return TeacherCheck(images=len(pixels), floor=floor, relative_floor=floor / deviation, repeat=repeat)
 
 
-def regrouped(teacher: Teacher, pixels: Tensor) -> dict[str, Tensor]:
-    """The answers to the same images in reverse order, the first two of them alone."""
+def run_regrouped(teacher: Teacher, pixels: Tensor) -> dict[str, Tensor]:
+    """The outputs for the same images in reverse order and two batches, the first of two images."""
     backwards = pixels.flip(0)
-    alone, rest = teacher(backwards[:2]), teacher(backwards[2:])
-    return {name: torch.cat([alone[name], rest[name]]).flip(0) for name in alone}
+    two, rest = teacher(backwards[:2]), teacher(backwards[2:])
+    return {name: torch.cat([two[name], rest[name]]).flip(0) for name in two}
 
 
-def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+def max_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return (one[LOGITS] - other[LOGITS]).abs().max().item()
 
 
 def refuse_train_mode(teacher: Teacher) -> None:
-    stuck = [plain(name) for name, part in teacher.network.named_modules() if part.training]
-    if stuck:
+    training = [plain_name(name) for name, part in teacher.network.named_modules() if part.training]
+    if training:
         raise Refused(
-            f"the teacher stays in train mode after eval(): {listed(stuck)}; its train() must reach all of it, or "
-            "dropout and the statistics of the batch decide what is stored"
+            f"the teacher stays in train mode after eval(): {listed(training)}; its train() must set the mode of all "
+            "submodules, or dropout and batch statistics would determine what is stored"
         )
 
 
-def plain(name: str) -> str:
-    """A name inside the user's model: ours wraps it as `network`."""
+def plain_name(name: str) -> str:
+    """A name inside the user's model, which `Signals` holds as `network`."""
     return name.removeprefix("network").removeprefix(".") or "the model itself"
 
 
-def refuse_not_finite(teacher: Teacher, answers: dict[str, Tensor]) -> None:
-    for name, rows in answers.items():
+def refuse_not_finite(teacher: Teacher, outputs: dict[str, Tensor]) -> None:
+    for name, rows in outputs.items():
         bad = int((~torch.isfinite(rows)).any(1).sum())
         if bad:
             advice = "; try --no-amp" if teacher.amp is not None else "; are its weights and normalisation right?"
-            raise Refused(f"the teacher's {name} hold NaN or infinity for {bad} of {len(rows)} images{advice}")
+            raise Refused(f"the teacher's {name} contain NaN or infinity for {bad} of {len(rows)} images{advice}")
 
 
 def refuse_changed(before: dict[str, str], after: dict[str, str]) -> None:
     changed = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
     if changed:
         raise Refused(
-            f"the teacher changes its own state when it answers: {listed(sorted(map(plain, changed)))}; in eval mode a "
-            "teacher must only read its parameters and buffers"
+            f"a forward pass changes the teacher's state: {listed(sorted(map(plain_name, changed)))}; in eval mode it "
+            "must not write to parameters and buffers"
         )
 
 
 def state_digests(network: nn.Module) -> dict[str, str]:
-    """Parameters and all buffers, those outside the state_dict too."""
+    """Digests of the parameters and of all buffers, also those that are not in the state_dict."""
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     return {name: hashlib.sha256(tensor_bytes(tensor)).hexdigest() for name, tensor in tensors.items()}

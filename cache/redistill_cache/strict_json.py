@@ -225,6 +225,13 @@ class Fields:
             raise self._error(f"{self._where}: unknown field {unknown[0][:80]!r}")
 
 
+def _is_finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an integer beyond the range of floats, which TOML allows
+        return False
+
+
 def _show(value: Json) -> str:
     """A short, printable form of any value."""
     if isinstance(value, dict | list):

@@ -1,4 +1,4 @@
-"""Distillation losses on logits: the power divergence first, and the family around it."""
+"""Distillation losses on logits: the power divergence and the losses of the literature."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from redistill.losses.divergences import (
     skew_reverse_kl,
     total_variation,
 )
-from redistill.losses.hinton import bd_kd, kd, luminet, standardize, ttm, wttm
+from redistill.losses.hinton import bd_kd, kd, logit_mse, luminet, mld, standardize, ttm, wttm
 from redistill.losses.objective import Mix, Needs, Objective
-from redistill.losses.plain import logit_mse, mld
 from redistill.losses.power import capped_fraction, is_bounded, power_divergence
 from redistill.losses.ranking import pld, topkd
 from redistill.losses.relational import dist, mlkd_batch, mlkd_class, pearson, sinkhorn, spearman

@@ -1,7 +1,7 @@
-"""The one mapping from the names of spec strings to losses, with what each of them needs.
+"""The catalogue of losses: name in spec strings -> function or module, published weights, requirements.
 
 `dkd?beta=2&temperature=4` -> entry "dkd", its function with beta and temperature bound. Options are the keyword
-arguments of the function that have a plain default, so that a new loss is one line here and nothing else.
+arguments of the function that have a plain default, so that adding a loss takes one line here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from redistill.losses import (
     decoupled,
     divergences,
     hinton,
-    plain,
     power,
     ranking,
     relational,
@@ -40,28 +39,26 @@ PLAIN = (bool, int, float, str)
 
 @dataclass(frozen=True)
 class Entry:
-    """A loss under its name: a function, or the class of a module with parameters or state."""
+    """A loss: a function, or the class of a module with parameters or state."""
 
     name: str
     make: Callable[..., Tensor] | type[nn.Module]
     weight: float = 1.0
     """Published weight of the term (CIFAR-100 where there are several)."""
     ce_weight: float = 1.0
-    """Published weight of the hard-label cross-entropy beside it."""
+    """Published weight of the hard-label cross-entropy that is added to it."""
     warmup: float = 0.0
     """Published linear warm-up of the weight, in epochs."""
     full_rows: bool = True
-    """Needs the teacher's whole row; False where a known top k with a spread tail is a usable approximation."""
+    """Needs all classes of a teacher row; False where the top k with a uniform tail is a usable approximation."""
     batch_statistics: bool = False
-    """Compares rows of a batch with each other: another batch size is another loss."""
+    """Compares rows of a batch with each other, so that its value depends on the batch size."""
     per_row: bool = True
     """Has one value per row (reduction="none")."""
-    multi_label: bool = False
-    """Treats every class as its own yes or no."""
     shift: bool = False
-    """Reads the teacher's raw logits, so that a constant added to a row changes it: the archive must keep the shift."""
-    gauges: Callable[[Mapping[str, Option]], Mapping[str, Loss]] = lambda _: {}
-    """Numbers worth logging beside the value, given the options; each is called with student and teacher logits."""
+    """Depends on a constant added to a teacher row, which softmax ignores: the archive must keep the shift."""
+    diagnostics: Callable[[Mapping[str, Option]], Mapping[str, Loss]] = lambda _: {}
+    """options -> figures to log beside the value; each is called with student and teacher logits."""
 
     @property
     def is_module(self) -> bool:
@@ -69,39 +66,31 @@ class Entry:
 
     @functools.cached_property
     def labels(self) -> bool:
-        """Needs the labels of the batch; asked at every step."""
+        """Needs the labels of the batch. Cached: it is read at every step."""
         call = getattr(self.make, "forward") if self.is_module else self.make  # noqa: B009  a class of modules
         return "labels" in inspect.signature(call).parameters
 
     @property
     def options(self) -> Mapping[str, Option]:
-        """What a spec string may set, with the defaults."""
+        """The options that a spec string may set, with their defaults."""
         parameters = inspect.signature(self.make).parameters.values()
         return {p.name: p.default for p in parameters if isinstance(p.default, PLAIN) and p.name != "reduction"}
 
-    @property
-    def summary(self) -> str:
-        """The first line of the docstring: what it is and its formula."""
-        return (inspect.getdoc(self.make) or "").partition("\n")[0]
 
-
-def _power_gauges(options: Mapping[str, Option]) -> Mapping[str, Loss]:
-    """How often the cap acts, where the member has one."""
-    member = _only(options, "lam", "form", "order")
+def _power_diagnostics(options: Mapping[str, Option]) -> Mapping[str, Loss]:
+    """The share of rows that the cap changes, for members with a cap."""
+    member: dict[str, Any] = {key: options[key] for key in ("lam", "form", "order")}
     if not power.may_be_capped(**member):
         return {}
-    return {"capped": functools.partial(power.capped_fraction, **member, **_only(options, "temperature", "cap"))}
+    bound: dict[str, Any] = {key: options[key] for key in ("temperature", "cap")}
+    return {"capped": functools.partial(power.capped_fraction, **member, **bound)}
 
 
-def _only(options: Mapping[str, Option], *keys: str) -> dict[str, Any]:
-    return {key: options[key] for key in keys}
-
-
-# KD's weights, 0.1 CE + 0.9 KD, also stand where a divergence has no published recipe for classification.
+# Divergences without a published recipe for classification have KD's weights, 0.1 CE + 0.9 KD.
 CATALOGUE: Mapping[str, Entry] = {
     entry.name: entry
     for entry in (
-        Entry("power", power.power_divergence, weight=0.9, ce_weight=0.1, gauges=_power_gauges),
+        Entry("power", power.power_divergence, weight=0.9, ce_weight=0.1, diagnostics=_power_diagnostics),
         Entry("kl", divergences.kl, weight=0.9, ce_weight=0.1, full_rows=False),
         Entry("reverse_kl", divergences.reverse_kl, weight=0.9, ce_weight=0.1),
         Entry("hellinger", divergences.hellinger, weight=0.9, ce_weight=0.1),
@@ -133,8 +122,8 @@ CATALOGUE: Mapping[str, Entry] = {
         Entry("ctkd", curriculum.CurriculumTemperature, weight=0.9, ce_weight=0.1),
         Entry("cwtm", controls.cwtm, ce_weight=0.0, batch_statistics=True),
         Entry("dkpp", controls.dkpp, ce_weight=0.0),
-        Entry("logit_mse", plain.logit_mse, shift=True),
-        Entry("mld", plain.mld, weight=10.0, ce_weight=0.0, multi_label=True, shift=True),
+        Entry("logit_mse", hinton.logit_mse, shift=True),
+        Entry("mld", hinton.mld, weight=10.0, ce_weight=0.0, shift=True),
         Entry("label_smoothing", controls.label_smoothing, ce_weight=0.0, full_rows=False),
         Entry("virtual_teacher", controls.virtual_teacher, full_rows=False),
     )
@@ -142,27 +131,27 @@ CATALOGUE: Mapping[str, Entry] = {
 
 
 def find(spec: Spec) -> Entry:
-    """The entry that a spec string names; unknown names are refused with the nearest ones."""
+    """The entry that a spec string names; an unknown name is refused with the nearest known ones."""
     entry = CATALOGUE.get(spec.scheme.replace("-", "_"))
     if entry is None:
         raise UsageError(
             f"{spec.text!r}: unknown loss {spec.scheme!r}; {did_you_mean(spec.scheme, [*CATALOGUE, 'ce'])}"
         )
     if spec.name:
-        raise UsageError(f"{spec.text!r}: a loss has options, no name; expected {spec.scheme}?key=value&key=value")
+        raise UsageError(f"{spec.text!r}: a loss has options but no name; expected {spec.scheme}?key=value&key=value")
     return entry
 
 
 def read_options(spec: Spec, entry: Entry) -> dict[str, Option]:
-    """All options of the loss with their values: those of the spec string, else the defaults."""
-    # T is one of these types for each option, which a checker cannot see of a mapping of mixed ones.
+    """The values of all options of the loss: those of the spec string, else the defaults."""
+    # T is one type for each option, which a checker cannot infer from a mapping of mixed types.
     return {key: spec.take(key, default) for key, default in entry.options.items()}  # type: ignore[type-var]
 
 
 def make_loss(spec: Spec | str, *, also: tuple[str, ...] = ()) -> tuple[Entry, Loss]:
-    """The loss of a spec string with its options bound, tried once on a tiny batch so that bad values are refused here.
+    """The loss of a spec string with its options bound; bad values are refused here, by a call on a tiny batch.
 
-    `also` names options that belong to the caller (a term's weight, say).
+    `also` names the options of a spec string that the caller reads (a term's weight, say).
     """
     spec = parse_spec(spec) if isinstance(spec, str) else spec
     entry = find(spec)
@@ -170,20 +159,20 @@ def make_loss(spec: Spec | str, *, also: tuple[str, ...] = ()) -> tuple[Entry, L
     options = read_options(spec, entry)
     try:
         loss: Loss = _bind(entry, options)
-        _rehearse(entry, loss)
+        _try_once(entry, loss)
     except UsageError as error:
         raise UsageError(f"{spec.text!r}: {error}") from None
     return entry, loss
 
 
 def _bind(entry: Entry, options: Mapping[str, Option]) -> Loss:
-    # Either way something that is called with logits and gives a loss: a bound function, or a module.
+    # Both are called with logits and return a loss: a module, or a function with its options bound.
     loss: Any = entry.make(**options) if entry.is_module else functools.partial(entry.make, **options)
     return cast(Loss, loss)
 
 
-def _rehearse(entry: Entry, loss: Loss) -> None:
-    """Every option that a loss refuses, it refuses at its first call; make that call before the data is opened."""
+def _try_once(entry: Entry, loss: Loss) -> None:
+    """Call the loss once: losses check their options when they are called, and data is opened only after that."""
     logits = torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 1.0]])
     needed: dict[str, Any] = {"labels": torch.tensor([0, 1])} if entry.labels else {}
     if isinstance(loss, nn.Module):

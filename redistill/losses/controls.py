@@ -1,4 +1,8 @@
-"""Controls: losses with no teacher in them, to see how much of a gain is only regularisation."""
+"""Controls, which show how much of a gain is not due to the teacher's full predictions.
+
+`label_smoothing` and `virtual_teacher` use no teacher at all: what they gain is regularisation. `cwtm` and `dkpp`, of
+Born-Again networks, use only the teacher's confidence and only the shape of its distribution.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from redistill.losses.checks import check_labels, fraction, positive, prepare, reduce_rows
-from redistill.losses.hinton import kl_rows, log_probs
+from redistill.losses.divergences import kl_rows, log_probs
 
 __all__ = ["cwtm", "dkpp", "label_smoothing", "permute_others", "virtual_teacher"]
 
@@ -23,7 +27,7 @@ def label_smoothing(
     smoothing: float = 0.1,
     reduction: str = "batchmean",
 ) -> Tensor:
-    """Label smoothing: -(1 - ε) log s_y - ε mean_k log s_k. The teacher is checked for its shape and not used.
+    """Label smoothing: -(1 - ε) log s_y - ε mean_k log s_k. The teacher's logits are checked and not used.
 
     Szegedy et al., CVPR 2016 (arXiv 1512.00567). Published: ε = 0.1. It contains the hard-label term: CE weight 0.
     Needs: labels.
@@ -45,12 +49,12 @@ def virtual_teacher(
     temperature: float = 20.0,
     reduction: str = "batchmean",
 ) -> Tensor:
-    """KD from a hand-made teacher that is always right: T² · KL(p_T || softmax(z/T)), p_y = a, p_k = (1 - a)/(C - 1).
+    """KD from a constructed teacher that is always right: T² · KL(p_T || softmax(z/T)), p_y = a, p_k = (1 - a)/(C - 1).
 
     p_T is p softened to temperature T, that is softmax(log p / T). confidence = a = 1/C is the uniform teacher.
-    Yuan et al., CVPR 2020 (Tf-KD_reg, arXiv 1909.11723). The real teacher is checked for its shape and not used.
-    A reading: a = 0.99 and T = 20 are recalled from the authors' code, which also differs in detail (it softens by
-    softmax(p / T), and leaves the student at T = 1); this is the formula of the paper.
+    Yuan et al., CVPR 2020 (Tf-KD_reg, arXiv 1909.11723). The teacher's logits are checked and not used.
+    Assumed: a = 0.99 and T = 20 are recalled from the authors' code, which also differs in detail (it softens by
+    softmax(p / T) and keeps the student at T = 1); this is the formula of the paper.
     Needs: labels.
     """
     student, _ = prepare(student_logits, teacher_logits)
@@ -59,14 +63,9 @@ def virtual_teacher(
         raise UsageError(f"confidence must be between 0 and 1, both excluded, found {confidence}")
     temperature = positive("temperature", temperature)
     others = math.log((1 - confidence) / (student.shape[1] - 1))
-    made = torch.full_like(student, others).scatter(1, labels[:, None], math.log(confidence))
-    rows = kl_rows(log_probs(made, temperature), log_probs(student, temperature))
+    virtual = torch.full_like(student, others).scatter(1, labels[:, None], math.log(confidence))
+    rows = kl_rows(log_probs(virtual, temperature), log_probs(student, temperature))
     return reduce_rows(temperature**2 * rows, reduction)
-
-
-# -- born again -------------------------------------------------------------------------------------------------------
-#
-# The two controls of Born-Again networks: CWTM keeps only the teacher's confidence, DKPP only its shape.
 
 
 def cwtm(
@@ -79,7 +78,7 @@ def cwtm(
     """Confidence-weighted by teacher max: Σ_b (max t_b / Σ_u max t_u) · CE(y_b, s_b), all at T = 1.
 
     The value of row b is B times its share, so that the mean over rows is the formula.
-    Furlanello et al., ICML 2018 (arXiv 1805.04770); recalled, not read again. It is the hard-label term: CE weight 0.
+    Furlanello et al., ICML 2018 (arXiv 1805.04770), from memory. It is the hard-label term: CE weight 0.
     Needs: labels, batch statistics (the sum of the weights).
     """
     student, teacher = prepare(student_logits, teacher_logits)
@@ -96,11 +95,11 @@ def dkpp(
     seed: int = 0,
     reduction: str = "batchmean",
 ) -> Tensor:
-    """Dark knowledge with permuted predictions: KL(t' || s) at T = 1, t' = t with all but its top class shuffled.
+    """Dark knowledge with permuted predictions: KL(t' || s) at T = 1, t' = t with all classes but the highest permuted.
 
-    Furlanello et al., ICML 2018 (arXiv 1805.04770); recalled, not read again.
-    The shuffle of a row is a function of the row's own teacher logits and of `seed`: the same row gets the same
-    shuffle in any batch, run or machine, another view of it another one.
+    Furlanello et al., ICML 2018 (arXiv 1805.04770), from memory.
+    The permutation of a row is a function of the row's teacher logits and of `seed`: the same row gets the same
+    permutation in any batch, in any run and on any machine; another view of the image gets another one.
     Needs: full rows.
     """
     student, teacher = prepare(student_logits, teacher_logits)
@@ -111,17 +110,17 @@ def permute_others(logits: Tensor, seed: int = 0) -> Tensor:
     """Every row with its highest class in place and the others in an order drawn from the row's bits and `seed`."""
     bits = logits.float().contiguous().view(torch.int32).long()
     columns = torch.arange(logits.shape[1], device=logits.device)
-    row = mixed(bits + mixed(columns + seed)).sum(1, keepdim=True)
-    draw = mixed(row + mixed(columns))
+    row_hash = hashed(bits + hashed(columns + seed)).sum(1, keepdim=True)
+    draw = hashed(row_hash + hashed(columns))
     best = logits.argmax(1, keepdim=True)
-    # Two orders that both begin with the highest class: where the others are, and where they are taken from.
+    # Two orders that both begin with the highest class: the places to fill, and the places to take the values from.
     first = torch.zeros_like(draw).scatter(1, best, 1)
-    taken = draw.scatter(1, best, torch.iinfo(torch.int64).max).argsort(dim=1, descending=True, stable=True)
+    sources = draw.scatter(1, best, torch.iinfo(torch.int64).max).argsort(dim=1, descending=True, stable=True)
     places = first.argsort(dim=1, descending=True, stable=True)
-    return torch.empty_like(logits).scatter(1, places, logits.gather(1, taken))
+    return torch.empty_like(logits).scatter(1, places, logits.gather(1, sources))
 
 
-def mixed(value: Tensor) -> Tensor:
+def hashed(value: Tensor) -> Tensor:
     """A 64-bit integer hash (the finaliser of SplitMix64): no generator state, the same on every device."""
     value = (value ^ ((value >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     value = (value ^ ((value >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15

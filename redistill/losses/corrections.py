@@ -1,4 +1,4 @@
-"""Losses that mend the teacher where the label says that it is wrong: swap (LA), label revision (LR), RC."""
+"""Losses that correct the target with the label: swap (LA), label revision (LR), RC."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from redistill.losses.checks import check_labels, fraction, positive, prepare, reduce_rows
-from redistill.losses.hinton import kl_rows, log_probs
+from redistill.losses.divergences import kl_rows, log_probs
 
 __all__ = ["label_revision", "rc", "swap", "swap_kd"]
 
 
 def swap(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logits with the value of the highest class and that of the true class exchanged; right rows stay as they are."""
+    """Logits with the values of the highest and the true class exchanged; correctly predicted rows do not change."""
     best = logits.argmax(1, keepdim=True)
     true = labels[:, None]
     highest, of_true = logits.gather(1, best), logits.gather(1, true)
@@ -28,10 +28,10 @@ def swap_kd(
     temperature: float = 4.0,
     reduction: str = "batchmean",
 ) -> Tensor:
-    """Logit adjustment by swapping (LA): KD, after the teacher's top logit and its true-class logit changed places.
+    """Logit adjustment by swapping (LA): KD, after exchanging the teacher's top logit and its true-class logit.
 
     Wen et al., Neurocomputing 2021 ("Preparing lessons", arXiv 1911.07471), as the baseline of RLD.
-    Published there with KD alone (no CE).
+    Published there without CE.
     Needs: labels, full rows.
     """
     student, teacher = prepare(student_logits, teacher_logits)
@@ -51,26 +51,26 @@ def label_revision(
     wrong: float = 1.0,
     reduction: str = "batchmean",
 ) -> Tensor:
-    """Label revision (LR): rows where the teacher is right CE(y, s) + λ1 mean_k (z - v)², where it is wrong
-    λ2 mean_k (s - r)² with the revised target r = β t + (1 - β) y, β = η / (max t - t_y + 1), s, t = softmax at T = 1.
+    """Label revision (LR): CE(y, s) + λ1 mean_k (z - v)² for rows where the teacher is right, λ2 mean_k (s - r)² where
+    it is wrong, with the revised target r = β t + (1 - β) y, β = η / (max t - t_y + 1), s, t = softmax at T = 1.
 
-    β is the most of the teacher that still leaves y the highest class of r. It holds the hard-label term itself (only
-    on the rows where the teacher is right): use it with CE weight 0.
+    β is the largest share of the teacher for which y is still the highest class of r. The loss contains the hard-label
+    term (only on rows where the teacher is right): use it with CE weight 0.
     Lan et al. 2024 ("Improve KD via label revision and data selection", arXiv 2404.03693).
     Published: η = 0.8, λ1 = `right` = 4, λ2 = `wrong` = 1 (as in RLD's code).
-    A reading: the mean over all rows of the batch, not over each of the two groups.
-    Needs: labels, full rows, logits whose shift was kept.
+    Assumed: the mean is over all rows of the batch, not over each of the two groups.
+    Needs: labels, full rows, logits with their shift.
     """
     student, teacher = prepare(student_logits, teacher_logits)
     labels = check_labels(labels, student)
     eta = fraction("eta", eta)
     s, t = log_probs(student).exp(), log_probs(teacher).exp()
     best = teacher.argmax(1)
-    trust = eta / (t.amax(1) - t.gather(1, labels[:, None])[:, 0] + 1)
-    revised = trust[:, None] * t + (1 - trust)[:, None] * F.one_hot(labels, t.shape[1])
-    trusted = F.cross_entropy(student, labels, reduction="none") + right * (student - teacher).square().mean(1)
-    mended = wrong * (s - revised).square().mean(1)
-    return reduce_rows(torch.where(best == labels, trusted, mended), reduction)
+    teacher_share = eta / (t.amax(1) - t.gather(1, labels[:, None])[:, 0] + 1)
+    revised = teacher_share[:, None] * t + (1 - teacher_share)[:, None] * F.one_hot(labels, t.shape[1])
+    right_rows = F.cross_entropy(student, labels, reduction="none") + right * (student - teacher).square().mean(1)
+    wrong_rows = wrong * (s - revised).square().mean(1)
+    return reduce_rows(torch.where(best == labels, right_rows, wrong_rows), reduction)
 
 
 def rc(
@@ -84,10 +84,10 @@ def rc(
 ) -> Tensor:
     """RC: KD + w T² KL(r || s), r = softmax(z' / T), z' = the student's own logits with max_k z added to z_y.
 
-    Corrects the student towards the label with its own relations between the other classes; z' carries no gradient.
+    Moves the student towards the label and keeps its own relations between the other classes; z' carries no gradient.
     Published (as in RLD's code): w = `own_weight` = 0.1, T = 4, CE 1.
-    A reading: that z' is detached, and that both parts carry T². Where max z < 0 the formula lowers z_y; it is kept.
-    Needs: labels; the student's own shift matters.
+    Assumed: z' is detached, and both parts carry T². Where max z < 0 the formula lowers z_y; this is not changed.
+    Needs: labels; the shift of the student's logits matters.
     """
     student, teacher = prepare(student_logits, teacher_logits)
     labels = check_labels(labels, student)

@@ -1,4 +1,4 @@
-"""Losses whose difficulty moves during training: TAID (an interpolated target) and CTKD (a learned temperature)."""
+"""Losses whose difficulty changes during training: TAID (an interpolated target) and CTKD (a learned temperature)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from redistill.losses.checks import fraction, positive, prepare, reduce_rows
-from redistill.losses.hinton import kl_rows, log_probs
+from redistill.losses.divergences import kl_rows, log_probs
 from redistill.losses.schedule import TrainingProgress
 
 __all__ = ["CurriculumTemperature", "Taid", "taid"]
@@ -22,9 +22,9 @@ def taid(
     temperature: float = 1.0,
     reduction: str = "batchmean",
 ) -> Tensor:
-    """TAID's term at one moment: T² KL(p || s), p = softmax(((1 - mix) sg[z] + mix v) / T), s = softmax(z / T).
+    """TAID at a fixed mix: T² KL(p || s), p = softmax(((1 - mix) sg[z] + mix v) / T), s = softmax(z / T).
 
-    sg = no gradient. mix = 0 asks nothing, mix = 1 is KD. `Taid` moves mix through training.
+    sg = no gradient. mix = 0 has no gradient, mix = 1 is KD. `Taid` changes mix during training.
     Shing et al., ICLR 2025 (arXiv 2501.16937). Published: T = 1.
     Needs: logits only, full rows.
     """
@@ -36,14 +36,14 @@ def taid(
 
 
 class Taid(nn.Module):
-    """TAID with its schedule: `taid`, whose mix goes from `start` to `end` with the run, faster while the loss falls.
+    """TAID with its schedule: `taid`, whose mix grows from `start` to `end` in training, faster while the loss falls.
 
     After each training step, with the relative fall of the loss r = (L_prev - L) / L_prev:
         m <- momentum · m + (1 - momentum) · r
         mix <- min(end, max(start + (end - start) · progress, mix + rate · sigmoid(m) · (1 - mix)))
     Shing et al., ICLR 2025 (arXiv 2501.16937).
     Published: start 0.4, end 1, momentum 0.99, rate 5e-4, T = 1.
-    Needs: state (mix, m, L_prev: buffers, saved with the module; they move in training mode only), full rows.
+    Needs: state (mix, m, L_prev: buffers, saved with the module, updated in training mode only), full rows.
     """
 
     mix: Tensor
@@ -84,11 +84,11 @@ class Taid(nn.Module):
 
     @torch.no_grad()
     def advance(self, loss: Tensor, progress: TrainingProgress) -> None:
-        """One step of the schedule; no value leaves the device. The first step, and a loss of 0, have no trend."""
-        known = self.previous > 0
-        fall = torch.where(known, (self.previous - loss) / torch.where(known, self.previous, 1.0), 0.0)
-        trend = torch.where(known, self.momentum * self.trend + (1 - self.momentum) * fall, self.trend)
-        step = torch.where(known, self.rate * trend.sigmoid() * (1 - self.mix), 0.0)
+        """One step of the schedule, without synchronising the device. The first step and a loss of 0 have no trend."""
+        has_trend = self.previous > 0
+        fall = torch.where(has_trend, (self.previous - loss) / torch.where(has_trend, self.previous, 1.0), 0.0)
+        trend = torch.where(has_trend, self.momentum * self.trend + (1 - self.momentum) * fall, self.trend)
+        step = torch.where(has_trend, self.rate * trend.sigmoid() * (1 - self.mix), 0.0)
         linear = self.start + (self.end - self.start) * progress.fraction
         self.mix.copy_((self.mix + step).clamp(min=linear).clamp(max=self.end))
         self.trend.copy_(trend)
@@ -99,10 +99,10 @@ class CurriculumTemperature(nn.Module):
     """CTKD: KD with one learned temperature T = low + span · sigmoid(θ), trained AGAINST the student.
 
     The gradient of θ is multiplied by λ = -(1 - cos(π min(epoch, ramp) / ramp)) / 2, from 0 to -1 over `ramp` epochs:
-    θ climbs the loss that the student descends. θ must be among the parameters that the optimiser gets.
+    θ ascends the loss that the student descends. θ must be among the parameters of the optimiser.
     Li et al., AAAI 2023 (arXiv 2211.16231), the global variant.
-    Published: weights 0.1 CE + 0.9 KD, ramp 10 epochs. A reading: low 1, span 20, θ = 1 at the start are recalled from
-    the authors' code; T² is part of what θ climbs, as there.
+    Published: weights 0.1 CE + 0.9 KD, ramp 10 epochs. Assumed: low 1, span 20 and the initial θ = 1 are recalled from
+    the authors' code; θ ascends the factor T² as well.
     Needs: one trainable parameter.
     """
 
@@ -113,10 +113,10 @@ class CurriculumTemperature(nn.Module):
 
     @property
     def temperature(self) -> Tensor:
-        """The temperature as it stands (a number to log; no gradient)."""
-        return self.at(self.theta.detach())
+        """The current temperature (for logging; no gradient)."""
+        return self.temperature_at(self.theta.detach())
 
-    def at(self, theta: Tensor) -> Tensor:
+    def temperature_at(self, theta: Tensor) -> Tensor:
         return self.low + self.span * theta.sigmoid()
 
     def forward(
@@ -131,6 +131,6 @@ class CurriculumTemperature(nn.Module):
         factor = -0.5 * (1 - math.cos(math.pi * min(progress.epoch, self.ramp) / self.ramp))
         # The value is θ, its derivative is `factor`: a gradient reversal without a Function of its own.
         theta = factor * self.theta + ((1 - factor) * self.theta).detach()
-        temperature = self.at(theta)
+        temperature = self.temperature_at(theta)
         rows = kl_rows(log_probs(teacher, temperature), log_probs(student, temperature))
         return reduce_rows(temperature**2 * rows, reduction)

@@ -1,4 +1,4 @@
-"""Losses that treat the target class and the other classes apart: DKD, NKD, RLD."""
+"""Losses with separate terms for the target class and for the other classes: DKD, NKD, RLD."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from redistill.losses.checks import check_labels, positive, prepare, reduce_rows
-from redistill.losses.hinton import kl_rows, log_probs
+from redistill.losses.divergences import kl_rows, log_probs
 
 __all__ = ["dkd", "nkd", "rld"]
 
-# Far below any logit and still finite: a masked class gets probability 0 without inf - inf in the KL.
+# Far below any logit but finite: a masked class gets probability 0 without inf - inf in the KL.
 MASKED = -1e30
 
 
@@ -21,7 +21,7 @@ def others(values: Tensor, index: Tensor) -> Tensor:
 
 
 def log_split(logits: Tensor, index: Tensor) -> Tensor:
-    """[B, 2]: log-probabilities of class index[b] and of everything else, exact where either is tiny."""
+    """[B, 2]: log-probabilities of class index[b] and of all others together, exact where either is tiny."""
     log_total = logits.logsumexp(1)
     log_target = logits.gather(1, index[:, None])[:, 0] - log_total
     return torch.stack([log_target, others(logits, index).logsumexp(1) - log_total], dim=1)
@@ -42,7 +42,7 @@ def dkd(
     b = (p_y, 1 - p_y); t̂, ŝ = softmax over the classes other than y; all at temperature T.
     Zhao et al., CVPR 2022 (arXiv 2203.08679).
     Published: α = 1, T = 4, β = 8 (2 for ResNet56-20 and ResNet110-32, 6 for VGG13 and WRN40-2 pairs); ImageNet T = 1,
-    β = 0.5 (ResNet34-18) or 2 (ResNet50-MobileNet). Beside CE of weight 1, warmed up over 20 epochs (ImageNet: 1).
+    β = 0.5 (ResNet34-18) or 2 (ResNet50-MobileNet). CE weight 1, warm-up over 20 epochs (ImageNet: 1).
     Needs: labels, full rows.
     """
     student, teacher = prepare(student_logits, teacher_logits)
@@ -68,7 +68,7 @@ def nkd(
     The target part is at T = 1; t̂, ŝ are renormalised over the classes other than y, at T. It is a cross-entropy,
     not a divergence: its minimum is not 0.
     Yang et al., ICCV 2023 (arXiv 2303.13005).
-    Published: γ = 1.5, T = 1 (ImageNet), beside CE of weight 1.
+    Published: γ = 1.5, T = 1 (ImageNet), CE weight 1.
     Needs: labels, full rows.
     """
     student, teacher = prepare(student_logits, teacher_logits)
@@ -94,9 +94,9 @@ def rld(
 ) -> Tensor:
     """Refined logit distillation: α T_a² KL((max t, 1 - max t) || (s_y, 1 - s_y)) + β T² KL(t_M || s_M).
 
-    The first part, at T_a = confidence_temperature, gives the teacher's confidence to the true class, whatever class
-    the teacher had in mind. The second is over M = {k: v_k < v_y} only: every class that the teacher puts at or above
-    the true one is masked, so that its mistakes are not copied. A row where y is the teacher's last choice has no M.
+    The first part, at T_a = confidence_temperature, transfers the teacher's confidence to the true class, whichever
+    class the teacher predicts. The second is over M = {k: v_k < v_y} only: every class that the teacher ranks at or
+    above the true one is masked, so that its mistakes are not copied. M is empty if the teacher ranks y last.
     Sun et al., ICCV 2025 (arXiv 2408.07703).
     Published: α = 1, T_a = 1, β = 8, T = 4 (both swept by pair); ImageNet β = 0.5 or 2, T = 1; CE 1; warm-up.
     Needs: labels, full rows.
@@ -104,12 +104,12 @@ def rld(
     student, teacher = prepare(student_logits, teacher_logits)
     labels = check_labels(labels, student)
     temperature = positive("temperature", temperature)
-    warmth = positive("confidence_temperature", confidence_temperature)
-    teacher_split = log_split(teacher / warmth, teacher.argmax(1))
-    confidence = kl_rows(teacher_split, log_split(student / warmth, labels))
+    confidence_t = positive("confidence_temperature", confidence_temperature)
+    teacher_split = log_split(teacher / confidence_t, teacher.argmax(1))
+    confidence = kl_rows(teacher_split, log_split(student / confidence_t, labels))
     masked = teacher >= teacher.gather(1, labels[:, None])
     correlation = kl_rows(
         log_probs((teacher / temperature).masked_fill(masked, MASKED)),
         log_probs((student / temperature).masked_fill(masked, MASKED)),
     )
-    return reduce_rows(alpha * warmth**2 * confidence + beta * temperature**2 * correlation, reduction)
+    return reduce_rows(alpha * confidence_t**2 * confidence + beta * temperature**2 * correlation, reduction)

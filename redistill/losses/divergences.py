@@ -1,6 +1,7 @@
-"""The divergences of the literature that are not a member of the power family, and those that are under another name.
+"""Divergences between the teacher's and the student's probabilities, beside the power divergence.
 
-Everywhere p = softmax(teacher/T), q = softmax(student/T); the teacher is a constant; times T² where `scale_by_t2`.
+Some are members of the power family under their own names (`kl`, `reverse_kl`, `hellinger`). In all of them
+p = softmax(teacher/T), q = softmax(student/T); the teacher is a constant; times T² if `scale_by_t2`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 import torch
 from redistill_cache.errors import UsageError
 from torch import Tensor
+from torch.nn import functional as F
 
 from redistill.losses.checks import check_reduction, positive, prepare, reduce_rows
 from redistill.losses.power import LARGEST_EXPONENT, power_divergence
@@ -19,11 +21,23 @@ __all__ = [
     "hellinger",
     "jensen_shannon",
     "kl",
+    "kl_rows",
+    "log_probs",
     "reverse_kl",
     "skew_kl",
     "skew_reverse_kl",
     "total_variation",
 ]
+
+
+def log_probs(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+    """log softmax(logits / temperature) over the classes."""
+    return F.log_softmax(logits / temperature, dim=-1)
+
+
+def kl_rows(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) of every row, from log-probabilities; a class with p = 0 adds nothing, however small q is."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def kl(
@@ -36,7 +50,8 @@ def kl(
 ) -> Tensor:
     """KL(p || q) = Σ p log(p/q), the member lam = 0 of the power divergence. Unbounded. Needs logits only.
 
-    Kullback, Leibler 1951; as a distillation loss Hinton et al. 2015. Defaults: T = 4, times T².
+    Kullback, Leibler 1951; as a distillation loss Hinton et al. 2015, whose `kd` has the same value.
+    Defaults: T = 4, times T².
     """
     return power_divergence(
         student_logits, teacher_logits, 0.0, temperature, reduction=reduction, scale_by_t2=scale_by_t2
@@ -53,7 +68,7 @@ def reverse_kl(
 ) -> Tensor:
     """KL(q || p) = Σ q log(q/p), the member lam = 1 of the bounded form; mode seeking. Unbounded. Needs logits only.
 
-    MiniLLM (arXiv 2306.08543) for language models, here without its sampling. Defaults: T = 4, times T².
+    MiniLLM (arXiv 2306.08543) for language models; its sampling is not implemented. Defaults: T = 4, times T².
     """
     return power_divergence(
         student_logits, teacher_logits, 1.0, temperature, reduction=reduction, scale_by_t2=scale_by_t2
@@ -70,7 +85,7 @@ def hellinger(
 ) -> Tensor:
     """4 (1 - Σ √(pq)), four times the squared Hellinger distance: the member lam = 1/2. At most 4. Needs logits only.
 
-    Beran 1977 for its robustness. The factor 4 makes it agree with KL to second order, so weights carry over.
+    Beran 1977 shows its robustness. The factor 4 makes it agree with KL to second order, so weights carry over.
     Defaults: T = 4, times T².
     """
     return power_divergence(
@@ -90,14 +105,14 @@ def jensen_shannon(
     """β KL(p || m) + (1-β) KL(q || m), m = βp + (1-β)q. Bounded by the entropy of (β, 1-β). Needs logits only.
 
     GKD (arXiv 2306.13649) without its on-policy part; β = 1/2 is half the symmetric Jensen-Shannon sum. As published it
-    vanishes with β -> 0 (like β·KL) and β -> 1 (like (1-β)·reverse KL), so both ends are refused.
+    goes to 0 as β -> 0 (like β·KL) and as β -> 1 (like (1-β)·reverse KL), so both ends are refused.
     Defaults: β = 0.5, T = 1.
     """
     if not 0.0 < beta < 1.0:
-        raise UsageError(f"beta must lie strictly between 0 and 1, found {beta}; the ends are kl and reverse_kl")
+        raise UsageError(f"beta must lie strictly between 0 and 1, found {beta}; use kl or reverse_kl at the ends")
     log_p, log_q, scale = _log_probabilities(student_logits, teacher_logits, temperature, scale_by_t2, reduction)
     log_m = _log_mixture(log_p, log_q, beta)
-    rows = beta * _kl_rows(log_p, log_m) + (1.0 - beta) * _kl_rows(log_q, log_m)
+    rows = beta * kl_rows(log_p, log_m) + (1.0 - beta) * kl_rows(log_q, log_m)
     return reduce_rows(scale * rows, reduction)
 
 
@@ -116,7 +131,7 @@ def skew_kl(
     """
     _check_skew(alpha)
     log_p, log_q, scale = _log_probabilities(student_logits, teacher_logits, temperature, scale_by_t2, reduction)
-    return reduce_rows(scale * _kl_rows(log_p, _log_mixture(log_p, log_q, alpha)), reduction)
+    return reduce_rows(scale * kl_rows(log_p, _log_mixture(log_p, log_q, alpha)), reduction)
 
 
 def skew_reverse_kl(
@@ -134,7 +149,7 @@ def skew_reverse_kl(
     """
     _check_skew(alpha)
     log_p, log_q, scale = _log_probabilities(student_logits, teacher_logits, temperature, scale_by_t2, reduction)
-    return reduce_rows(scale * _kl_rows(log_q, _log_mixture(log_p, log_q, 1.0 - alpha)), reduction)
+    return reduce_rows(scale * kl_rows(log_q, _log_mixture(log_p, log_q, 1.0 - alpha)), reduction)
 
 
 def total_variation(
@@ -145,7 +160,7 @@ def total_variation(
     scale_by_t2: bool = True,
     reduction: str = "batchmean",
 ) -> Tensor:
-    """½ Σ |p - q|, at most 1; its gradient has the same size however small the difference is. Needs logits only.
+    """½ Σ |p - q|, at most 1; the size of its gradient does not depend on that of the difference. Needs logits only.
 
     f-distill (arXiv 2307.15190). Defaults: T = 1.
     """
@@ -166,17 +181,17 @@ def alpha_beta(
     """ABKD: -1/(αβ) Σ [p^α q^β - α/(α+β) p^(α+β) - β/(α+β) q^(α+β)], with its limits. Needs logits only.
 
     ABKD (arXiv 2505.04560) on the divergence of Cichocki et al. 2011. (1, 0) is KL, (0, 1) reverse KL, (1/2, 1/2)
-    `hellinger`, (1, 1) half the squared distance, (1+k, -k) the power divergence in Cressie-Read's sign. Small α
-    shrinks what a wrong teacher can do, large β follows the confidence of the student. Bounded for α, β > 0.
+    `hellinger`, (1, 1) half the squared distance, (1+k, -k) the power divergence with Cressie-Read's sign. A small α
+    limits the influence of a wrong teacher, a large β follows the student's confidence. Bounded for α, β > 0.
 
     The limits carry 1/α² and 1/β² (and are smooth: a neighbour of a limit agrees with it); the authors' code has
-    1/α and 1/β, which is another loss unless |α| = 1. Exponents above 60 (α or β < 0, extreme logits) are held there.
+    1/α and 1/β, which is another loss unless |α| = 1. Exponents are clamped at 60 (α or β < 0, extreme logits).
     Defaults, as published for CIFAR-100: α = 0.8, β = 0.3, T = 4, no T² factor (their weight, 32, is 2 T²), CE 1.
     """
     if not (math.isfinite(alpha) and math.isfinite(beta)):
         raise UsageError(f"alpha and beta must be finite numbers, found {alpha} and {beta}")
     log_p, log_q, scale = _log_probabilities(student_logits, teacher_logits, temperature, scale_by_t2, reduction)
-    # The divergence is symmetric under p <-> q with α <-> β; dividing by the larger of the two keeps its digits.
+    # The divergence is symmetric under p <-> q with α <-> β; dividing by the larger of the two keeps precision.
     if abs(alpha) > abs(beta):
         rows = _alpha_beta_rows(log_q, log_p, beta, alpha)
     else:
@@ -185,12 +200,12 @@ def alpha_beta(
 
 
 def _alpha_beta_rows(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tensor:
-    """Σ q^σ [f_σ(r) - f_α(r)] / β with σ = α + β, r = log(p/q), f_c(r) = expm1(cr)/c: no singularity but β = 0."""
+    """Σ q^σ [f_σ(r) - f_α(r)] / β with σ = α + β, r = log(p/q), f_c(r) = expm1(cr)/c: singular at β = 0 only."""
     log_ratio = log_p - log_q
     if abs(beta) < 1e-6:
         return 0.5 * log_ratio.square().sum(dim=1)
     if abs(beta) < 0.05:
-        # Both are nearly 0: the difference below cancels all but a part in β/2 of itself.
+        # |α| <= |β|, so both are nearly 0, and the difference below cancels all but a fraction β/2.
         dtype, log_p, log_q = log_p.dtype, log_p.double(), log_q.double()
         return (_alpha_beta_terms(log_q, log_p - log_q, alpha, beta).sum(dim=1)).to(dtype)
     return _alpha_beta_terms(log_q, log_ratio, alpha, beta).sum(dim=1)
@@ -216,16 +231,12 @@ def _weighted_relaxed_log(log_weight: Tensor, log_ratio: Tensor, c: float) -> Te
 def _log_probabilities(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float, scale_by_t2: bool, reduction: str
 ) -> tuple[Tensor, Tensor, float]:
-    """log p, log q and the factor of the loss."""
+    """log p, log q and the factor T² or 1."""
     check_reduction(reduction)
     positive("temperature", temperature)
     student, teacher = prepare(student_logits, teacher_logits)
-    log_p, log_q = torch.log_softmax(teacher / temperature, 1), torch.log_softmax(student / temperature, 1)
+    log_p, log_q = log_probs(teacher, temperature), log_probs(student, temperature)
     return log_p, log_q, temperature**2 if scale_by_t2 else 1.0
-
-
-def _kl_rows(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return (log_p.exp() * (log_p - log_q)).sum(dim=1)
 
 
 def _log_mixture(log_p: Tensor, log_q: Tensor, share_of_p: float) -> Tensor:

@@ -1,4 +1,8 @@
-"""Hinton's knowledge distillation, and the logit standardisation that can go in front of any loss."""
+"""Hinton's distillation and its closest variants.
+
+`kd` itself; `standardize`, which can precede any loss; `bd_kd`, which adds the reverse KL; `ttm`, `wttm` and `luminet`,
+which transform the teacher's or both logits first; `logit_mse` and `mld`, which compare logits without a softmax.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from redistill.losses.checks import positive, prepare, reduce_rows
+from redistill.losses.divergences import kl_rows, log_probs
 
-__all__ = ["bd_kd", "kd", "kl_rows", "log_probs", "luminet", "spread", "standardize", "ttm", "wttm"]
-
-
-def log_probs(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
-    """log softmax(logits / temperature) over the classes."""
-    return F.log_softmax(logits / temperature, dim=-1)
-
-
-def kl_rows(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) of every row, from log-probabilities; a class with p = 0 adds nothing, however small q is."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+__all__ = ["bd_kd", "kd", "logit_mse", "luminet", "mld", "spread", "standardize", "ttm", "wttm"]
 
 
 def kd(
@@ -35,6 +30,9 @@ def kd(
     Hinton, Vinyals, Dean 2015 (arXiv 1503.02531).
     Published: T = 4 and weights 0.1 CE + 0.9 KD (CIFAR); T = 1 and 0.5 + 0.5 (ImageNet).
     Needs: logits only.
+
+    `kl` has the same value. Its gradient is the closed form of the power family: faster, smaller, without a second
+    derivative, and not rounded alike. This one is left to autograd.
     """
     student, teacher = prepare(student_logits, teacher_logits)
     temperature = positive("temperature", temperature)
@@ -49,8 +47,8 @@ def standardize(logits: Tensor, *, eps: float = 1e-7) -> Tensor:
     Published with KD: apply to both, then T = 2, KD weight 9 (6 to 18 by pair), CE weight 0.1.
     Needs: logits only; neither shift nor scale of the rows matters any more.
 
-    A row of equal logits (an untrained, zero-initialised head) has no deviation: there the gradient of the formula
-    is 0/0 or 1/eps, either of which ends a training run. Such a row counts as having deviation 1.
+    A row of equal logits (an untrained, zero-initialised head) has deviation 0, and the gradient of the formula is 0/0
+    or 1/eps there, either of which ends a training run. Such a row is given deviation 1.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     centered, length = spread(logits, -1)
@@ -58,21 +56,16 @@ def standardize(logits: Tensor, *, eps: float = 1e-7) -> Tensor:
 
 
 def spread(values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """The slices along `dim` minus their means, and the lengths of that (dim kept).
+    """The slices along `dim` minus their means, and the lengths of the result (dim kept).
 
-    A slice of equal values has length 0 but for the rounding of its mean; what divides by the length would turn that
-    rounding into the direction of a huge gradient. Such a slice gets length sqrt(n - 1), a deviation of 1.
+    A slice of equal values has length 0 up to the rounding of its mean; dividing by that length would turn the
+    rounding into the direction of a huge gradient. Such a slice is given length sqrt(n - 1), a deviation of 1.
     """
     count = values.shape[dim]
     centered = values - values.mean(dim, keepdim=True)
     squared = centered.square().sum(dim, keepdim=True)
     rounding = 4 * torch.finfo(values.dtype).eps * values.detach().abs().amax(dim, keepdim=True)
     return centered, torch.where(squared > count * rounding.square(), squared, max(count - 1.0, 1.0)).sqrt()
-
-
-# -- balanced ---------------------------------------------------------------------------------------------------------
-#
-# BD-KD: forward and reverse KL, balanced row by row by who is less certain.
 
 
 def bd_kd(
@@ -85,27 +78,22 @@ def bd_kd(
 ) -> Tensor:
     """Balanced divergence: T² · [w_t KL(t || s) + w_s KL(s || t)], weights per row from the entropies.
 
-    w_t = gain where the teacher's entropy is the larger, else 1; w_s = gain where the student's is, else 1. The
-    weights carry no gradient.
+    w_t = gain if the teacher's entropy is the larger, else 1; w_s = gain if the student's is, else 1. The weights
+    carry no gradient.
     Amara et al. (arXiv 2212.12965).
-    A reading: the formula is taken from a re-implementation, whose code has gain 3 and whose comment says 2; T and the
-    factor T² are KD's. The paper is about online distillation, where the teacher learns as well; here it is fixed.
+    Assumed: the formula is taken from a re-implementation, whose code has gain 3 and whose comment has 2; T and the
+    factor T² are KD's. The paper is about online distillation, in which the teacher learns as well; here it is fixed.
     Needs: logits only, full rows.
     """
     student, teacher = prepare(student_logits, teacher_logits)
     temperature = positive("temperature", temperature)
     gain = positive("gain", gain)
     log_t, log_s = log_probs(teacher, temperature), log_probs(student, temperature)
-    doubt_t = -(log_t.exp() * log_t).sum(1)
-    doubt_s = -(log_s.exp() * log_s).sum(1).detach()
-    forward = torch.where(doubt_t > doubt_s, gain, 1.0) * kl_rows(log_t, log_s)
-    reverse = torch.where(doubt_s > doubt_t, gain, 1.0) * kl_rows(log_s, log_t)
+    entropy_t = -(log_t.exp() * log_t).sum(1)
+    entropy_s = -(log_s.exp() * log_s).sum(1).detach()
+    forward = torch.where(entropy_t > entropy_s, gain, 1.0) * kl_rows(log_t, log_s)
+    reverse = torch.where(entropy_s > entropy_t, gain, 1.0) * kl_rows(log_s, log_t)
     return reduce_rows(temperature**2 * (forward + reverse), reduction)
-
-
-# -- transformed ------------------------------------------------------------------------------------------------------
-#
-# KD after a transform of the teacher or of both: TTM and WTTM (a power of the teacher), LumiNet (column z-scores).
 
 
 def ttm(
@@ -136,7 +124,7 @@ def wttm(
 ) -> Tensor:
     """Weighted transformed teacher matching: U · KL(p̃ || s), U = Σ_k t_k^γ, p̃ = t^γ / U, t and s at T = 1.
 
-    U is 1 for a one-hot teacher and C^(1-γ) for a uniform one: unsure teacher rows weigh more.
+    U is 1 for a one-hot teacher and C^(1-γ) for a uniform one: uncertain teacher rows weigh more.
     Zheng and Yang, ICLR 2024 (arXiv 2402.11148).
     Published: γ between 0.1 and 0.3, with a weight per pair, CE 1.
     Needs: logits only.
@@ -145,12 +133,6 @@ def wttm(
     gamma = positive("gamma", gamma)
     weight = (gamma * log_probs(teacher)).logsumexp(1).exp()
     return reduce_rows(weight * kl_rows(log_probs(teacher * gamma), log_probs(student)), reduction)
-
-
-def column_scores(logits: Tensor, eps: float) -> Tensor:
-    """Every class column of the batch to mean 0 and (biased) variance 1, as batch normalisation does."""
-    centered = logits - logits.mean(0, keepdim=True)
-    return centered * torch.rsqrt(centered.square().mean(0, keepdim=True) + eps)
 
 
 def luminet(
@@ -165,13 +147,61 @@ def luminet(
     """LumiNet: α² · KL(softmax(h(v)/T) || softmax(h(z)/T)), h = z-score of each class column over the batch.
 
     h(x)_c = (x_c - μ_c) / sqrt(var_c + 1e-5), with the batch's own statistics, of student and teacher separately;
-    α² stands where KD has T².
+    α² replaces KD's T².
     Hossain et al. (arXiv 2310.03669).
     Published: CIFAR T = 4 or 8, α between 33 and 75, CE 1 to 2; ImageNet T = 0.7, α = 2; warm-up over 20 epochs.
-    Needs: batch statistics of both (a batch of one row says nothing: value and gradient are 0).
+    Needs: batch statistics of both (in a batch of one row, value and gradient are 0).
     """
     student, teacher = prepare(student_logits, teacher_logits)
     temperature = positive("temperature", temperature)
     log_teacher = log_probs(column_scores(teacher, eps), temperature)
     log_student = log_probs(column_scores(student, eps), temperature)
     return reduce_rows(alpha**2 * kl_rows(log_teacher, log_student), reduction)
+
+
+def column_scores(logits: Tensor, eps: float) -> Tensor:
+    """Every class column of the batch with mean 0 and (biased) variance 1, as in batch normalisation."""
+    centered = logits - logits.mean(0, keepdim=True)
+    return centered * torch.rsqrt(centered.square().mean(0, keepdim=True) + eps)
+
+
+def logit_mse(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    centered: bool = False,
+    reduction: str = "batchmean",
+) -> Tensor:
+    """Squared error of the logits: mean over the classes of (z - v)².
+
+    Ba and Caruana, NeurIPS 2014 (arXiv 1312.6184), in the per-element mean that Kim et al., IJCAI 2021
+    (arXiv 2105.08919) found to beat KL on clean teachers.
+    centered=True removes the mean of each row from both first, so that the shift of the logits does not matter.
+    Needs: logits with their shift, unless centered.
+    """
+    student, teacher = prepare(student_logits, teacher_logits)
+    gap = student - teacher
+    if centered:
+        gap = gap - gap.mean(1, keepdim=True)
+    return reduce_rows(gap.square().mean(1), reduction)
+
+
+def mld(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    reduction: str = "batchmean",
+) -> Tensor:
+    """Multi-label logit distillation: Σ_k KL(Bernoulli(σ(v_k)) || Bernoulli(σ(z_k))), each class on its own.
+
+    Yang et al., ICCV 2023 (L2D, arXiv 2308.06453); T ≠ 1 divides both logits and multiplies by T², as in KD.
+    Published: T = 1, weight 10. The embedding terms of the paper need features and are not implemented.
+    Needs: logits with their shift (a sigmoid is not invariant to it).
+    """
+    student, teacher = prepare(student_logits, teacher_logits)
+    temperature = positive("temperature", temperature)
+    student, teacher = student / temperature, teacher / temperature
+    present = teacher.sigmoid() * (F.logsigmoid(teacher) - F.logsigmoid(student))
+    absent = (-teacher).sigmoid() * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
+    return reduce_rows(temperature**2 * (present + absent).sum(1), reduction)

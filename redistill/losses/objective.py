@@ -1,10 +1,10 @@
-"""What a student minimises: hard-label cross-entropy and any number of weighted, scheduled distillation terms.
+"""The objective of a student: hard-label cross-entropy and any number of weighted, scheduled distillation terms.
 
     Objective(["power?lam=0.6667&temperature=4"])                     0.1 CE + 0.9 power, the published weights
     Objective(["ce?weight=1&smoothing=0.1", "dkd?beta=2&warmup=5", "dist?weight=2&decay=cosine"])
 
-Options of every term: weight, warmup, decay, decay_from, floor (epochs; see `Schedule`), standardize (each logit row
-of both sides to mean 0 and deviation 1 first) and label (its name in the log). `ce` takes weight and smoothing.
+Options of every term: weight; warmup, decay, decay_from and floor (see `Schedule`); standardize (first give each logit
+row of student and teacher mean 0 and deviation 1); label (its name in the log). `ce` takes weight and smoothing.
 """
 
 from __future__ import annotations
@@ -44,21 +44,10 @@ class Mix:
 
 @dataclass(frozen=True)
 class Needs:
-    """What an objective asks of the loop around it."""
+    """What the training loop must pass to an objective."""
 
     teacher: bool
-    """teacher logits at all"""
     labels: bool
-    full_rows: bool
-    """complete teacher rows: a top-k archive will not do"""
-    shift: bool
-    """teacher rows with the constant that softmax does not see: an archive that dropped it will not do"""
-    batch_statistics: bool
-    """the value depends on which rows share a batch, and on its size"""
-    parameters: bool
-    """has parameters of its own: give `objective.parameters()` to the optimiser"""
-    state: bool
-    """has state that moves while training: save `objective.state_dict()`"""
 
 
 class Term(nn.Module):
@@ -73,18 +62,18 @@ class Term(nn.Module):
         self.weight = _weight(spec, entry.weight)
         self.schedule = _read_schedule(spec, entry.warmup)
         self.standardize = spec.take("standardize", False)
-        self.gauges = dict(entry.gauges(read_options(spec, entry)))
+        self.diagnostics = dict(entry.diagnostics(read_options(spec, entry)))
 
     @property
     def needs_shift(self) -> bool:
-        """Whether a constant added to a teacher row changes the value; standardised or centred rows have none."""
+        """Whether a constant added to a teacher row changes the value: not if rows are standardised or centred."""
         centered = "centered" in self.entry.options and self.spec.take("centered", False)
         return self.entry.shift and not self.standardize and not centered
 
     def forward(
         self, student: Tensor, teacher: Tensor, labels: Tensor | None, progress: TrainingProgress, mix: Mix | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The unweighted value of the batch, and what is worth logging of it."""
+        """The unweighted value of the batch, and the figures to log."""
         if self.standardize:
             student, teacher = standardize(student), standardize(teacher)
         if mix is not None and self.entry.labels:
@@ -93,16 +82,16 @@ class Term(nn.Module):
             value = self._call(student, teacher, labels, progress, "batchmean")
         log = {self.label: value.detach()}
         with torch.no_grad():
-            log |= {f"{self.label}/{name}": gauge(student, teacher) for name, gauge in self.gauges.items()}
+            log |= {f"{self.label}/{name}": figure(student, teacher) for name, figure in self.diagnostics.items()}
         return value, log
 
     def _mixed(
         self, student: Tensor, teacher: Tensor, labels: Tensor | None, progress: TrainingProgress, mix: Mix
     ) -> Tensor:
-        """A loss with labels, on mixed views: its value for either label, weighted row by row like the pixels."""
+        """On mixed views, a loss with labels is taken for both labels, weighted like the pixels of the row."""
         if not self.entry.per_row:
             raise Refused(
-                f"loss {self.label!r} needs one label per row and has no value per row, so that it cannot be used with "
+                f"loss {self.label!r} needs one label per row and has no value per row, so it cannot be used with "
                 "mixed views; use a recipe without mixing"
             )
         own = self._call(student, teacher, labels, progress, "none")
@@ -123,9 +112,9 @@ class Term(nn.Module):
 class Objective(nn.Module):
     """Cross-entropy and distillation terms, from spec strings.
 
-    Without a `ce` spec, the weight of the cross-entropy is the one published with the term (1 when there is none).
-    Terms with parameters (CTKD) or state (TAID) are sub-modules: `parameters()`, `state_dict()`, `train()` and `to()`
-    see them, and a resumed run goes on exactly; a state of other specs is refused.
+    Without a `ce` spec, the weight of the cross-entropy is the one published with the terms (1 without terms).
+    Terms with parameters (CTKD) or state (TAID) are sub-modules, so `parameters()`, `state_dict()`, `train()` and
+    `to()` include them. A state dict of other specs is refused.
     """
 
     def __init__(self, specs: Sequence[str]) -> None:
@@ -138,23 +127,15 @@ class Objective(nn.Module):
         self.specs = tuple(specs)
         self.terms = nn.ModuleList(terms)
         self.ce_weight, self.smoothing = _read_ce(hard[0]) if hard else (_published_ce_weight(terms), 0.0)
-        _name_apart(terms)
+        _make_labels_unique(terms)
         if not terms and not self.ce_weight:
-            raise UsageError("an objective without a term and with ce weight 0 has nothing to minimise")
+            raise UsageError("the weight of ce is 0 and there is no other loss, so there is nothing to minimise")
 
     @property
     def needs(self) -> Needs:
-        """What the loop has to provide."""
-        entries = [term.entry for term in self._terms()]
-        return Needs(
-            teacher=bool(entries),
-            labels=self.ce_weight > 0 or any(entry.labels for entry in entries),
-            full_rows=any(entry.full_rows for entry in entries),
-            shift=any(term.needs_shift for term in self._terms()),
-            batch_statistics=any(entry.batch_statistics for entry in entries),
-            parameters=any(True for _ in self.parameters()),
-            state=any(True for _ in self.buffers()),
-        )
+        """What the training loop must pass to `forward`."""
+        terms = self._terms()
+        return Needs(teacher=bool(terms), labels=self.ce_weight > 0 or any(term.entry.labels for term in terms))
 
     def refuse_codec(self, codec: Codec) -> None:
         """Refuse an archive whose codec stores less of a row than a term needs."""
@@ -182,7 +163,7 @@ class Objective(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar to minimise, and the unweighted value of each part for the log (detached, on the device)."""
         progress = progress or TrainingProgress()
-        total, log = self._hard(student_logits, labels, mix)
+        total, log = self._cross_entropy_part(student_logits, labels, mix)
         if self.terms and teacher_logits is None:
             raise UsageError(f"loss {self._terms()[0].label!r} needs teacher logits, found none")
         for term in self._terms():
@@ -193,7 +174,7 @@ class Objective(nn.Module):
         return total, log
 
     def synchronise(self) -> None:
-        """Between backward and step of a run on several ranks: average what the terms own, so that ranks stay equal."""
+        """On several ranks, average the terms' gradients and buffers; call it between backward and step."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return
         owned = [p.grad for p in self.parameters() if p.grad is not None] + list(self.buffers())
@@ -202,7 +183,7 @@ class Objective(nn.Module):
             tensor.div_(torch.distributed.get_world_size())
 
     def get_extra_state(self) -> dict[str, list[str]]:
-        """Saved beside the tensors, so that a state finds its way to the same objective only."""
+        """Saved beside the tensors, so that the state is loaded into an objective of the same specs only."""
         return {"specs": list(self.specs)}
 
     def set_extra_state(self, state: dict[str, list[str]]) -> None:
@@ -218,8 +199,10 @@ class Objective(nn.Module):
     def _terms(self) -> list[Term]:
         return [term for term in self.terms if isinstance(term, Term)]
 
-    def _hard(self, student_logits: Tensor, labels: Tensor | None, mix: Mix | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted cross-entropy, and its unweighted value; 0 and nothing where its weight is 0."""
+    def _cross_entropy_part(
+        self, student_logits: Tensor, labels: Tensor | None, mix: Mix | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted cross-entropy, and its unweighted value for the log; 0 and no log entry if its weight is 0."""
         if not self.ce_weight:
             return student_logits.new_zeros((), dtype=torch.float32), {}
         check_matrix("student", student_logits)
@@ -259,7 +242,7 @@ def _read_schedule(spec: Spec, warmup: float) -> Schedule:
 def _read_ce(spec: Spec) -> tuple[float, float]:
     spec.refuse_unknown(CE_OPTIONS)
     if spec.name:
-        raise UsageError(f"{spec.text!r}: a loss has options, no name; expected ce?weight=1&smoothing=0.1")
+        raise UsageError(f"{spec.text!r}: a loss has options but no name; expected ce?weight=1&smoothing=0.1")
     smoothing = spec.take("smoothing", 0.0)
     if not 0 <= smoothing < 1:
         raise UsageError(f"{spec.text!r}: smoothing must be at least 0 and below 1, found {smoothing:g}")
@@ -267,21 +250,21 @@ def _read_ce(spec: Spec) -> tuple[float, float]:
 
 
 def _published_ce_weight(terms: Sequence[Term]) -> float:
-    """The cross-entropy weight that was published with the terms; refused where they disagree."""
+    """The cross-entropy weight that was published with the terms; refused if they differ."""
     weights = {term.entry.ce_weight for term in terms}
     if len(weights) > 1:
-        apart = ", ".join(f"{term.label}: {term.entry.ce_weight:g}" for term in terms)
+        listing = ", ".join(f"{term.label}: {term.entry.ce_weight:g}" for term in terms)
         raise UsageError(
-            f"these losses were published with different weights of cross-entropy ({apart}); add ce?weight=.."
+            f"these losses were published with different cross-entropy weights ({listing}); add --loss ce?weight=..."
         )
     return weights.pop() if weights else 1.0
 
 
-def _name_apart(terms: Sequence[Term]) -> None:
-    """Two terms of one name become `power` and `power-2`, so that no value of the log hides another."""
-    seen = {"ce"}
+def _make_labels_unique(terms: Sequence[Term]) -> None:
+    """Rename the second of two terms `power` to `power-2`, so that each has its own entry in the log."""
+    taken = {"ce"}
     for term in terms:
         base, number = term.label, 2
-        while term.label in seen:
+        while term.label in taken:
             term.label, number = f"{base}-{number}", number + 1
-        seen.add(term.label)
+        taken.add(term.label)

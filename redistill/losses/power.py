@@ -1,9 +1,9 @@
-"""The power divergence of REDistill: one family, every limit, own gradient.
+"""The power divergence, after REDistill: one family with all its limits and a closed-form gradient.
 
-All members are one function of one number. With p = softmax(v/T) of the teacher, q = softmax(z/T) of the student,
+All members are one function of one number k. With p = softmax(v/T) of the teacher, q = softmax(z/T) of the student,
     D_k = 1/(k(k+1)) · (M - 1),   M = Σ p (p/q)^k = Σ w,   w = p^(1+k) q^(-k)          (Cressie-Read, teacher first)
     dD_k/dz = (q·M - w) / (T(1+k))
-and form, order and lam only say which k:
+and form, order and lam only determine k:
     cressie-read, teacher first    k = lam            bounded, teacher first    k = -lam
     cressie-read, student first    k = -1 - lam       bounded, student first    k = lam - 1
 k = 0 is KL(teacher || student), k = -1 is KL(student || teacher), k = -1/2 is 4(1 - Σ√(pq)), k = 1 is Pearson's χ²/2.
@@ -31,10 +31,10 @@ ORDERS = ("teacher-first", "student-first")
 
 # The default cap on the exponent of unbounded members: a class may weigh at most 10,000 times more than under KL.
 CAP = math.log(1e4)
-# What float32 holds with room for the factors beside it. In a bounded member an exponent this large belongs to a
-# probability below e^-120, which is 0, so that stopping here changes nothing.
+# Fits float32 with room for the factors multiplied with it. In a bounded member an exponent this large belongs to a
+# probability below e^-120, which is 0, so that clamping here changes nothing.
 LARGEST_EXPONENT = 60.0
-# Closer to k = 0 and k = -1 than this, (M - 1)/(k(k+1)) would lose digits in float32, and expm1 takes over.
+# Closer to k = 0 and k = -1 than this, (M - 1)/(k(k+1)) would lose digits in float32, and expm1 is used instead.
 NEAR_A_LIMIT = 0.2
 
 
@@ -50,20 +50,20 @@ def power_divergence(
     cap: float = CAP,
     scale_by_t2: bool = True,
 ) -> Tensor:
-    """The power divergence between teacher and student, the loss of REDistill.
+    """The power divergence between teacher and student; the default is the bounded form, after REDistill.
 
     With p = softmax(teacher/T) and q = softmax(student/T):
     bounded (default):  T²/(lam(1-lam)) · Σ p [1 - (q/p)^lam]
-    cressie-read:       T²/(lam(lam+1)) · Σ p [(p/q)^lam - 1];  each is the other with the sign of lam turned
-    student-first:      p and q change places
+    cressie-read:       T²/(lam(lam+1)) · Σ p [(p/q)^lam - 1];  each is the other with the opposite sign of lam
+    student-first:      p and q exchanged
 
-    Paper: REDistill (arXiv 2602.04677); its displayed formula was not available, docs/LOSSES.md says how the reading
-    was chosen. Defaults: lam = 2/3, temperature 4, times T² so that the gradient keeps its scale as T grows.
-    Needs logits only. The teacher is a constant. There is no second derivative: create_graph=True is refused.
+    Paper: REDistill (arXiv 2602.04677). Its displayed formula was not available to us; docs/LOSSES.md explains the
+    choice of the bounded form. Defaults: lam = 2/3, temperature 4, times T², with which the gradient keeps its scale
+    as T grows. Needs logits only. The teacher is a constant. Second derivatives (create_graph=True) are refused.
 
-    cap acts on unbounded members alone (KL and reverse KL are not touched): where the exponent lam·log(p/q) exceeds it,
-    the exponential goes on as its tangent, so that value and gradient stay finite and the gradient never vanishes.
-    math.inf turns it off as far as float32 allows; `capped_fraction` counts how often it acts.
+    cap applies to unbounded members other than KL and reverse KL: where the exponent lam·log(p/q) exceeds it, the
+    exponential is continued by its tangent, so that value and gradient stay finite and the gradient never vanishes.
+    math.inf turns it off as far as float32 allows; `capped_fraction` measures how often it applies.
     """
     k = cressie_read_power(lam, form, order)
     check_options(temperature, cap)
@@ -79,7 +79,7 @@ def power_divergence(
 
 
 def cressie_read_power(lam: float, form: str, order: str) -> float:
-    """The k of the module's docstring; refuses unknown forms and orders."""
+    """The k of the module docstring; refuses unknown forms and orders."""
     if form not in FORMS:
         raise UsageError(f"unknown form {form!r} of the power divergence; {did_you_mean(form, FORMS)}")
     if order not in ORDERS:
@@ -91,12 +91,12 @@ def cressie_read_power(lam: float, form: str, order: str) -> float:
 
 
 def is_bounded(lam: float, form: Form = "bounded", order: Order = "teacher-first") -> bool:
-    """Whether the member cannot exceed a constant, whatever teacher and student say."""
+    """Whether the member has an upper bound that holds for all logits."""
     return -1.0 < cressie_read_power(lam, form, order) < 0.0
 
 
 def may_be_capped(lam: float, form: Form = "bounded", order: Order = "teacher-first") -> bool:
-    """Whether the cap can act at all: beyond KL and beyond reverse KL."""
+    """Whether the cap can apply at all: beyond KL and beyond reverse KL."""
     return not -1.0 <= cressie_read_power(lam, form, order) <= 0.0
 
 
@@ -117,7 +117,7 @@ def capped_fraction(
     *,
     cap: float = CAP,
 ) -> Tensor:
-    """The fraction of rows in which the cap of `power_divergence` acts on at least one class; 0 where it never can."""
+    """The fraction of rows in which the cap of `power_divergence` applies to at least one class; 0 if it never can."""
     k = cressie_read_power(lam, form, order)
     check_options(temperature, cap)
     student, teacher = prepare(student_logits.detach(), teacher_logits)
@@ -129,11 +129,11 @@ def capped_fraction(
 
 
 class _Eager(torch.autograd.Function):
-    """Per-row values; the gradient is finished in the forward pass, one [batch, classes] buffer is kept for it."""
+    """Per-row values; the forward pass computes the gradient and saves it in one [batch, classes] buffer."""
 
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401  torch's own context object
+        ctx: Any,  # noqa: ANN401  torch's context object
         student: Tensor,
         teacher: Tensor,
         k: float,
@@ -152,8 +152,8 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        # Gradients are recorded inside a backward pass only under create_graph=True. once_differentiable would let that
-        # pass, and silently leave this loss out of the second derivative.
+        # Gradients are recorded inside a backward pass only under create_graph=True. once_differentiable would allow
+        # that, and silently leave this loss out of the second derivative.
         if torch.is_grad_enabled():
             raise Refused("the power divergence has no second derivative; call backward() without create_graph=True")
         (gradient,) = ctx.saved_tensors
@@ -161,7 +161,7 @@ class _Eager(torch.autograd.Function):
 
 
 class _Compiled(torch.autograd.Function):
-    """The same for torch.compile, which fuses what is elementwise: keeps three numbers a row, does the rest again."""
+    """The same for torch.compile, which fuses elementwise code: saves three numbers per row, recomputes the rest."""
 
     @staticmethod
     def forward(
@@ -214,7 +214,7 @@ def _anywhere(log_p: Tensor, log_q: Tensor, k: float, cap: float) -> Parts:
 
     Near KL (k >= -1/2) the value is Σ p f(log p/q) / (1+k) with f(x) = expm1(kx)/k, near reverse KL it is
     Σ q f(log p/q) / k with f(x) = expm1((1+k)x)/(1+k): f is exact where its own coefficient goes to 0, and the other
-    coefficient stays away from 0. A cap replaces f by its tangent.
+    coefficient stays away from 0. Above the cap f is replaced by its tangent.
     """
     near_kl = k >= -0.5
     own, other = (k, 1.0 + k) if near_kl else (1.0 + k, k)
@@ -226,7 +226,7 @@ def _anywhere(log_p: Tensor, log_q: Tensor, k: float, cap: float) -> Parts:
 
 
 def _relaxed_log(log_ratio: Tensor, c: float, cap: float | None) -> tuple[Tensor, Tensor]:
-    """f(x) = expm1(cx)/c, x at c = 0, and its slope less one, expm1(cx); its tangent where cx exceeds the cap."""
+    """f(x) = expm1(cx)/c, x at c = 0, and its slope minus one, expm1(cx); its tangent where cx exceeds the cap."""
     if abs(c) < 1e-12:
         return log_ratio, torch.zeros_like(log_ratio)
     exponent = log_ratio.mul_(c)

@@ -1,4 +1,4 @@
-"""Losses over the teacher's order of the classes: PLD (the whole order) and TopKD (its top)."""
+"""Losses over the teacher's ranking of the classes: PLD (the whole ranking) and TopKD (its top)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from redistill.losses.checks import (
     full_precision,
     positive,
     prepare,
+    reduce_batch,
     reduce_rows,
 )
-from redistill.losses.hinton import log_probs
-from redistill.losses.relational import reduce_batch
+from redistill.losses.divergences import log_probs
 
 __all__ = ["pld", "top_scaled", "topkd"]
 
@@ -32,10 +32,10 @@ def pld(
     """Plackett-Luce distillation: Σ_k α_k [ -z_π(k) + log Σ_{l>=k} exp z_π(l) ].
 
     π = (y, then the other classes by descending teacher logit); α_k = softmax(v / T)_π(k); the student is at T = 1.
-    Weight only on the first place is cross-entropy, equal weights are ListMLE. Convex in z.
+    With all weight on the first place it is cross-entropy, with equal weights ListMLE. Convex in z.
     Bassam et al., NeurIPS 2025 (arXiv 2506.12542).
-    Published: T = 1 on ImageNet (4 is bad), T = 4 on CIFAR. One loss in place of CE + KD: use it with CE weight 0.
-    Needs: labels, full rows (the whole ranking). Ties of the teacher go to the lower class index.
+    Published: T = 1 on ImageNet (4 is bad), T = 4 on CIFAR. It replaces CE + KD: use it with CE weight 0.
+    Needs: labels, full rows (the whole ranking). Ties are broken by the lower class index.
     """
     student, teacher = prepare(student_logits, teacher_logits)
     labels = check_labels(labels, student)
@@ -59,8 +59,8 @@ def top_scaled(
 ) -> Tensor:
     """TopKD's scaling module: v'_i = v_i w_i + Δ for i in the teacher's top k or i = y, v'_i = v_i elsewhere.
 
-    A reading: w_i = 1 + gain · (k - r) / k for rank r = 0.. (1 for a true class outside the top k), Δ = lift · (mean
-    of the top k - mean of the rest), and lift_when_wrong in place of lift on y where the teacher's top class is not y.
+    Assumed: w_i = 1 + gain · (k - r) / k for rank r = 0.. (1 for a true class outside the top k), Δ = lift · (mean of
+    the top k - mean of the rest), and on y lift_when_wrong instead of lift where the teacher's top class is not y.
     """
     top = teacher_logits.topk(k, dim=1)
     rest = (teacher_logits.sum(1) - top.values.sum(1)) / (teacher_logits.shape[1] - k)
@@ -75,7 +75,7 @@ def top_scaled(
 
 
 def length(x: Tensor) -> Tensor:
-    """The length of each row, 1 where it is exactly 0 (an untrained head): a finite gradient in place of 1/0."""
+    """The length of each row, 1 where it is exactly 0 (an untrained head): a finite gradient instead of 1/0."""
     squared = x.square().sum(1)
     return torch.where(squared > 0, squared, 1.0).sqrt()
 
@@ -105,10 +105,10 @@ def topkd(
     1 - mean_b [ a cos(top k) + b cos(bottom k) + cos(rest) ] + ½ [ CE(ẑ v̂ᵀ / τ, diagonal) + CE(v̂ ẑᵀ / τ, diagonal) ]
     with v = `top_scaled` teacher logits and ẑ, v̂ rows of length 1.
     Wang and Zhou 2025 (arXiv 2508.04539). Published: the two parts, and that k = 3, 5, 10 work and 50 collapses.
-    NOT published, as far as was found, and so readings: the rank weights and gaps of the scaling (off by default:
-    gain = lift = 0), a and b (1), τ (0.1, rows normalised), that "negative top k" means the k lowest classes, and
-    whether CE is added (CE weight is the objective's). Numbers from this function are not numbers of the paper.
-    Needs: labels, batch statistics, full rows, logits whose shift was kept.
+    NOT published, as far as we could find, and therefore assumed: the rank weights and gaps of the scaling (off by
+    default: gain = lift = 0), a and b (1), τ (0.1, rows normalised), that "negative top k" means the k lowest classes,
+    and whether CE is added (the objective sets its weight). Results of this function are not results of the paper.
+    Needs: labels, batch statistics, full rows, logits with their shift.
     """
     student, teacher = prepare(student_logits, teacher_logits)
     labels = check_labels(labels, student)
@@ -122,7 +122,7 @@ def topkd(
     agreement = top_weight * cosine(student, scaled, top) + bottom_weight * cosine(student, scaled, bottom)
     decoupled = 1 - (agreement + cosine(student, scaled, rest)).mean()
     with full_precision(student):
-        alike = (student / length(student)[:, None]) @ (scaled / length(scaled)[:, None]).T / tau
+        similarity = (student / length(student)[:, None]) @ (scaled / length(scaled)[:, None]).T / tau
     own = torch.arange(student.shape[0], device=student.device)
-    contrast = 0.5 * (F.cross_entropy(alike, own) + F.cross_entropy(alike.T, own))
+    contrast = 0.5 * (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own))
     return reduce_batch(decoupled + contrast, student, reduction)

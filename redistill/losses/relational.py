@@ -1,4 +1,4 @@
-"""Losses on relations instead of values: Pearson and rank correlation of rows (R2KD, CMKD) and columns (DIST), MLKD."""
+"""Losses on relations between values: correlations (DIST, R2KD, CMKD), Gram matrices (MLKD), transport (Sinkhorn)."""
 
 from __future__ import annotations
 
@@ -6,20 +6,29 @@ import torch
 from redistill_cache.errors import UsageError
 from torch import Tensor
 
-from redistill.losses.checks import at_least_one, check_reduction, full_precision, positive, prepare, reduce_rows
-from redistill.losses.hinton import log_probs, spread, standardize
+from redistill.losses.checks import (
+    at_least_one,
+    check_reduction,
+    full_precision,
+    positive,
+    prepare,
+    reduce_batch,
+    reduce_rows,
+)
+from redistill.losses.divergences import log_probs
+from redistill.losses.hinton import spread, standardize
 
 __all__ = ["dist", "mlkd_batch", "mlkd_class", "pearson", "sinkhorn", "spearman"]
 
-# Rows x classes x classes of a pairwise comparison: 2^28 float32 are 1 GiB, about four of which live in the backward.
-PAIRS_AT_MOST = 2**28
+# Rows x classes x classes of a pairwise comparison: 2^28 float32 are 1 GiB, and a backward pass holds about four.
+MAX_PAIRS = 2**28
 
 
 def correlation(x: Tensor, y: Tensor, dim: int, eps: float = 1e-8) -> Tensor:
     """Pearson's correlation along `dim`, eps added to the product of the norms as in DIST's code.
 
-    A constant slice correlates with nothing: 0, with the gradient of a slice of deviation 1. The formula has 1/eps
-    there, which is how a zero-initialised student would meet it.
+    A constant slice (of a zero-initialised student, say) has correlation 0 and the gradient of a slice of deviation 1,
+    where the formula has a gradient of 1/eps.
     """
     x, length_x = spread(x, dim)
     y, length_y = spread(y, dim)
@@ -39,8 +48,8 @@ def pearson(
     of="probabilities": s, t = softmax(. / T), the inter-class term of DIST and the value term of R2KD
     (Kim et al., arXiv 2311.13934); of="logits": the logits themselves (any T), as after CMKD's z-score
     (Niu et al., arXiv 2410.06561).
-    A reading: both papers add a rank term (`spearman`); their weights, and CMKD's weight by difficulty, were not
-    available. Give the two terms weights of your own.
+    Assumed: both papers add a rank term (`spearman`); their weights, and CMKD's weight by difficulty, were not
+    available to us. Choose the weights of the two terms yourself.
     Needs: logits only, full rows.
     """
     student, teacher = prepare(student_logits, teacher_logits)
@@ -69,19 +78,19 @@ def spearman(
 ) -> Tensor:
     """Rank correlation distance of the rows: 1 - ρ(rank z, rank v), with soft ranks; the rank term of R2KD and CMKD.
 
-    Ranks are taken of standardised rows, so that `strength` (the width in which two classes count as tied) means the
+    Ranks are those of standardised rows, so that `strength` (the gap below which two classes count as tied) means the
     same for every row and teacher. top = K compares only the teacher's K highest classes (0: all).
     Kim et al. (arXiv 2311.13934), Niu et al. (arXiv 2410.06561).
-    A reading: which differentiable rank the papers use was not available; this is the pairwise-sigmoid one, O(C²) in
-    time and memory (more than 2^28 pairs a batch are refused: use `top`), and strength is chosen here.
+    Assumed: the differentiable rank of the papers was not available to us; this is the pairwise-sigmoid one, O(C²) in
+    time and memory (more than 2^28 pairs per batch are refused: use `top`), and strength is our choice.
     Needs: logits only, full rows (with top: the teacher's K highest).
     """
     student, teacher = prepare(student_logits, teacher_logits)
     strength = positive("strength", strength)
     if top:
-        kept = teacher.topk(min(max(top, 2), teacher.shape[1]), dim=1).indices
-        student, teacher = student.gather(1, kept), teacher.gather(1, kept)
-    if student.shape[0] * student.shape[1] ** 2 > PAIRS_AT_MOST:
+        highest = teacher.topk(min(max(top, 2), teacher.shape[1]), dim=1).indices
+        student, teacher = student.gather(1, highest), teacher.gather(1, highest)
+    if student.shape[0] * student.shape[1] ** 2 > MAX_PAIRS:
         raise UsageError(
             f"spearman compares all pairs of {student.shape[1]} classes in {student.shape[0]} rows, which does not fit "
             f"in memory; set top to a few hundred classes, or use a smaller batch"
@@ -104,7 +113,7 @@ def dist(
     The first part relates the classes within a row, the second the rows within a class.
     Huang et al., NeurIPS 2022 (arXiv 2205.10536).
     Published: β = γ = 1 inside, weight 2 outside, CE 1; T = 4 (CIFAR), T = 1 (ImageNet).
-    Needs: batch statistics (a batch of one row has no second part: it is the constant γ T²), full rows.
+    Needs: batch statistics (for a batch of one row the second part is the constant γ T²), full rows.
     """
     student, teacher = prepare(student_logits, teacher_logits)
     check_reduction(reduction, per_row=False)
@@ -124,11 +133,11 @@ def mlkd_class(
     """MLKD's class term: ||tᵀt - sᵀs||² / C, the [C, C] Gram matrices of the batch's probabilities at T.
 
     Jin et al., CVPR 2023. Published: the sum over T in {2, 3, 4, 5, 6} of KL + class + batch term, on a weak and a
-    strong view, CE 0.1, KD 0.9; the masks of the weak view and the second view itself are not here.
+    strong view, CE 0.1, KD 0.9; the masks of the weak view and the second view itself are not implemented.
     Needs: batch statistics, full rows.
 
     Never builds a [C, C] matrix: with d = t - s and m = t + s, tᵀt - sᵀs = (dᵀm + mᵀd) / 2, whose norm only needs
-    [B, B] products; and since all of them carry d, nothing large cancels as s comes near t.
+    [B, B] products; and since each of them has a factor d, nothing large cancels as s approaches t.
     """
     student, teacher = prepare(student_logits, teacher_logits)
     check_reduction(reduction, per_row=False)
@@ -162,16 +171,6 @@ def mlkd_batch(
     return reduce_batch(squared / student.shape[0], student, reduction)
 
 
-def reduce_batch(value: Tensor, rows: Tensor, reduction: str) -> Tensor:
-    """A statistic of the batch as `reduction` says; "sum" is the value times the number of rows, as elsewhere."""
-    return value * rows.shape[0] if reduction == "sum" else value
-
-
-# -- transport --------------------------------------------------------------------------------------------------------
-#
-# Sinkhorn distillation: optimal transport between the rows of a batch.
-
-
 def sinkhorn(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -181,14 +180,14 @@ def sinkhorn(
     rounds: int = 20,
     reduction: str = "batchmean",
 ) -> Tensor:
-    """Sinkhorn distillation: Σ_ij P_ij W_ij with W_ij = ||s_i - t_j||_1 between all pairs of rows of the batch.
+    """Sinkhorn distillation, optimal transport between the rows of a batch: Σ_ij P_ij W_ij, W_ij = ||s_i - t_j||_1.
 
     P comes from exp(-W / blur) by `rounds` rounds of normalising the rows, then the columns, to sum 1; in log space,
     so that a small blur does not underflow. The gradient goes through P as well.
     Cui et al., COLING 2024 / AAAI 2025 (SinKD, arXiv 2402.17110).
     Published: T = 2, blur 0.1, 20 rounds, weight 0.001 (times 0.8), added to KL and CE.
-    A reading: that rows come first in a round, and that the sum is over the whole batch, not its mean.
-    Needs: batch statistics (a batch of one row: the L1 distance of the two), full rows.
+    Assumed: rows come first in a round, and the sum is over the whole batch, not its mean.
+    Needs: batch statistics (for a batch of one row it is the L1 distance of the two), full rows.
     """
     student, teacher = prepare(student_logits, teacher_logits)
     check_reduction(reduction, per_row=False)

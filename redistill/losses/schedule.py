@@ -1,4 +1,4 @@
-"""When a term of an objective counts how much: linear warm-up, then constant, linear or cosine decay."""
+"""The weight of a loss term during training: linear warm-up, then constant, linear or cosine decay."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DECAYS = ("none", "linear", "cosine")
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """How far a run has come. `epoch` is fractional (3.5 = half-way through the fourth), `epochs` the planned total."""
+    """The position in a run. `epoch` is fractional (3.5 = half-way through the fourth), `epochs` the planned total."""
 
     epoch: float = 0.0
     epochs: float = 1.0

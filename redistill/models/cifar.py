@@ -1,4 +1,17 @@
-"""`cifar:NAME`: the networks of the distillation literature for 32 px images, by the names it gives them."""
+"""`cifar:NAME`: the networks of the knowledge distillation literature for 32 px images.
+
+Its tables are about these networks, under these names, with these details, which differ from torchvision's and timm's
+networks of the same papers; they are here so that the tables can be reproduced. Parameter names are those of the
+checkpoints that CRD and its followers publish, which therefore load without conversion.
+
+    resnet8 ... resnet110, resnet8x4, resnet32x4    three stages        He et al. 2016 (arXiv 1512.03385), section 4.2
+    ResNet18, ResNet50                              ImageNet's four stages behind a 3 x 3 stem with stride 1
+    wrn_D_K                                         pre-activation      Zagoruyko & Komodakis 2016 (arXiv 1605.07146)
+    vgg8 ... vgg19                                  batch norm          Simonyan & Zisserman 2015 (arXiv 1409.1556)
+    MobileNetV2                                     half width          Sandler et al. 2018 (arXiv 1801.04381)
+    ShuffleV1, ShuffleV2                            3 groups, width 1   Zhang et al. 2018 (arXiv 1707.01083),
+                                                                        Ma et al. 2018 (arXiv 1807.11164)
+"""
 
 from __future__ import annotations
 
@@ -15,7 +28,6 @@ from redistill.models.model_info import CIFAR10, CIFAR100, Blueprint, ModelInfo
 from redistill.specs import Spec, did_you_mean
 
 __all__ = [
-    "DEPTHS",
     "NAMES",
     "VGG",
     "CifarResNet",
@@ -25,29 +37,20 @@ __all__ = [
     "WideResNet",
     "WideStemResNet",
     "build",
+    "canonical",
     "cifar_blueprint",
-    "cifar_resnet",
     "fan_out_init",
-    "mobilenetv2",
-    "vgg",
-    "wide_resnet",
-    "wide_stem_resnet",
 ]
 
 
-# -- initial ----------------------------------------------------------------------------------------------------------
-#
-# Initial weights, shared by the networks of this package.
-
-
 def fan_out_init(module: nn.Module, *, linear_std: float | None = None) -> None:
-    """He initialisation by fan-out for convolutions, one and zero for norms: what the residual papers train from.
+    """He initialisation by fan-out for convolutions, one and zero for norms, as in the papers of residual networks.
 
     Linear layers keep torch's default, or get N(0, linear_std²) with zero bias.
     """
     for part in module.modules():
         if isinstance(part, nn.Conv2d):
-            # Depthwise convolutions count their full fan-out here, as the published networks do (groups ignored).
+            # The groups of depthwise convolutions are ignored, as in the published networks.
             fan_out = part.kernel_size[0] * part.kernel_size[1] * part.out_channels
             nn.init.normal_(part.weight, 0.0, (2.0 / fan_out) ** 0.5)
             if part.bias is not None:
@@ -60,27 +63,20 @@ def fan_out_init(module: nn.Module, *, linear_std: float | None = None) -> None:
             nn.init.zeros_(part.bias)
 
 
-# -- cifar resnet -----------------------------------------------------------------------------------------------------
-#
-# Residual networks for 32 px images.
-#
-#     cifar_resnet(depth=20, widths=(16, 16, 32, 64))     resnet8 ... resnet110: three stages of (depth - 2) / 6 blocks
-#     cifar_resnet(depth=8, widths=(32, 64, 128, 256))    resnet8x4, resnet32x4
-#     wide_stem_resnet("bottleneck", (3, 4, 6, 3))        ResNet50: ImageNet's four stages behind a 3 x 3, stride 1 stem
-#
-# He et al. 2016 (arXiv 1512.03385), section 4.2. Parameter names are those of the checkpoints that the distillation
-# literature publishes (CRD and its followers), so such files load without conversion.
+# -- residual networks ------------------------------------------------------------------------------------------------
 
 
-def conv3x3(inside: int, outside: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(inside, outside, 3, stride=stride, padding=1, bias=False)
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
 
 
-def projection(inside: int, outside: int, stride: int) -> nn.Sequential:
-    """The shortcut where the shape changes; an empty Sequential, which passes its input on, where it does not."""
-    if stride == 1 and inside == outside:
+def projection(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+    """The shortcut: a projection if the shape changes, else an empty Sequential (the identity)."""
+    if stride == 1 and in_channels == out_channels:
         return nn.Sequential()
-    return nn.Sequential(nn.Conv2d(inside, outside, 1, stride=stride, bias=False), nn.BatchNorm2d(outside))
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), nn.BatchNorm2d(out_channels)
+    )
 
 
 class BasicBlock(nn.Module):
@@ -88,14 +84,14 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, inside: int, width: int, stride: int, shortcut_name: str) -> None:
+    def __init__(self, in_channels: int, width: int, stride: int, shortcut_name: str) -> None:
         super().__init__()
-        self.conv1 = conv3x3(inside, width, stride)
+        self.conv1 = conv3x3(in_channels, width, stride)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = conv3x3(width, width)
         self.bn2 = nn.BatchNorm2d(width)
         self.shortcut_name = shortcut_name
-        self.add_module(shortcut_name, projection(inside, width, stride))
+        self.add_module(shortcut_name, projection(in_channels, width, stride))
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
@@ -104,21 +100,21 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1 x 1, 3 x 3, 1 x 1 with four times the width outside."""
+    """1 x 1, 3 x 3 and 1 x 1 convolutions, with four times the width at input and output, and a shortcut."""
 
     expansion = 4
 
-    def __init__(self, inside: int, width: int, stride: int, shortcut_name: str) -> None:
+    def __init__(self, in_channels: int, width: int, stride: int, shortcut_name: str) -> None:
         super().__init__()
-        outside = width * self.expansion
-        self.conv1 = nn.Conv2d(inside, width, 1, bias=False)
+        out_channels = width * self.expansion
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = conv3x3(width, width, stride)
         self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, outside, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(outside)
+        self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
         self.shortcut_name = shortcut_name
-        self.add_module(shortcut_name, projection(inside, outside, stride))
+        self.add_module(shortcut_name, projection(in_channels, out_channels, stride))
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
@@ -130,24 +126,28 @@ class Bottleneck(nn.Module):
 Block = type[BasicBlock] | type[Bottleneck]
 
 
-def stage(block: Block, inside: int, width: int, blocks: int, stride: int, shortcut_name: str) -> nn.Sequential:
-    """`blocks` blocks, the first of which may change shape."""
-    widths = [inside, *[width * block.expansion] * (blocks - 1)]
+def residual_stage(
+    block: Block, in_channels: int, width: int, blocks: int, stride: int, shortcut_name: str
+) -> nn.Sequential:
+    """`blocks` blocks, the first of which may change the shape."""
+    widths = [in_channels, *[width * block.expansion] * (blocks - 1)]
     strides = [stride, *[1] * (blocks - 1)]
     return nn.Sequential(*(block(c, width, s, shortcut_name) for c, s in zip(widths, strides, strict=True)))
 
 
 class CifarResNet(nn.Module):
-    """Three stages at 32, 16 and 8 px. `widths`: stem, then the stages."""
+    """Three stages of (depth - 2) / 6 blocks, at 32, 16 and 8 px. `widths`: stem, then the stages."""
 
-    def __init__(self, blocks: int, widths: Sequence[int], num_classes: int) -> None:
+    def __init__(self, depth: int, widths: Sequence[int], num_classes: int) -> None:
         super().__init__()
+        assert (depth - 2) % 6 == 0, depth
+        blocks = (depth - 2) // 6
         stem, first, second, third = widths
         self.conv1 = conv3x3(3, stem)
         self.bn1 = nn.BatchNorm2d(stem)
-        self.layer1 = stage(BasicBlock, stem, first, blocks, 1, "downsample")
-        self.layer2 = stage(BasicBlock, first, second, blocks, 2, "downsample")
-        self.layer3 = stage(BasicBlock, second, third, blocks, 2, "downsample")
+        self.layer1 = residual_stage(BasicBlock, stem, first, blocks, 1, "downsample")
+        self.layer2 = residual_stage(BasicBlock, first, second, blocks, 2, "downsample")
+        self.layer3 = residual_stage(BasicBlock, second, third, blocks, 2, "downsample")
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(third, num_classes)
         fan_out_init(self)
@@ -159,17 +159,17 @@ class CifarResNet(nn.Module):
 
 
 class WideStemResNet(nn.Module):
-    """ImageNet's residual network with a stem that keeps the resolution: 32, 16, 8 and 4 px."""
+    """ImageNet's residual network with a stem that keeps the resolution: four stages at 32, 16, 8 and 4 px."""
 
     def __init__(self, block: Block, blocks: Sequence[int], num_classes: int) -> None:
         super().__init__()
         self.conv1 = conv3x3(3, 64)
         self.bn1 = nn.BatchNorm2d(64)
         grow = block.expansion
-        self.layer1 = stage(block, 64, 64, blocks[0], 1, "shortcut")
-        self.layer2 = stage(block, 64 * grow, 128, blocks[1], 2, "shortcut")
-        self.layer3 = stage(block, 128 * grow, 256, blocks[2], 2, "shortcut")
-        self.layer4 = stage(block, 256 * grow, 512, blocks[3], 2, "shortcut")
+        self.layer1 = residual_stage(block, 64, 64, blocks[0], 1, "shortcut")
+        self.layer2 = residual_stage(block, 64 * grow, 128, blocks[1], 2, "shortcut")
+        self.layer3 = residual_stage(block, 128 * grow, 256, blocks[2], 2, "shortcut")
+        self.layer4 = residual_stage(block, 256 * grow, 512, blocks[3], 2, "shortcut")
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.linear = nn.Linear(512 * grow, num_classes)
         fan_out_init(self)
@@ -180,34 +180,22 @@ class WideStemResNet(nn.Module):
         return self.linear(self.avgpool(x).flatten(1))  # type: ignore[no-any-return]
 
 
-def cifar_resnet(depth: int, widths: Sequence[int], num_classes: int) -> CifarResNet:
-    assert (depth - 2) % 6 == 0, depth
-    return CifarResNet((depth - 2) // 6, widths, num_classes)
-
-
-def wide_stem_resnet(block: Block, blocks: Sequence[int], num_classes: int) -> WideStemResNet:
-    return WideStemResNet(block, blocks, num_classes)
-
-
-# -- wide resnet ------------------------------------------------------------------------------------------------------
-#
-# Wide residual networks, wrn_DEPTH_WIDTH: pre-activation blocks, widths 16, 32, 64 times WIDTH.
-#
-# Zagoruyko & Komodakis 2016 (arXiv 1605.07146), without dropout, as the distillation literature trains them.
-# Parameter names are those of its published checkpoints.
+# -- wide residual networks -------------------------------------------------------------------------------------------
 
 
 class PreActivation(nn.Module):
-    """norm, ReLU, conv, twice. Where the width changes, the shortcut also starts from the activated input."""
+    """Twice norm, ReLU, conv. If the width changes, the shortcut starts from the activated input as well."""
 
-    def __init__(self, inside: int, outside: int, stride: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(inside)
-        self.conv1 = nn.Conv2d(inside, outside, 3, stride=stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outside)
-        self.conv2 = nn.Conv2d(outside, outside, 3, padding=1, bias=False)
-        # This spelling is that of the checkpoints.
-        self.convShortcut = None if inside == outside else nn.Conv2d(inside, outside, 1, stride=stride, bias=False)
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        # Spelled as in the checkpoints.
+        self.convShortcut = (
+            None if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         active = F.relu(self.bn1(x))
@@ -215,25 +203,32 @@ class PreActivation(nn.Module):
         return out + (x if self.convShortcut is None else self.convShortcut(active))  # type: ignore[no-any-return]
 
 
-class Stage(nn.Module):
-    """A run of blocks under the name `layer`."""
+class WideStage(nn.Module):
+    """A sequence of blocks, which the checkpoints call `layer`."""
 
-    def __init__(self, inside: int, outside: int, blocks: int, stride: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, blocks: int, stride: int) -> None:
         super().__init__()
-        rest = [PreActivation(outside, outside, 1) for _ in range(blocks - 1)]
-        self.layer = nn.Sequential(PreActivation(inside, outside, stride), *rest)
+        rest = [PreActivation(out_channels, out_channels, 1) for _ in range(blocks - 1)]
+        self.layer = nn.Sequential(PreActivation(in_channels, out_channels, stride), *rest)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)  # type: ignore[no-any-return]
 
 
 class WideResNet(nn.Module):
-    def __init__(self, blocks: int, width: int, num_classes: int) -> None:
+    """wrn_DEPTH_WIDTH: widths 16, 32 and 64 times `width`, without dropout."""
+
+    def __init__(self, depth: int, width: int, num_classes: int) -> None:
+        if depth < 10 or (depth - 4) % 6 or width < 1:
+            raise UsageError(
+                f"wrn_{depth}_{width}: expected wrn_D_K with D = 6n + 4 (10, 16, 22, 28, 40, ...) and K >= 1"
+            )
         super().__init__()
+        blocks = (depth - 4) // 6
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.block1 = Stage(16, 16 * width, blocks, 1)
-        self.block2 = Stage(16 * width, 32 * width, blocks, 2)
-        self.block3 = Stage(32 * width, 64 * width, blocks, 2)
+        self.block1 = WideStage(16, 16 * width, blocks, 1)
+        self.block2 = WideStage(16 * width, 32 * width, blocks, 2)
+        self.block3 = WideStage(32 * width, 64 * width, blocks, 2)
         self.bn1 = nn.BatchNorm2d(64 * width)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(64 * width, num_classes)
@@ -246,42 +241,33 @@ class WideResNet(nn.Module):
         return self.fc(x.flatten(1))  # type: ignore[no-any-return]
 
 
-def wide_resnet(depth: int, width: int, num_classes: int) -> WideResNet:
-    if depth < 10 or (depth - 4) % 6 or width < 1:
-        raise UsageError(f"wrn_{depth}_{width}: expected wrn_D_K with D = 6n + 4 (10, 16, 22, 28, 40, ...) and K >= 1")
-    return WideResNet((depth - 4) // 6, width, num_classes)
+# -- VGG --------------------------------------------------------------------------------------------------------------
+
+# Depth -> convolutions in each of the five blocks.
+VGG_BLOCKS = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
+VGG_WIDTHS = (64, 128, 256, 512, 512)
 
 
-# -- vgg --------------------------------------------------------------------------------------------------------------
-#
-# VGG with batch normalisation for 32 px images: five blocks, one linear layer.
-#
-# Simonyan & Zisserman 2015 (arXiv 1409.1556), convolutions only. Images below 64 px skip the pooling between the
-# last two blocks, so that 4 px are left at the end. Parameter names are those of the distillation literature's
-# checkpoints.
-
-# Convolutions in each of the five blocks.
-DEPTHS = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
-WIDTHS = (64, 128, 256, 512, 512)
-
-
-def block(inside: int, width: int, convolutions: int) -> nn.Sequential:
-    """conv, norm, ReLU, conv, norm, ...: the last ReLU is left to the caller."""
+def vgg_block(in_channels: int, width: int, convolutions: int) -> nn.Sequential:
+    """conv, norm, ReLU, conv, norm, ... without the last ReLU."""
     layers: list[nn.Module] = []
-    for c in [inside, *[width] * (convolutions - 1)]:
+    for c in [in_channels, *[width] * (convolutions - 1)]:
         layers += [nn.Conv2d(c, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers[:-1])
 
 
 class VGG(nn.Module):
-    def __init__(self, convolutions: tuple[int, ...], num_classes: int, *, small_images: bool) -> None:
+    """Five blocks and one linear layer. Below 64 px there is no pooling between the last two blocks: 4 px are left."""
+
+    def __init__(self, depth: int, num_classes: int, input_size: int | None = None) -> None:
         super().__init__()
-        shapes = zip((3, *WIDTHS[:-1]), WIDTHS, convolutions, strict=True)
-        self.block0, self.block1, self.block2, self.block3, self.block4 = (block(*shape) for shape in shapes)
+        shapes = zip((3, *VGG_WIDTHS[:-1]), VGG_WIDTHS, VGG_BLOCKS[depth], strict=True)
+        self.block0, self.block1, self.block2, self.block3, self.block4 = (vgg_block(*shape) for shape in shapes)
         self.pool = nn.MaxPool2d(2)
+        small_images = input_size is None or input_size < 64
         self.last_pool = nn.Identity() if small_images else nn.MaxPool2d(2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(WIDTHS[-1], num_classes)
+        self.classifier = nn.Linear(VGG_WIDTHS[-1], num_classes)
         fan_out_init(self, linear_std=0.01)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -293,43 +279,40 @@ class VGG(nn.Module):
         return self.classifier(x.flatten(1))  # type: ignore[no-any-return]
 
 
-def vgg(depth: int, num_classes: int, input_size: int | None = None) -> VGG:
-    return VGG(DEPTHS[depth], num_classes, small_images=input_size is None or input_size < 64)
-
-
-# -- mobilenetv2 ------------------------------------------------------------------------------------------------------
-#
-# MobileNetV2 at half width for 32 px images, as the distillation literature uses it (expansion 6, width 0.5).
-#
-# Sandler et al. 2018 (arXiv 1801.04381). The stem has stride 2 and the second stage keeps its resolution: 16, 16, 8,
-# 4, 4, 2, 2 px. The shortcut is taken wherever the shapes allow it. Parameter names are those of published
-# checkpoints.
+# -- MobileNet --------------------------------------------------------------------------------------------------------
 
 # (expansion?, channels at full width, blocks, stride of the first block)
-STAGES = ((False, 16, 1, 1), (True, 24, 2, 1), (True, 32, 3, 2), (True, 64, 4, 2), (True, 96, 3, 1), (True, 160, 3, 2),
-          (True, 320, 1, 1))  # fmt: skip
+MOBILENET_STAGES = (
+    (False, 16, 1, 1),
+    (True, 24, 2, 1),
+    (True, 32, 3, 2),
+    (True, 64, 4, 2),
+    (True, 96, 3, 1),
+    (True, 160, 3, 2),
+    (True, 320, 1, 1),
+)
 MOBILENET_STEM, MOBILENET_LAST = 32, 1280
 
 
-def conv_norm(inside: int, outside: int, size: int, *, stride: int = 1, groups: int = 1) -> list[nn.Module]:
-    conv = nn.Conv2d(inside, outside, size, stride=stride, padding=size // 2, groups=groups, bias=False)
-    return [conv, nn.BatchNorm2d(outside)]
+def conv_norm(in_channels: int, out_channels: int, size: int, *, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+    conv = nn.Conv2d(in_channels, out_channels, size, stride=stride, padding=size // 2, groups=groups, bias=False)
+    return [conv, nn.BatchNorm2d(out_channels)]
 
 
 class InvertedResidual(nn.Module):
-    """Widen, filter depthwise, narrow without an activation."""
+    """Widen, filter depthwise, narrow without an activation; a shortcut wherever the shapes are equal."""
 
-    def __init__(self, inside: int, outside: int, stride: int, expansion: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int) -> None:
         super().__init__()
-        wide = inside * expansion
+        wide = in_channels * expansion
         self.conv = nn.Sequential(
-            *conv_norm(inside, wide, 1),
+            *conv_norm(in_channels, wide, 1),
             nn.ReLU(inplace=True),
             *conv_norm(wide, wide, 3, stride=stride, groups=wide),
             nn.ReLU(inplace=True),
-            *conv_norm(wide, outside, 1),
+            *conv_norm(wide, out_channels, 1),
         )
-        self.adds_input = stride == 1 and inside == outside
+        self.adds_input = stride == 1 and in_channels == out_channels
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.conv(x)
@@ -337,22 +320,26 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    def __init__(self, expansion: int, width: float, num_classes: int) -> None:
+    """Half width. The stem has stride 2 and the second stage keeps its resolution: 16, 16, 8, 4, 4, 2 and 2 px."""
+
+    def __init__(self, num_classes: int, *, expansion: int = 6, width: float = 0.5) -> None:
         super().__init__()
-        inside = int(MOBILENET_STEM * width)
-        self.conv1 = nn.Sequential(*conv_norm(3, inside, 3, stride=2), nn.ReLU(inplace=True))
+        in_channels = int(MOBILENET_STEM * width)
+        self.conv1 = nn.Sequential(*conv_norm(3, in_channels, 3, stride=2), nn.ReLU(inplace=True))
         stages = []
-        for expands, channels, blocks, stride in STAGES:
-            outside = int(channels * width)
+        for expands, channels, blocks, stride in MOBILENET_STAGES:
+            out_channels = int(channels * width)
             factor = expansion if expands else 1
-            first = InvertedResidual(inside, outside, stride, factor)
+            first = InvertedResidual(in_channels, out_channels, stride, factor)
             stages.append(
-                nn.Sequential(first, *(InvertedResidual(outside, outside, 1, factor) for _ in range(blocks - 1)))
+                nn.Sequential(
+                    first, *(InvertedResidual(out_channels, out_channels, 1, factor) for _ in range(blocks - 1))
+                )
             )
-            inside = outside
+            in_channels = out_channels
         self.blocks = nn.Sequential(*stages)
         last = int(MOBILENET_LAST * max(width, 1.0))
-        self.conv2 = nn.Sequential(*conv_norm(inside, last, 1), nn.ReLU(inplace=True))
+        self.conv2 = nn.Sequential(*conv_norm(in_channels, last, 1), nn.ReLU(inplace=True))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Sequential(nn.Linear(last, num_classes))
         fan_out_init(self, linear_std=0.01)
@@ -362,22 +349,13 @@ class MobileNetV2(nn.Module):
         return self.classifier(self.avgpool(x).flatten(1))  # type: ignore[no-any-return]
 
 
-def mobilenetv2(num_classes: int) -> MobileNetV2:
-    return MobileNetV2(expansion=6, width=0.5, num_classes=num_classes)
-
-
-# -- shufflenet -------------------------------------------------------------------------------------------------------
-#
-# ShuffleNet V1 (three groups) and V2 (width 1) for 32 px images: a 1 x 1 stem, then 16, 8 and 4 px.
-#
-# Zhang et al. 2018 (arXiv 1707.01083) and Ma et al. 2018 (arXiv 1807.11164) without the stem's stride and pooling,
-# as the distillation literature uses them. Parameter names are those of its published checkpoints.
+# -- ShuffleNet -------------------------------------------------------------------------------------------------------
 
 SHUFFLENET_STEM = 24
 
 
-def pointwise(inside: int, outside: int, groups: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(inside, outside, 1, groups=groups, bias=False)
+def pointwise(in_channels: int, out_channels: int, groups: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 1, groups=groups, bias=False)
 
 
 def depthwise(channels: int, stride: int) -> nn.Conv2d:
@@ -385,20 +363,20 @@ def depthwise(channels: int, stride: int) -> nn.Conv2d:
 
 
 class GroupedUnit(nn.Module):
-    """V1: grouped 1 x 1, shuffle, depthwise 3 x 3, grouped 1 x 1. With stride 2 the input is pooled and appended."""
+    """V1: grouped 1 x 1, shuffle, depthwise 3 x 3, grouped 1 x 1. With stride 2 the pooled input is appended."""
 
-    def __init__(self, inside: int, outside: int, stride: int, groups: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, groups: int) -> None:
         super().__init__()
-        middle = outside // 4
+        middle = out_channels // 4
         # The 24 channels of the stem are too few to group.
-        first_groups = 1 if inside == SHUFFLENET_STEM else groups
-        self.conv1 = pointwise(inside, middle, first_groups)
+        first_groups = 1 if in_channels == SHUFFLENET_STEM else groups
+        self.conv1 = pointwise(in_channels, middle, first_groups)
         self.bn1 = nn.BatchNorm2d(middle)
         self.shuffle = nn.ChannelShuffle(first_groups)
         self.conv2 = depthwise(middle, stride)
         self.bn2 = nn.BatchNorm2d(middle)
-        self.conv3 = pointwise(middle, outside, groups)
-        self.bn3 = nn.BatchNorm2d(outside)
+        self.conv3 = pointwise(middle, out_channels, groups)
+        self.bn3 = nn.BatchNorm2d(out_channels)
         self.shortcut = nn.AvgPool2d(3, stride=2, padding=1) if stride == 2 else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -411,6 +389,8 @@ class GroupedUnit(nn.Module):
 
 
 class ShuffleNetV1(nn.Module):
+    """Three groups. A 1 x 1 stem without stride and pooling, then 16, 8 and 4 px."""
+
     def __init__(
         self,
         num_classes: int,
@@ -422,10 +402,10 @@ class ShuffleNetV1(nn.Module):
         super().__init__()
         self.conv1 = pointwise(3, SHUFFLENET_STEM)
         self.bn1 = nn.BatchNorm2d(SHUFFLENET_STEM)
-        inside = (SHUFFLENET_STEM, *widths)
+        in_channels = (SHUFFLENET_STEM, *widths)
 
         def stage(i: int) -> nn.Sequential:
-            first = GroupedUnit(inside[i], widths[i] - inside[i], 2, groups)
+            first = GroupedUnit(in_channels[i], widths[i] - in_channels[i], 2, groups)
             return nn.Sequential(first, *(GroupedUnit(widths[i], widths[i], 1, groups) for _ in range(blocks[i] - 1)))
 
         self.layer1, self.layer2, self.layer3 = (stage(i) for i in range(3))
@@ -439,32 +419,32 @@ class ShuffleNetV1(nn.Module):
 
 
 class SplitUnit(nn.Module):
-    """V2, stride 1: half of the channels pass by, half are filtered, then all are shuffled."""
+    """V2, stride 1: half of the channels are filtered, then all are shuffled."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.passing = half = channels // 2
+        self.split_at = half = channels // 2
         self.conv1, self.bn1 = pointwise(half, half), nn.BatchNorm2d(half)
         self.conv2, self.bn2 = depthwise(half, 1), nn.BatchNorm2d(half)
         self.conv3, self.bn3 = pointwise(half, half), nn.BatchNorm2d(half)
         self.shuffle = nn.ChannelShuffle(2)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x[:, self.passing :])))
+        out = F.relu(self.bn1(self.conv1(x[:, self.split_at :])))
         out = self.bn2(self.conv2(out))
         out = F.relu(self.bn3(self.conv3(out)))
-        return self.shuffle(torch.cat([x[:, : self.passing], out], 1))  # type: ignore[no-any-return]
+        return self.shuffle(torch.cat([x[:, : self.split_at], out], 1))  # type: ignore[no-any-return]
 
 
 class DownUnit(nn.Module):
-    """V2, stride 2: both branches see all channels; conv1-conv2 is the short one, conv3-conv5 the long one."""
+    """V2, stride 2: two branches over all channels, the short one conv1-conv2 and the long one conv3-conv5."""
 
-    def __init__(self, inside: int, outside: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        half = outside // 2
-        self.conv1, self.bn1 = depthwise(inside, 2), nn.BatchNorm2d(inside)
-        self.conv2, self.bn2 = pointwise(inside, half), nn.BatchNorm2d(half)
-        self.conv3, self.bn3 = pointwise(inside, half), nn.BatchNorm2d(half)
+        half = out_channels // 2
+        self.conv1, self.bn1 = depthwise(in_channels, 2), nn.BatchNorm2d(in_channels)
+        self.conv2, self.bn2 = pointwise(in_channels, half), nn.BatchNorm2d(half)
+        self.conv3, self.bn3 = pointwise(in_channels, half), nn.BatchNorm2d(half)
         self.conv4, self.bn4 = depthwise(half, 2), nn.BatchNorm2d(half)
         self.conv5, self.bn5 = pointwise(half, half), nn.BatchNorm2d(half)
         self.shuffle = nn.ChannelShuffle(2)
@@ -477,6 +457,8 @@ class DownUnit(nn.Module):
 
 
 class ShuffleNetV2(nn.Module):
+    """Width 1. A 1 x 1 stem without stride and pooling, then 16, 8 and 4 px."""
+
     def __init__(
         self,
         num_classes: int,
@@ -488,10 +470,10 @@ class ShuffleNetV2(nn.Module):
         super().__init__()
         self.conv1 = pointwise(3, SHUFFLENET_STEM)
         self.bn1 = nn.BatchNorm2d(SHUFFLENET_STEM)
-        inside = (SHUFFLENET_STEM, *widths)
+        in_channels = (SHUFFLENET_STEM, *widths)
 
         def stage(i: int) -> nn.Sequential:
-            return nn.Sequential(DownUnit(inside[i], widths[i]), *(SplitUnit(widths[i]) for _ in range(blocks[i])))
+            return nn.Sequential(DownUnit(in_channels[i], widths[i]), *(SplitUnit(widths[i]) for _ in range(blocks[i])))
 
         self.layer1, self.layer2, self.layer3 = (stage(i) for i in range(3))
         self.conv2 = pointwise(widths[-1], last)
@@ -506,19 +488,19 @@ class ShuffleNetV2(nn.Module):
         return self.linear(x.flatten(1))  # type: ignore[no-any-return]
 
 
-# -- cifar ------------------------------------------------------------------------------------------------------------
+# -- names ------------------------------------------------------------------------------------------------------------
 
 NARROW, WIDE = (16, 16, 32, 64), (32, 64, 128, 256)
 
 BUILDERS: dict[str, Callable[[int], nn.Module]] = {
-    **{f"resnet{d}": partial(cifar_resnet, d, NARROW) for d in (8, 14, 20, 32, 44, 56, 110)},
-    "resnet8x4": partial(cifar_resnet, 8, WIDE),
-    "resnet32x4": partial(cifar_resnet, 32, WIDE),
-    "ResNet18": partial(wide_stem_resnet, BasicBlock, (2, 2, 2, 2)),
-    "ResNet50": partial(wide_stem_resnet, Bottleneck, (3, 4, 6, 3)),
-    **{f"wrn_{d}_{k}": partial(wide_resnet, d, k) for d in (16, 40) for k in (1, 2)},
-    **{f"vgg{d}": partial(vgg, d) for d in DEPTHS},
-    "MobileNetV2": mobilenetv2,
+    **{f"resnet{d}": partial(CifarResNet, d, NARROW) for d in (8, 14, 20, 32, 44, 56, 110)},
+    "resnet8x4": partial(CifarResNet, 8, WIDE),
+    "resnet32x4": partial(CifarResNet, 32, WIDE),
+    "ResNet18": partial(WideStemResNet, BasicBlock, (2, 2, 2, 2)),
+    "ResNet50": partial(WideStemResNet, Bottleneck, (3, 4, 6, 3)),
+    **{f"wrn_{d}_{k}": partial(WideResNet, d, k) for d in (16, 40) for k in (1, 2)},
+    **{f"vgg{d}": partial(VGG, d) for d in VGG_BLOCKS},
+    "MobileNetV2": MobileNetV2,
     "ShuffleV1": ShuffleNetV1,
     "ShuffleV2": ShuffleNetV2,
 }
@@ -528,7 +510,7 @@ WIDE_NAME = re.compile(r"wrn[_-](\d{1,3})[_-](\d{1,2})", re.IGNORECASE)
 
 
 def canonical(name: str) -> str:
-    """The name as the literature spells it. Case does not matter; any wrn_D_K is known."""
+    """The name as the literature spells it. Case is ignored; any wrn_D_K is accepted."""
     if match := WIDE_NAME.fullmatch(name):
         return f"wrn_{int(match[1])}_{int(match[2])}"
     if name.lower() not in CANONICAL:
@@ -540,21 +522,20 @@ def build(name: str, num_classes: int, input_size: int | None = None) -> nn.Modu
     """A network with fresh weights."""
     name = canonical(name)
     if match := WIDE_NAME.fullmatch(name):
-        return wide_resnet(int(match[1]), int(match[2]), num_classes)
+        return WideResNet(int(match[1]), int(match[2]), num_classes)
     if name.startswith("vgg"):
-        return vgg(int(name.removeprefix("vgg")), num_classes, input_size)
+        return VGG(int(name.removeprefix("vgg")), num_classes, input_size)
     return BUILDERS[name](num_classes)
 
 
 def cifar_blueprint(spec: Spec) -> Blueprint:
     name = canonical(spec.name)
 
-    def convention(num_classes: int) -> ModelInfo:
-        """The protocol these networks are published with."""
+    def fresh_info(num_classes: int) -> ModelInfo:
         return ModelInfo(norm=CIFAR10 if num_classes == 10 else CIFAR100, input_size=32)
 
-    def of_bare_file(num_classes: int) -> ModelInfo:
-        # Published CIFAR-100 checkpoints share one normalisation; those of CIFAR-10 do not agree on theirs.
-        return convention(num_classes) if num_classes == 100 else ModelInfo(input_size=32)
+    def file_info(num_classes: int) -> ModelInfo:
+        # All published CIFAR-100 checkpoints have this normalisation; those of CIFAR-10 differ.
+        return fresh_info(num_classes) if num_classes == 100 else ModelInfo(input_size=32)
 
-    return Blueprint(name=name, build=partial(build, name), fresh=convention, bare_file=of_bare_file)
+    return Blueprint(name=name, build=partial(build, name), fresh_info=fresh_info, file_info=file_info)

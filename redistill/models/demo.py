@@ -1,7 +1,6 @@
 """`demo:NAME`: small networks for 32 px images that train in seconds on one CPU core.
 
-tiny and small are students of plain convolutions; large is a residual teacher at about seven times
-the cost of small.
+tiny and small are students of plain convolutions; large is a residual teacher at about seven times the cost of small.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from redistill.specs import Spec, did_you_mean
 
 __all__ = ["NAMES", "DemoNet", "build", "demo_blueprint"]
 
-# Widths of the stages at 16, 8 and 4 px (small, tiny) or 16, 8, 4 px with residual blocks (large).
+# Widths of the stages at 16, 8 and 4 px.
 WIDTHS = {"tiny": (8, 16, 32), "small": (16, 32, 64), "large": (32, 64, 128)}
 RESIDUAL_BLOCKS = {"tiny": 0, "small": 0, "large": 1}
 NAMES = tuple(WIDTHS)
@@ -26,7 +25,7 @@ NORM = Norm((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
 class Residual(nn.Module):
-    """Two 3 x 3 convolutions beside an identity."""
+    """Two 3 x 3 convolutions and an identity shortcut."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -40,9 +39,13 @@ class Residual(nn.Module):
         return F.relu(x + self.bn2(self.conv2(out)))
 
 
-def stage(inside: int, width: int, residual_blocks: int) -> nn.Sequential:
-    """Halve the resolution, then any residual blocks."""
-    down = [nn.Conv2d(inside, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+def stage(in_channels: int, width: int, residual_blocks: int) -> nn.Sequential:
+    """Halve the resolution, then the residual blocks, if any."""
+    down = [
+        nn.Conv2d(in_channels, width, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=True),
+    ]
     return nn.Sequential(*down, *(Residual(width) for _ in range(residual_blocks)))
 
 
@@ -63,7 +66,7 @@ class DemoNet(nn.Module):
 
 
 def build(name: str, num_classes: int, input_size: int | None = None) -> nn.Module:
-    del input_size  # any size will do
+    del input_size  # the network accepts any size
     return DemoNet(WIDTHS[name], RESIDUAL_BLOCKS[name], num_classes)
 
 
@@ -71,8 +74,8 @@ def demo_blueprint(spec: Spec) -> Blueprint:
     if spec.name not in NAMES:
         raise UsageError(f"unknown network 'demo:{spec.name}'; {did_you_mean(spec.name, NAMES)}")
 
-    def convention(num_classes: int) -> ModelInfo:
+    def info(num_classes: int) -> ModelInfo:
         del num_classes
         return ModelInfo(norm=NORM, input_size=32)
 
-    return Blueprint(name=spec.name, build=partial(build, spec.name), fresh=convention, bare_file=convention)
+    return Blueprint(name=spec.name, build=partial(build, spec.name), fresh_info=info, file_info=info)

@@ -1,4 +1,9 @@
-"""`torchvision:NAME`: torchvision's image classifiers; weights by name (DEFAULT, IMAGENET1K_V2, ...) or from a file."""
+"""The networks of torchvision, timm and the user.
+
+torchvision:NAME          image classifiers; weights by name (DEFAULT, IMAGENET1K_V2, ...) or from a file
+timm:NAME                 if the extra is installed; weights=pretrained or from a file
+python:module:callable    the user's own; it runs the user's code, so only the command line accepts it
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torchvision
 from redistill_cache.errors import Refused, UsageError
 from torch import nn
 from torchvision.models import get_model, get_model_weights, list_models
@@ -18,24 +24,18 @@ from redistill.specs import Spec, did_you_mean, first_line
 
 __all__ = ["python_blueprint", "timm_blueprint", "torchvision_blueprint"]
 
-# Their default initialisation is announced to change, with a warning that is not the user's business.
+# torchvision announces another default initialisation for these, with a warning that the user cannot act on.
 INITIALISED = {"googlenet": {"init_weights": True}, "inception_v3": {"init_weights": True}}
 
 
-def classifiers() -> list[str]:
-    import torchvision
-
-    return list_models(module=torchvision.models)  # type: ignore[no-any-return]
-
-
 def build_torchvision(name: str, num_classes: int, input_size: int | None = None) -> nn.Module:
-    # Vision transformers have a position for every patch: their size is part of the network.
+    # Vision transformers have an embedding for every patch position, so the size is part of the network.
     extra: dict[str, Any] = {"image_size": input_size} if name.startswith("vit_") and input_size else {}
     return get_model(name, weights=None, num_classes=num_classes, **extra, **INITIALISED.get(name, {}))  # type: ignore[no-any-return]
 
 
-def declared_torchvision(weights: Any) -> ModelInfo:  # noqa: ANN401  # a member of an enum that torchvision makes per model
-    """What torchvision declares of published weights."""
+def torchvision_info(weights: Any) -> ModelInfo:  # noqa: ANN401  # a member of one of torchvision's enums
+    """What torchvision declares about published weights."""
     preset = weights.transforms()
     interpolation = preset.interpolation
     return ModelInfo(
@@ -51,37 +51,35 @@ def fetch_torchvision(name: str, label: str) -> Published:
     weights = get_model_weights(name)[label]
     try:
         state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except Exception as error:  # no network, a proxy, half a file, a wrong hash: each comes as its own class
+    except Exception as error:  # no network, a proxy, a partial file, a wrong hash: each has its own class
         raise Refused(
             f"cannot download {label} of torchvision:{name} ({first_line(error)}); "
-            f"download {weights.url} elsewhere and give the file as weights=PATH"
+            f"download {weights.url} elsewhere and pass the file as weights=PATH"
         ) from error
-    return Published(state, declared_torchvision(weights), f"torchvision:{weights}")
-
-
-def convention(num_classes: int) -> ModelInfo:
-    """What torchvision trains all its classifiers with."""
-    del num_classes
-    return ModelInfo(norm=IMAGENET, interpolation="bilinear")
+    return Published(state, torchvision_info(weights), f"torchvision:{weights}")
 
 
 def torchvision_blueprint(spec: Spec) -> Blueprint:
-    known = classifiers()
+    known = list_models(module=torchvision.models)
     if spec.name not in known:
         raise UsageError(f"unknown network 'torchvision:{spec.name}'; {did_you_mean(spec.name, known)}")
     labels = tuple(get_model_weights(spec.name).__members__)
+
+    def fresh_info(num_classes: int) -> ModelInfo:
+        """torchvision trains all its classifiers with these."""
+        del num_classes
+        return ModelInfo(norm=IMAGENET, interpolation="bilinear")
+
     return Blueprint(
         name=spec.name,
         build=partial(build_torchvision, spec.name),
         published=partial(fetch_torchvision, spec.name) if labels else None,
         published_names=("DEFAULT", *labels) if labels else (),
-        fresh=convention,
+        fresh_info=fresh_info,
     )
 
 
-# -- timm models ------------------------------------------------------------------------------------------------------
-#
-# `timm:NAME`: timm's models, when the extra is installed; weights=pretrained or from a file.
+# -- timm -------------------------------------------------------------------------------------------------------------
 
 
 def load_timm() -> Any:  # noqa: ANN401  # a module
@@ -92,8 +90,8 @@ def load_timm() -> Any:  # noqa: ANN401  # a module
     return timm
 
 
-def declared_timm(config: dict[str, Any]) -> ModelInfo:
-    """What a model's pretrained_cfg says."""
+def timm_info(config: dict[str, Any]) -> ModelInfo:
+    """What timm declares in a model's pretrained_cfg."""
     size, crop = config.get("input_size"), config.get("crop_pct")
     side = size[-1] if size else None
     mean, std = config.get("mean"), config.get("std")
@@ -107,27 +105,27 @@ def declared_timm(config: dict[str, Any]) -> ModelInfo:
 
 
 def build_timm(name: str, num_classes: int, input_size: int | None = None) -> nn.Module:
-    del input_size  # timm's models take their size from their own configuration
+    del input_size  # the configuration of a timm model determines its size
     return load_timm().create_model(name, pretrained=False, num_classes=num_classes)  # type: ignore[no-any-return]
 
 
 def fetch_timm(name: str, label: str) -> Published:
-    """Any label but a path means timm's own weights; which ones is part of a timm name (`resnet50.a1_in1k`)."""
+    """All labels mean the same weights: which ones is part of a timm name (`resnet50.a1_in1k`)."""
     del label
     try:
         model = load_timm().create_model(name, pretrained=True)
-    except Exception as error:  # the hub's client has errors of its own, and those of its transport
+    except Exception as error:  # the hub's client raises its own errors and those of its transport
         raise Refused(
-            f"cannot download the weights of timm:{name} ({first_line(error)}); download them elsewhere and give "
+            f"cannot download the weights of timm:{name} ({first_line(error)}); download them elsewhere and pass "
             f"the file as weights=PATH"
         ) from error
     tag = model.pretrained_cfg.get("tag") or "pretrained"
-    return Published(model.state_dict(), declared_timm(model.pretrained_cfg), f"timm:{name.partition('.')[0]}.{tag}")
+    return Published(model.state_dict(), timm_info(model.pretrained_cfg), f"timm:{name.partition('.')[0]}.{tag}")
 
 
 def timm_blueprint(spec: Spec) -> Blueprint:
     timm = load_timm()
-    # Only timm's own names: its "hf-hub:" and "local-dir:" prefixes would fetch a configuration from anywhere.
+    # Only names that timm registers: its "hf-hub:" and "local-dir:" prefixes load a configuration from anywhere.
     base, _, tag = spec.name.partition(".")
     if not timm.is_model(base):
         hint = did_you_mean(base, timm.list_models())
@@ -137,24 +135,22 @@ def timm_blueprint(spec: Spec) -> Blueprint:
     if tag and spec.name not in tagged:
         raise UsageError(f"timm:{base} has no weights tagged {tag!r}; {did_you_mean(spec.name, tagged)}")
     config = timm.get_pretrained_cfg(spec.name)
-    known = declared_timm(config.to_dict()) if config is not None else ModelInfo()
+    declared = timm_info(config.to_dict()) if config is not None else ModelInfo()
 
-    def own_config(num_classes: int) -> ModelInfo:
-        return ModelInfo(num_classes=num_classes).over(known)
+    def info(num_classes: int) -> ModelInfo:
+        return ModelInfo(num_classes=num_classes).or_else(declared)
 
     return Blueprint(
         name=spec.name,
         build=partial(build_timm, spec.name),
         published=partial(fetch_timm, spec.name),
         published_names=("DEFAULT", "pretrained"),
-        fresh=own_config,
-        bare_file=own_config,
+        fresh_info=info,
+        file_info=info,
     )
 
 
-# -- python models ----------------------------------------------------------------------------------------------------
-#
-# `python:module:callable`: a user's own network. Runs the user's code, so only a command line may ask for it.
+# -- python -----------------------------------------------------------------------------------------------------------
 
 
 def find_callable(spec: Spec) -> Callable[..., Any]:
@@ -162,20 +158,20 @@ def find_callable(spec: Spec) -> Callable[..., Any]:
     if not module_name or not attribute:
         raise UsageError(f"{spec.text!r}: expected 'python:module:callable', as in 'python:my_models:build'")
     try:
-        found: Any = importlib.import_module(module_name)
+        value: Any = importlib.import_module(module_name)
     except ImportError as error:
         raise UsageError(
             f"{spec.text!r}: cannot import {module_name!r} ({error}); is its folder in PYTHONPATH?"
         ) from error
     for part in attribute.split("."):
-        found = getattr(found, part, None)
-    if not callable(found):
+        value = getattr(value, part, None)
+    if not callable(value):
         raise UsageError(f"{spec.text!r}: {attribute!r} is not a callable of {module_name!r}")
-    return found  # type: ignore[no-any-return]
+    return value  # type: ignore[no-any-return]
 
 
 def python_blueprint(spec: Spec) -> Blueprint:
-    """The callable is given num_classes where it takes such an argument, and nothing else."""
+    """The callable is called with num_classes if it has that parameter, and with nothing else."""
     function = find_callable(spec)
     takes_classes = "num_classes" in inspect.signature(function).parameters
 
@@ -186,4 +182,4 @@ def python_blueprint(spec: Spec) -> Blueprint:
             raise UsageError(f"{spec.text!r}: expected a torch.nn.Module, found {type(module).__name__}")
         return module
 
-    return Blueprint(name=spec.name.replace(":", "."), build=build, carries_weights=True)
+    return Blueprint(name=spec.name.replace(":", "."), build=build, has_weights=True)

@@ -1,19 +1,20 @@
-"""What must be known of a model besides its weights, and where each piece of it comes from.
+"""What must be known about a model besides its weights.
 
-Facts are collected from several places, each of which may leave gaps, and laid over each other: options of the spec,
-then the header of the weights file, then what its publisher declares. What is still missing is asked for, never
-guessed: a teacher with the wrong normalisation speaks nonsense quietly.
+A `ModelInfo` comes from several sources, each of which may leave fields unknown, in this order of precedence: the
+options of the spec, the header of the weights file, the declaration of the publisher, the convention of the family. A
+field that is needed and still unknown is an error and never guessed: with the wrong normalisation a teacher runs, and
+its logits are wrong.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
 from redistill_cache.errors import Refused, UsageError
+from redistill_cache.strict_json import Fields, Json
 from torch import Tensor, nn
 
 from redistill.specs import Spec, did_you_mean
@@ -31,6 +32,7 @@ __all__ = [
     "Normalise",
     "OpenedModel",
     "Published",
+    "portable",
 ]
 
 Triple = tuple[float, float, float]
@@ -48,6 +50,7 @@ CIFAR100 = Norm((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 CIFAR10 = Norm((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 HALF = Norm((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 NORMS = {"imagenet": IMAGENET, "cifar100": CIFAR100, "cifar10": CIFAR10, "half": HALF}
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "random")
 
 OPTIONS = frozenset({"num_classes", "size", "mean", "std", "norm", "weights", "seed"})
 
@@ -56,21 +59,21 @@ MAX_CLASSES, MAX_SIZE = 1 << 20, 1 << 14
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
-    """Each field may be unknown."""
+    """Every field may be unknown (None)."""
 
     num_classes: int | None = None
     input_size: int | None = None
-    """Side of the square the network expects, in pixels."""
+    """Side of the square input in pixels."""
     norm: Norm | None = None
     interpolation: str | None = None
-    """How its authors resize for evaluation: a hint for recipes."""
+    """How the authors resize for evaluation: a hint for recipes."""
     resize: int | None = None
-    """The shorter side before their centre crop: a hint for recipes."""
+    """The shorter side before the authors' centre crop: a hint for recipes."""
 
-    def over(self, other: ModelInfo) -> ModelInfo:
-        """These facts, their gaps filled from `other`."""
+    def or_else(self, other: ModelInfo) -> ModelInfo:
+        """This, with unknown fields taken from `other`."""
         pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
-        return ModelInfo(**{name: low if high is None else high for name, (high, low) in pairs.items()})
+        return ModelInfo(**{name: second if first is None else first for name, (first, second) in pairs.items()})
 
     def to_json(self) -> dict[str, Any]:
         known = {name: value for name, value in asdict(self).items() if value is not None and name != "norm"}
@@ -79,156 +82,119 @@ class ModelInfo:
         return known
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any], where: str) -> ModelInfo:
-        """Strict: the header of a weights file may come from anybody. Unknown keys are left to newer readers."""
-        mean, std = found.get("mean"), found.get("std")
-        if (mean is None) != (std is None):
-            raise Refused(f"{where}: mean and std must come together, found only one of them")
-        try:
-            return cls(
-                num_classes=whole(found.get("num_classes"), MAX_CLASSES),
-                input_size=whole(found.get("input_size"), MAX_SIZE),
-                norm=None if mean is None or std is None else Norm(triple(mean), triple(std, positive=True)),
-                interpolation=word(found.get("interpolation")),
-                resize=whole(found.get("resize"), MAX_SIZE),
-            )
-        except ValueError as error:
-            raise Refused(f"{where}: {error}") from None
+    def from_json(cls, value: Json, where: str) -> ModelInfo:
+        """From the header of a weights file, which is untrusted. Unknown keys may be those of a newer version."""
+        return cls._read(Fields(value, where, Refused), size="input_size")
 
     @classmethod
     def from_options(cls, spec: Spec) -> ModelInfo:
-        """num_classes=, size=, norm= or mean= and std= of a spec string."""
-        try:
-            return cls(
-                num_classes=whole(number(spec.options.get("num_classes")), MAX_CLASSES),
-                input_size=whole(number(spec.options.get("size")), MAX_SIZE),
-                norm=norm_option(spec),
-            )
-        except ValueError as error:
-            raise UsageError(f"{spec.text!r}: {error}") from None
+        """From num_classes=, size=, norm= or mean= and std= of a spec string."""
+        values: dict[str, Json] = {key: spec.take(key, 0) for key in ("num_classes", "size") if key in spec.options}
+        values |= {key: _numbers(spec, key) for key in ("mean", "std") if key in spec.options}
+        if "norm" in spec.options:
+            if "mean" in values or "std" in values:
+                raise UsageError(f"{spec.text!r}: expected either norm=NAME, or mean= and std=, found both")
+            name = spec.options["norm"]
+            if name not in NORMS:
+                raise UsageError(f"{spec.text!r}: unknown norm={name!r}; {did_you_mean(name, NORMS)}")
+            values |= NORMS[name]._asdict()
+        return cls._read(Fields(values, repr(spec.text), UsageError), size="size")
+
+    @classmethod
+    def _read(cls, values: Fields, *, size: str) -> ModelInfo:
+        """`size` is the key of the input size."""
+        return cls(
+            num_classes=_integer(values, "num_classes", MAX_CLASSES),
+            input_size=_integer(values, size, MAX_SIZE),
+            norm=_norm(values),
+            interpolation=None if _unknown(values, "interpolation") else values.choice("interpolation", INTERPOLATIONS),
+            resize=_integer(values, "resize", MAX_SIZE),
+        )
 
 
-def whole(value: object, high: int) -> int | None:
-    if value is None:
+def _unknown(values: Fields, key: str) -> bool:
+    return key not in values or values.is_null(key)
+
+
+def _integer(values: Fields, key: str, high: int) -> int | None:
+    return None if _unknown(values, key) else values.integer(key, 1, high)
+
+
+def _norm(values: Fields) -> Norm | None:
+    """mean and std, which need each other."""
+    if _unknown(values, "mean") and _unknown(values, "std"):
         return None
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= high:
-        raise ValueError(f"expected a whole number from 1 to {high}, found {value!r}")
-    return value
+    mean, std = values.numbers("mean", 3), values.numbers("std", 3)
+    if min(std) <= 0:
+        values.refuse("std", "a list of 3 numbers above 0")
+    return Norm((mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
 
 
-def number(text: str | None) -> int | None:
-    if text is None:
-        return None
-    if not text.isascii() or not text.isdigit():
-        raise ValueError(f"expected a whole number, found {text!r}")
-    return int(text)
-
-
-def word(value: object) -> str | None:
-    if value is not None and value not in ("nearest", "bilinear", "bicubic", "lanczos", "random"):
-        raise ValueError(f"expected the name of an interpolation, found {value!r:.40}")
-    return None if value is None else str(value)
-
-
-def triple(value: object, *, positive: bool = False) -> Triple:
-    """Three finite numbers."""
-    if not isinstance(value, list | tuple) or len(value) != 3:
-        raise ValueError(f"expected three numbers, found {value!r:.60}")
-    if any(isinstance(v, bool) or not isinstance(v, int | float) or not math.isfinite(v) for v in value):
-        raise ValueError(f"expected three finite numbers, found {value!r:.60}")
-    if positive and min(value) <= 0:
-        raise ValueError(f"expected standard deviations above 0, found {value!r:.60}")
-    return float(value[0]), float(value[1]), float(value[2])
-
-
-def norm_option(spec: Spec) -> Norm | None:
-    name, mean, std = (spec.options.get(key) for key in ("norm", "mean", "std"))
-    if name is not None:
-        if mean is not None or std is not None:
-            raise ValueError("give norm=NAME, or mean= and std=, not both")
-        if name not in NORMS:
-            raise ValueError(f"unknown norm={name!r}; {did_you_mean(name, NORMS)}")
-        return NORMS[name]
-    if (mean is None) != (std is None):
-        raise ValueError(f"mean= and std= go together, found only {'mean=' if std is None else 'std='}")
-    if mean is None or std is None:
-        return None
-    return Norm(triple(split(mean)), triple(split(std), positive=True))
-
-
-def split(text: str) -> list[float]:
+def _numbers(spec: Spec, key: str) -> list[float]:
     try:
-        return [float(part) for part in text.split(",")]
+        return [float(part) for part in spec.options[key].split(",")]
     except ValueError:
-        raise ValueError(f"expected three numbers as in 0.5,0.5,0.5, found {text!r}") from None
-
-
-# -- blueprint --------------------------------------------------------------------------------------------------------
-#
-# What each family of models (torchvision, timm, cifar, ...) has to say of one of its members.
+        raise UsageError(
+            f"{spec.text!r}: option {key} must be numbers as in 0.5,0.5,0.5, found {spec.options[key]!r}"
+        ) from None
 
 
 @dataclass(frozen=True)
 class Published:
-    """Weights that a library offers under a name."""
+    """Weights that a library publishes under a name."""
 
     state: Mapping[str, Tensor]
-    facts: ModelInfo
+    info: ModelInfo
     source: str
 
 
-def nothing_known(num_classes: int) -> ModelInfo:
+def unknown_info(num_classes: int) -> ModelInfo:
     del num_classes
     return ModelInfo()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Blueprint:
-    """How to make a model, and what is known of it in each case."""
+    """How a family of models (torchvision, timm, cifar, ...) builds one of its members, and what it knows about it."""
 
     name: str
     build: Callable[[int, int | None], nn.Module]
     """(num_classes, input_size) -> the network with fresh weights."""
     published: Callable[[str], Published] | None = None
-    """weights=NAME -> what the library publishes under it; None: nothing is published."""
+    """weights=NAME -> the weights published under that name; None if there are none."""
     published_names: tuple[str, ...] = ()
-    fresh: Callable[[int], ModelInfo] = nothing_known
-    """num_classes -> the convention for a network that starts from fresh weights."""
-    bare_file: Callable[[int], ModelInfo] = nothing_known
-    """num_classes -> what is known of weights from a file that says nothing about itself."""
-    carries_weights: bool = False
-    """The network comes with weights of its own (python: callables load theirs themselves)."""
-
-
-# -- opened -----------------------------------------------------------------------------------------------------------
-#
-# A model and what must be known to use it.
+    fresh_info: Callable[[int], ModelInfo] = unknown_info
+    """num_classes -> the family's convention, for a network with fresh weights."""
+    file_info: Callable[[int], ModelInfo] = unknown_info
+    """num_classes -> the fallback for weights from a file, whose header may be missing."""
+    has_weights: bool = False
+    """`build` returns a network with its own weights (python: callables load them)."""
 
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A network on the CPU in float32, and the facts its user needs. Made by `open_model`."""
+    """A network on the CPU in float32, with the information needed to use it. Made by `open_model`."""
 
     module: nn.Module
     spec: str
-    """As given, paths included; `portable_spec` is the one to write down."""
+    """As requested, with paths; `portable_spec` is the one to store."""
     name: str
     num_classes: int
     input_size: int | None
-    """Side of the square input in pixels; None where neither the network nor its weights decide it."""
+    """Side of the square input in pixels; None if neither the network nor its weights determine it."""
     mean: Triple
     std: Triple
     weights_digest: str | None
-    """`state_digest` of the loaded state; None for fresh weights nobody asked for."""
+    """`state_digest` of the loaded state; None for fresh weights without weights=random."""
     weights_source: str | None
-    """"file", "random" (asked for), a library's own label, "python", or None: a student before training."""
+    """"file", "random" (requested), the label of a library, "python", or None: a student before training."""
     interpolation: str | None = None
     resize: int | None = None
     portable_spec: str = ""
-    """The spec without paths: it opens the same architecture anywhere."""
+    """The spec without paths: it opens the same architecture on any machine."""
 
     @property
-    def facts(self) -> ModelInfo:
+    def info(self) -> ModelInfo:
         return ModelInfo(
             num_classes=self.num_classes,
             input_size=self.input_size,
@@ -238,11 +204,11 @@ class OpenedModel:
         )
 
     def metadata(self) -> dict[str, Any]:
-        """For `save_weights`: a file with this header opens without further options."""
-        return {"spec": self.portable_spec, **self.facts.to_json()}
+        """For `save_weights`: a file with this header opens without options."""
+        return {"spec": self.portable_spec, **self.info.to_json()}
 
     def describe(self) -> dict[str, Any]:
-        """For an archive: what decides the model's answers, and nothing of this machine."""
+        """For an archive: everything that determines the logits, without paths of this machine."""
         return {
             "name": self.name,
             "weights_digest": self.weights_digest,
@@ -255,9 +221,9 @@ class OpenedModel:
 
 
 class Normalise(nn.Module):
-    """uint8 pixels to what the network was trained on: (pixels / 255 - mean) / std, as one multiply and one add.
+    """uint8 pixels to network inputs: (pixels / 255 - mean) / std, as one multiply and one add.
 
-    Holds buffers that follow `.to(device)` but are in no state_dict.
+    Its buffers follow `.to(device)` but are in no state_dict.
     """
 
     scale: Tensor
@@ -274,6 +240,6 @@ class Normalise(nn.Module):
 
 
 def portable(scheme: str, name: str, options: Mapping[str, str]) -> str:
-    """A spec string without what only means something on this machine or was an order for this one opening."""
-    kept = "&".join(f"{key}={value}" for key, value in sorted(options.items()) if key not in ("weights", "seed"))
-    return f"{scheme}:{name}" + (f"?{kept}" if kept else "")
+    """A spec string without the options that are valid on this machine (weights) or this time (seed) only."""
+    portable_options = "&".join(f"{k}={v}" for k, v in sorted(options.items()) if k not in ("weights", "seed"))
+    return f"{scheme}:{name}" + (f"?{portable_options}" if portable_options else "")

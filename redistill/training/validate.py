@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from redistill.devices import refuse_out_of_memory
 from redistill.loading import BatchLoader
-from redistill.metrics import Tally, tally
+from redistill.metrics import MetricSums, batch_sums
 from redistill.models.model_info import Normalise
 from redistill.sources.index import SourceIndex, index_source
 from redistill.sources.open_source import open_source
@@ -94,9 +94,9 @@ class Validation:
     @torch.no_grad()
     def tallies(
         self, students: Sequence[tuple[nn.Module, Normalise]], device: torch.device, amp: torch.dtype | None = None
-    ) -> list[Tally]:
+    ) -> list[MetricSums]:
         """The counts of each student over this rank's images, from one pass over the images."""
-        totals: list[Tally | None] = [None] * len(students)
+        totals: list[MetricSums | None] = [None] * len(students)
         for rows, pixels in self._batches():
             moved = pixels.to(device)
             labels = torch.from_numpy(self.labels[rows]).to(device)
@@ -108,7 +108,7 @@ class Validation:
                     torch.autocast(device.type, amp) if amp is not None else nullcontext(),
                 ):
                     logits = network(normalise(moved))
-                batch, total = tally(logits, labels, teacher), totals[i]
+                batch, total = batch_sums(logits, labels, teacher), totals[i]
                 totals[i] = batch if total is None else total + batch
         complete = [total for total in totals if total is not None]
         if len(complete) < len(students):

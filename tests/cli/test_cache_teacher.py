@@ -91,7 +91,7 @@ WRONG = {
     "size": (3, {"teacher": odd("FixedSize")}, ("--size", "40"), "use --size 32"),
     "NaN": (3, {"teacher": odd("NanLogits")}, (), "NaN or infinity for 16 of 16"),
     "train mode": (3, {"teacher": odd("AlwaysTraining")}, (), "stays in train mode"),
-    "state": (3, {"teacher": odd("CountsCalls")}, (), "changes its own state when it answers: calls"),
+    "state": (3, {"teacher": odd("CountsCalls")}, (), "changes the teacher's state: calls"),
     "weights": (3, {"teacher": "demo:small?num_classes=5"}, (), "add weights=PATH"),
     "no data": (3, {"data": "folder:nowhere"}, (), "'nowhere' is not a folder"),
     "place": (3, {"out": "/dev/null/a.zarr"}, (), "/dev/null is a file"),

@@ -8,8 +8,8 @@ from redistill_cache.errors import UsageError
 from torch.nn import functional as F
 
 from redistill.losses import divergences, power_divergence
+from tests.random_logits import random_logits as logits
 
-NAMES = divergences.__all__
 BOUNDS = {
     "hellinger": 4.0,
     "jensen_shannon": math.log(2.0),
@@ -18,12 +18,6 @@ BOUNDS = {
     "total_variation": 1.0,
 }
 GRID = (-1.5, -0.5, 0.0, 0.04, 0.3, 0.8, 1.0, 2.0)
-
-
-def logits(rows=5, classes=7, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(0)
-    student = torch.randn(rows, classes, generator=generator, dtype=torch.float64)
-    return student.to(dtype), (2 * torch.randn(rows, classes, generator=generator, dtype=torch.float64)).to(dtype)
 
 
 def rows_of(name, student, teacher, **options):
@@ -52,6 +46,7 @@ SLOW = {
     ),
 }
 OPTIONS = {"jensen_shannon": {"beta": 0.3}, "skew_kl": {"alpha": 0.2}, "skew_reverse_kl": {"alpha": 0.2}}
+NAMES = list(SLOW)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -70,12 +65,12 @@ def test_gradient_is_the_derivative(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_zero_at_the_teacher_positive_elsewhere_and_blind_to_shift_and_order(name):
+def test_zero_at_the_teacher_positive_elsewhere_and_independent_of_shift_and_order(name):
     student, teacher = logits(dtype=torch.float32)
     rows = rows_of(name, student, teacher)
     assert (rows > 0).all()
-    torch.testing.assert_close(rows_of(name, teacher, teacher), torch.zeros(5), rtol=0, atol=1e-5)
-    order = torch.tensor([3, 0, 6, 2, 5, 1, 4])
+    torch.testing.assert_close(rows_of(name, teacher, teacher), torch.zeros(6), rtol=0, atol=1e-5)
+    order = torch.tensor([3, 0, 6, 2, 8, 5, 1, 7, 4])
     torch.testing.assert_close(rows_of(name, student[:, order] + 5, teacher[:, order] - 9), rows, rtol=1e-4, atol=1e-5)
 
 
@@ -107,7 +102,7 @@ def test_kl_is_torch_kl_div():
     torch.testing.assert_close(divergences.kl(student, teacher), expected)
 
 
-def test_skewing_goes_from_kl_to_nothing():
+def test_skewing_goes_from_kl_to_zero():
     student, teacher = logits()
     for name, plain in (("skew_kl", "kl"), ("skew_reverse_kl", "reverse_kl")):
         whole = rows_of(plain, student, teacher, temperature=1.0)
@@ -129,7 +124,7 @@ def alpha_beta(student, teacher, alpha, beta):
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5)])
-def test_alpha_beta_names_kl_reverse_kl_and_hellinger(alpha, beta):
+def test_alpha_beta_contains_kl_reverse_kl_and_hellinger(alpha, beta):
     student, teacher = logits()
     expected = power_divergence(student, teacher, beta, 1.0, reduction="none")
     torch.testing.assert_close(alpha_beta(student, teacher, alpha, beta), expected)
@@ -158,7 +153,7 @@ def test_alpha_beta_limits_are_those_of_the_literature_and_neighbours_agree(alph
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(1e-3, 2e-3), (0.03, -0.01), (1e-8, 0.9), (0.7, 1e-5), (0.4, -0.4)])
-def test_alpha_beta_keeps_its_digits_in_float32(alpha, beta):
+def test_alpha_beta_is_accurate_in_float32(alpha, beta):
     student, teacher = logits()
     exact = alpha_beta(student, teacher, alpha, beta)
     torch.testing.assert_close(
@@ -177,6 +172,6 @@ def test_alpha_beta_keeps_its_digits_in_float32(alpha, beta):
         ("skew_kl", {"reduction": "summ"}, "did you mean sum"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(name, options, word):
+def test_invalid_options_are_refused(name, options, word):
     with pytest.raises(UsageError, match=word):
         rows_of(name, *logits(), **options)

@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 import torch
 
-from redistill.losses import controls, corrections, curriculum, decoupled, hinton, plain, ranking, relational
+from redistill.losses import controls, corrections, curriculum, decoupled, hinton, ranking, relational
 
 ROWS, CLASSES = 6, 7
 
@@ -66,8 +66,8 @@ def ref_nkd(z, v, y):
 def ref_rld(z, v, y):
     t, s = softmax(v), softmax(z)
     confidence = kl([max(t), 1 - max(t)], [s[y], 1 - s[y]])
-    kept = [k for k in range(CLASSES) if v[k] < v[y]]
-    rest = kl(softmax([v[k] for k in kept], 4), softmax([z[k] for k in kept], 4)) if kept else 0.0
+    lower = [k for k in range(CLASSES) if v[k] < v[y]]
+    rest = kl(softmax([v[k] for k in lower], 4), softmax([z[k] for k in lower], 4)) if lower else 0.0
     return confidence + 8 * 16 * rest
 
 
@@ -90,8 +90,8 @@ def ref_pld(z, v, y):
 
 def ref_bd_kd(z, v, y):
     t, s = softmax(v, 4), softmax(z, 4)
-    doubt_t, doubt_s = -sum(p * math.log(p) for p in t), -sum(p * math.log(p) for p in s)
-    return 16 * ((3 if doubt_t > doubt_s else 1) * kl(t, s) + (3 if doubt_s > doubt_t else 1) * kl(s, t))
+    entropy_t, entropy_s = -sum(p * math.log(p) for p in t), -sum(p * math.log(p) for p in s)
+    return 16 * ((3 if entropy_t > entropy_s else 1) * kl(t, s) + (3 if entropy_s > entropy_t else 1) * kl(s, t))
 
 
 def ref_taid(z, v, y):
@@ -158,8 +158,8 @@ def ref_label_smoothing(z, v, y):
 
 
 def ref_virtual_teacher(z, v, y):
-    made = [math.log(0.99) if k == y else math.log(0.01 / (CLASSES - 1)) for k in range(CLASSES)]
-    return 400 * kl(softmax(made, 20), softmax(z, 20))
+    virtual = [math.log(0.99) if k == y else math.log(0.01 / (CLASSES - 1)) for k in range(CLASSES)]
+    return 400 * kl(softmax(virtual, 20), softmax(z, 20))
 
 
 PER_ROW = {
@@ -178,9 +178,9 @@ PER_ROW = {
     "swap_kd": (corrections.swap_kd, {}, ref_swap_kd),
     "label_revision": (corrections.label_revision, {}, ref_label_revision),
     "rc": (corrections.rc, {}, ref_rc),
-    "logit_mse": (plain.logit_mse, {}, ref_logit_mse),
-    "logit_mse centered": (plain.logit_mse, {"centered": True}, ref_logit_mse_centered),
-    "mld": (plain.mld, {}, ref_mld),
+    "logit_mse": (hinton.logit_mse, {}, ref_logit_mse),
+    "logit_mse centered": (hinton.logit_mse, {"centered": True}, ref_logit_mse_centered),
+    "mld": (hinton.mld, {}, ref_mld),
     "label_smoothing": (controls.label_smoothing, {}, ref_label_smoothing),
     "virtual_teacher": (controls.virtual_teacher, {}, ref_virtual_teacher),
 }
@@ -189,7 +189,7 @@ LABELLED = {"dkd", "nkd", "rld", "pld", "swap_kd", "label_revision", "rc", "labe
 
 @pytest.fixture(params=[1, 2, 3])
 def batch(request):
-    """Student, teacher, labels. Rows 0-1: the teacher is right; row 2: the true class is its last choice."""
+    """Student, teacher, labels. Rows 0-1: the teacher is right; row 2: the teacher ranks the true class last."""
     random = np.random.default_rng(request.param)
     z, v = random.normal(0, 2, (ROWS, CLASSES)), random.normal(0, 3, (ROWS, CLASSES))
     y = random.integers(0, CLASSES, ROWS)
@@ -206,13 +206,13 @@ def tensors(batch, dtype=torch.float64):
 def test_row_loss_is_its_formula(name, batch):
     loss, options, reference = PER_ROW[name]
     student, teacher, labels = tensors(batch)
-    given = {**options, "labels": labels} if name in LABELLED else options
-    rows = loss(student, teacher, **given, reduction="none")
+    keywords = {**options, "labels": labels} if name in LABELLED else options
+    rows = loss(student, teacher, **keywords, reduction="none")
     expected = [reference(z, v, y) for z, v, y in zip(*(a.tolist() for a in batch), strict=True)]
     np.testing.assert_allclose(rows.numpy(), expected, rtol=1e-9, atol=1e-12)
-    assert loss(student, teacher, **given).item() == pytest.approx(mean(expected))
-    assert loss(student, teacher, **given, reduction="sum").item() == pytest.approx(sum(expected))
-    single = loss(student.float(), teacher.float(), **given, reduction="none")
+    assert loss(student, teacher, **keywords).item() == pytest.approx(mean(expected))
+    assert loss(student, teacher, **keywords, reduction="sum").item() == pytest.approx(sum(expected))
+    single = loss(student.float(), teacher.float(), **keywords, reduction="none")
     np.testing.assert_allclose(single.numpy(), expected, rtol=2e-4, atol=2e-4)
 
 
@@ -290,9 +290,9 @@ def ref_topkd(z, v, y, k=2, gain=0.5, lift=0.1, wrong=0.3):
         scaled.append(row)
         groups = (order[:k], order[-k:], order[k:-k])
         agreement.append(sum(cos([student[c] for c in g], [row[c] for c in g]) for g in groups))
-    alike = [[cos(a, b) / 0.1 for b in scaled] for a in z]
-    by_student = mean(-math.log(softmax(row)[i]) for i, row in enumerate(alike))
-    by_teacher = mean(-math.log(softmax(row)[i]) for i, row in enumerate(columns(alike)))
+    similarity = [[cos(a, b) / 0.1 for b in scaled] for a in z]
+    by_student = mean(-math.log(softmax(row)[i]) for i, row in enumerate(similarity))
+    by_teacher = mean(-math.log(softmax(row)[i]) for i, row in enumerate(columns(similarity)))
     return 1 - mean(agreement) + 0.5 * (by_student + by_teacher)
 
 
@@ -314,20 +314,20 @@ STATISTICS = {"dist", "mlkd_class", "mlkd_batch", "sinkhorn", "topkd"}
 def test_batch_loss_is_its_formula(name, batch):
     loss, options, reference = PER_BATCH[name]
     student, teacher, labels = tensors(batch)
-    given = {**options, "labels": labels} if name.startswith(("cwtm", "topkd")) else options
+    keywords = {**options, "labels": labels} if name.startswith(("cwtm", "topkd")) else options
     expected = reference(*(a.tolist() for a in batch))
-    assert loss(student, teacher, **given).item() == pytest.approx(expected, rel=1e-9)
-    assert loss(student, teacher, **given, reduction="sum").item() == pytest.approx(ROWS * expected, rel=1e-9)
-    assert loss(student.float(), teacher.float(), **given).item() == pytest.approx(expected, rel=1e-4)
+    assert loss(student, teacher, **keywords).item() == pytest.approx(expected, rel=1e-9)
+    assert loss(student, teacher, **keywords, reduction="sum").item() == pytest.approx(ROWS * expected, rel=1e-9)
+    assert loss(student.float(), teacher.float(), **keywords).item() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", sorted(STATISTICS))
 def test_a_statistic_of_the_batch_has_no_row_values(name, batch):
     loss, options, _ = PER_BATCH[name]
     student, teacher, labels = tensors(batch)
-    given = {**options, "labels": labels} if name == "topkd" else options
+    keywords = {**options, "labels": labels} if name == "topkd" else options
     with pytest.raises(ValueError, match="statistic of the batch"):
-        loss(student, teacher, **given, reduction="none")
+        loss(student, teacher, **keywords, reduction="none")
 
 
 def test_standardised_rows_are_z_scores(batch):
@@ -362,11 +362,13 @@ def test_spearman_becomes_the_rank_correlation_as_its_strength_goes_to_zero(batc
     np.testing.assert_allclose(rows.numpy(), exact, atol=1e-6)
 
 
-def test_spearman_of_the_top_is_spearman_of_the_columns_it_keeps(batch):
+def test_spearman_of_the_top_is_spearman_of_the_teachers_highest_classes(batch):
     student, teacher, _ = tensors(batch)
-    kept = teacher.topk(3, dim=1).indices
+    highest = teacher.topk(3, dim=1).indices
     got = relational.spearman(student, teacher, top=3)
-    assert got.item() == pytest.approx(relational.spearman(student.gather(1, kept), teacher.gather(1, kept)).item())
+    assert got.item() == pytest.approx(
+        relational.spearman(student.gather(1, highest), teacher.gather(1, highest)).item()
+    )
 
 
 def test_spearman_refuses_what_would_not_fit_in_memory():
@@ -377,9 +379,9 @@ def test_spearman_refuses_what_would_not_fit_in_memory():
 
 def test_pld_with_a_one_hot_teacher_is_cross_entropy_and_with_a_flat_one_listmle(batch):
     student, _, labels = tensors(batch)
-    sure = torch.zeros_like(student).scatter(1, labels[:, None], 1e4)
+    one_hot = torch.zeros_like(student).scatter(1, labels[:, None], 1e4)
     expected = torch.nn.functional.cross_entropy(student, labels)
-    assert ranking.pld(student, sure, labels=labels).item() == pytest.approx(expected.item())
+    assert ranking.pld(student, one_hot, labels=labels).item() == pytest.approx(expected.item())
     first = torch.arange(CLASSES)[None].expand(ROWS, -1)
     zeros = torch.zeros(ROWS, dtype=torch.long)
     tails = student.gather(1, first).flip(1).logcumsumexp(1).flip(1)
@@ -415,15 +417,15 @@ def test_dkpp_is_a_function_of_the_row_and_the_seed(batch):
     torch.manual_seed(1)
     once = controls.dkpp(student, teacher, reduction="none")
     torch.manual_seed(2)
-    turned = controls.dkpp(student.flip(0), teacher.flip(0), reduction="none").flip(0)
-    torch.testing.assert_close(once, turned)
+    reversed_rows = controls.dkpp(student.flip(0), teacher.flip(0), reduction="none").flip(0)
+    torch.testing.assert_close(once, reversed_rows)
     assert not torch.equal(controls.permute_others(teacher, 0), controls.permute_others(teacher, 1))
     shuffled = controls.permute_others(teacher)
     expected = [kl(softmax(v), softmax(z)) for v, z in zip(shuffled.tolist(), student.tolist(), strict=True)]
     np.testing.assert_allclose(once.numpy(), expected)
 
 
-def test_swap_leaves_right_rows_alone(batch):
+def test_swap_does_not_change_correct_rows(batch):
     _, teacher, labels = tensors(batch)
     swapped = corrections.swap(teacher, labels)
     assert (swapped.argmax(1) == labels).all()
@@ -454,7 +456,7 @@ def test_a_uniform_virtual_teacher_is_kd_from_equal_logits(batch):
         (lambda s, t: controls.label_smoothing(s, t, labels=torch.zeros(4, dtype=torch.long), smoothing=2), "0..1"),
     ],
 )
-def test_options_and_shapes_that_do_not_fit_are_refused_in_one_line(call, message):
+def test_invalid_options_and_shapes_are_refused_in_one_line(call, message):
     with pytest.raises(Exception, match=message) as caught:
         call(torch.zeros(4, 5), torch.zeros(4, 5))
     assert caught.type.__module__ == "redistill_cache.errors"

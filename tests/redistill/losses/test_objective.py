@@ -136,7 +136,7 @@ def test_a_loss_without_row_values_refuses_mixed_views(batch):
         Objective(["topkd"])(student, teacher, labels, mix=Mix(labels, torch.ones(6)))
 
 
-def test_the_cap_is_counted_where_there_is_one(batch):
+def test_the_share_of_capped_rows_is_logged_for_members_with_a_cap(batch):
     student, teacher, labels = batch
     spec = "power?form=cressie-read&temperature=1&cap=0.5"
     values = Objective([spec])(student, 3 * teacher, labels)[1]
@@ -157,13 +157,13 @@ def test_every_loss_of_the_catalogue_runs_from_its_name(name, batch):
     assert student.grad.abs().sum() > 0
 
 
-# Options that do not show in one first step on this batch: they act later, on a cap, or on a plan that has converged.
-SILENT = {("power", "cap"), ("ctkd", "ramp"), ("taid", "end"), ("taid", "momentum"), ("taid", "rate")}
-SILENT |= {("sinkhorn", "rounds")}
+# Options without an effect on one first step on this batch: they act later, on a cap, or on a converged plan.
+NO_EFFECT_YET = {("power", "cap"), ("ctkd", "ramp"), ("taid", "end"), ("taid", "momentum"), ("taid", "rate")}
+NO_EFFECT_YET |= {("sinkhorn", "rounds")}
 
 
 def another(value):
-    """An allowed value that is not this one."""
+    """Another allowed value."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
@@ -181,7 +181,7 @@ def test_every_option_of_a_loss_reaches_it(name, batch):
         return Objective([spec, "ce?weight=0"])(student, teacher, labels)[0].item()
 
     for key, default in options.items():
-        if not isinstance(default, str) and key != "temperature" and (name, key) not in SILENT:
+        if not isinstance(default, str) and key != "temperature" and (name, key) not in NO_EFFECT_YET:
             assert value(f"{base}&{key}={another(default)}") != value(base), key
     if "temperature" in options:
         assert value(f"{name}?warmup=0&temperature=5") != value(base)
@@ -195,7 +195,7 @@ def test_every_option_of_a_loss_reaches_it(name, batch):
         (["power?lam=two"], "lam='two' is not a float"),
         (["power?form=bounde"], "did you mean bounded"),
         (["power?temperature=0"], "temperature must be a positive number"),
-        (["power:x"], "a loss has options, no name"),
+        (["power:x"], "a loss has options but no name"),
         (["kd?weight=-1"], "weight must be a finite number, 0 or above"),
         (["kd?weight=nan"], "weight must be a finite number, 0 or above"),
         (["kd?decay=cosin"], "'kd.decay=cosin': unknown decay 'cosin'; did you mean cosine"),
@@ -205,10 +205,10 @@ def test_every_option_of_a_loss_reaches_it(name, batch):
         (["ce?weights=1"], "did you mean weight"),
         (["ce?smoothing=1"], "smoothing must be at least 0 and below 1"),
         (["ce?weight=0"], "nothing to minimise"),
-        (["kd", "dkd"], "published with different weights of cross-entropy"),
+        (["kd", "dkd"], "published with different cross-entropy weights"),
     ],
 )
-def test_what_cannot_be_understood_is_refused_in_one_line(specs, word):
+def test_invalid_specs_are_refused_in_one_line(specs, word):
     with pytest.raises(UsageError, match=word) as caught:
         Objective(specs)
     assert "\n" not in str(caught.value)
@@ -234,14 +234,25 @@ def test_a_top_k_archive_is_refused_by_losses_that_need_whole_rows():
 
 
 def test_needs_are_those_of_the_terms():
-    needs = Objective(["ce?weight=0", "ctkd", "dist"]).needs
-    assert (needs.teacher, needs.labels, needs.batch_statistics) == (True, False, True)
-    assert (needs.parameters, needs.state) == (True, False)
-    needs = Objective(["taid"]).needs
-    assert (needs.labels, needs.parameters, needs.state) == (True, False, True)
+    for specs, teacher, labels in (
+        (["ce"], False, True),
+        (["taid"], True, True),
+        (["ce?weight=0", "ctkd", "dist"], True, False),
+        (["ce?weight=0", "dist", "dkd"], True, True),
+    ):
+        needs = Objective(specs).needs
+        assert (needs.teacher, needs.labels) == (teacher, labels)
 
 
-def test_a_resumed_objective_goes_on_exactly(batch):
+def test_terms_with_parameters_or_state_are_submodules():
+    objective = Objective(["ctkd", "taid", "dist", "ce?weight=1"])
+    assert [name for name, _ in objective.named_parameters()] == ["terms.0.loss.theta"]
+    assert [name for name, _ in objective.named_buffers()] == [
+        f"terms.1.loss.{x}" for x in ("mix", "trend", "previous")
+    ]
+
+
+def test_a_resumed_objective_continues_exactly(batch):
     student, teacher, labels = batch
     specs = ["taid", "ctkd", "ce?weight=1"]
 
@@ -283,12 +294,12 @@ def test_under_autocast_everything_is_float32(batch):
     assert total.dtype == torch.float32
 
 
-def test_repr_says_what_is_minimised():
+def test_repr_shows_weights_and_specs():
     assert "0.1 ce + 0.9 power?lam=0.5" in repr(Objective(["power?lam=0.5"]))
 
 
 def rank(number, directory):
-    """One of two ranks: its own rows, the common state. Writes what it holds after two steps."""
+    """One of two ranks: its own rows, a common state. Saves its state after two steps."""
     store = torch.distributed.FileStore(f"{directory}/store", 2)
     torch.distributed.init_process_group("gloo", store=store, rank=number, world_size=2)
     torch.manual_seed(number)
@@ -305,7 +316,7 @@ def rank(number, directory):
 
 
 @pytest.mark.slow  # starts two processes, each of which imports torch
-def test_what_terms_own_stays_the_same_on_every_rank(tmp_path):
+def test_state_of_terms_is_the_same_on_every_rank(tmp_path):
     torch.multiprocessing.spawn(rank, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{number}.pt", weights_only=True) for number in (0, 1))
     assert {key for key in first if key != "_extra_state"} == {key for key in second if key != "_extra_state"}

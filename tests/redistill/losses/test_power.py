@@ -11,15 +11,9 @@ from torch.nn import functional as F
 
 from redistill.losses import capped_fraction, is_bounded, power_divergence
 from redistill.losses.divergences import alpha_beta
+from tests.random_logits import random_logits as logits
 
 POWERS = (-2.5, -1.5, -1.0, -0.9, -2 / 3, -0.5, -0.25, -0.1, 0.0, 0.1, 1 / 3, 2 / 3, 1.0, 2.0)
-
-
-def logits(rows=6, classes=9, seed=0, spread=2.0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    student = torch.randn(rows, classes, generator=generator, dtype=torch.float64)
-    teacher = torch.randn(rows, classes, generator=generator, dtype=torch.float64) * spread
-    return student.to(dtype), teacher.to(dtype)
 
 
 def cressie_read(student, teacher, lam, **options):
@@ -107,7 +101,7 @@ def test_limits_agree_with_their_neighbours(limit, step, dtype):
 
 
 @pytest.mark.parametrize("edge", [-0.2, -0.5, -0.8])
-def test_the_ways_of_computing_meet_where_they_change(edge):
+def test_the_branches_of_the_computation_agree_where_they_meet(edge):
     student, teacher = logits(dtype=torch.float32)
     student.requires_grad_()
     below, above = cressie_read(student, teacher, edge - 1e-7), cressie_read(student, teacher, edge + 1e-7)
@@ -192,7 +186,7 @@ def test_backward_twice_over_one_graph_gives_the_same_gradient():
     torch.testing.assert_close(torch.autograd.grad(loss, student)[0], first)
 
 
-def test_second_derivative_is_refused_and_inputs_are_left_alone():
+def test_a_second_derivative_is_refused_and_inputs_are_not_modified():
     student, teacher = logits(dtype=torch.float32)
     before = student.clone(), teacher.clone()
     student.requires_grad_()
@@ -232,13 +226,13 @@ def test_bounded_members_stay_below_their_bound(k, bounded):
         ({"cap": -1.0}, "cap must be positive"),
     ],
 )
-def test_options_that_make_no_sense_are_refused_in_one_line(refused, word):
+def test_invalid_options_are_refused_in_one_line(refused, word):
     with pytest.raises(UsageError, match=word) as caught:
         power_divergence(*logits(), **refused)
     assert "\n" not in str(caught.value)
 
 
-def test_capped_fraction_counts_rows_where_the_cap_acts():
+def test_capped_fraction_counts_rows_where_the_cap_applies():
     teacher = torch.tensor([[20.0, 0.0], [0.0, 0.0], [0.0, 1.0], [0.0, 30.0]])
     student = torch.zeros(4, 2)
     student[0, 1] = 20.0
@@ -250,8 +244,8 @@ def test_capped_fraction_counts_rows_where_the_cap_acts():
         assert capped_fraction(student, teacher, lam, 1.0, cap=0.01).item() == 0.0
 
 
-def test_cap_changes_nothing_below_it_and_goes_on_as_a_straight_line_above():
-    # Two classes, student falling behind by x: past the cap the loss is linear in the log-ratio, no longer exponential.
+def test_the_loss_is_unchanged_below_the_cap_and_linear_above_it():
+    # Two classes, the student's logit lower by x: above the cap the loss is linear in the log-ratio, not exponential.
     x = torch.linspace(2.0, 30.0, 15, dtype=torch.float64)
     student, teacher = torch.stack([-x, torch.zeros_like(x)], 1), torch.tensor([[12.0, 0.0]]).double().expand(15, 2)
     options = {"lam": 1.0, "temperature": 1.0, "form": "cressie-read", "reduction": "none"}
@@ -263,7 +257,7 @@ def test_cap_changes_nothing_below_it_and_goes_on_as_a_straight_line_above():
 
 
 @pytest.mark.parametrize("lam", [2 / 3, 0.5, 0.25, 0.05])
-def test_cap_never_acts_on_the_bounded_form(lam):
+def test_the_cap_never_applies_to_the_bounded_form(lam):
     student, teacher = logits(spread=40.0)
     options = {"temperature": 0.3, "reduction": "none"}
     tight = power_divergence(student, teacher, lam, cap=1e-3, **options)

@@ -1,4 +1,4 @@
-"""The power divergence where numbers run out: huge logits, one-hot rows, 21,843 classes, half precision, compile."""
+"""The power divergence at numerical extremes: huge logits, one-hot rows, 21,843 classes, half precision, compile."""
 
 import math
 
@@ -38,19 +38,19 @@ def test_huge_logits_and_one_hot_teachers_stay_finite(member, scale, cap):
 
 
 def test_a_confidently_wrong_teacher_moves_the_default_less_than_kl_and_the_literal_form_more():
-    # 100 classes, the student sure of one (0.9), the teacher of another (0.95): the gradient's L1 norm at T = 1
+    # 100 classes, student confident of one (0.9), teacher of another (0.95): the L1 norm of the gradient at T = 1
     student, teacher = torch.full((1, 100), 0.1 / 99), torch.full((1, 100), 0.04 / 98)
     student[0, 0], teacher[0, 0], teacher[0, 1] = 0.9, 0.01, 0.95
     student, teacher = student.double().log().requires_grad_(), teacher.double().log()
 
-    def push(lam, form):
+    def gradient_norm(lam, form):
         loss = power_divergence(student, teacher, lam, 1.0, form, cap=math.inf)
         return torch.autograd.grad(loss, student)[0].abs().sum().item()
 
-    assert push(2 / 3, "bounded") == pytest.approx(0.33, abs=0.01)
-    assert push(0.5, "bounded") == pytest.approx(0.30, abs=0.01)
-    assert push(0.0, "bounded") == pytest.approx(1.90, abs=0.01)
-    assert push(2 / 3, "cressie-read") == pytest.approx(109, abs=1)
+    assert gradient_norm(2 / 3, "bounded") == pytest.approx(0.33, abs=0.01)
+    assert gradient_norm(0.5, "bounded") == pytest.approx(0.30, abs=0.01)
+    assert gradient_norm(0.0, "bounded") == pytest.approx(1.90, abs=0.01)
+    assert gradient_norm(2 / 3, "cressie-read") == pytest.approx(109, abs=1)
 
 
 @pytest.mark.parametrize("classes", [2, 21_843])
@@ -67,7 +67,7 @@ def test_few_and_many_classes_one_and_several_rows(classes, rows, temperature):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_logits_are_raised_to_float32_even_under_autocast(dtype):
+def test_half_precision_logits_are_computed_in_float32_even_under_autocast(dtype):
     generator = torch.Generator().manual_seed(2)
     student = torch.randn(4, 50, generator=generator).to(dtype).requires_grad_()
     teacher = (torch.randn(4, 50, generator=generator) * 3).to(dtype)
@@ -116,33 +116,33 @@ def test_a_half_precision_row_whose_sum_overflows_is_not_refused():
         (torch.zeros(2, 3).int(), torch.zeros(2, 3), UsageError, "student logits must be a floating"),
         (torch.zeros(2, 1), torch.zeros(2, 1), UsageError, "at least 1 row and 2 classes"),
         (torch.zeros(0, 3), torch.zeros(0, 3), UsageError, "at least 1 row and 2 classes"),
-        (torch.zeros(2, 3), torch.zeros(2, 3, device="meta"), UsageError, "student logits are on cpu, teacher"),
+        (torch.zeros(2, 3), torch.zeros(2, 3, device="meta"), UsageError, "on the same device, found cpu and meta"),
         ([[0.0, 1.0]], torch.zeros(1, 2), UsageError, "found list"),
     ],
 )
-def test_tensors_that_do_not_fit_are_refused_in_one_line(student, teacher, error, word):
+def test_tensors_that_do_not_match_are_refused_in_one_line(student, teacher, error, word):
     with pytest.raises(error, match=word) as caught:
         power_divergence(student, teacher)
     assert "\n" not in str(caught.value)
 
 
-def test_one_buffer_is_kept_for_the_backward_pass():
+def test_one_buffer_is_saved_for_the_backward_pass():
     student, teacher = torch.randn(8, 1000, requires_grad=True), torch.randn(8, 1000)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
         power_divergence(student, teacher)
-    assert sum(kept) == student.nbytes
+    assert sum(saved) == student.nbytes
 
 
-def test_nothing_is_kept_without_a_gradient():
+def test_nothing_is_saved_without_a_gradient():
     student, teacher = torch.randn(2, 10, requires_grad=True), torch.randn(2, 10)
     with torch.no_grad():
         assert not power_divergence(student, teacher).requires_grad
     assert not power_divergence(student.detach(), teacher).requires_grad
 
 
-def settled(teacher, lam):
-    """The one row of probabilities that a free student settles on for all rows of the teacher."""
+def minimiser(teacher, lam):
+    """The one row of probabilities that minimises the loss over all rows of the teacher."""
     student = torch.zeros(1, teacher.shape[1], dtype=torch.float64, requires_grad=True)
     optimiser = torch.optim.LBFGS([student], lr=0.5, max_iter=300, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
 
@@ -157,7 +157,7 @@ def settled(teacher, lam):
 
 
 @pytest.mark.parametrize("lam", [-0.9, -2 / 3, -0.5, 0.0, 1 / 3, 2 / 3])
-def test_a_free_student_settles_on_the_power_mean_of_its_teachers(lam):
+def test_the_minimiser_is_the_power_mean_of_the_teacher_rows(lam):
     # 40 teacher rows, a fifth of them confidently wrong: s ∝ (mean t^(1+lam))^(1/(1+lam)).
     generator = torch.Generator().manual_seed(5)
     teacher = torch.full((40, 6), 0.02)
@@ -165,18 +165,18 @@ def test_a_free_student_settles_on_the_power_mean_of_its_teachers(lam):
     teacher[torch.arange(40), columns] = 0.9
     teacher = teacher.double().log() + 0.3 * torch.randn(40, 6, generator=generator, dtype=torch.float64)
     mean = teacher.softmax(1).pow(1 + lam).mean(0).pow(1 / (1 + lam))
-    torch.testing.assert_close(settled(teacher, lam), mean / mean.sum(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(minimiser(teacher, lam), mean / mean.sum(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("lam", "true", "wrong"), [(0.0, 0.72, 0.18), (2 / 3, 0.64, 0.28), (-0.5, 0.80, 0.06), (-2 / 3, 0.81, 0.03)]
 )
-def test_the_bounded_side_drops_a_systematic_mistake_and_the_other_side_keeps_it(lam, true, wrong):
-    # 100 classes; every fifth row is as sure of one wrong class as the others are of the right one.
+def test_bounded_members_drop_a_systematic_mistake_and_unbounded_ones_keep_it(lam, true, wrong):
+    # 100 classes; every fifth row is as confident of one wrong class as the others are of the right one.
     teacher = torch.full((5, 100), 0.1 / 99, dtype=torch.float64)
     teacher[:4, 0], teacher[4, 1] = 0.9, 0.9
-    answer = settled(teacher.log(), lam)
-    assert answer[:2].tolist() == pytest.approx([true, wrong], abs=0.01)
+    student = minimiser(teacher.log(), lam)
+    assert student[:2].tolist() == pytest.approx([true, wrong], abs=0.01)
 
 
 @pytest.mark.slow  # two to ten seconds of C++ compilation for each member

@@ -1,4 +1,4 @@
-"""TAID's schedule and CTKD's learned temperature: what moves, when, in which direction, and that it is saved."""
+"""TAID's schedule and CTKD's learned temperature: what changes, when, in which direction, and that it is saved."""
 
 import math
 
@@ -7,11 +7,11 @@ import torch
 
 from redistill.losses import curriculum, hinton
 from redistill.losses.schedule import TrainingProgress
+from tests.random_logits import random_logits
 
 
-def logits(rows=4, classes=5):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(rows, classes, generator=generator), 3 * torch.randn(rows, classes, generator=generator)
+def logits():
+    return random_logits(4, 5, spread=3.0, dtype=torch.float32)
 
 
 def reference_mixes(losses, fractions, start=0.4, end=1.0, momentum=0.99, rate=5e-4):
@@ -29,7 +29,7 @@ def reference_mixes(losses, fractions, start=0.4, end=1.0, momentum=0.99, rate=5
 
 
 @pytest.mark.parametrize("total", [10.0, 1e5])  # the linear ramp leads, the adaptive step leads
-def test_taid_moves_by_its_published_rule(total):
+def test_taid_follows_its_published_rule(total):
     loss = curriculum.Taid(rate=0.05 if total > 1e3 else 5e-4)
     steps = [TrainingProgress(epoch, total) for epoch in range(8)]
     losses, mixes = [], []
@@ -44,7 +44,7 @@ def test_taid_moves_by_its_published_rule(total):
     assert [*mixes, loss.mix.item()] == pytest.approx(expected, rel=1e-5)
 
 
-def test_taid_stands_still_in_evaluation_and_is_saved():
+def test_taid_does_not_change_in_evaluation_and_is_saved():
     loss = curriculum.Taid()
     student, teacher = logits()
     for epoch in range(3):
@@ -69,7 +69,7 @@ def test_taid_with_a_loss_of_zero_stays_finite():
     assert loss.mix.item() == pytest.approx(0.4 + 0.6 * 0.2)
 
 
-def test_taid_mix_of_one_is_kd_and_of_zero_asks_nothing():
+def test_taid_with_mix_one_is_kd_and_with_mix_zero_has_no_gradient():
     student, teacher = logits()
     student.requires_grad_()
     assert torch.equal(
@@ -97,7 +97,7 @@ def test_ctkd_is_kd_at_its_temperature():
 
 
 @pytest.mark.parametrize(("epoch", "factor"), [(0, 0.0), (5, -0.5), (10, -1.0), (100, -1.0)])
-def test_ctkd_turns_the_gradient_of_its_temperature_around(epoch, factor):
+def test_ctkd_reverses_the_gradient_of_its_temperature(epoch, factor):
     student, teacher = (x.double() for x in logits())
     loss = curriculum.CurriculumTemperature().double()
     loss(student, teacher, progress=TrainingProgress(epoch, 100)).backward()
@@ -110,7 +110,7 @@ def test_ctkd_turns_the_gradient_of_its_temperature_around(epoch, factor):
     assert loss.theta.grad.item() == pytest.approx(factor * ((above - below) / (2 * h)).item(), rel=1e-5, abs=1e-12)
 
 
-def test_ctkd_temperature_climbs_the_loss_that_the_student_descends():
+def test_ctkd_temperature_ascends_the_loss_that_the_student_descends():
     student, teacher = logits()
     loss = curriculum.CurriculumTemperature()
     optimiser = torch.optim.SGD(loss.parameters(), lr=0.05)

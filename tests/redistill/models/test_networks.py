@@ -1,4 +1,4 @@
-"""The networks of the literature: exact parameter counts, shapes, and names that published checkpoints load into."""
+"""The networks of the literature: parameter counts, shapes, and the parameter names of published checkpoints."""
 
 from __future__ import annotations
 
@@ -61,15 +61,15 @@ def test_every_named_network_is_in_the_table():
 @pytest.mark.parametrize(
     "name", ["resnet8", "resnet8x4", "wrn_16_1", "wrn_10_1", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2"]
 )
-def test_a_network_answers_and_learns(name: str):
+def test_every_parameter_of_a_network_gets_a_gradient(name: str):
     torch.manual_seed(0)
     network = cifar.build(name, 7)
     images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 6])
     loss = torch.nn.functional.cross_entropy(network(images), labels)
     loss.backward()
     assert loss.isfinite()
-    silent = [n for n, p in network.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
-    assert not silent
+    without = [n for n, p in network.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not without
 
 
 @pytest.mark.parametrize("name", ["ResNet18", "ResNet50", "resnet32x4", "vgg19"])
@@ -81,20 +81,20 @@ def test_a_large_network_has_the_right_shape(name: str):
 def test_vgg_pools_once_more_for_larger_images():
     with torch.device("meta"):
         network = cifar.build("vgg8", 10, input_size=64)
-        seen = []
-        network.get_submodule("block4").register_forward_hook(lambda _m, _i, out: seen.append(out.shape[-1]))
+        sides = []
+        network.get_submodule("block4").register_forward_hook(lambda _m, _i, out: sides.append(out.shape[-1]))
         network(torch.empty(1, 3, 64, 64))
-    assert seen == [4]
+    assert sides == [4]
 
 
-def test_names_are_read_without_regard_to_case():
+def test_names_are_not_case_sensitive():
     assert cifar.canonical("shufflev2") == "ShuffleV2"
     assert cifar.canonical("WRN-16-2") == "wrn_16_2"
     assert cifar.canonical("wrn_28_10") == "wrn_28_10"
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "message"),
     [
         ("resnet9", "did you mean"),
         ("wrn_17_2", r"D = 6n \+ 4"),
@@ -102,8 +102,8 @@ def test_names_are_read_without_regard_to_case():
         ("wrn_16_x", "unknown network"),
     ],
 )
-def test_a_wrong_name_is_one_line(name: str, says: str):
-    with pytest.raises(UsageError, match=says) as caught:
+def test_an_unknown_name_is_refused_in_one_line(name: str, message: str):
+    with pytest.raises(UsageError, match=message) as caught:
         cifar.build(name, 10)
     assert "\n" not in str(caught.value)
 
@@ -128,7 +128,7 @@ def test_demo_networks_are_small_and_ordered():
 
 
 @pytest.mark.parametrize("name", ["demo:large", "resnet8x4"])
-def test_channels_last_changes_no_answer(name: str):
+def test_channels_last_does_not_change_the_output(name: str):
     torch.manual_seed(0)
     network = (demo.build("large", 10) if name == "demo:large" else cifar.build(name, 10)).eval()
     x = torch.randn(2, 3, 32, 32)

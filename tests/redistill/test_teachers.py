@@ -1,4 +1,4 @@
-"""The frozen teacher: what it answers, what it refuses, and that right teachers are never refused."""
+"""The frozen teacher: its outputs, what is refused, and that correct teachers are never refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from redistill.signals import pool
 from redistill.teachers import Teacher, check_teacher
 
 CPU = torch.device("cpu")
-# Four families: plain residual, pre-activation, no residual, and the demonstration's own.
+# Four families: residual, pre-activation, without shortcuts, and that of the demo.
 ARCHITECTURES = ["cifar:resnet8", "cifar:wrn_10_1", "cifar:vgg8", "demo:large"]
 
 
@@ -45,15 +45,15 @@ def of_module(module: nn.Module, num_classes: int = 5) -> OpenedModel:
     return replace(opened(), module=module, num_classes=num_classes)
 
 
-def test_a_teacher_answers_as_the_module_does():
+def test_a_teacher_has_the_outputs_of_its_module():
     model = opened("cifar:resnet8", 9)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (model.mean, model.std))
     with torch.no_grad():
         expected = model.module.eval()((images() / 255 - mean) / std)
-    answers = teacher(model)(images())
-    assert answers.keys() == {"logits"}
-    assert answers["logits"].dtype == torch.float32
-    torch.testing.assert_close(answers["logits"], expected, rtol=1e-4, atol=1e-5)
+    outputs = teacher(model)(images())
+    assert outputs.keys() == {"logits"}
+    assert outputs["logits"].dtype == torch.float32
+    torch.testing.assert_close(outputs["logits"], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_normalisation_is_that_of_torchvision():
@@ -61,15 +61,15 @@ def test_normalisation_is_that_of_torchvision():
 
     model = opened("cifar:resnet8")
     expected = V.normalize(V.to_dtype(images(), torch.float32, scale=True), list(model.mean), list(model.std))
-    found = model.normalise()(images())
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+    normalised = model.normalise()(images())
+    torch.testing.assert_close(normalised, expected, rtol=0, atol=2e-6)
     last = model.normalise()(images().contiguous(memory_format=torch.channels_last))
     assert last.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(last, found)
+    assert torch.equal(last, normalised)
     assert not model.normalise().state_dict()
 
 
-def test_answers_may_stand_in_a_students_loss():
+def test_outputs_can_be_used_in_a_students_loss():
     student = nn.Linear(5, 5)
     logits = teacher()(images())["logits"]
     F.mse_loss(student(logits), logits).backward()
@@ -77,7 +77,7 @@ def test_answers_may_stand_in_a_students_loss():
     assert student.weight.grad is not None
 
 
-def test_options_change_speed_and_not_the_answer():
+def test_options_do_not_change_the_logits_beyond_rounding():
     plain = teacher(channels_last=False)(images())["logits"]
     torch.testing.assert_close(teacher(channels_last=True)(images())["logits"], plain, rtol=1e-4, atol=1e-5)
     half = teacher(amp=torch.bfloat16)(images())["logits"]
@@ -85,13 +85,13 @@ def test_options_change_speed_and_not_the_answer():
     assert 0 < (half - plain).abs().max() < 0.1 * plain.std()
 
 
-def test_a_model_nobody_trained_is_no_teacher():
+def test_a_model_without_weights_is_refused():
     with pytest.raises(Refused, match="has no weights; add weights=PATH"):
         teacher(open_model("demo:tiny?num_classes=3"))
 
 
 @pytest.mark.parametrize("pixels", [images().float(), images()[0], images()[:, :1]], ids=["float", "one", "grey"])
-def test_pixels_of_another_kind_are_refused(pixels: torch.Tensor):
+def test_pixels_of_another_dtype_or_shape_are_refused(pixels: torch.Tensor):
     with pytest.raises(UsageError, match="expected uint8 pixels"):
         teacher()(pixels)
 
@@ -100,32 +100,31 @@ def test_pixels_of_another_kind_are_refused(pixels: torch.Tensor):
 
 
 @pytest.mark.parametrize("spec", ["cifar:resnet8", "torchvision:squeezenet1_1"])
-def test_layers_come_pooled_and_do_not_change_the_logits(spec: str):
+def test_layers_are_pooled_and_do_not_change_the_logits(spec: str):
     layer = "layer3" if spec == "cifar:resnet8" else "features.12"
     pixels = images(3, 64)
     plain = teacher(opened(spec))(pixels)["logits"]
-    seen: list[torch.Tensor] = []
-    model = opened(spec)
-    answers = teacher(model, layers=(layer,))(pixels)
-    assert torch.equal(answers["logits"], plain)
-    watched = opened(spec)
-    watched.module.get_submodule(layer).register_forward_hook(lambda _m, _i, out: seen.append(out.mean((2, 3))))
-    teacher(watched)(pixels)
-    torch.testing.assert_close(answers[layer], seen[0])
+    outputs = teacher(opened(spec), layers=(layer,))(pixels)
+    assert torch.equal(outputs["logits"], plain)
+    means: list[torch.Tensor] = []
+    hooked = opened(spec)
+    hooked.module.get_submodule(layer).register_forward_hook(lambda _m, _i, out: means.append(out.mean((2, 3))))
+    teacher(hooked)(pixels)
+    torch.testing.assert_close(outputs[layer], means[0])
 
 
 @pytest.mark.parametrize("layers", [("penultimate",), ("penultimate", "layer2"), ("logits", "layer2", "penultimate")])
 def test_penultimate_and_head_give_the_logits(layers: tuple[str, ...]):
     one = teacher(opened("cifar:resnet8"), layers=layers)
-    answers = one(images())
-    assert list(answers) == list(one.signals)
+    outputs = one(images())
+    assert list(outputs) == list(one.signals)
     head = one.head()
     assert head is not None
-    torch.testing.assert_close(answers["penultimate"] @ head.weight.T + head.bias, answers["logits"])
-    assert torch.equal(answers["logits"], teacher(opened("cifar:resnet8"))(images())["logits"])
+    torch.testing.assert_close(outputs["penultimate"] @ head.weight.T + head.bias, outputs["logits"])
+    assert torch.equal(outputs["logits"], teacher(opened("cifar:resnet8"))(images())["logits"])
 
 
-def test_a_head_is_found_only_where_the_logits_are_its_plain_output():
+def test_a_head_is_found_only_if_its_output_is_the_logits():
     class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -154,11 +153,11 @@ def test_tokens_and_maps_with_channels_last_are_pooled():
 
 
 @pytest.mark.parametrize(
-    ("layer", "says"),
+    ("layer", "message"),
     [("layer9", "did you mean layer"), ("zzz", "known: .*avgpool"), ("fc", "is the network's output")],
 )
-def test_a_wrong_layer_is_one_line(layer: str, says: str):
-    with pytest.raises(UsageError, match=says) as caught:
+def test_an_unknown_layer_is_refused_in_one_line(layer: str, message: str):
+    with pytest.raises(UsageError, match=message) as caught:
         teacher(layers=(layer,))
     assert "\n" not in str(caught.value)
 
@@ -181,7 +180,7 @@ def test_a_network_that_cannot_be_traced_still_has_penultimate():
 
 
 class Wrapped(nn.Module):
-    """A right network in the hands of a wrong one."""
+    """A correct network inside a faulty one."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -227,43 +226,43 @@ def batch_statistics(module: nn.Module) -> nn.Module:
 
 FAULTS: dict[str, tuple[Callable[[nn.Module], nn.Module], str]] = {
     "train mode": (AlwaysTraining, "train mode"),
-    "dropout": (AlwaysDropping, "different answers"),
+    "dropout": (AlwaysDropping, "give different logits"),
     "batch statistics": (batch_statistics, "other images of the batch"),
-    "own state": (Counting, "changes its own state.*calls"),
+    "own state": (Counting, "changes the teacher's state: .*calls"),
     "overflow": (Overflowing, "NaN or infinity for 1 of 6"),
 }
 
 
 @pytest.mark.parametrize("spec", ARCHITECTURES)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_misset_teacher_is_refused(spec: str, fault: str):
-    spoil, says = FAULTS[fault]
+def test_a_faulty_teacher_is_refused(spec: str, fault: str):
+    make_faulty, message = FAULTS[fault]
     model = opened(spec)
-    wrong = teacher(replace(model, module=spoil(model.module)))
-    with pytest.raises(Refused, match=says) as caught:
-        check_teacher(wrong, images())
+    faulty = teacher(replace(model, module=make_faulty(model.module)))
+    with pytest.raises(Refused, match=message) as caught:
+        check_teacher(faulty, images())
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("amp", [None, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("spec", ARCHITECTURES)
-def test_a_right_teacher_is_never_refused(spec: str, amp: torch.dtype | None):
+def test_a_correct_teacher_is_never_refused(spec: str, amp: torch.dtype | None):
     for channels_last in (True, False):
-        found = check_teacher(teacher(opened(spec), amp=amp, channels_last=channels_last), images(8))
-        assert found.images == 8
-        assert found.repeat == 0
-        assert found.relative_floor < (1e-4 if amp is None else 0.05)
+        check = check_teacher(teacher(opened(spec), amp=amp, channels_last=channels_last), images(8))
+        assert check.images == 8
+        assert check.repeat == 0
+        assert check.relative_floor < (1e-4 if amp is None else 0.05)
 
 
 def test_the_floor_is_the_difference_between_batch_compositions():
-    class Leaning(Wrapped):
-        """Answers move a little with the size of the batch."""
+    class BatchSizeDependent(Wrapped):
+        """Logits depend a little on the size of the batch."""
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.inner(x) + 1e-4 * len(x)
 
-    found = check_teacher(teacher(of_module(Leaning(opened().module))), images(6))
-    assert found.floor == pytest.approx(4e-4, rel=1e-2)  # a batch of six against one of two
+    check = check_teacher(teacher(of_module(BatchSizeDependent(opened().module))), images(6))
+    assert check.floor == pytest.approx(4e-4, rel=1e-2)  # a batch of six against one of two
 
 
 def test_the_wrong_number_of_classes_is_refused():
@@ -299,16 +298,16 @@ def test_devices_are_picked_by_name():
 
 
 @pytest.mark.parametrize(
-    ("device", "says"), [("gpu", "unknown device"), ("cuda:99", "was requested, but"), ("meta", "not supported")]
+    ("device", "message"), [("gpu", "unknown device"), ("cuda:99", "was requested, but"), ("meta", "not supported")]
 )
-def test_a_device_that_is_not_there_is_one_line(device: str, says: str):
-    with pytest.raises(RedistillError, match=says) as caught:
+def test_a_missing_device_is_refused_in_one_line(device: str, message: str):
+    with pytest.raises(RedistillError, match=message) as caught:
         pick_device(device)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_cuda_asked_for_and_absent():
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cuda_without_a_gpu_is_refused():
     with pytest.raises(Refused, match="finds no GPU; use --device cpu"):
         pick_device("cuda")
 
@@ -318,14 +317,14 @@ def test_a_teacher_on_a_gpu():
     device = pick_device("cuda")
     for amp in (None, pick_amp(device, None)):
         on_gpu = Teacher(opened("cifar:resnet8"), device=device, amp=amp, layers=("penultimate",))
-        found = check_teacher(on_gpu, images(8))
+        check = check_teacher(on_gpu, images(8))
         exact = teacher(opened("cifar:resnet8"))(images(8))["logits"]
         assert (on_gpu(images(8))["logits"].cpu() - exact).abs().max() < 0.1 * exact.std()
-        assert found.relative_floor < 0.1
+        assert check.relative_floor < 0.1
 
 
 @pytest.mark.slow  # a compiler runs for half a minute
-def test_a_compiled_teacher_answers_the_same():
+def test_a_compiled_teacher_has_the_same_logits():
     plain = teacher(opened("demo:large"))(images())["logits"]
     compiled = teacher(opened("demo:large"), compile=True, layers=("penultimate", "layer2"))
     torch.testing.assert_close(compiled(images())["logits"], plain, rtol=1e-4, atol=1e-5)

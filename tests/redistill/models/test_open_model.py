@@ -1,4 +1,4 @@
-"""Spec strings to models: which facts are taken from where, and what is asked for."""
+"""Spec strings to models: the precedence of options, headers, publishers and conventions; what must be given."""
 
 from __future__ import annotations
 
@@ -35,17 +35,22 @@ def test_a_fresh_student_takes_the_convention_of_its_family():
     assert (resnet.mean, resnet.std, resnet.input_size) == (*IMAGENET, None)
 
 
-def test_options_win_over_everything(tmp_path: Path):
-    told = open_model("demo:tiny?num_classes=4&size=48&mean=0.1,0.2,0.3&std=1,2,3")
-    assert (told.num_classes, told.input_size, told.mean, told.std) == (4, 48, (0.1, 0.2, 0.3), (1, 2, 3))
-    save_weights(told.module, tmp_path / "w.safetensors", told.metadata())
+def test_options_have_precedence(tmp_path: Path):
+    by_options = open_model("demo:tiny?num_classes=4&size=48&mean=0.1,0.2,0.3&std=1,2,3")
+    assert (by_options.num_classes, by_options.input_size, by_options.mean, by_options.std) == (
+        4,
+        48,
+        (0.1, 0.2, 0.3),
+        (1, 2, 3),
+    )
+    save_weights(by_options.module, tmp_path / "w.safetensors", by_options.metadata())
     by_header = open_model(f"demo:tiny?weights={tmp_path / 'w.safetensors'}", num_classes=99)
-    assert by_header.facts == told.facts
-    by_option = open_model(f"demo:tiny?weights={tmp_path / 'w.safetensors'}&norm=half&size=32")
-    assert (by_option.mean, by_option.input_size) == ((0.5, 0.5, 0.5), 32)
+    assert by_header.info == by_options.info
+    by_both = open_model(f"demo:tiny?weights={tmp_path / 'w.safetensors'}&norm=half&size=32")
+    assert (by_both.mean, by_both.input_size) == ((0.5, 0.5, 0.5), 32)
 
 
-def test_fresh_weights_are_a_function_of_the_seed_alone():
+def test_fresh_weights_depend_on_the_seed_only():
     torch.manual_seed(1)
     one = open_model("demo:tiny?num_classes=3", seed=5)
     state = torch.random.get_rng_state()
@@ -56,7 +61,7 @@ def test_fresh_weights_are_a_function_of_the_seed_alone():
     assert state_digest(one.module.state_dict()) != state_digest(third.module.state_dict())
 
 
-def test_random_weights_may_be_asked_for_by_name():
+def test_random_weights_can_be_requested():
     opened = open_model("demo:tiny?num_classes=3&weights=random&seed=4")
     assert opened.weights_source == "random"
     assert opened.weights_digest == state_digest(opened.module.state_dict())
@@ -71,28 +76,28 @@ def test_published_checkpoints_need_no_options(tmp_path: Path):
 
 
 @pytest.mark.parametrize("family", ["cifar:resnet8?num_classes=10", "torchvision:squeezenet1_1?num_classes=10"])
-def test_the_normalisation_of_a_bare_file_is_asked_for(tmp_path: Path, family: str):
+def test_the_normalisation_of_a_file_without_a_header_must_be_given(tmp_path: Path, family: str):
     module = open_model(family).module
     torch.save(module.state_dict(), tmp_path / "w.pth")
     text = f"{family.partition('?')[0]}?weights={tmp_path / 'w.pth'}"
     assert "add norm=imagenet" in refusal(text)
     opened = open_model(f"{text}&norm=cifar10")
-    # The class count needs no asking: it is the shape of the last layer, a convolution in SqueezeNet.
+    # The number of classes is the shape of the last layer, a convolution in SqueezeNet.
     assert (opened.num_classes, opened.mean) == (10, CIFAR10.mean)
 
 
-def test_torchvision_declares_its_published_weights():
+def test_published_weights_have_torchvisions_declaration():
     from torchvision.models import get_model_weights
 
-    from redistill.models.libraries import declared_torchvision
+    from redistill.models.libraries import torchvision_info
 
-    facts = declared_torchvision(get_model_weights("resnet50")["IMAGENET1K_V2"])
-    assert facts == ModelInfo(num_classes=1000, input_size=224, norm=IMAGENET, interpolation="bilinear", resize=232)
-    assert declared_torchvision(get_model_weights("vit_b_16")["IMAGENET1K_SWAG_E2E_V1"]).input_size == 384
+    info = torchvision_info(get_model_weights("resnet50")["IMAGENET1K_V2"])
+    assert info == ModelInfo(num_classes=1000, input_size=224, norm=IMAGENET, interpolation="bilinear", resize=232)
+    assert torchvision_info(get_model_weights("vit_b_16")["IMAGENET1K_SWAG_E2E_V1"]).input_size == 384
 
 
-def test_a_download_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """The network is closed by hand: whether this machine has one must not matter."""
+def test_a_failed_download_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The connection is made to fail: the test must not depend on the machine's network."""
 
     def closed(*_args, **_kwargs):
         raise urllib.error.URLError("no route to host")
@@ -100,9 +105,9 @@ def test_a_download_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr("urllib.request.urlopen", closed)
     monkeypatch.setattr("torch.hub.urlopen", closed)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    said = refusal("torchvision:resnet18?weights=DEFAULT")
-    assert "cannot download DEFAULT of torchvision:resnet18" in said
-    assert "https://download.pytorch.org/models/resnet18" in said
+    message = refusal("torchvision:resnet18?weights=DEFAULT")
+    assert "cannot download DEFAULT of torchvision:resnet18" in message
+    assert "https://download.pytorch.org/models/resnet18" in message
 
 
 def test_published_weights_are_read_from_torchs_own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -118,42 +123,43 @@ def test_published_weights_are_read_from_torchs_own_cache(monkeypatch: pytest.Mo
     assert (opened.num_classes, opened.input_size, opened.resize) == (1000, 224, 256)
     assert opened.weights_source == "torchvision:SqueezeNet1_1_Weights.IMAGENET1K_V1"
     assert opened.weights_digest == state_digest(module.state_dict())
-    assert "weights are of 1000" in refusal("torchvision:squeezenet1_1?weights=DEFAULT&num_classes=10")
+    assert "found 1000 classes" in refusal("torchvision:squeezenet1_1?weights=DEFAULT&num_classes=10")
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("resnet50", "expected KIND:NAME"),
         ("torchvison:resnet50", "did you mean torchvision"),
         ("torchvision:resnet5O", "did you mean resnet5"),
-        ("torchvision:", "names no network"),
+        ("torchvision:", "has no network name"),
         ("torchvision:fcn_resnet50?num_classes=3", "unknown network"),
         ("cifar:resnet21?num_classes=3", "did you mean"),
         ("demo:huge?num_classes=3", "known: large, small, tiny"),
         ("demo:tiny", "add num_classes="),
         ("demo:tiny?num_clases=3", "did you mean num_classes"),
         ("demo:tiny?num_classes=0", "from 1 to"),
-        ("demo:tiny?num_classes=-2", "whole number"),
-        ("demo:tiny?num_classes=ten", "whole number"),
-        ("demo:tiny?num_classes=3&size=1e3", "whole number"),
-        ("demo:tiny?num_classes=3&mean=0,0,0", "go together"),
-        ("demo:tiny?num_classes=3&mean=0,0,0&std=1,1", "three numbers"),
+        ("demo:tiny?num_classes=-2", "from 1 to"),
+        ("demo:tiny?num_classes=ten", "option num_classes='ten'"),
+        ("demo:tiny?num_classes=3&size=1e3", "option size='1e3'"),
+        ("demo:tiny?num_classes=3&mean=0,0,0", "'std' is missing"),
+        ("demo:tiny?num_classes=3&mean=0,0,0&std=1,1", "a list of 3 finite numbers, found list of 2"),
+        ("demo:tiny?num_classes=3&mean=0,0,zero&std=1,1,1", "option mean must be numbers"),
         ("demo:tiny?num_classes=3&mean=0,0,0&std=1,1,0", "above 0"),
         ("demo:tiny?num_classes=3&mean=0,0,nan&std=1,1,1", "finite"),
         ("demo:tiny?num_classes=3&norm=imagenett", "did you mean imagenet"),
-        ("demo:tiny?num_classes=3&norm=half&mean=0,0,0", "not both"),
-        ("demo:tiny?num_classes=3&seed=x", "not a int"),
-        ("demo:tiny?num_classes=3&weights=/nowhere/w.pt", "no file of weights"),
+        ("demo:tiny?num_classes=3&norm=half&mean=0,0,0", "found both"),
+        ("demo:tiny?num_classes=3&seed=x", "option seed='x'"),
+        ("demo:tiny?num_classes=3&weights=/nowhere/w.pt", "no weights file at"),
         ("demo:tiny?num_classes=3&weights=/", "cannot read weights"),
-        ("demo:tiny?num_classes=3&weights=DEFAULT", "neither a file nor published"),
+        ("demo:tiny?num_classes=3&weights=DEFAULT", "neither a file nor the name"),
         ("torchvision:resnet18?weights=DEFALT", "did you mean DEFAULT"),
         ("python:redistill.models.demo:build", "command line only"),
         ("torchvision:vit_b_16?num_classes=3&size=33", "indivisible"),
     ],
 )
-def test_what_cannot_be_opened_says_why(text: str, says: str):
-    assert says in refusal(text)
+def test_an_invalid_spec_is_refused_with_the_reason(text: str, message: str):
+    assert message in refusal(text)
 
 
 def test_python_models_run_only_when_allowed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -181,7 +187,7 @@ def test_python_models_run_only_when_allowed(monkeypatch: pytest.MonkeyPatch, tm
     assert "module:callable" in refusal("python:mine_for_redistill", allow_python=True)
 
 
-def test_timm_says_which_extra_it_needs(monkeypatch: pytest.MonkeyPatch):
+def test_the_error_without_timm_names_the_extra(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "timm", None)  # what an import of something not installed looks like
     with pytest.raises(UsageError, match=r"pip install 'redistill\[timm\]'"):
         open_model("timm:resnet18?num_classes=3")
@@ -199,9 +205,9 @@ def test_timm_models_open_when_timm_is_installed(tmp_path: Path):
     assert "did you mean resnet18.a1_in1k" in refusal("timm:resnet18.a1_in2k?num_classes=3")
 
 
-def test_describe_holds_no_path(tmp_path: Path):
-    module = open_model("demo:tiny?num_classes=3")
-    save_weights(module.module, tmp_path / "w.safetensors", module.metadata())
+def test_describe_contains_no_path(tmp_path: Path):
+    model = open_model("demo:tiny?num_classes=3")
+    save_weights(model.module, tmp_path / "w.safetensors", model.metadata())
     described = open_model(f"demo:tiny?weights={tmp_path / 'w.safetensors'}&norm=half").describe()
     assert described["spec"] == "demo:tiny?norm=half&num_classes=3"
     assert str(tmp_path) not in repr(described)

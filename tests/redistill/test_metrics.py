@@ -1,4 +1,4 @@
-"""Evaluation metrics against loops written from their definitions, and tallies that add in any order."""
+"""Metrics against loops written from their definitions, and sums that add in any order."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import torch
 from redistill_cache.errors import Refused, UsageError
 
 from redistill import metrics
-from redistill.metrics import evaluate, tally, tally_all
+from redistill.metrics import batch_sums
 
 ROWS, CLASSES = 60, 7
 
@@ -23,6 +23,10 @@ def batch(request):
     logits = random.normal(0, 1.5, (ROWS, CLASSES)) + 2 * hot
     teacher = random.normal(0, 1, (ROWS, CLASSES)) + 3 * hot
     return torch.tensor(logits), torch.tensor(labels), torch.tensor(teacher)
+
+
+def metrics_of(logits, labels, teacher_logits=None):
+    return batch_sums(logits, labels, teacher_logits).metrics()
 
 
 def assert_close(got, expected, rel, name):
@@ -50,37 +54,37 @@ def kl(p, q):
 def reference(logits, labels, teacher):
     logits, labels, teacher = logits.tolist(), labels.tolist(), teacher.tolist()
     p = [softmax(row) for row in logits]
-    answers = [row.index(max(row)) for row in logits]
-    teacher_answers = [row.index(max(row)) for row in teacher]
-    right = [a == y for a, y in zip(answers, labels, strict=True)]
-    teacher_right = [a == y for a, y in zip(teacher_answers, labels, strict=True)]
+    predictions = [row.index(max(row)) for row in logits]
+    teacher_predictions = [row.index(max(row)) for row in teacher]
+    right = [a == y for a, y in zip(predictions, labels, strict=True)]
+    teacher_right = [a == y for a, y in zip(teacher_predictions, labels, strict=True)]
     rows = range(len(labels))
 
-    def among(chosen, happened):
-        chosen = list(chosen)
-        return sum(happened[i] for i in chosen) / len(chosen)
+    def rate(subset, events):
+        subset = list(subset)
+        return sum(events[i] for i in subset) / len(subset)
 
-    agree = [a == b for a, b in zip(answers, teacher_answers, strict=True)]
-    wrong_rows = [i for i in rows if not teacher_right[i]]
+    agree = [a == b for a, b in zip(predictions, teacher_predictions, strict=True)]
+    teacher_wrong_rows = [i for i in rows if not teacher_right[i]]
     return {
         "rows": len(labels),
-        "top1": among(rows, right),
-        "top5": among(rows, [labels[i] in sorted(range(CLASSES), key=lambda c: -logits[i][c])[:5] for i in rows]),
+        "top1": rate(rows, right),
+        "top5": rate(rows, [labels[i] in sorted(range(CLASSES), key=lambda c: -logits[i][c])[:5] for i in rows]),
         "nll": -sum(math.log(p[i][labels[i]]) for i in rows) / len(labels),
         "brier": sum((p[i][c] - (c == labels[i])) ** 2 for i in rows for c in range(CLASSES)) / len(labels),
         "ece": slow_ece([max(row) for row in p], right),
         "adaptive_ece": slow_adaptive_ece([max(row) for row in p], right),
-        "agreement": among(rows, agree),
-        "teacher_top1": among(rows, teacher_right),
+        "agreement": rate(rows, agree),
+        "teacher_top1": rate(rows, teacher_right),
         "kl_t1": sum(kl(softmax(teacher[i]), softmax(logits[i])) for i in rows) / len(labels),
         "kl": sum(kl(softmax(teacher[i], 4), softmax(logits[i], 4)) for i in rows) / len(labels),
         "teacher_right_rows": sum(teacher_right),
-        "teacher_wrong_rows": len(wrong_rows),
-        "top1_where_teacher_right": among([i for i in rows if teacher_right[i]], right),
-        "top1_where_teacher_wrong": among(wrong_rows, right),
-        "copied": among(wrong_rows, agree),
+        "teacher_wrong_rows": len(teacher_wrong_rows),
+        "top1_where_teacher_right": rate([i for i in rows if teacher_right[i]], right),
+        "top1_where_teacher_wrong": rate(teacher_wrong_rows, right),
+        "copied": rate(teacher_wrong_rows, agree),
         "per_class": [
-            among([i for i in rows if labels[i] == c], right) if c in labels else None for c in range(CLASSES)
+            rate([i for i in rows if labels[i] == c], right) if c in labels else None for c in range(CLASSES)
         ],
     }
 
@@ -106,43 +110,43 @@ def slow_adaptive_ece(confidence, right, bins=15):
 
 
 def test_metrics_are_their_definitions(batch):
-    got = evaluate(*batch).to_json()
+    got = metrics_of(*batch).to_json()
     for name, expected in reference(*batch).items():
         assert_close(got[name], expected, 1e-6, name)
 
 
-def test_metrics_in_float32_are_near(batch):
+def test_metrics_in_float32_are_close(batch):
     logits, labels, teacher = batch
-    got = evaluate(logits.float(), labels, teacher.float()).to_json()
+    got = metrics_of(logits.float(), labels, teacher.float()).to_json()
     for name, expected in reference(*batch).items():
         assert_close(got[name], expected, 1e-4, name)
 
 
-def test_tallies_add_over_any_split_and_order(batch):
-    whole = evaluate(*batch).to_json()
-    pieces = [tally(*(x[start:stop] for x in batch)) for start, stop in [(0, 1), (1, 20), (20, 21), (21, ROWS)]]
+def test_sums_add_over_any_split_and_order(batch):
+    whole = metrics_of(*batch).to_json()
+    pieces = [batch_sums(*(x[start:stop] for x in batch)) for start, stop in [(0, 1), (1, 20), (20, 21), (21, ROWS)]]
     forward = (pieces[0] + pieces[1]) + (pieces[2] + pieces[3])
     backward = pieces[3] + (pieces[2] + (pieces[1] + pieces[0]))
-    for total in (forward, backward, tally_all((a, b, c) for a, b, c in [batch])):
+    for total in (forward, backward):
         got = total.metrics().to_json()
         assert got.keys() == whole.keys()
         for name in whole.keys() - {"reliability"}:
             assert_close(got[name], whole[name], 1e-12, name)
 
 
-def test_a_tally_travels_between_processes_and_its_metrics_are_json(batch):
-    one = pickle.loads(pickle.dumps(tally(*batch)))
-    text = json.dumps(one.metrics().to_json(), allow_nan=False)
+def test_sums_can_be_pickled_and_metrics_are_json(batch):
+    sums = pickle.loads(pickle.dumps(batch_sums(*batch)))
+    text = json.dumps(sums.metrics().to_json(), allow_nan=False)
     assert json.loads(text)["rows"] == ROWS
 
 
-def test_a_tally_keeps_four_bytes_a_row(batch):
-    one = tally(*batch)
-    assert sum(piece.nbytes for piece in one.confidence) == 4 * ROWS
+def test_sums_hold_four_bytes_per_row(batch):
+    sums = batch_sums(*batch)
+    assert sum(part.nbytes for part in sums.confidence) == 4 * ROWS
 
 
-def test_reliability_bins_hold_every_row_once_and_give_the_ece(batch):
-    metrics = evaluate(*batch)
+def test_reliability_bins_count_every_row_once_and_give_the_ece(batch):
+    metrics = metrics_of(*batch)
     assert [b.low for b in metrics.reliability] == pytest.approx([k / 15 for k in range(15)])
     assert sum(b.rows for b in metrics.reliability) == ROWS
     filled = [b for b in metrics.reliability if b.rows]
@@ -157,7 +161,7 @@ def test_bin_edges_belong_to_the_bin_below():
     assert [b.rows for b in table] == [1, 1, 1, 1]
 
 
-def test_a_calibrated_student_has_no_ece_and_a_sure_wrong_one_has_all_of_it():
+def test_ece_is_zero_for_a_calibrated_student_and_one_for_a_confidently_wrong_one():
     confidence = np.full(100, 0.75)
     right = np.arange(100) < 75
     assert metrics.ece(confidence, right) == pytest.approx(0, abs=1e-12)
@@ -174,15 +178,15 @@ def test_adaptive_ece_does_not_depend_on_the_order_of_tied_rows():
     assert metrics.adaptive_ece(confidence, right, bins=7) == pytest.approx(same)
 
 
-def test_ties_go_to_the_lower_class():
+def test_ties_are_broken_by_the_lower_class():
     logits = torch.zeros(7, 7)
-    metrics = evaluate(logits, torch.arange(7))
+    metrics = metrics_of(logits, torch.arange(7))
     assert metrics.top1 == pytest.approx(1 / 7)
     assert metrics.top5 == pytest.approx(5 / 7)
 
 
 def test_two_classes_and_one_row():
-    metrics = evaluate(torch.tensor([[0.0, 1e4]]), torch.tensor([0]), torch.tensor([[1e4, 0.0]]))
+    metrics = metrics_of(torch.tensor([[0.0, 1e4]]), torch.tensor([0]), torch.tensor([[1e4, 0.0]]))
     assert metrics.top5 == 1
     assert metrics.top1 == 0
     assert metrics.nll == pytest.approx(1e4)
@@ -194,33 +198,32 @@ def test_two_classes_and_one_row():
 
 def test_half_precision_logits_are_computed_in_float32(batch):
     logits, labels, teacher = batch
-    half = evaluate(logits.bfloat16(), labels, teacher.bfloat16())
-    exact = evaluate(logits.bfloat16().float(), labels, teacher.bfloat16().float())
+    half = metrics_of(logits.bfloat16(), labels, teacher.bfloat16())
+    exact = metrics_of(logits.bfloat16().float(), labels, teacher.bfloat16().float())
     assert half == exact
 
 
-def test_no_graph_is_kept(batch):
+def test_no_graph_is_built(batch):
     logits, labels, teacher = batch
-    one = tally(logits.requires_grad_(), labels, teacher)
-    assert isinstance(one.nll, float)
+    sums = batch_sums(logits.requires_grad_(), labels, teacher)
+    assert isinstance(sums.nll, float)
     assert logits.grad is None
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda b: tally(*b[:2]) + tally(*b), UsageError, "with a teacher"),
-        (lambda b: tally(*b) + tally(*b, temperature=2.0), UsageError, "temperatures 4 and 2"),
-        (lambda b: tally(*b[:2]) + tally(b[0][:, :6], b[1]), Refused, "7 and 6 classes"),
-        (lambda b: tally(b[0], b[1], b[2][:, :5]), Refused, "classes"),
-        (lambda b: tally(b[0], b[1] + 5), Refused, "labels must be in"),
-        (lambda b: tally(b[0] * math.nan, b[1]), Refused, "rows of the student are not finite"),
-        (lambda b: tally(b[0], b[1], b[2] * math.nan), Refused, "teacher rows are not finite"),
-        (lambda b: tally_all(x for x in [b] if x is None), Refused, "nothing to evaluate"),
-        (lambda b: tally(*b, temperature=0.0), UsageError, "temperature"),
+        (lambda b: batch_sums(*b[:2]) + batch_sums(*b), UsageError, "with and without teacher logits"),
+        (lambda b: batch_sums(*b) + batch_sums(*b, temperature=2.0), UsageError, "temperatures 4 and 2"),
+        (lambda b: batch_sums(*b[:2]) + batch_sums(b[0][:, :6], b[1]), Refused, "7 and 6 classes"),
+        (lambda b: batch_sums(b[0], b[1], b[2][:, :5]), Refused, "classes"),
+        (lambda b: batch_sums(b[0], b[1] + 5), Refused, "labels must be in"),
+        (lambda b: batch_sums(b[0] * math.nan, b[1]), Refused, "rows of the student are not finite"),
+        (lambda b: batch_sums(b[0], b[1], b[2] * math.nan), Refused, "teacher rows are not finite"),
+        (lambda b: batch_sums(*b, temperature=0.0), UsageError, "temperature"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_one_line(batch, call, error, message):
+def test_mismatched_batches_are_refused_in_one_line(batch, call, error, message):
     with pytest.raises(error, match=message) as caught:
         call(batch)
     assert "\n" not in str(caught.value)

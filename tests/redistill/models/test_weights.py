@@ -1,4 +1,4 @@
-"""Weights on disk: what is read, what is refused, and that our own files are plain safetensors."""
+"""Weights on disk: what is read, what is refused, and that saved files are plain safetensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import nn
 from redistill.models import demo, open_model, open_weights, read_weights, save_weights, state_digest
 
 
-class Trap:
+class RunsCode:
     """A pickle that runs code when it is loaded."""
 
     def __init__(self, path: Path) -> None:
@@ -35,7 +35,7 @@ def same(one: nn.Module, other: nn.Module) -> bool:
     return state_digest(one.state_dict()) == state_digest(other.state_dict())
 
 
-def test_our_file_loads_into_the_plain_model_with_load_file(tmp_path: Path):
+def test_a_saved_file_loads_with_load_file(tmp_path: Path):
     saved = network()
     save_weights(saved, tmp_path / "w.safetensors", {"spec": "demo:tiny?num_classes=5"})
     plain = network()
@@ -96,11 +96,11 @@ def test_half_precision_files_become_float32(tmp_path: Path):
 
 
 @pytest.mark.parametrize("zip_format", [True, False], ids=["zip", "legacy"])
-def test_no_pickle_is_run(tmp_path: Path, zip_format: bool):
-    torch.save({"model": Trap(tmp_path / "ran")}, tmp_path / "w.pth", _use_new_zipfile_serialization=zip_format)
+def test_no_pickled_code_is_run(tmp_path: Path, zip_format: bool):
+    torch.save({"model": RunsCode(tmp_path / "ran")}, tmp_path / "w.pth", _use_new_zipfile_serialization=zip_format)
     with pytest.raises(Refused, match="Python objects besides tensors"):
         read_weights(tmp_path / "w.pth")
-    (tmp_path / "plain.pkl").write_bytes(pickle.dumps(Trap(tmp_path / "ran")))
+    (tmp_path / "plain.pkl").write_bytes(pickle.dumps(RunsCode(tmp_path / "ran")))
     with pytest.raises(Refused, match="torch file"):
         read_weights(tmp_path / "plain.pkl")
     assert not (tmp_path / "ran").exists()
@@ -119,7 +119,7 @@ def damaged_files() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", damaged_files())
-def test_a_damaged_file_is_one_line(tmp_path: Path, kind: str):
+def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path, kind: str):
     path = tmp_path / "w.safetensors"
     path.write_bytes(damaged_files()[kind])
     with pytest.raises(Refused) as caught:
@@ -136,28 +136,31 @@ def test_a_hostile_header_is_refused(tmp_path: Path, header: str):
 
 
 @pytest.mark.parametrize(
-    ("metadata", "says"),
+    ("metadata", "message"),
     [
         ({"spec": "python:os:getcwd"}, "command line"),
         ({"spec": "cifar:resnet8?weights=/etc/passwd"}, "unknown option"),
-        ({"spec": 3}, "does not say which network"),
-        ({}, "does not say which network"),
-        ({"spec": "demo:tiny?num_classes=5", "mean": [0, 0, 0]}, "come together"),
+        ({"spec": 3}, "'spec' must be a string, found 3"),
+        ({}, "does not name its network"),
+        ({"spec": "demo:tiny?num_classes=5", "mean": [0, 0, 0]}, "'std' is missing"),
+        ({"spec": "demo:tiny?num_classes=5", "mean": "0,0,0", "std": [1, 1, 1]}, "3 finite numbers, found '0,0,0'"),
+        ({"spec": "demo:tiny?num_classes=5", "interpolation": "sharp"}, "bicubic or .*found 'sharp'"),
+        ({"spec": "demo:tiny?num_classes=5", "resize": True}, "an integer from 1 to .* found True"),
         ({"spec": "demo:tiny?num_classes=5", "mean": [0, 0, 0], "std": [1, 0, 1]}, "above 0"),
-        ({"spec": "demo:tiny?num_classes=5", "input_size": 10**9}, "whole number"),
-        ({"spec": "demo:tiny?num_classes=6", "num_classes": 5}, "weights are of 5"),
+        ({"spec": "demo:tiny?num_classes=5", "input_size": 10**9}, "an integer from 1 to"),
+        ({"spec": "demo:tiny?num_classes=6", "num_classes": 5}, "found 5 classes"),
         ({"spec": "cifar:wrn_994_99?num_classes=1000000&norm=half"}, "does not hold the weights"),
         ({"spec": "demo:tiny?num_classes=1000000"}, "expected"),
     ],
 )
-def test_what_a_header_says_is_not_trusted(tmp_path: Path, metadata, says: str):
+def test_the_header_is_validated(tmp_path: Path, metadata, message: str):
     save_weights(network(), tmp_path / "w.safetensors", metadata)
-    with pytest.raises((Refused, ValueError), match=says) as caught:
+    with pytest.raises((Refused, ValueError), match=message) as caught:
         open_weights(tmp_path / "w.safetensors")
     assert "\n" not in str(caught.value)
 
 
-def test_keys_and_shapes_that_do_not_fit_are_named(tmp_path: Path):
+def test_keys_and_shapes_that_do_not_match_are_named(tmp_path: Path):
     state = network().state_dict()
     torch.save({f"x.{k}" if k.startswith("layer3") else k: v for k, v in state.items()}, tmp_path / "w.pt")
     with pytest.raises(Refused, match=r"5 missing \(layer3.0.weight, .*and 2 more\) and 6 extra \(x.layer3"):
@@ -173,7 +176,7 @@ def test_old_files_without_batch_counters_load(tmp_path: Path):
     assert open_model(f"demo:tiny?weights={tmp_path / 'w.pt'}").num_classes == 5
 
 
-def test_the_digest_is_of_the_weights_and_not_of_the_file(tmp_path: Path):
+def test_the_digest_depends_on_the_weights_and_not_on_the_file(tmp_path: Path):
     saved = network()
     torch.save(saved.state_dict(), tmp_path / "w.pt")
     save_weights(saved, tmp_path / "w.safetensors", {})
@@ -184,7 +187,7 @@ def test_the_digest_is_of_the_weights_and_not_of_the_file(tmp_path: Path):
     assert state_digest(saved.state_dict()) != opened["w.pt"].weights_digest
 
 
-def test_saving_replaces_the_file_whole(tmp_path: Path):
+def test_saving_replaces_the_file_atomically(tmp_path: Path):
     path = tmp_path / "w.safetensors"
     for _ in range(2):
         saved = network()
