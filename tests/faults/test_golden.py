@@ -26,7 +26,7 @@ def regenerate() -> None:
     np.savez_compressed(VALUES, logits=np.stack([scenario.decoded(view) for view in range(scenario.VIEWS)]))
 
 
-def test_the_golden_archive_opens_and_says_what_it_said(tmp_path: Path):
+def test_the_golden_archive_opens_with_the_same_contents(tmp_path: Path):
     path = tmp_path / "golden.redistill.zarr"
     shutil.copytree(ARCHIVE, path)  # a checkout may be read-only
     assert verify(path, full=True).ok

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from redistill_cache.codecs.floats import Float16Codec
 from redistill_cache.errors import Refused
 
 from redistill.losses.catalogue import CATALOGUE, make_loss
@@ -62,13 +63,13 @@ def test_names_and_summaries_tell_what_a_loss_is(name):
 def test_losses_on_raw_logits_refuse_an_archive_without_the_shift(spec):
     objective = Objective([spec])
     assert objective.needs.shift
-    objective.refuse_codec("linear", keeps_shift=True)
+    objective.refuse_codec(Float16Codec(10, keep_shift=True))
     with pytest.raises(Refused, match=f"'{spec}' compares raw logits"):
-        objective.refuse_codec("linear", keeps_shift=False)
+        objective.refuse_codec(Float16Codec(10))
 
 
 @pytest.mark.parametrize("spec", ["power", "dkd", "logit_mse?centered=true", "mld?standardize=true"])
 def test_losses_that_do_not_see_the_shift_take_any_archive(spec):
     objective = Objective([spec])
     assert not objective.needs.shift
-    objective.refuse_codec("linear", keeps_shift=False)
+    objective.refuse_codec(Float16Codec(10))
