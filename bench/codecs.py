@@ -1,16 +1,16 @@
-"""What codecs cost and keep: bytes a view as written on disk, divergence from the teacher, gradients, speed.
+"""Codecs compared: bytes per view on disk, divergence from the teacher, error of gradients, speed.
 
     python bench/codecs.py [LOGITS.npz] [--classes 2,3,5,8] [--quick] [--json PATH]
 
 LOGITS.npz holds sets of real logits: NAME_z [images, views, classes], or NAME_h [images, views, d] with NAME_W and
-NAME_b where the logits are h W' + b. Without it, and beside it, the demo's teacher over drawn images. A codec is fitted
-to the views of two thirds of the images and scored on those of the others.
+NAME_b where the logits are h W' + b. The demo's teacher on drawn images is always one more set. A codec is fitted to
+the views of two thirds of the images and scored on those of the others.
 
 With `--classes`, sets of few classes are made from these, and only the bytes of the certified codecs are measured.
 
-Bytes are those of the shards an archive would hold, and of the side data over a million views. Gradients are those of
+Bytes are those of the shards of an archive, and of the side data shared by a million views. Gradients are those of
 the power divergence with respect to a student of logits 0.7 z + noise; the error is relative, in the Euclidean norm,
-in the mean over rows. A truncated codec decodes the classes outside of the top k as one value.
+averaged over rows. A truncated codec decodes the classes outside of the top k as one value.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from redistill.teachers import Teacher
 
 VIEWS_OF_SIDE = 1_000_000
 PIECE = 512
-# Bytes a view that a set is to take at 1e-3, in the mean and for every row.
+# Goals in bytes per view at fidelity 1e-3, by set and certified.
 GOALS = {("A", False): 28, ("B", False): 125, ("C", False): 165, ("A", True): 32, ("B", True): 150}
 
 
@@ -51,14 +51,14 @@ class Logits:
 
 
 def sets_of(path: Path, quick: bool) -> Iterator[Logits]:
-    with np.load(path, allow_pickle=False) as found:
-        for name in sorted({key.split("_")[0] for key in found}):
+    with np.load(path, allow_pickle=False) as arrays:
+        for name in sorted({key.split("_")[0] for key in arrays}):
             head = None
-            if f"{name}_h" in found:
-                head = (found[f"{name}_W"].astype(np.float32), found[f"{name}_b"].astype(np.float32))
-                values, project = found[f"{name}_h"], head
+            if f"{name}_h" in arrays:
+                head = (arrays[f"{name}_W"].astype(np.float32), arrays[f"{name}_b"].astype(np.float32))
+                values, project = arrays[f"{name}_h"], head
             else:
-                values, project = found[f"{name}_z"], None
+                values, project = arrays[f"{name}_z"], None
             split = len(values) * 2 // 3
             parts = []
             for part in (values[:split], values[split:]):
@@ -69,7 +69,7 @@ def sets_of(path: Path, quick: bool) -> Iterator[Logits]:
 
 
 def demo_logits(quick: bool) -> Logits:
-    """The demo's teacher over drawn images it has not seen."""
+    """The demo's teacher on drawn images that it was not trained on."""
     from redistill.demo.run import TEACHER_NETWORK, TEACHER_WEIGHTS, VAL_DATA
     from redistill.sources.open_source import open_source
 
@@ -141,7 +141,7 @@ def small_classes(sets: Sequence[Logits], counts: Sequence[int], seeds: int) -> 
 
 
 def written_bytes(codec: Codec, encoded: Encoded) -> float:
-    """A view's share of the shards of one block with these rows, and of the side data."""
+    """Bytes per view of the shards of one block with these rows, and of a share of the side data."""
     count = len(encoded)
     signal = SignalSpec.of("logits", codec)
     spec = ArchiveSpec(
@@ -158,7 +158,7 @@ def written_bytes(codec: Codec, encoded: Encoded) -> float:
 
 
 def gradient_error(exact: np.ndarray, stored: np.ndarray, temperature: float) -> float:
-    """Mean over rows of |gradient by what is stored - gradient by the teacher| / |gradient by the teacher|."""
+    """Mean over rows of |gradient with stored logits - gradient with exact logits| / |gradient with exact logits|."""
     noise = np.random.default_rng(0).normal(0, 1, exact.shape)
     gradients = []
     for rows in (exact, stored):
@@ -167,8 +167,8 @@ def gradient_error(exact: np.ndarray, stored: np.ndarray, temperature: float) ->
         power_divergence(student, teacher, temperature=temperature, reduction="none").sum().backward()
         assert student.grad is not None
         gradients.append(student.grad)
-    true, found = gradients
-    return float(((found - true).norm(dim=1) / true.norm(dim=1).clamp_min(1e-30)).mean())
+    true, approximate = gradients
+    return float(((approximate - true).norm(dim=1) / true.norm(dim=1).clamp_min(1e-30)).mean())
 
 
 def score(rows: Logits, name: str, fidelity: float | None, certified: bool, codec: Codec) -> dict[str, object]:

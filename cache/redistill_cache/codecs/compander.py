@@ -3,8 +3,8 @@
     v = exp((z - lse_T(z)) / (2 T)) = sqrt(softmax(z / T));   q = round(v / step),   z = 2 T log(q * step)
 
 To second order, KL at T is twice the squared error of v, so a uniform step in v spends bits where they count: it is the
-best scalar codec, and decoding is a table lookup. It is smaller than the linear codec for few classes and confident
-teachers, whose small probabilities become q = 0.
+best scalar codec, and decoding is a table lookup. For teachers so confident that most probabilities become q = 0 it
+takes fewer bytes than the linear codec (bench/results/small_classes.json); for most others it takes more.
 A row has a level (its step is 2**(-level / 4)); values above 255 need a second byte, `q_high`; q = 0 decodes as a
 quarter of a step. Rows that miss the bound at every step are stored exactly.
 """

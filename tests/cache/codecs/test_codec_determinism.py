@@ -1,4 +1,4 @@
-"""Encoded bytes are a function of the row: not of its batch, its place in it, nor the number of threads."""
+"""Encoded bytes depend on the row alone, not on its batch, its position in it, or the number of threads."""
 
 from __future__ import annotations
 
@@ -78,12 +78,12 @@ def test_bytes_do_not_depend_on_the_number_of_threads(case, tmp_path):
 def run(path, threads: int) -> list[str]:
     variables = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     command = [sys.executable, "-c", SCRIPT, str(path), str(threads)]
-    done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=True)
-    return done.stdout.split()
+    process = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=True)
+    return process.stdout.split()
 
 
-def test_a_reopened_codec_encodes_alike(case):
+def test_a_reopened_codec_encodes_the_same_bytes(case):
     rows, codecs = case
     for codec in codecs.values():
-        again = open_codec("linear", codec.width, codec.config(), codec.side())
-        assert digest(again.encode(rows[:64])) == digest(codec.encode(rows[:64]))
+        reopened = open_codec("linear", codec.width, codec.config(), codec.side())
+        assert digest(reopened.encode(rows[:64])) == digest(codec.encode(rows[:64]))

@@ -1,4 +1,4 @@
-"""The certificate, over shapes, scales, ranks and rows made to break it."""
+"""The certified bound, over shapes, scales, ranks and adversarial rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FIDELITIES = (1e-2, 1e-3, 1e-5)
 
 @st.composite
 def teachers(draw):
-    """(pilot, rows): what a teacher says, and what it says later, adversarial rows among them."""
+    """(pilot, rows): the first outputs of a teacher, and later ones with adversarial rows among them."""
     width = draw(st.integers(2, 40) | st.just(100))
     rank = draw(st.integers(1, min(width, 40)))
     scale = 10.0 ** draw(st.integers(-3, 3))
@@ -57,7 +57,7 @@ def adversaries(pilot: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 @pytest.mark.parametrize("rounding", ["plain", "shaped"])
 @given(teacher=teachers(), fidelity=st.sampled_from(FIDELITIES), keep_shift=st.booleans())
 @settings(PROFILE, max_examples=6, suppress_health_check=[HealthCheck.too_slow])
-def test_linear_keeps_its_promise_to_every_row(rounding, teacher, fidelity, keep_shift):
+def test_linear_meets_the_bound_in_every_row(rounding, teacher, fidelity, keep_shift):
     pilot, rows = teacher
     codec = fit_codec("linear", pilot, fidelity=fidelity, rounding=rounding, keep_shift=keep_shift)
     check_certificate(codec, rows, fidelity)
@@ -66,7 +66,7 @@ def test_linear_keeps_its_promise_to_every_row(rounding, teacher, fidelity, keep
 @pytest.mark.parametrize("name", ["float16", "compander"])
 @given(teacher=teachers(), fidelity=st.sampled_from(FIDELITIES))
 @settings(PROFILE, max_examples=15)
-def test_the_simple_codecs_keep_their_promise_to_every_row(name, teacher, fidelity):
+def test_the_simple_codecs_meet_the_bound_in_every_row(name, teacher, fidelity):
     pilot, rows = teacher
     check_certificate(fit_codec(name, pilot, fidelity=fidelity), rows, fidelity)
 
@@ -75,9 +75,9 @@ def check_certificate(codec, rows, fidelity):
     encoded = codec.encode(rows)
     reopened = open_codec(codec.name, codec.width, codec.config(), codec.side())
     decoded = reopened.decode(encoded.arrays)
-    for temperature, reported in ((1, encoded.kl_t1), (4, encoded.kl_t4)):
+    for temperature in (1, 4):
         assert (kl_rows(rows, decoded, temperature) <= fidelity).all()
-        assert (reported <= fidelity).all()
+        assert (encoded.errors[f"kl_t{temperature}"] <= fidelity).all()
     np.testing.assert_array_equal(decoded[encoded.exact], rows[encoded.exact])
     needed = reopened.rows_needing(encoded.arrays)
     compact = {name: array[needed[name]] if name in needed else array for name, array in encoded.arrays.items()}
@@ -87,26 +87,26 @@ def check_certificate(codec, rows, fidelity):
 
 @given(seed=st.integers(0, 1000), fidelity=st.sampled_from([1e-1, 1e-2, 1e-4]))
 @settings(PROFILE, max_examples=10)
-def test_features_keep_their_relative_error(seed, fidelity):
+def test_features_meet_the_bound_on_the_relative_error(seed, fidelity):
     rng = np.random.default_rng(seed)
     rows = np.maximum(rng.normal(size=(120, 12)) @ rng.normal(size=(12, 40)), 0) * rng.exponential(size=(120, 1))
     rows = np.concatenate([rows, np.zeros((1, 40)), 1e6 * rng.normal(size=(2, 40))]).astype(np.float32)
     codec = fit_codec("linear", rows[:80], metric="relative", fidelity=fidelity)
     encoded = codec.encode(rows)
-    lost = np.linalg.norm(codec.decode(encoded.arrays).astype(np.float64) - rows, axis=1)
+    error = np.linalg.norm(codec.decode(encoded.arrays).astype(np.float64) - rows, axis=1)
     assert (
-        lost <= fidelity * np.linalg.norm(rows.astype(np.float64), axis=1) + (np.abs(rows).sum(1) == 0) * fidelity
+        error <= fidelity * np.linalg.norm(rows.astype(np.float64), axis=1) + (np.abs(rows).sum(1) == 0) * fidelity
     ).all()
     assert encoded.errors["relative"].max() <= fidelity
 
 
-def test_without_a_certificate_the_mean_is_met_and_no_row_is_far_off():
+def test_uncertified_rows_meet_the_bound_in_the_mean_and_none_is_far_off():
     rng = np.random.default_rng(5)
     rows = (rng.normal(size=(3000, 12)) @ rng.normal(size=(12, 40))).astype(np.float32)
     codec = fit_codec("linear", rows[:1500], certified=False)
     encoded = codec.encode(rows[1500:])
-    assert max(encoded.kl_t1.mean(), encoded.kl_t4.mean()) <= 1e-3
-    assert max(encoded.kl_t1.max(), encoded.kl_t4.max()) <= 1e-2
+    assert max(errors.mean() for errors in encoded.errors.values()) <= 1e-3
+    assert max(errors.max() for errors in encoded.errors.values()) <= 1e-2
 
 
 def test_shaping_costs_fewer_bytes_for_the_same_fidelity():
@@ -117,17 +117,8 @@ def test_shaping_costs_fewer_bytes_for_the_same_fidelity():
         codec = fit_codec("linear", rows[:800], certified=False, rounding=rounding)
         encoded = codec.encode(rows[800:])
         size[rounding] = compressed_size(codec, encoded)
-        assert max(encoded.kl_t1.mean(), encoded.kl_t4.mean()) > 5e-4
+        assert max(errors.mean() for errors in encoded.errors.values()) > 5e-4
     assert size["shaped"] < 0.85 * size["plain"]
-
-
-def test_the_shift_is_dropped_or_kept_as_asked():
-    rng = np.random.default_rng(7)
-    rows = (rng.normal(size=(300, 20)) + 50 * rng.normal(size=(300, 1))).astype(np.float32)
-    for keep in (False, True):
-        codec = fit_codec("linear", rows, keep_shift=keep)
-        error = codec.decode(codec.encode(rows).arrays).mean(1) - rows.mean(1)
-        assert (np.abs(error).max() < 1e-4) == keep
 
 
 def test_the_axes_of_the_head_serve_as_basis():
@@ -140,7 +131,7 @@ def test_the_axes_of_the_head_serve_as_basis():
     assert codec.config()["basis"] == "head"
     assert codec.config()["rank"] == 16
     assert not encoded.exact.any()
-    assert encoded.kl_t1.max() <= 1e-3
+    assert encoded.errors["kl_t1"].max() <= 1e-3
 
 
 def test_twenty_one_thousand_classes():

@@ -1,11 +1,16 @@
-"""The linear codec: what it promises of every row, whatever the rows."""
+"""Codecs round trip through the archive within the bound; the linear codec's packing and constants."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from redistill_cache.codecs import BlockStats, NotFinite, fit_codec, kl_rows, open_codec
+from redistill_cache.codecs.backend import Backend
+from redistill_cache.codecs.linear_decode import Packing, packing_flaw
+from redistill_cache.codecs.linear_fit import fit_packing
 
 
 def low_rank(rows: int, width: int, rank: int, scale: float, seed: int) -> np.ndarray:
@@ -24,11 +29,11 @@ def test_every_row_is_within_the_bound_after_a_round_trip_through_the_archive(na
     decoded = reopened.decode(encoded.arrays)
     assert decoded.dtype == np.float32
     assert decoded.shape == rows.shape
-    for temperature, reported in ((1, encoded.kl_t1), (4, encoded.kl_t4)):
-        lost = kl_rows(rows, decoded, temperature)
-        assert lost.max() <= 1e-3
-        # Reported by exact arithmetic, rounded up; decoded in float32, whose last digits show in small losses.
-        np.testing.assert_allclose(lost, reported, rtol=2e-3, atol=5e-7)
+    for temperature in (1, 4):
+        divergence = kl_rows(rows, decoded, temperature)
+        assert divergence.max() <= 1e-3
+        # Reported by exact arithmetic, rounded up; decoded in float32, whose last digits show in small errors.
+        np.testing.assert_allclose(divergence, encoded.errors[f"kl_t{temperature}"], rtol=2e-3, atol=5e-7)
 
 
 def test_numpy_and_torch_agree():
@@ -47,7 +52,7 @@ def test_rows_that_are_not_finite_are_named():
     codec = fit_codec("linear", rows)
     rows[[3, 17], 4] = np.nan
     rows[20, 0] = np.inf
-    with pytest.raises(NotFinite, match="3 of the rows") as caught:
+    with pytest.raises(NotFinite, match="3 rows of the batch") as caught:
         codec.encode(rows)
     assert caught.value.rows == [3, 17, 20]
 
@@ -62,4 +67,34 @@ def test_statistics_add_up():
     merged = BlockStats.merge(parts)
     assert merged.summary() == pytest.approx(whole.summary())
     assert merged.rows == 1000
-    assert whole.summary()["p99_kl_t1"] >= np.quantile(codec.encode(rows).kl_t1, 0.99)
+    assert whole.summary()["p99_kl_t1"] >= np.quantile(codec.encode(rows).errors["kl_t1"], 0.99)
+
+
+def unpacked(packing: Packing, packed: np.ndarray) -> np.ndarray:
+    """The coefficients in packed bytes [n, width], without escapes."""
+    weights = np.zeros((len(packing.coefficient), packing.rank))
+    weights[np.arange(len(weights)), packing.coefficient] = packing.weight
+    return packing.digits(Backend(), packed) @ weights[packing.decoded_slots]
+
+
+def test_every_packing_returns_what_was_packed():
+    rng = np.random.default_rng(1)
+    for spread in (0.01, 0.5, 3.0, 40.0, 2000.0):
+        k = np.rint(rng.normal(size=(500, 40)) * spread * np.exp(-np.arange(40) / 15)).astype(np.int64)
+        k[:, 3] = abs(k[:, 3])
+        packing = fit_packing(k)
+        assert packing_flaw(packing) is None
+        within, escape = packing.split(Backend(), k.astype(np.float64))
+        assert (within + escape * packing.reach == k).all()
+        np.testing.assert_array_equal(unpacked(packing, packing.pack(Backend(), within)), within)
+        assert (escape != 0).mean() < 0.05
+    assert packing_flaw(Packing.empty(3)) is None
+
+
+def test_a_decoder_with_another_step_does_not_decode_with_the_constants_of_the_first():
+    rows = low_rank(200, 20, 10, 3.0, seed=4)
+    codec = fit_codec("linear", rows)
+    arrays = codec.encode(rows).arrays
+    centred = codec.decode(arrays) - codec.decoder.offset
+    doubled = replace(codec.decoder, step=2 * codec.decoder.step)
+    np.testing.assert_allclose(doubled.decode(arrays) - codec.decoder.offset, 2 * centred, rtol=1e-4, atol=1e-4)

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from redistill_cache.codecs.floats import Float16Codec
 from redistill_cache.errors import Refused
 
 from redistill.losses.catalogue import CATALOGUE, make_loss
@@ -63,12 +64,12 @@ def test_docstrings_begin_with_a_summary(name):
 @pytest.mark.parametrize("spec", ["logit_mse", "mld", "label_revision", "topkd"])
 def test_losses_on_raw_logits_refuse_an_archive_without_the_shift(spec):
     objective = Objective([spec])
-    objective.refuse_codec("linear", keeps_shift=True)
+    objective.refuse_codec(Float16Codec(10, keep_shift=True))
     with pytest.raises(Refused, match=f"'{spec}' compares raw logits"):
-        objective.refuse_codec("linear", keeps_shift=False)
+        objective.refuse_codec(Float16Codec(10))
 
 
 @pytest.mark.parametrize("spec", ["power", "dkd", "logit_mse?centered=true", "mld?standardize=true"])
 def test_losses_that_do_not_depend_on_the_shift_accept_any_archive(spec):
     objective = Objective([spec])
-    objective.refuse_codec("linear", keeps_shift=False)
+    objective.refuse_codec(Float16Codec(10))

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from redistill_cache.codecs.floats import Float16Codec
+from redistill_cache.codecs.topk import TopKCodec
 from redistill_cache.errors import Refused, SpecMismatch, UsageError
 from torch.nn import functional as F
 
@@ -227,10 +229,11 @@ def test_a_term_without_a_teacher_or_labels_is_refused(batch):
 
 
 def test_a_top_k_archive_is_refused_by_losses_that_need_whole_rows():
-    Objective(["kd"]).refuse_codec("topk")
-    Objective(["dkd"]).refuse_codec("linear")
+    top_k, whole = TopKCodec(10, 3), Float16Codec(10)
+    Objective(["kd"]).refuse_codec(top_k)
+    Objective(["dkd"]).refuse_codec(whole)
     with pytest.raises(Refused, match="'dkd' needs whole teacher rows"):
-        Objective(["ce", "kd", "dkd"]).refuse_codec("topk")
+        Objective(["ce", "kd", "dkd"]).refuse_codec(top_k)
 
 
 def test_needs_are_those_of_the_terms():
