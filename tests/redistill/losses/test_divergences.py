@@ -7,7 +7,7 @@ import torch
 from redistill_cache.errors import UsageError
 from torch.nn import functional as F
 
-from redistill.losses import divergences, power_divergence
+from redistill.losses import divergences, hinton, power_divergence
 from tests.random_logits import random_logits as logits
 
 BOUNDS = {
@@ -100,6 +100,16 @@ def test_kl_is_torch_kl_div():
     student, teacher = logits()
     expected = F.kl_div((student / 4).log_softmax(1), (teacher / 4).softmax(1), reduction="batchmean") * 16
     torch.testing.assert_close(divergences.kl(student, teacher), expected)
+
+
+def test_kd_has_the_value_of_kl_and_second_derivatives():
+    student, teacher = logits()
+    student.requires_grad_()
+    kd, kl = hinton.kd(student, teacher), divergences.kl(student, teacher)
+    assert torch.equal(kd, kl)
+    (expected,) = torch.autograd.grad(kd, student, create_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(kl, student)[0], expected.detach())
+    assert torch.autograd.grad(expected.square().sum(), student)[0].isfinite().all()
 
 
 def test_skewing_goes_from_kl_to_zero():
