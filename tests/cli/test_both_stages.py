@@ -101,7 +101,7 @@ def test_two_processes_train_on_the_same_batches(run, tmp_path: Path, archive: P
 @pytest.mark.parametrize(
     ("changed", "code", "message"),
     [
-        (("synthetic?n=150&classes=8&seed=9",), 3, "no image of the data"),
+        (("synthetic?n=150&classes=8&seed=9",), 3, "expected the images the archive was made from"),
         (("synthetic?n=120&classes=8",), 3, "30 missing"),
         ((DATA, "--student", "demo:tiny?num_classes=9"), 3, "9 classes"),
         ((DATA, "--student", "demo:huge"), 2, "demo:huge"),
