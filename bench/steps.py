@@ -24,7 +24,7 @@ import harness
 import torch
 from stage2 import DRAWN, Bench
 
-from redistill.losses.schedule import TrainingProgress
+from redistill.losses.curriculum import TrainingProgress
 from redistill.progress import NoProgress
 from redistill.ranks import World, joined_world
 from redistill.training import TrainOptions

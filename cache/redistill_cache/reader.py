@@ -32,8 +32,18 @@ from redistill_cache.open_state import (
     check_sizes_on_disk,
     read_state,
 )
-from redistill_cache.packed import Buffers, PackedView, StoredSignal, ViewLoader
-from redistill_cache.rows import check_rows, check_view, count_rows, opened_shard, read_rows, read_whole
+from redistill_cache.rows import (
+    Buffers,
+    PackedView,
+    StoredSignal,
+    ViewLoader,
+    check_rows,
+    check_view,
+    count_rows,
+    opened_shard,
+    read_rows,
+    read_whole,
+)
 from redistill_cache.shards import Scratch
 from redistill_cache.spec import ArchiveSpec, ArraySpec, SignalSpec, TeacherSpec
 from redistill_cache.storage import disk_trouble

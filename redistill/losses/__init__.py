@@ -5,7 +5,7 @@ from __future__ import annotations
 from redistill.losses.catalogue import CATALOGUE, make_loss
 from redistill.losses.controls import cwtm, dkpp, label_smoothing, virtual_teacher
 from redistill.losses.corrections import label_revision, rc, swap_kd
-from redistill.losses.curriculum import CurriculumTemperature, Taid, taid
+from redistill.losses.curriculum import CurriculumTemperature, Schedule, Taid, TrainingProgress, taid
 from redistill.losses.decoupled import dkd, nkd, rld
 from redistill.losses.divergences import (
     alpha_beta,
@@ -22,7 +22,6 @@ from redistill.losses.objective import Mix, Needs, Objective
 from redistill.losses.power import capped_fraction, is_bounded, power_divergence
 from redistill.losses.ranking import pld, topkd
 from redistill.losses.relational import dist, mlkd_batch, mlkd_class, pearson, sinkhorn, spearman
-from redistill.losses.schedule import Schedule, TrainingProgress
 
 __all__ = [
     "CATALOGUE",

@@ -27,7 +27,7 @@ from redistill.losses import (
     ranking,
     relational,
 )
-from redistill.losses.schedule import TrainingProgress
+from redistill.losses.curriculum import TrainingProgress
 from redistill.specs import Spec, did_you_mean, parse_spec
 
 __all__ = ["CATALOGUE", "Entry", "find", "make_loss"]

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 
 from redistill.losses.catalogue import Entry, make_loss, read_options
 from redistill.losses.checks import check_labels, check_matrix
+from redistill.losses.curriculum import Schedule, TrainingProgress
 from redistill.losses.hinton import standardize
-from redistill.losses.schedule import Schedule, TrainingProgress
 from redistill.specs import Spec, parse_spec
 
 __all__ = ["TERM_OPTIONS", "Mix", "Needs", "Objective", "Term"]

@@ -13,8 +13,8 @@ from redistill_cache.errors import RedistillError, Refused
 from redistill_cache.storage import disk_trouble
 
 from redistill.interrupts import StopRequest, stop_on_signals
+from redistill.losses.curriculum import TrainingProgress
 from redistill.losses.objective import Mix
-from redistill.losses.schedule import TrainingProgress
 from redistill.metrics import Metrics
 from redistill.progress import NoProgress, Progress
 from redistill.ranks import World, joined_world

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from redistill.devices import refuse_out_of_memory
+from redistill.losses.curriculum import TrainingProgress
 from redistill.losses.objective import Mix, Objective
-from redistill.losses.schedule import TrainingProgress
 from redistill.models import OpenedModel
 from redistill.optim import clip_gradients, lr_at, make_optimizer, set_lr
 from redistill.ranks import World

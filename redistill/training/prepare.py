@@ -25,8 +25,7 @@ from redistill.teachers import Teacher
 from redistill.training.feed import Feed
 from redistill.training.member import Member
 from redistill.training.options import MemberSpec, TrainOptions
-from redistill.training.shared_views import SharedViews
-from redistill.training.targets import CachedTargets, OnlineTargets
+from redistill.training.targets import CachedTargets, OnlineTargets, SharedViews
 from redistill.training.validate import Validation
 from redistill.views import ViewDataset, archive_recipe
 from redistill.views.aligned import aligned_views

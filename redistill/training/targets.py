@@ -1,20 +1,30 @@
-"""The teacher's logits for a training batch: from the archive, or from a teacher that runs beside the students."""
+"""The teacher's logits for a training batch: from resident views of the archive, or from an online teacher."""
 
 from __future__ import annotations
 
+import math
+import os
+import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any, NamedTuple
 
+import numpy as np
 import torch
-from redistill_cache import PackedView
+from redistill_cache import Archive, PackedView, ViewLoader
+from redistill_cache.codecs import Codec
+from redistill_cache.errors import RedistillError, Refused
+from redistill_cache.wording import human_bytes
 from torch import Tensor
 
 from redistill.cached_teacher import decode_rows
+from redistill.ranks import World
 from redistill.signals import LOGITS
 from redistill.teachers import Teacher
 from redistill.training.feed import BatchPlan
-from redistill.training.shared_views import SharedViews
 
-__all__ = ["CachedTargets", "OnlineTargets"]
+__all__ = ["CachedTargets", "OnlineTargets", "SharedViews"]
 
 
 class CachedTargets:
@@ -62,3 +72,175 @@ class OnlineTargets:
         return self.teacher(pixels)[LOGITS]
 
     def close(self) -> None: ...
+
+
+# -- views shared by the ranks of a machine ---------------------------------------------------------------------------
+
+
+class SharedViews:
+    """load(views, next_views) -> the packed views of every teacher: [teacher][j] is views[j].
+
+    They are in memory, or in a temporary file if too large. Several ranks of a machine share one copy: the first of
+    them loads the views into files without a name, and the others map these files. The views of the next epoch are
+    loaded in the background into a second set of buffers.
+    """
+
+    def __init__(
+        self, archive: Archive, teachers: Sequence[str], views_per_image: int, memory_gib: float, world: World
+    ) -> None:
+        self.world = world
+        self.codecs = [archive.codec(teacher, LOGITS) for teacher in teachers]
+        self.shared = world.rank.local_world > 1 and Path("/proc/self/fd").exists()
+        needed = 2 * views_per_image * archive.num_samples * sum(map(row_bytes, self.codecs))
+        self.spilled = needed > memory_gib * 2**30
+        self._buffers = FileArrays(on_disk=self.spilled)
+        # Copies of arrays that the loader allocates itself; needed until the other ranks have mapped them.
+        self._rare = FileArrays(on_disk=self.spilled)
+        self._mapped: dict[FileArray, np.ndarray] = {}
+        self._loaders: list[list[ViewLoader]] = []
+        self._stack = ExitStack()
+        self._stack.callback(self._buffers.close)
+        if world.rank.local == 0 or not self.shared:
+            buffers = self._buffers if self.shared or self.spilled else np.empty
+            self._loaders = [
+                [
+                    self._stack.enter_context(archive.loader(teacher, LOGITS, buffers=buffers))
+                    for _ in range(views_per_image)
+                ]
+                for teacher in teachers
+            ]
+
+    def load(self, views: tuple[int, ...], next_views: tuple[int, ...] | None) -> list[list[PackedView]]:
+        """All ranks must call this at the same step; the views returned before are not valid any more."""
+        if not self.shared:
+            return self._load(views, next_views)
+        self.world.barrier()  # until no rank reads the buffers that are about to be filled again
+        loaded: list[list[PackedView]] = []
+        exported: Any = None
+        if self._loaders:
+            loaded, exported = self._load_and_export(views, next_views)
+        of_ranks = self.world.gather(exported)
+        for result in of_ranks:
+            if isinstance(result, RedistillError):
+                raise result
+        if not self._loaders:
+            loaded = self._map(views, of_ranks[self.world.rank.rank - self.world.rank.local])
+        self.world.barrier()
+        self._rare.close()
+        return loaded
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def _load(self, views: tuple[int, ...], next_views: tuple[int, ...] | None) -> list[list[PackedView]]:
+        return [
+            [
+                loader.take(view, None if next_views is None else next_views[j])
+                for j, (loader, view) in enumerate(zip(loaders, views, strict=True))
+            ]
+            for loaders in self._loaders
+        ]
+
+    def _load_and_export(
+        self, views: tuple[int, ...], next_views: tuple[int, ...] | None
+    ) -> tuple[list[list[PackedView]], list[list[FileView]] | RedistillError]:
+        """The views, and the same for other ranks. An error is sent to all of them, so that none waits forever."""
+        try:
+            loaded = self._load(views, next_views)
+            return loaded, [[self._export(view) for view in of_teacher] for of_teacher in loaded]
+        except RedistillError as error:
+            return [], error
+
+    def _export(self, view: PackedView) -> FileView:
+        arrays = {name: self._buffers.file_of(array) for name, array in view.arrays.items()}
+        rare = {name: (self._rare.copy(at), self._rare.copy(rows)) for name, (at, rows) in view.rare.items()}
+        return FileView(arrays, rare)
+
+    def _map(self, views: tuple[int, ...], exported: list[list[FileView]]) -> list[list[PackedView]]:
+        return [
+            [self._map_view(view, codec, files) for view, files in zip(views, of_teacher, strict=True)]
+            for codec, of_teacher in zip(self.codecs, exported, strict=True)
+        ]
+
+    def _map_view(self, view: int, codec: Codec, files: FileView) -> PackedView:
+        for file in files.arrays.values():  # buffers are reused, so each is mapped once
+            if file not in self._mapped:
+                self._mapped[file] = file.open()
+        arrays = {name: self._mapped[file] for name, file in files.arrays.items()}
+        return PackedView(
+            view, codec, arrays, {name: (at.open(), rows.open()) for name, (at, rows) in files.rare.items()}
+        )
+
+
+def row_bytes(codec: Codec) -> int:
+    """Size of a packed row in memory."""
+    return sum(array.row_bytes for array in codec.arrays() if array.name not in codec.rare)
+
+
+class FileArray(NamedTuple):
+    """An array in a file that other processes can open."""
+
+    path: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def open(self) -> np.ndarray:
+        return np.memmap(self.path, self.dtype, "r", shape=self.shape)
+
+
+class FileView(NamedTuple):
+    """A `PackedView` whose arrays are in files."""
+
+    arrays: dict[str, FileArray]
+    rare: dict[str, tuple[FileArray, FileArray]]
+
+
+class FileArrays:
+    """Allocates arrays in files without a name: in memory, or in the directory for temporary files.
+
+    Another process of this machine opens them through this one. However the processes end, no file remains.
+    """
+
+    def __init__(self, *, on_disk: bool) -> None:
+        self.on_disk = on_disk
+        self._open: list[tuple[np.ndarray, IO[bytes]]] = []
+
+    def __call__(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+        file: IO[bytes] = (
+            tempfile.TemporaryFile() if self.on_disk else os.fdopen(os.memfd_create("redistill"), "r+b")  # noqa: SIM115  closed by `close`
+        )
+        reserve(file, math.prod(shape) * dtype.itemsize)
+        array = np.memmap(file, dtype, "r+", shape=shape)
+        self._open.append((array, file))
+        return array
+
+    def file_of(self, array: np.ndarray) -> FileArray:
+        """The file of an array that was allocated here, for another process."""
+        file = next(file for allocated, file in self._open if allocated is array)
+        return FileArray(f"/proc/{os.getpid()}/fd/{file.fileno()}", array.dtype.str, array.shape)
+
+    def copy(self, array: np.ndarray) -> FileArray:
+        allocated = self(array.shape, array.dtype)
+        allocated[...] = array
+        return self.file_of(allocated)
+
+    def close(self) -> None:
+        """Close the files. Arrays that are still mapped, here or in another process, stay valid."""
+        for _, file in self._open:
+            file.close()
+        self._open.clear()
+
+
+def reserve(file: IO[bytes], nbytes: int) -> None:
+    """Allocate the space now: without it, a full disk kills the process with a signal when the array is filled."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+        else:
+            file.truncate(nbytes)
+    except OSError as error:
+        file.close()
+        raise Refused(
+            f"no room for {human_bytes(nbytes)} of teacher rows in {tempfile.gettempdir()}: {error.strerror}; "
+            "set TMPDIR to a disk with room, or raise --cache-memory"
+        ) from error

@@ -8,8 +8,8 @@ from redistill_cache.codecs.floats import Float16Codec
 from redistill_cache.errors import Refused
 
 from redistill.losses.catalogue import CATALOGUE, make_loss
+from redistill.losses.curriculum import TrainingProgress
 from redistill.losses.objective import Objective
-from redistill.losses.schedule import TrainingProgress
 
 
 def rows(count=6, classes=8):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from redistill.losses import curriculum, hinton
-from redistill.losses.schedule import TrainingProgress
+from redistill.losses.curriculum import TrainingProgress
 from tests.random_logits import random_logits
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from redistill.losses import controls, corrections, curriculum, decoupled, hinton, ranking, relational
-from redistill.losses.schedule import TrainingProgress
+from redistill.losses.curriculum import TrainingProgress
 
 ctkd = partial(curriculum.CurriculumTemperature(), progress=TrainingProgress(5.0, 10.0))
 
