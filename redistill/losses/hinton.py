@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from redistill.losses.checks import positive, prepare, reduce_rows
-from redistill.losses.divergences import kl_rows, log_probs
+from redistill.losses.divergences import kl, kl_rows, log_probs
 
 __all__ = ["bd_kd", "kd", "logit_mse", "luminet", "mld", "spread", "standardize", "ttm", "wttm"]
 
@@ -31,13 +31,9 @@ def kd(
     Published: T = 4 and weights 0.1 CE + 0.9 KD (CIFAR); T = 1 and 0.5 + 0.5 (ImageNet).
     Needs: logits only.
 
-    `kl` has the same value. Its gradient is the closed form of the power family: faster, smaller, without a second
-    derivative, and not rounded alike. This one is left to autograd.
+    The same function as `kl`, under the name and with the weights of the distillation literature.
     """
-    student, teacher = prepare(student_logits, teacher_logits)
-    temperature = positive("temperature", temperature)
-    rows = kl_rows(log_probs(teacher, temperature), log_probs(student, temperature))
-    return reduce_rows(temperature**2 * rows, reduction)
+    return kl(student_logits, teacher_logits, temperature=temperature, reduction=reduction)
 
 
 def standardize(logits: Tensor, *, eps: float = 1e-7) -> Tensor:

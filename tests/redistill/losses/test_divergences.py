@@ -102,14 +102,12 @@ def test_kl_is_torch_kl_div():
     torch.testing.assert_close(divergences.kl(student, teacher), expected)
 
 
-def test_kd_has_the_value_of_kl_and_second_derivatives():
+def test_kd_and_kl_are_the_same_function():
     student, teacher = logits()
     student.requires_grad_()
     kd, kl = hinton.kd(student, teacher), divergences.kl(student, teacher)
     assert torch.equal(kd, kl)
-    (expected,) = torch.autograd.grad(kd, student, create_graph=True)
-    torch.testing.assert_close(torch.autograd.grad(kl, student)[0], expected.detach())
-    assert torch.autograd.grad(expected.square().sum(), student)[0].isfinite().all()
+    assert torch.equal(*(torch.autograd.grad(loss, student)[0] for loss in (kd, kl)))
 
 
 def test_skewing_goes_from_kl_to_zero():
