@@ -29,6 +29,8 @@ __all__ = ["LOCAL", "Files", "disk_trouble", "file_sha256", "is_leftover", "open
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 LEFTOVER = ".partial"
+# Each attempt fails only if another process seals the archive in the moment between two system calls.
+PUBLISH_ATTEMPTS = 5
 
 
 class Files:
@@ -85,19 +87,29 @@ class Files:
 
     def publish(self, path: Path, data: bytes | memoryview, *, exclusive: bool = False) -> None:
         """Make `path` hold `data`, durably and atomically. With `exclusive`, FileExistsError when it exists."""
+        for attempts_left in reversed(range(PUBLISH_ATTEMPTS)):
+            try:
+                self._publish_once(path, data, exclusive)
+                break
+            except FileNotFoundError:  # `seal` of another process removed the temporary file as a leftover
+                if not attempts_left or not path.parent.is_dir():
+                    raise
+        self.sync_directory(path.parent)
+
+    def _publish_once(self, path: Path, data: bytes | memoryview, exclusive: bool) -> None:
         temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{LEFTOVER}")
         try:
             self.write(temporary, data)
             self.sync_file(temporary)
             if exclusive:
                 self.link(temporary, path)
-                self.remove(temporary)
+                with contextlib.suppress(FileNotFoundError):
+                    self.remove(temporary)
             else:
                 self.rename(temporary, path)
         except BaseException:
             self._discard(temporary)
             raise
-        self.sync_directory(path.parent)
 
     def _discard(self, temporary: Path) -> None:
         """Best effort after a failure: readers ignore a leftover, and `seal` removes it."""

@@ -54,6 +54,43 @@ def test_only_one_of_two_exclusive_writers_wins(tmp_path: Path):
     assert (tmp_path / "file").read_bytes() == OLD
 
 
+class SweptByAnother(Files):
+    """Another process removes each of the first `times` temporary files just before this one uses it."""
+
+    def __init__(self, times: int) -> None:
+        self.times = times
+
+    def _sweep(self, temporary: Path) -> None:
+        if self.times:
+            self.times -= 1
+            temporary.unlink()
+
+    def rename(self, old: Path, new: Path) -> None:
+        self._sweep(old)
+        super().rename(old, new)
+
+    def link(self, old: Path, new: Path) -> None:
+        self._sweep(old)
+        super().link(old, new)
+
+    def remove(self, path: Path) -> None:
+        self._sweep(path)
+        super().remove(path)
+
+
+@pytest.mark.parametrize("exclusive", [False, True], ids=["replace", "exclusive"])
+def test_publish_survives_the_sweep_of_another_process(tmp_path: Path, exclusive: bool):
+    for times in (1, 2, 3):
+        path = tmp_path / f"file{times}"
+        SweptByAnother(times).publish(path, NEW, exclusive=exclusive)
+        assert path.read_bytes() == NEW
+    with pytest.raises(FileNotFoundError):
+        SweptByAnother(100).publish(tmp_path / "never", NEW, exclusive=exclusive)
+    with pytest.raises(FileNotFoundError):
+        LOCAL.publish(tmp_path / "missing folder" / "file", NEW, exclusive=exclusive)
+    assert not any(is_leftover(path) for path in tmp_path.iterdir())
+
+
 def cut_publish(folder: Path, disk_type: type[PowerCutDisk], seed: int) -> tuple[bool, bytes | None]:
     """Publish NEW over OLD with the power cut at a random moment: (whether publish returned, the content after it)."""
     rng = random.Random(seed)
