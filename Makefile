@@ -18,7 +18,7 @@ $(VENV)/.installed: pyproject.toml
 define CHECK_PACKAGE_DATA
 from importlib.resources import files
 package = files("redistill")
-for name in ("demo/teacher.safetensors", "report/style.css", "py.typed"):
+for name in ("demo/teacher.safetensors", "report/templates/report.html", "report/templates/style.css", "py.typed"):
     assert package.joinpath(name).is_file(), f"the wheel lacks {name}"
 endef
 export CHECK_PACKAGE_DATA

@@ -1,6 +1,6 @@
 """Train the teacher that ships with `redistill demo`: python examples/train_demo_teacher.py OUT.safetensors
 
-It is trained on twenty times as many images as the demo's students, in about four minutes on one core. The weights in
+It is trained on sixty times as many images as the demo's students, in about four minutes on one core. The weights in
 redistill/demo/ were written by this script.
 """
 
