@@ -44,13 +44,13 @@ class Entry:
     name: str
     make: Callable[..., Tensor] | type[nn.Module]
     weight: float = 1.0
-    """Published weight of the term (CIFAR-100 where there are several)."""
+    """Published weight of the term (that for CIFAR-100 if there are several)."""
     ce_weight: float = 1.0
     """Published weight of the hard-label cross-entropy that is added to it."""
     warmup: float = 0.0
     """Published linear warm-up of the weight, in epochs."""
     full_rows: bool = True
-    """Needs all classes of a teacher row; False where the top k with a uniform tail is a usable approximation."""
+    """Needs all classes of a teacher row; False if the top k with a uniform tail is a usable approximation."""
     batch_statistics: bool = False
     """Compares rows of a batch with each other, so that its value depends on the batch size."""
     per_row: bool = True
@@ -151,7 +151,7 @@ def read_options(spec: Spec, entry: Entry) -> dict[str, Option]:
 def make_loss(spec: Spec | str, *, also: tuple[str, ...] = ()) -> tuple[Entry, Loss]:
     """The loss of a spec string with its options bound; bad values are refused here, by a call on a tiny batch.
 
-    `also` names the options of a spec string that the caller reads (a term's weight, say).
+    `also` names the options of a spec string that the caller reads, such as the weight of a term.
     """
     spec = parse_spec(spec) if isinstance(spec, str) else spec
     entry = find(spec)
@@ -172,7 +172,7 @@ def _bind(entry: Entry, options: Mapping[str, Option]) -> Loss:
 
 
 def _try_once(entry: Entry, loss: Loss) -> None:
-    """Call the loss once: losses check their options when they are called, and data is opened only after that."""
+    """Call the loss once: it checks its options, so that a bad one is refused before any data is opened."""
     logits = torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 1.0]])
     needed: dict[str, Any] = {"labels": torch.tensor([0, 1])} if entry.labels else {}
     if isinstance(loss, nn.Module):

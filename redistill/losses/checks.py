@@ -96,7 +96,7 @@ def refuse_non_finite(teacher_logits: Tensor) -> None:
     if teacher_logits.device.type != "cpu" or torch.compiler.is_compiling():
         return  # the check would cost a synchronisation per step, or break the graph; the loss then shows the NaN
     # The sum is finite only if all values are, and costs one read and no [batch, classes] temporary. The reverse does
-    # not hold (a float16 sum may overflow), so the rows themselves decide.
+    # not hold (a float16 sum may overflow), so the rows are checked as well.
     if math.isfinite(float(teacher_logits.detach().sum())):
         return
     bad = torch.nonzero(~teacher_logits.isfinite().all(dim=1)).flatten().tolist()

@@ -78,7 +78,8 @@ def cwtm(
     """Confidence-weighted by teacher max: Σ_b (max t_b / Σ_u max t_u) · CE(y_b, s_b), all at T = 1.
 
     The value of row b is B times its share, so that the mean over rows is the formula.
-    Furlanello et al., ICML 2018 (arXiv 1805.04770), from memory. It is the hard-label term: CE weight 0.
+    Furlanello et al., ICML 2018 (arXiv 1805.04770). It is the hard-label term: CE weight 0.
+    Assumed: the formula is recalled, not checked against the paper.
     Needs: labels, batch statistics (the sum of the weights).
     """
     student, teacher = prepare(student_logits, teacher_logits)
@@ -97,7 +98,8 @@ def dkpp(
 ) -> Tensor:
     """Dark knowledge with permuted predictions: KL(t' || s) at T = 1, t' = t with all classes but the highest permuted.
 
-    Furlanello et al., ICML 2018 (arXiv 1805.04770), from memory.
+    Furlanello et al., ICML 2018 (arXiv 1805.04770).
+    Assumed: the formula is recalled, not checked against the paper.
     The permutation of a row is a function of the row's teacher logits and of `seed`: the same row gets the same
     permutation in any batch, in any run and on any machine; another view of the image gets another one.
     Needs: full rows.

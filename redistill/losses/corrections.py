@@ -31,7 +31,7 @@ def swap_kd(
     """Logit adjustment by swapping (LA): KD, after exchanging the teacher's top logit and its true-class logit.
 
     Wen et al., Neurocomputing 2021 ("Preparing lessons", arXiv 1911.07471), as the baseline of RLD.
-    Published there without CE.
+    Published without CE.
     Needs: labels, full rows.
     """
     student, teacher = prepare(student_logits, teacher_logits)

@@ -184,7 +184,7 @@ class CurriculumTemperature(nn.Module):
     ) -> Tensor:
         student, teacher = prepare(student_logits, teacher_logits)
         factor = -0.5 * (1 - math.cos(math.pi * min(progress.epoch, self.ramp) / self.ramp))
-        # The value is θ, its derivative is `factor`: a gradient reversal without a Function of its own.
+        # The value is θ, its derivative is `factor`: a gradient reversal without a custom autograd.Function.
         theta = factor * self.theta + ((1 - factor) * self.theta).detach()
         temperature = self.temperature_at(theta)
         rows = kl_rows(log_probs(teacher, temperature), log_probs(student, temperature))

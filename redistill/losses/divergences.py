@@ -110,7 +110,7 @@ def jensen_shannon(
     """
     if not 0.0 < beta < 1.0:
         raise UsageError(f"beta must lie strictly between 0 and 1, found {beta}; use kl or reverse_kl at the ends")
-    log_p, log_q, scale = _log_probabilities(student_logits, teacher_logits, temperature, scale_by_t2, reduction)
+    log_p, log_q, scale = _prepare_log_probs(student_logits, teacher_logits, temperature, scale_by_t2, reduction)
     log_m = _log_mixture(log_p, log_q, beta)
     rows = beta * kl_rows(log_p, log_m) + (1.0 - beta) * kl_rows(log_q, log_m)
     return reduce_rows(scale * rows, reduction)
@@ -130,7 +130,7 @@ def skew_kl(
     DistiLLM (arXiv 2402.03898): skewing bounds the gradient. Defaults: α = 0.1, T = 1.
     """
     _check_skew(alpha)
-    log_p, log_q, scale = _log_probabilities(student_logits, teacher_logits, temperature, scale_by_t2, reduction)
+    log_p, log_q, scale = _prepare_log_probs(student_logits, teacher_logits, temperature, scale_by_t2, reduction)
     return reduce_rows(scale * kl_rows(log_p, _log_mixture(log_p, log_q, alpha)), reduction)
 
 
@@ -148,7 +148,7 @@ def skew_reverse_kl(
     DistiLLM (arXiv 2402.03898). Defaults: α = 0.1, T = 1.
     """
     _check_skew(alpha)
-    log_p, log_q, scale = _log_probabilities(student_logits, teacher_logits, temperature, scale_by_t2, reduction)
+    log_p, log_q, scale = _prepare_log_probs(student_logits, teacher_logits, temperature, scale_by_t2, reduction)
     return reduce_rows(scale * kl_rows(log_q, _log_mixture(log_p, log_q, 1.0 - alpha)), reduction)
 
 
@@ -164,7 +164,7 @@ def total_variation(
 
     f-distill (arXiv 2307.15190). Defaults: T = 1.
     """
-    log_p, log_q, scale = _log_probabilities(student_logits, teacher_logits, temperature, scale_by_t2, reduction)
+    log_p, log_q, scale = _prepare_log_probs(student_logits, teacher_logits, temperature, scale_by_t2, reduction)
     return reduce_rows((0.5 * scale) * (log_p.exp() - log_q.exp()).abs().sum(dim=1), reduction)
 
 
@@ -184,13 +184,13 @@ def alpha_beta(
     `hellinger`, (1, 1) half the squared distance, (1+k, -k) the power divergence with Cressie-Read's sign. A small α
     limits the influence of a wrong teacher, a large β follows the student's confidence. Bounded for α, β > 0.
 
-    The limits carry 1/α² and 1/β² (and are smooth: a neighbour of a limit agrees with it); the authors' code has
-    1/α and 1/β, which is another loss unless |α| = 1. Exponents are clamped at 60 (α or β < 0, extreme logits).
+    The limits carry 1/α² and 1/β², so that the loss is continuous in α and β; the authors' code has 1/α and 1/β,
+    which is another loss unless |α| = 1. Exponents are clamped at 60 (α or β < 0, extreme logits).
     Defaults, as published for CIFAR-100: α = 0.8, β = 0.3, T = 4, no T² factor (their weight, 32, is 2 T²), CE 1.
     """
     if not (math.isfinite(alpha) and math.isfinite(beta)):
         raise UsageError(f"alpha and beta must be finite numbers, found {alpha} and {beta}")
-    log_p, log_q, scale = _log_probabilities(student_logits, teacher_logits, temperature, scale_by_t2, reduction)
+    log_p, log_q, scale = _prepare_log_probs(student_logits, teacher_logits, temperature, scale_by_t2, reduction)
     # The divergence is symmetric under p <-> q with α <-> β; dividing by the larger of the two keeps precision.
     if abs(alpha) > abs(beta):
         rows = _alpha_beta_rows(log_q, log_p, beta, alpha)
@@ -207,7 +207,7 @@ def _alpha_beta_rows(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) ->
     if abs(beta) < 0.05:
         # |α| <= |β|, so both are nearly 0, and the difference below cancels all but a fraction β/2.
         dtype, log_p, log_q = log_p.dtype, log_p.double(), log_q.double()
-        return (_alpha_beta_terms(log_q, log_p - log_q, alpha, beta).sum(dim=1)).to(dtype)
+        return _alpha_beta_terms(log_q, log_p - log_q, alpha, beta).sum(dim=1).to(dtype)
     return _alpha_beta_terms(log_q, log_ratio, alpha, beta).sum(dim=1)
 
 
@@ -228,7 +228,7 @@ def _weighted_relaxed_log(log_weight: Tensor, log_ratio: Tensor, c: float) -> Te
     return torch.where(exponent.abs() < 1.0, small, large) / c
 
 
-def _log_probabilities(
+def _prepare_log_probs(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float, scale_by_t2: bool, reduction: str
 ) -> tuple[Tensor, Tensor, float]:
     """log p, log q and the factor T² or 1."""

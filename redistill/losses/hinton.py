@@ -41,10 +41,10 @@ def standardize(logits: Tensor, *, eps: float = 1e-7) -> Tensor:
 
     Sun et al., CVPR 2024 (arXiv 2403.01427); std is the sample deviation (C - 1), as in the authors' code.
     Published with KD: apply to both, then T = 2, KD weight 9 (6 to 18 by pair), CE weight 0.1.
-    Needs: logits only; neither shift nor scale of the rows matters any more.
+    Needs: logits only; the result depends on neither the shift nor the scale of a row.
 
     A row of equal logits (an untrained, zero-initialised head) has deviation 0, and the gradient of the formula is 0/0
-    or 1/eps there, either of which ends a training run. Such a row is given deviation 1.
+    or 1/eps there, either of which breaks training. Such a row gets deviation 1.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     centered, length = spread(logits, -1)
@@ -55,7 +55,7 @@ def spread(values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """The slices along `dim` minus their means, and the lengths of the result (dim kept).
 
     A slice of equal values has length 0 up to the rounding of its mean; dividing by that length would turn the
-    rounding into the direction of a huge gradient. Such a slice is given length sqrt(n - 1), a deviation of 1.
+    rounding into the direction of a huge gradient. Such a slice gets length sqrt(n - 1), a deviation of 1.
     """
     count = values.shape[dim]
     centered = values - values.mean(dim, keepdim=True)

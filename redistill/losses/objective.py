@@ -26,7 +26,7 @@ from redistill.losses.curriculum import Schedule, TrainingProgress
 from redistill.losses.hinton import standardize
 from redistill.specs import Spec, parse_spec
 
-__all__ = ["TERM_OPTIONS", "Mix", "Needs", "Objective", "Term"]
+__all__ = ["Mix", "Needs", "Objective"]
 
 TERM_OPTIONS = ("weight", "warmup", "decay", "decay_from", "floor", "standardize", "label")
 CE_OPTIONS = ("weight", "smoothing")
@@ -88,7 +88,7 @@ class Term(nn.Module):
     def _mixed(
         self, student: Tensor, teacher: Tensor, labels: Tensor | None, progress: TrainingProgress, mix: Mix
     ) -> Tensor:
-        """On mixed views, a loss with labels is taken for both labels, weighted like the pixels of the row."""
+        """On mixed views, a loss with labels is computed for both labels, weighted like the pixels of the row."""
         if not self.entry.per_row:
             raise Refused(
                 f"loss {self.label!r} needs one label per row and has no value per row, so it cannot be used with "
@@ -123,7 +123,7 @@ class Objective(nn.Module):
         hard = [spec for spec in parsed if spec.scheme == "ce"]
         terms = [Term(spec) for spec in parsed if spec.scheme != "ce"]
         if len(hard) > 1:
-            raise UsageError(f"'ce' is given {len(hard)} times; give it once")
+            raise UsageError(f"'ce' is specified {len(hard)} times; specify it once")
         self.specs = tuple(specs)
         self.terms = nn.ModuleList(terms)
         self.ce_weight, self.smoothing = _read_ce(hard[0]) if hard else (_published_ce_weight(terms), 0.0)
@@ -139,17 +139,17 @@ class Objective(nn.Module):
 
     def refuse_codec(self, codec: Codec) -> None:
         """Refuse an archive whose codec stores less of a row than a term needs."""
-        short = [term.label for term in self._terms() if term.entry.full_rows and not codec.full_rows]
-        if short:
+        needs_rows = [term.label for term in self._terms() if term.entry.full_rows and not codec.full_rows]
+        if needs_rows:
             raise Refused(
-                f"loss {short[0]!r} needs whole teacher rows, and codec {codec.name!r} holds only the highest classes; "
-                "use kd or kl, or cache the teacher with --codec linear"
+                f"loss {needs_rows[0]!r} needs whole teacher rows, and codec {codec.name!r} holds only the highest "
+                "classes; use kd or kl, or cache the teacher with --codec linear"
             )
-        raw = [term.label for term in self._terms() if term.needs_shift and not codec.keeps_shift]
-        if raw:
+        needs_shift = [term.label for term in self._terms() if term.needs_shift and not codec.keeps_shift]
+        if needs_shift:
             raise Refused(
-                f"loss {raw[0]!r} compares raw logits, and this archive dropped the constant of each row that softmax "
-                "does not see; cache the teacher with the shift kept, or set standardize=true for this loss"
+                f"loss {needs_shift[0]!r} compares raw logits, and this archive dropped the constant of each row that "
+                "softmax ignores; cache the teacher with the shift kept, or set standardize=true for this loss"
             )
 
     def forward(
@@ -177,8 +177,8 @@ class Objective(nn.Module):
         """On several ranks, average the terms' gradients and buffers; call it between backward and step."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return
-        owned = [p.grad for p in self.parameters() if p.grad is not None] + list(self.buffers())
-        for tensor in owned:
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        for tensor in [*gradients, *self.buffers()]:
             torch.distributed.all_reduce(tensor)
             tensor.div_(torch.distributed.get_world_size())
 

@@ -19,10 +19,10 @@ import torch
 from redistill_cache.errors import Refused, UsageError
 from torch import Tensor
 
-from redistill.losses.checks import check_reduction, prepare, reduce_rows
+from redistill.losses.checks import check_reduction, positive, prepare, reduce_rows
 from redistill.specs import did_you_mean
 
-__all__ = ["CAP", "FORMS", "ORDERS", "capped_fraction", "is_bounded", "may_be_capped", "power_divergence"]
+__all__ = ["LARGEST_EXPONENT", "capped_fraction", "is_bounded", "may_be_capped", "power_divergence"]
 
 Form = Literal["bounded", "cressie-read"]
 Order = Literal["teacher-first", "student-first"]
@@ -101,8 +101,7 @@ def may_be_capped(lam: float, form: Form = "bounded", order: Order = "teacher-fi
 
 
 def check_options(temperature: float, cap: float) -> None:
-    if not 0.0 < temperature < math.inf:
-        raise UsageError(f"temperature must be a positive number, found {temperature}")
+    positive("temperature", temperature)
     if not cap > 0.0:
         raise UsageError(f"cap must be positive (math.inf turns it off), found {cap}")
 
@@ -197,11 +196,11 @@ Parts = tuple[Tensor, Tensor, Tensor, Tensor, float]
 def _parts(log_p: Tensor, log_q: Tensor, k: float, cap: float) -> Parts:
     """Value and gradient of member k; overwrites its inputs."""
     if -1.0 + NEAR_A_LIMIT <= k <= -NEAR_A_LIMIT:
-        return _inside(log_p, log_q, k)
-    return _anywhere(log_p, log_q, k, cap)
+        return _bounded_parts(log_p, log_q, k)
+    return _general_parts(log_p, log_q, k, cap)
 
 
-def _inside(log_p: Tensor, log_q: Tensor, k: float) -> Parts:
+def _bounded_parts(log_p: Tensor, log_q: Tensor, k: float) -> Parts:
     """-1 < k < 0, not near either end: w = exp of a mean of two log-probabilities, at most 1."""
     w = log_p.lerp_(log_q, -k).exp_()
     mass = w.sum(dim=1, keepdim=True)
@@ -209,7 +208,7 @@ def _inside(log_p: Tensor, log_q: Tensor, k: float) -> Parts:
     return rows, w.neg_(), mass.neg_(), log_q.exp_(), 1.0 + k
 
 
-def _anywhere(log_p: Tensor, log_q: Tensor, k: float, cap: float) -> Parts:
+def _general_parts(log_p: Tensor, log_q: Tensor, k: float, cap: float) -> Parts:
     """Any k, smooth through 0 and -1.
 
     Near KL (k >= -1/2) the value is Σ p f(log p/q) / (1+k) with f(x) = expm1(kx)/k, near reverse KL it is

@@ -18,7 +18,7 @@ from redistill.losses.checks import (
 )
 from redistill.losses.divergences import log_probs
 
-__all__ = ["pld", "top_scaled", "topkd"]
+__all__ = ["pld", "topkd"]
 
 
 def pld(
@@ -46,44 +46,6 @@ def pld(
     weights = log_probs(teacher, temperature).exp().gather(1, order)
     log_tails = ranked.flip(1).logcumsumexp(1).flip(1)
     return reduce_rows((weights * (log_tails - ranked)).sum(1), reduction)
-
-
-def top_scaled(
-    teacher_logits: Tensor,
-    labels: Tensor,
-    *,
-    k: int,
-    gain: float,
-    lift: float,
-    lift_when_wrong: float,
-) -> Tensor:
-    """TopKD's scaling module: v'_i = v_i w_i + Δ for i in the teacher's top k or i = y, v'_i = v_i elsewhere.
-
-    Assumed: w_i = 1 + gain · (k - r) / k for rank r = 0.. (1 for a true class outside the top k), Δ = lift · (mean of
-    the top k - mean of the rest), and on y lift_when_wrong instead of lift where the teacher's top class is not y.
-    """
-    top = teacher_logits.topk(k, dim=1)
-    rest = (teacher_logits.sum(1) - top.values.sum(1)) / (teacher_logits.shape[1] - k)
-    gap = (top.values.mean(1) - rest)[:, None]
-    ranks = torch.arange(k, device=teacher_logits.device, dtype=teacher_logits.dtype)
-    scaled = teacher_logits.scatter(1, top.indices, top.values * (1 + gain * (k - ranks) / k) + lift * gap)
-    true = labels[:, None]
-    in_top = (top.indices == true).any(1, keepdim=True)
-    wrong = top.indices[:, :1] != true
-    of_true = torch.where(in_top, scaled.gather(1, true), teacher_logits.gather(1, true) + lift * gap)
-    return scaled.scatter(1, true, of_true + torch.where(wrong, (lift_when_wrong - lift) * gap, 0.0))
-
-
-def length(x: Tensor) -> Tensor:
-    """The length of each row, 1 where it is exactly 0 (an untrained head): a finite gradient instead of 1/0."""
-    squared = x.square().sum(1)
-    return torch.where(squared > 0, squared, 1.0).sqrt()
-
-
-def cosine(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
-    """Cosine of each row over the classes of `mask`; 0 where there are none."""
-    x, y = x * mask, y * mask
-    return (x * y).sum(1) / (length(x) * length(y))
 
 
 def topkd(
@@ -126,3 +88,41 @@ def topkd(
     own = torch.arange(student.shape[0], device=student.device)
     contrast = 0.5 * (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own))
     return reduce_batch(decoupled + contrast, student, reduction)
+
+
+def top_scaled(
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    k: int,
+    gain: float,
+    lift: float,
+    lift_when_wrong: float,
+) -> Tensor:
+    """TopKD's scaling module: v'_i = v_i w_i + Δ for i in the teacher's top k or i = y, v'_i = v_i elsewhere.
+
+    Assumed: w_i = 1 + gain · (k - r) / k for rank r = 0.. (1 for a true class outside the top k), Δ = lift · (mean of
+    the top k - mean of the rest), and on y lift_when_wrong instead of lift where the teacher's top class is not y.
+    """
+    top = teacher_logits.topk(k, dim=1)
+    rest = (teacher_logits.sum(1) - top.values.sum(1)) / (teacher_logits.shape[1] - k)
+    gap = (top.values.mean(1) - rest)[:, None]
+    ranks = torch.arange(k, device=teacher_logits.device, dtype=teacher_logits.dtype)
+    scaled = teacher_logits.scatter(1, top.indices, top.values * (1 + gain * (k - ranks) / k) + lift * gap)
+    true = labels[:, None]
+    in_top = (top.indices == true).any(1, keepdim=True)
+    wrong = top.indices[:, :1] != true
+    of_true = torch.where(in_top, scaled.gather(1, true), teacher_logits.gather(1, true) + lift * gap)
+    return scaled.scatter(1, true, of_true + torch.where(wrong, (lift_when_wrong - lift) * gap, 0.0))
+
+
+def cosine(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    """Cosine of each row over the classes of `mask`; 0 if the mask is empty."""
+    x, y = x * mask, y * mask
+    return (x * y).sum(1) / (length(x) * length(y))
+
+
+def length(x: Tensor) -> Tensor:
+    """The length of each row, 1 where it is exactly 0 (an untrained head): a finite gradient instead of 1/0."""
+    squared = x.square().sum(1)
+    return torch.where(squared > 0, squared, 1.0).sqrt()

@@ -1,8 +1,8 @@
 """`cifar:NAME`: the networks of the knowledge distillation literature for 32 px images.
 
-Its tables are about these networks, under these names, with these details, which differ from torchvision's and timm's
-networks of the same papers; they are here so that the tables can be reproduced. Parameter names are those of the
-checkpoints that CRD and its followers publish, which therefore load without conversion.
+The tables of that literature use these networks under these names. They differ in detail from torchvision's and timm's
+networks of the same papers, and are included so that the tables can be reproduced. Parameter names are those of the
+checkpoints published by CRD and its followers, which load without conversion.
 
     resnet8 ... resnet110, resnet8x4, resnet32x4    three stages        He et al. 2016 (arXiv 1512.03385), section 4.2
     ResNet18, ResNet50                              ImageNet's four stages behind a 3 x 3 stem with stride 1
@@ -27,20 +27,7 @@ from torch.nn import functional as F
 from redistill.models.model_info import CIFAR10, CIFAR100, Blueprint, ModelInfo
 from redistill.specs import Spec, did_you_mean
 
-__all__ = [
-    "NAMES",
-    "VGG",
-    "CifarResNet",
-    "MobileNetV2",
-    "ShuffleNetV1",
-    "ShuffleNetV2",
-    "WideResNet",
-    "WideStemResNet",
-    "build",
-    "canonical",
-    "cifar_blueprint",
-    "fan_out_init",
-]
+__all__ = ["NAMES", "build", "canonical", "cifar_blueprint", "fan_out_init"]
 
 
 def fan_out_init(module: nn.Module, *, linear_std: float | None = None) -> None:
@@ -80,7 +67,7 @@ def projection(in_channels: int, out_channels: int, stride: int) -> nn.Sequentia
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions and a shortcut, which the checkpoints call `downsample` or `shortcut`."""
+    """Two 3 x 3 convolutions and a shortcut, named `downsample` or `shortcut` as in the checkpoints."""
 
     expansion = 1
 
@@ -204,7 +191,7 @@ class PreActivation(nn.Module):
 
 
 class WideStage(nn.Module):
-    """A sequence of blocks, which the checkpoints call `layer`."""
+    """A sequence of blocks, named `layer` as in the checkpoints."""
 
     def __init__(self, in_channels: int, out_channels: int, blocks: int, stride: int) -> None:
         super().__init__()
@@ -257,7 +244,7 @@ def vgg_block(in_channels: int, width: int, convolutions: int) -> nn.Sequential:
 
 
 class VGG(nn.Module):
-    """Five blocks and one linear layer. Below 64 px there is no pooling between the last two blocks: 4 px are left."""
+    """Five blocks and one linear layer. Below 64 px there is no pooling before the last block."""
 
     def __init__(self, depth: int, num_classes: int, input_size: int | None = None) -> None:
         super().__init__()
@@ -292,6 +279,7 @@ MOBILENET_STAGES = (
     (True, 320, 1, 1),
 )
 MOBILENET_STEM, MOBILENET_LAST = 32, 1280
+MOBILENET_WIDTH, MOBILENET_EXPANSION = 0.5, 6
 
 
 def conv_norm(in_channels: int, out_channels: int, size: int, *, stride: int = 1, groups: int = 1) -> list[nn.Module]:
@@ -322,26 +310,22 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """Half width. The stem has stride 2 and the second stage keeps its resolution: 16, 16, 8, 4, 4, 2 and 2 px."""
 
-    def __init__(self, num_classes: int, *, expansion: int = 6, width: float = 0.5) -> None:
+    def __init__(self, num_classes: int) -> None:
         super().__init__()
-        in_channels = int(MOBILENET_STEM * width)
+        in_channels = int(MOBILENET_STEM * MOBILENET_WIDTH)
         self.conv1 = nn.Sequential(*conv_norm(3, in_channels, 3, stride=2), nn.ReLU(inplace=True))
         stages = []
         for expands, channels, blocks, stride in MOBILENET_STAGES:
-            out_channels = int(channels * width)
-            factor = expansion if expands else 1
+            out_channels = int(channels * MOBILENET_WIDTH)
+            factor = MOBILENET_EXPANSION if expands else 1
             first = InvertedResidual(in_channels, out_channels, stride, factor)
-            stages.append(
-                nn.Sequential(
-                    first, *(InvertedResidual(out_channels, out_channels, 1, factor) for _ in range(blocks - 1))
-                )
-            )
+            rest = [InvertedResidual(out_channels, out_channels, 1, factor) for _ in range(blocks - 1)]
+            stages.append(nn.Sequential(first, *rest))
             in_channels = out_channels
         self.blocks = nn.Sequential(*stages)
-        last = int(MOBILENET_LAST * max(width, 1.0))
-        self.conv2 = nn.Sequential(*conv_norm(in_channels, last, 1), nn.ReLU(inplace=True))
+        self.conv2 = nn.Sequential(*conv_norm(in_channels, MOBILENET_LAST, 1), nn.ReLU(inplace=True))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Sequential(nn.Linear(last, num_classes))
+        self.classifier = nn.Sequential(nn.Linear(MOBILENET_LAST, num_classes))
         fan_out_init(self, linear_std=0.01)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -352,6 +336,8 @@ class MobileNetV2(nn.Module):
 # -- ShuffleNet -------------------------------------------------------------------------------------------------------
 
 SHUFFLENET_STEM = 24
+SHUFFLENET_V1_GROUPS = 3
+SHUFFLENET_V2_LAST = 1024
 
 
 def pointwise(in_channels: int, out_channels: int, groups: int = 1) -> nn.Conv2d:
@@ -365,17 +351,17 @@ def depthwise(channels: int, stride: int) -> nn.Conv2d:
 class GroupedUnit(nn.Module):
     """V1: grouped 1 x 1, shuffle, depthwise 3 x 3, grouped 1 x 1. With stride 2 the pooled input is appended."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, groups: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
         middle = out_channels // 4
         # The 24 channels of the stem are too few to group.
-        first_groups = 1 if in_channels == SHUFFLENET_STEM else groups
+        first_groups = 1 if in_channels == SHUFFLENET_STEM else SHUFFLENET_V1_GROUPS
         self.conv1 = pointwise(in_channels, middle, first_groups)
         self.bn1 = nn.BatchNorm2d(middle)
         self.shuffle = nn.ChannelShuffle(first_groups)
         self.conv2 = depthwise(middle, stride)
         self.bn2 = nn.BatchNorm2d(middle)
-        self.conv3 = pointwise(middle, out_channels, groups)
+        self.conv3 = pointwise(middle, out_channels, SHUFFLENET_V1_GROUPS)
         self.bn3 = nn.BatchNorm2d(out_channels)
         self.shortcut = nn.AvgPool2d(3, stride=2, padding=1) if stride == 2 else None
 
@@ -388,29 +374,24 @@ class GroupedUnit(nn.Module):
         return F.relu(torch.cat([out, self.shortcut(x)], 1))
 
 
+def grouped_stage(in_channels: int, width: int, units: int) -> nn.Sequential:
+    """The first unit halves the resolution and appends its input, so its own output has the missing channels."""
+    first = GroupedUnit(in_channels, width - in_channels, 2)
+    return nn.Sequential(first, *(GroupedUnit(width, width, 1) for _ in range(units - 1)))
+
+
 class ShuffleNetV1(nn.Module):
     """Three groups. A 1 x 1 stem without stride and pooling, then 16, 8 and 4 px."""
 
-    def __init__(
-        self,
-        num_classes: int,
-        *,
-        widths: tuple[int, ...] = (240, 480, 960),
-        blocks: tuple[int, ...] = (4, 8, 4),
-        groups: int = 3,
-    ) -> None:
+    def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.conv1 = pointwise(3, SHUFFLENET_STEM)
         self.bn1 = nn.BatchNorm2d(SHUFFLENET_STEM)
-        in_channels = (SHUFFLENET_STEM, *widths)
-
-        def stage(i: int) -> nn.Sequential:
-            first = GroupedUnit(in_channels[i], widths[i] - in_channels[i], 2, groups)
-            return nn.Sequential(first, *(GroupedUnit(widths[i], widths[i], 1, groups) for _ in range(blocks[i] - 1)))
-
-        self.layer1, self.layer2, self.layer3 = (stage(i) for i in range(3))
+        self.layer1 = grouped_stage(SHUFFLENET_STEM, 240, 4)
+        self.layer2 = grouped_stage(240, 480, 8)
+        self.layer3 = grouped_stage(480, 960, 4)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.linear = nn.Linear(widths[-1], num_classes)
+        self.linear = nn.Linear(960, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
@@ -456,30 +437,24 @@ class DownUnit(nn.Module):
         return self.shuffle(torch.cat([short, long], 1))  # type: ignore[no-any-return]
 
 
+def split_stage(in_channels: int, width: int, units: int) -> nn.Sequential:
+    return nn.Sequential(DownUnit(in_channels, width), *(SplitUnit(width) for _ in range(units - 1)))
+
+
 class ShuffleNetV2(nn.Module):
     """Width 1. A 1 x 1 stem without stride and pooling, then 16, 8 and 4 px."""
 
-    def __init__(
-        self,
-        num_classes: int,
-        *,
-        widths: tuple[int, ...] = (116, 232, 464),
-        blocks: tuple[int, ...] = (3, 7, 3),
-        last: int = 1024,
-    ) -> None:
+    def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.conv1 = pointwise(3, SHUFFLENET_STEM)
         self.bn1 = nn.BatchNorm2d(SHUFFLENET_STEM)
-        in_channels = (SHUFFLENET_STEM, *widths)
-
-        def stage(i: int) -> nn.Sequential:
-            return nn.Sequential(DownUnit(in_channels[i], widths[i]), *(SplitUnit(widths[i]) for _ in range(blocks[i])))
-
-        self.layer1, self.layer2, self.layer3 = (stage(i) for i in range(3))
-        self.conv2 = pointwise(widths[-1], last)
-        self.bn2 = nn.BatchNorm2d(last)
+        self.layer1 = split_stage(SHUFFLENET_STEM, 116, 4)
+        self.layer2 = split_stage(116, 232, 8)
+        self.layer3 = split_stage(232, 464, 4)
+        self.conv2 = pointwise(464, SHUFFLENET_V2_LAST)
+        self.bn2 = nn.BatchNorm2d(SHUFFLENET_V2_LAST)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.linear = nn.Linear(last, num_classes)
+        self.linear = nn.Linear(SHUFFLENET_V2_LAST, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
@@ -510,7 +485,7 @@ WIDE_NAME = re.compile(r"wrn[_-](\d{1,3})[_-](\d{1,2})", re.IGNORECASE)
 
 
 def canonical(name: str) -> str:
-    """The name as the literature spells it. Case is ignored; any wrn_D_K is accepted."""
+    """The name in the spelling of the literature. Case is ignored; any wrn_D_K is accepted."""
     if match := WIDE_NAME.fullmatch(name):
         return f"wrn_{int(match[1])}_{int(match[2])}"
     if name.lower() not in CANONICAL:

@@ -155,13 +155,13 @@ def unknown_info(num_classes: int) -> ModelInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Blueprint:
-    """How a family of models (torchvision, timm, cifar, ...) builds one of its members, and what it knows about it."""
+    """How to build one member of a family of models (torchvision, timm, cifar, ...), and its default information."""
 
     name: str
     build: Callable[[int, int | None], nn.Module]
     """(num_classes, input_size) -> the network with fresh weights."""
     published: Callable[[str], Published] | None = None
-    """weights=NAME -> the weights published under that name; None if there are none."""
+    """weights=NAME -> the weights published under that name; None if the family publishes none for this member."""
     published_names: tuple[str, ...] = ()
     fresh_info: Callable[[int], ModelInfo] = unknown_info
     """num_classes -> the family's convention, for a network with fresh weights."""
@@ -240,6 +240,6 @@ class Normalise(nn.Module):
 
 
 def portable(scheme: str, name: str, options: Mapping[str, str]) -> str:
-    """A spec string without the options that are valid on this machine (weights) or this time (seed) only."""
+    """The spec string of an architecture: without the options weights and seed, which belong to one machine or run."""
     portable_options = "&".join(f"{k}={v}" for k, v in sorted(options.items()) if k not in ("weights", "seed"))
     return f"{scheme}:{name}" + (f"?{portable_options}" if portable_options else "")

@@ -122,7 +122,7 @@ def find_blueprint(spec: Spec, *, allow_python: bool) -> Blueprint:
 
 
 def choose_weights(spec: Spec, blueprint: Blueprint) -> Weights:
-    """The weights of the option weights=: published under that name, from a file, or random."""
+    """The weights that the option weights= names: published, from a file, or random."""
     value = spec.options.get("weights")
     if value is None:
         return Weights("python" if blueprint.has_weights else None, ModelInfo())
@@ -142,8 +142,8 @@ def choose_weights(spec: Spec, blueprint: Blueprint) -> Weights:
     return Weights("file", ModelInfo.from_json(file.metadata, header_of(path)), file.state, repr(str(path)))
 
 
-def count_classes(spec: Spec, blueprint: Blueprint, requested: ModelInfo, weights: Weights, caller: int | None) -> int:
-    """From the option, else the information with the weights, else the shape of their last layer, else the caller."""
+def count_classes(spec: Spec, blueprint: Blueprint, requested: ModelInfo, weights: Weights, default: int | None) -> int:
+    """From the option, else the information with the weights, else the shape of their last layer, else `default`."""
     declared = weights.info.num_classes
     if requested.num_classes is not None:
         if declared not in (None, requested.num_classes):
@@ -154,7 +154,7 @@ def count_classes(spec: Spec, blueprint: Blueprint, requested: ModelInfo, weight
     if declared is None and weights.state is not None:
         declared = rows_of_head(blueprint, weights.state)
     if declared is None:
-        declared = caller
+        declared = default
     if declared is None:
         raise UsageError(f"{spec.text!r}: the number of classes is not known; add num_classes=N")
     return declared

@@ -48,26 +48,26 @@ class ArchiveCard:
 
 
 def archive_card(archive: Archive, groups: Sequence[Group]) -> ArchiveCard:
-    facts = describe(archive)
-    excluded = f", {len(facts['excluded']):,} excluded" if facts["excluded"] else ""
+    info = describe(archive)
+    excluded = f", {len(info['excluded']):,} excluded" if info["excluded"] else ""
     users = [group.name for group in groups if group.runs[0].archive_id == archive.id]
-    signals = [(teacher, name) for teacher, signals in facts["teachers"].items() for name in signals]
+    signals = [(teacher, name) for teacher, signals in info["teachers"].items() for name in signals]
     return ArchiveCard(
-        id=str(facts["id"]),
-        images=f"{facts['num_samples']:,}{excluded}, {facts['num_classes']:,} classes",
-        views=f"{facts['num_views']:,} per image, seed {facts['seed']}",
-        recipe=recipe_text(facts["recipe"]),
-        size=f"{human_bytes(facts['total_bytes'])} in total, {facts['bytes_per_view']:.1f} bytes per view",
+        id=str(info["id"]),
+        images=f"{info['num_samples']:,}{excluded}, {info['num_classes']:,} classes",
+        views=f"{info['num_views']:,} per image, seed {info['seed']}",
+        recipe=recipe_text(info["recipe"]),
+        size=f"{human_bytes(info['total_bytes'])} in total, {info['bytes_per_view']:.1f} bytes per view",
         teachers=tuple(
             (name, str(model.get("spec", "not stated")), str(model.get("weights_digest") or "")[:12])
-            for name, model in facts["models"].items()
+            for name, model in info["models"].items()
         ),
-        data=settings_text(facts["source"]) or "not stated",
-        licence=facts["licence"] or "not stated",
-        citation=facts["citation"] or "not stated",
+        data=settings_text(info["source"]) or "not stated",
+        licence=info["licence"] or "not stated",
+        citation=info["citation"] or "not stated",
         used_by="all groups on this page" if len(users) == len(groups) else ", ".join(users) or "no group on this page",
         codec_columns=CODEC_COLUMNS,
-        codecs=tuple(codec_row(f"{teacher}, {name}", facts["teachers"][teacher][name]) for teacher, name in signals),
+        codecs=tuple(codec_row(f"{teacher}, {name}", info["teachers"][teacher][name]) for teacher, name in signals),
         errors=tuple(chart for teacher, name in signals for chart in error_histograms(archive, teacher, name)),
     )
 

@@ -1,7 +1,7 @@
 """The charts of a report as SVG text: curves over epochs, seeds on a line, reliability, classes, histograms.
 
 Colours, dashes and fonts come from the page's style sheet. Charts are about as wide as a phone and stand side by side
-where there is room, so that their text has the same size everywhere. Names are untrusted and must pass `escaped`.
+if there is room, so that their text has the same size everywhere. Names are untrusted and must pass `escaped`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ DECADE_LABELS = 8
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart as it stands on the page; without a drawing it is left out."""
+    """A chart with its heading and caption; omitted from the page if `drawing` is empty."""
 
     title: str
     drawing: Markup
@@ -235,8 +235,8 @@ def class_chart(names: Sequence[str], groups: Sequence[Group], rows: Sequence[in
         y = 24 + row_height * at + row_height / 2 - 4
         label = f"<title>{escaped(name)}</title>{escaped(cut(name, MAX_CLASS_LABEL))}"
         parts.append(f'<text class="tick" x="0" y="{y + 3.5:.1f}">{label}</text>')
-        known = zip(per_class, groups, strict=True)
-        dots = [(x(accuracy[k]), group.style) for accuracy, group in known if k in accuracy]
+        pairs = zip(per_class, groups, strict=True)
+        dots = [(x(accuracy[k]), group.style) for accuracy, group in pairs if k in accuracy]
         ends = [place for place, _ in dots]
         parts.append(f'<path class="range" d="M{min(ends):.1f} {y:.1f}H{max(ends):.1f}"/>')
         parts += [f'<circle class="dot {style}" cx="{place:.1f}" cy="{y:.1f}" r="3.5"/>' for place, style in dots]

@@ -43,7 +43,7 @@ class Prediction:
     label: str
     confidence: float
     correct: bool | None
-    """None where the view has no label."""
+    """None if the view has no label."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The page: its data are computed here, in the order of the sections, and rendered by templates/report.html.
+"""The page: its data is computed here, in the order of the sections, and rendered by templates/report.html.
 
 All text is escaped by the environment of the templates; only charts, which escape names themselves, are `Markup`.
 """
@@ -182,7 +182,7 @@ class Agreement:
     """Students beside their teacher on held-out views."""
 
     teacher_top1: str
-    """In percent; "" where it was not recorded."""
+    """In percent; "" if not recorded."""
     temperature: str
     """Of the second KL divergence."""
     figures: list[Figure]
@@ -224,7 +224,7 @@ class ClassAccuracy:
     groups: list[Group]
     base: str
     best: str
-    """The same as `base` where there is one group."""
+    """The same as `base` if there is only one group."""
     named: bool
     shown: int
     total: int
@@ -257,19 +257,19 @@ def class_accuracy(groups: Sequence[Group], names: Sequence[str] | None) -> Clas
 
 
 def best_other(groups: Sequence[Group]) -> int:
-    """The group of the highest mean top-1 besides the first, or the first where it is alone."""
+    """The group of the highest mean top-1 besides the first, or the first if it is the only one."""
     means = [statistics.fmean(group.values("top1") or [0.0]) for group in groups]
     return max(range(1, len(groups)), key=lambda k: means[k], default=0)
 
 
 def class_names(groups: Sequence[Group], archive: Archive | None) -> Sequence[str] | None:
-    """The archive's class names, where a run used the archive and all runs have as many classes."""
+    """The archive's class names, if a run used the archive and all runs have as many classes."""
     if archive is None or archive.class_names is None:
         return None
     runs = [run for group in groups for run in group.runs]
     used = any(run.archive_id == archive.id for run in runs)
-    fits = all(len(run.per_class) in (0, archive.num_classes) for run in runs)
-    return archive.class_names if used and fits else None
+    same_classes = all(len(run.per_class) in (0, archive.num_classes) for run in runs)
+    return archive.class_names if used and same_classes else None
 
 
 def loss_terms(groups: Sequence[Group]) -> list[Figure]:

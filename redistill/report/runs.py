@@ -62,7 +62,7 @@ class RunRecord:
     options: Mapping[str, str]
     """The options of config.toml that separate groups, as text."""
     history: tuple[Mapping[str, float], ...]
-    """The rows of metrics.csv; empty where there is none."""
+    """The rows of metrics.csv; empty if the run has no such file."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,14 @@ class Unfinished:
 
     folder: Path
     epochs: int | None
-    """Completed epochs; None where the files cannot be read."""
+    """Completed epochs; None if the files cannot be read."""
     planned: int | None
 
     def __str__(self) -> str:
         if self.epochs is None:
             return f"{self.folder} is not finished, and its files cannot be read"
-        of = "" if self.planned is None else f" of {self.planned}"
-        return f"{self.folder} is not finished ({self.epochs}{of} epochs)"
+        total = "" if self.planned is None else f" of {self.planned}"
+        return f"{self.folder} is not finished ({self.epochs}{total} epochs)"
 
 
 @dataclass(frozen=True)
@@ -364,7 +364,7 @@ def archive_names(runs: Sequence[RunRecord]) -> dict[str | None, str]:
 
 
 def line_styles(firsts: Sequence[RunRecord]) -> list[LineStyle]:
-    """A colour for each loss and a dash pattern for each setting; a colour for each group where there is one loss."""
+    """A colour for each loss and a dash pattern for each setting; a colour for each group if all have the same loss."""
     losses = list(dict.fromkeys(run.loss for run in firsts))
     if len(losses) == 1:
         return [LineStyle(colour=k) for k in range(len(firsts))]
@@ -373,7 +373,7 @@ def line_styles(firsts: Sequence[RunRecord]) -> list[LineStyle]:
 
 
 def pooled_bins(runs: Sequence[RunRecord]) -> list[Bin]:
-    """The reliability table over all seeds; empty where no run has one or their bins differ."""
+    """The reliability table over all seeds; empty if no run has one or their bins differ."""
     tables = [run.bins for run in runs if run.bins]
     edges = {tuple((item.low, item.high) for item in table) for table in tables}
     return [pool(bins) for bins in zip(*tables, strict=True)] if len(edges) == 1 else []

@@ -42,7 +42,7 @@ class Source(Protocol):
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """Names by label; None where the source has none."""
+        """Names by label; None for a source without class names."""
 
     def __len__(self) -> int: ...
 
@@ -52,7 +52,7 @@ class Source(Protocol):
 
 @runtime_checkable
 class ListedSource(Source, Protocol):
-    """A source whose keys and labels need no sample to be read, and whose files have stamps that show changes."""
+    """A source with keys and labels that need no read of a sample, and with stamps that show changed files."""
 
     keys: PackedKeys
     labels: np.ndarray
@@ -62,7 +62,7 @@ class ListedSource(Source, Protocol):
         """Identifies the source in the cache of indexes."""
 
     def stamps(self) -> np.ndarray:
-        """Size and modification time (ns) of each sample's file, int64 [N, 2]; -1, -1 where it is missing."""
+        """Size and modification time (ns) of each sample's file, int64 [N, 2]; -1, -1 if it is missing."""
 
 
 def digest_of(payload: bytes | np.ndarray, *, name: str) -> bytes:

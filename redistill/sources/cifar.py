@@ -148,7 +148,7 @@ def _published(kind: str) -> _Published:
 
 
 def _download(root: Path, published: _Published) -> None:
-    """Download and unpack torchvision's archive below `root`, unless all files are there."""
+    """Download and unpack torchvision's archive below `root`, unless all files exist."""
     from torchvision.datasets.utils import download_and_extract_archive
 
     root = root.parent if root.name == published.folder else root

@@ -127,12 +127,12 @@ class FolderSource:
     def _check(self, counts: dict[str, int], allow_empty: bool) -> None:
         """Refuse a folder whose number of images by class shows that it is not a data set."""
         if not any(counts.values()):
-            found = ", ".join(
+            others = ", ".join(
                 f"{count} {extension or 'without extension'}" for extension, count in self.skipped.most_common(5)
             )
             raise Refused(
                 f"no images in {str(self.root)!r}: expected class folders with files that end in "
-                f"{' '.join(EXTENSIONS)}, found {found or 'no files'}"
+                f"{' '.join(EXTENSIONS)}, found {others or 'no files'}"
             )
         empty = [name for name, count in counts.items() if not count]
         if empty and not allow_empty:

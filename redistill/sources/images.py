@@ -133,8 +133,8 @@ def as_pixels(array: np.ndarray, *, name: str) -> np.ndarray:
     """An array sample in its canonical shape: uint8 [height, width, 1 or 3]."""
     pixels_HWC = array[:, :, None] if array.ndim == 2 else array
     if pixels_HWC.dtype != np.uint8 or pixels_HWC.ndim != 3 or pixels_HWC.shape[2] not in (1, 3):
-        found = f"{array.dtype} {list(array.shape)}"
-        raise BadImage(name, f"expected an array sample to be uint8 [height, width, 3], found {found}")
+        actual = f"{array.dtype} {list(array.shape)}"
+        raise BadImage(name, f"expected an array sample to be uint8 [height, width, 3], found {actual}")
     if not 0 < pixels_HWC.shape[0] * pixels_HWC.shape[1] <= MAX_PIXELS:
         raise BadImage(name, f"expected 1 to {MAX_PIXELS} pixels, found {pixels_HWC.shape[1]} x {pixels_HWC.shape[0]}")
     return pixels_HWC

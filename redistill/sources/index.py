@@ -1,11 +1,11 @@
 """The index of a source: key, label, digest and size of every sample, computed once and cached.
 
 Indexing reads every sample once: the same bytes are hashed and their header is parsed; pixels are decoded only where
-bad images are to be excluded. Worker processes share the rows. For sources made of files the result is saved in the
-user's cache folder, and a sample whose file has the same size and modification time is not read again next time. A
-file edited without changing either is not noticed; delete the folder `index` of the cache to read everything again.
-Files modified less than two seconds before they were indexed are read again next time, because a later edit might
-leave the same time.
+bad images are to be excluded. Worker processes divide the samples among themselves. For sources made of files the
+result is saved in the user's cache folder, and a sample whose file has the same size and modification time is not read
+again next time. A file edited without changing either is not noticed; delete the folder `index` of the cache to read
+everything again. Files modified less than two seconds before they were indexed are read again next time, because a
+later edit might leave the same time.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def index_source(
 ) -> SourceIndex:
     """Key, label, digest and size of every sample of `source`.
 
-    `workers` processes read samples (None: one per core where there is enough to read, 0: none; a script that uses
-    processes needs the usual `if __name__ == "__main__":`). `progress(done, total)` is called as samples are indexed.
+    `workers` processes read samples (None: one per core if there is enough to read; 0: none). A script that uses
+    processes needs the usual `if __name__ == "__main__":`. `progress(done, total)` is called as samples are indexed.
     With `on_bad_image="exclude"`, bad images are left out and listed, and every image is decoded to find them all: an
     archive fixes its rows before the first epoch decodes their pixels.
     """
@@ -165,9 +165,9 @@ def _chunks(source: Source, todo: np.ndarray, level: int, processes: int) -> Ite
         try:
             while ahead:
                 yield ahead.pop(0).result()
-                for rows in upcoming:
+                rows = next(upcoming, None)
+                if rows is not None:
                     ahead.append(pool.submit(_read_chunk_in_process, rows, level))
-                    break
         finally:
             for future in ahead:
                 future.cancel()
@@ -274,7 +274,7 @@ NPZ_RAISES = (
 
 
 def old_enough(stamps: np.ndarray, started_ns: int) -> np.ndarray:
-    """Whether any later edit must change a stamp [n, 2] of size and modification time (-1: unknown) read at a time."""
+    """Whether any edit after `started_ns` changes these stamps [n, 2]: size and modification time, -1 if unknown."""
     result: np.ndarray = (stamps[:, 1] < started_ns - RACY_NS) & (stamps[:, 0] >= 0)
     return result
 

@@ -40,7 +40,7 @@ class Join:
     """The sample of a source for each row of an archive."""
 
     source_row_of_archive_row: np.ndarray
-    """[N of the archive] int64: the index of the row's sample in the source, -1 where the source has none."""
+    """[N of the archive] int64: the index of the row's sample in the source, -1 if the source lacks it."""
     counts: Mapping[str, int] = field(default_factory=dict)
     examples: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """First keys of each kind: the archive's for changed or missing, 'old -> new' for renamed, else the source's."""

@@ -9,7 +9,7 @@
   included ('a.b/0001.jpg' has the key 'a.b/0001'). The rest, after that dot, is the kind of the member:
   jpg jpeg png webp    the image, exactly one per sample
   cls                  the label, an integer in ASCII
-  json                 the label where there is no cls: the field 'cls', 'label' or 'class' of an object, an integer
+  json                 the label if there is no cls: the field 'cls', 'label' or 'class' of an object, an integer
   anything else, pickles included, is never read; nor are names without such a dot.
 * A sample with a label but no image, or an image but no label, is refused by its key; `?labels=none` reads no labels
   and gives every image the label -1. There are no class names. Repeated keys are refused, as are members of one key
@@ -188,7 +188,7 @@ def _is_remote(name: str) -> bool:
 
 
 def _local_copy(address: str) -> Path:
-    """The file of an http(s) address in the cache folder; it is downloaded unless it is there."""
+    """The file of an http(s) address in the cache folder; downloaded if it is missing."""
     digest = hashlib.sha256(address.encode()).hexdigest()[:32]
     target = cache_folder() / "tars" / f"{digest}-{PurePosixPath(address).name[-100:]}"
     if not target.is_file():
@@ -244,7 +244,7 @@ def _samples_of(tar: Path, *, labelled: bool) -> _TarSamples:
 
 
 def _stamp_of(tar: Path) -> tuple[int, int]:
-    """Size and modification time; -1 where there is no such file."""
+    """Size and modification time; -1, -1 if the file is missing."""
     try:
         status = tar.stat()
     except OSError:
@@ -272,7 +272,7 @@ def _scan(tar: Path, labelled: bool) -> tuple[list[str], list[tuple[int, int, in
         try:
             places.append(group.place(tar, labelled))
             keys.append(group.key)
-        except Refused as error:  # raised later: members that are not adjacent explain it better, if there are any
+        except Refused as error:  # raised later: members that are not adjacent are the better explanation
             incomplete = incomplete or error
     if incomplete is not None:
         raise incomplete
@@ -295,8 +295,8 @@ class _Group:
         """Offset and size of the image, and the label."""
         images = [extension for extension in IMAGES if extension in self.members]
         if len(images) != 1:
-            found = f"{len(images)} images ({', '.join(images)})" if images else "no image"
-            raise Refused(f"the sample {self.key!r} in {str(tar)!r} has {found}; expected one of {', '.join(IMAGES)}")
+            actual = f"{len(images)} images ({', '.join(images)})" if images else "no image"
+            raise Refused(f"the sample {self.key!r} in {str(tar)!r} has {actual}; expected one of {', '.join(IMAGES)}")
         return (*self.members[images[0]], self._label(tar) if labelled else NO_LABEL)
 
     def _label(self, tar: Path) -> int:
@@ -362,7 +362,7 @@ def _split(name: str, tar: Path) -> tuple[str, str]:
 
 
 def _members(tar: Path) -> Iterator[tarfile.TarInfo]:
-    """The plain files of a tar, up to its end mark: tarfile alone takes a damaged header for the end."""
+    """The plain files of a tar, up to its end mark: tarfile alone mistakes a damaged header for the end."""
     end = 0
     try:
         with tarfile.open(tar, "r:") as archive:

@@ -1,4 +1,4 @@
-"""The views of an archive, rendered from images at hand and compared with the views its teacher was run on.
+"""The views of an archive, rendered from local images and compared with the views its teacher was run on.
 
 views = aligned_views("folder:imagenet/train", open_archive("teacher.redistill.zarr"))
 views.alignment.require()
@@ -25,7 +25,7 @@ __all__ = ["AlignedViews", "aligned_views"]
 
 @dataclass(frozen=True)
 class AlignedViews:
-    """A dataset of an archive's views, and what is known of its alignment with the archive."""
+    """A dataset of an archive's views, with the join and the canary check that it rests on."""
 
     dataset: ViewDataset
     joined: Join
@@ -40,7 +40,7 @@ class AlignedViews:
 
 
 def aligned_views(
-    data: Any,  # noqa: ANN401  a spec string, a path, or any object that can be made a source
+    data: Any,  # noqa: ANN401  a spec string, a path, or any object that `open_source` accepts
     archive: CanaryArchive,
     *,
     size: int | None = None,

@@ -158,12 +158,12 @@ class Alignment:
             return f"views match within the tolerance for decoders: drift {self.drift:.2f} grey levels{versions}"
         worst = ", ".join(f"view {w.view} row {w.row} {w.key!r} by {w.drift:.1f}" for w in self.worst)
         return (
-            f"views do not match the archive: expected its fingerprints, found that {self.reason} (worst: {worst}); "
+            f"views do not match the archive: {self.reason} (worst: {worst}); "
             f"use the images and the version of the recipe that the archive was made with{versions}"
         )
 
     def require(self) -> Alignment:
-        """Itself, or `Refused` where the views do not match."""
+        """Returns itself; raises `Refused` if the views do not match."""
         if self.verdict == "refused":
             raise Refused(self.message)
         return self
@@ -235,25 +235,25 @@ def align(
     versions = versions or {}
     expected = np.concatenate([pixels for _, pixels in stored.values()])
     if not len(expected):
-        raise Refused("the source has the images of none of the archive's canaries, so nothing proves that views match")
+        raise Refused("the source has no image of any of the archive's canaries, so the views cannot be compared")
     rendered = np.concatenate([fingerprints(dataset, view, rows) for view, (rows, _) in stored.items()])
     if np.array_equal(expected, rendered):
         return Alignment("exact", 0.0, len(expected), versions=versions)
-    apart = distance(expected, rendered, reduction=_reduction(dataset, stored))
-    reason = apart.mismatch()
-    if not apart.other_content:
+    result = distance(expected, rendered, reduction=_reduction(dataset, stored))
+    reason = result.mismatch()
+    if not result.other_content:
         # A small difference may still be that of a wrong rendering; a larger one is explained where most of it is.
         share = 0.0 if reason is None else 0.5
         cause = best_explanation(expected, rendered, _wrong_fingerprints(dataset, stored), share=share)
         reason = reason if cause is None else f"the archive's views look {cause}"
     if reason is None:
-        return Alignment("tolerance", apart.drift, len(expected), versions=versions)
+        return Alignment("tolerance", result.drift, len(expected), versions=versions)
     places = [(view, int(row)) for view, (rows, _) in stored.items() for row in rows]
     worst = []
-    for i in np.argsort(-apart.rows, kind="stable")[:WORST].tolist():
+    for i in np.argsort(-result.rows, kind="stable")[:WORST].tolist():
         view, row = places[i]
-        worst.append(WorstCanary(view, row, keys[row] if keys else "", float(apart.rows[i])))
-    return Alignment("refused", apart.drift, len(expected), reason, tuple(worst), versions)
+        worst.append(WorstCanary(view, row, keys[row] if keys else "", float(result.rows[i])))
+    return Alignment("refused", result.drift, len(expected), reason, tuple(worst), versions)
 
 
 def _reduction(dataset: ViewDataset, stored: Mapping[int, tuple[Rows, Pixels]]) -> float:
@@ -264,8 +264,8 @@ def _reduction(dataset: ViewDataset, stored: Mapping[int, tuple[Rows, Pixels]]) 
 
 # -- wrong renderings -------------------------------------------------------------------------------------------------
 #
-# Mistakes that change pixels little enough to be taken for another decoder: another interpolation, or a crop that is
-# off by a pixel.
+# Errors that change pixels so little that they could be mistaken for another decoder: another interpolation, or a crop
+# that is off by a pixel.
 
 RESIZINGS = (("bilinear", True), ("bilinear", False), ("bicubic", True), ("bicubic", False), ("nearest", False))
 NUDGES = {
@@ -289,7 +289,7 @@ def _wrong_fingerprints(dataset: ViewDataset, stored: Mapping[int, tuple[Rows, P
 
 
 def _wrong_renderings(dataset: ViewDataset, view: int, rows: Rows) -> Iterator[tuple[str, ViewDataset]]:
-    """The name of each wrong rendering and a dataset that renders these rows so; images are decoded once for all."""
+    """Each wrong rendering: its name and a dataset of these rows; images are decoded once for all of them."""
     views, recipe = dataset.views, dataset.views.recipe
     needed = [rows]
     if recipe.mixes:

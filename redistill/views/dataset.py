@@ -28,7 +28,7 @@ from redistill.views.view_params import (
     usable_rows,
 )
 
-__all__ = ["MixedView", "RenderedView", "ViewDataset", "find_sample", "render"]
+__all__ = ["MixedView", "RenderedView", "ViewDataset", "render"]
 
 
 class RenderedView(NamedTuple):
@@ -56,8 +56,8 @@ class MixedView(NamedTuple):
 class ViewDataset(torch.utils.data.Dataset[RenderedView | MixedView]):
     """All views of all rows: item `view * num_rows + row` (see `index`) is a `RenderedView`, or a `MixedView`.
 
-    Sample from `indices(view)`, in any order; persistent workers can go on to the next view because the index encodes
-    the view. Pixels are uint8: normalise on the device.
+    Sample from `indices(view)`, in any order; persistent workers serve the next view as well, because the index
+    encodes the view. Pixels are uint8: normalise on the device.
 
         dataset = ViewDataset("folder:imagenet/train", archive, size=224)
         loader = DataLoader(dataset, batch_size=256, sampler=dataset.indices(view), num_workers=8)
@@ -173,7 +173,7 @@ class _Images:
 
 
 def render(
-    source: Source | str | Any,  # noqa: ANN401  or any object that can be made a source
+    source: Source | str | Any,  # noqa: ANN401  or any object that `open_source` accepts
     archive: ViewArchive,
     row: int,
     view: int,
@@ -198,12 +198,12 @@ def render(
 
 
 def _decoded(source: Source, archive: ViewArchive, row: int) -> torch.Tensor:
-    sample = find_sample(source, archive, row)
+    sample = _find_sample(source, archive, row)
     return decode_image(sample.payload, name=sample.key)
 
 
-def find_sample(source: Source, archive: ViewArchive, row: int) -> Sample:
-    """The sample that the archive's row was made from: sought by its row number, then by its key, then by content."""
+def _find_sample(source: Source, archive: ViewArchive, row: int) -> Sample:
+    """The sample that the archive's row was made from: looked up by row number, then by key, then by content."""
     key, digest = archive.keys[row], np.asarray(archive.digests[row]).tobytes()
     for candidate in _candidates(source, key, row):
         sample = source.sample(candidate)

@@ -126,7 +126,7 @@ def _draw_resized(crop: RandomResizedCrop, draws: Draws, sizes: Array) -> Boxes:
     left = np.arange(len(draws))  # positions of the rows without a box yet
     sizes_left = sizes
     for attempt in range(ATTEMPTS):
-        words = draws.subset(left).words(Purpose.CROP, attempt) if attempt else draws.words(Purpose.CROP, attempt)
+        words = draws.subset(left).words(Purpose.CROP, attempt)
         candidates, fits = place_boxes(words, sizes_left, crop.scale, crop.ratio)
         boxes[left[fits]] = candidates[fits]
         left, sizes_left = left[~fits], sizes_left[~fits]
@@ -223,7 +223,7 @@ def _draw_blur(step: GaussianBlur, draws: Draws) -> Array:
 
 
 def _draw_erasing(step: RandomErasing, draws: Draws, side: int) -> Array:
-    """Edges (top, left, bottom, right) as fractions of the view's side; zeros where nothing is erased."""
+    """Edges (top, left, bottom, right) as fractions of the view's side; zeros if nothing is erased."""
     edges = np.zeros((len(draws), 4), np.int64)
     left = np.flatnonzero(happens(draws.words(Purpose.ERASE)[0], step.p))
     # torchvision's ratio is height / width here, but width / height in RandomResizedCrop.

@@ -120,15 +120,15 @@ def distance(stored: Pixels, rendered: Pixels, *, reduction: float = 1.0) -> Dis
     base = _flat(rendered)
     base_luma = base @ LUMA
     base_chroma = np.stack([base[..., 0] - base_luma, base[..., 2] - base_luma])
-    apart = Distance(
+    result = Distance(
         luma=_trimmed(luma - constant[:, None]),
         constant=constant,
         chroma=_trimmed(chroma).mean(axis=0),
         strictness=float(np.sqrt(np.clip(reduction, 1.0, 4.0))),
     )
-    fits = apart.rows <= ROW_LIMIT  # the contrast of canaries with other content means nothing
+    fits = result.rows <= ROW_LIMIT  # the contrast of canaries with other content means nothing
     return replace(
-        apart,
+        result,
         contrast_gain=_gain(luma[None, fits], base_luma[None, fits]),
         colour_gain=_gain(chroma[:, fits], base_chroma[:, fits]),
     )

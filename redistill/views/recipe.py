@@ -218,7 +218,7 @@ class RandomErasing:
         require_range("rescale", self.scale, 0.0, 1.0)
         require_range("reratio", self.ratio, 1e-3, 1e3)
         valid = len(self.value) == 3 and all(0 <= level <= 255 for level in self.value)
-        require(valid, f"expected revalue as three colours in [0, 255], found {self.value}")
+        require(valid, f"expected revalue as three levels in [0, 255], found {self.value}")
 
 
 @dataclass(frozen=True, kw_only=True)

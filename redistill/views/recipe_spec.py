@@ -145,8 +145,8 @@ def _color_jitter(spec: Spec) -> Step | None:
     # As in timm: one number sets brightness, contrast and saturation; hue needs all four numbers.
     brightness, contrast, saturation = strengths[:3] if len(strengths) > 1 else strengths * 3
     hue = strengths[3] if len(strengths) == 4 else 0.0
-    chance = spec.take("color_jitter_prob", 1.0)
-    return ColorJitter(brightness=brightness, contrast=contrast, saturation=saturation, hue=hue, p=chance)
+    p = spec.take("color_jitter_prob", 1.0)
+    return ColorJitter(brightness=brightness, contrast=contrast, saturation=saturation, hue=hue, p=p)
 
 
 def _augment(spec: Spec) -> Step | None:
@@ -167,33 +167,33 @@ def _augment(spec: Spec) -> Step | None:
 
 
 def _grayscale(spec: Spec) -> Step | None:
-    chance = spec.take("grayscale_prob", 0.0)
-    return Grayscale(p=chance) if chance else None
+    p = spec.take("grayscale_prob", 0.0)
+    return Grayscale(p=p) if p else None
 
 
 def _blur(spec: Spec, size: int) -> Step | None:
-    chance = spec.take("gaussian_blur_prob", 0.0)
-    if not chance:
+    p = spec.take("gaussian_blur_prob", 0.0)
+    if not p:
         return None
     tenth = min(2 * (size // 20) + 1, 255)  # as in SimCLR: a tenth of the size, odd
     kernel_size = spec.take("blur_kernel", max(tenth, 3))
-    return GaussianBlur(p=chance, sigma=_numbers(spec, "blur_sigma", (0.1, 2.0)), kernel_size=kernel_size)
+    return GaussianBlur(p=p, sigma=_numbers(spec, "blur_sigma", (0.1, 2.0)), kernel_size=kernel_size)
 
 
 def _erasing(spec: Spec) -> Step | None:
-    chance = spec.take("reprob", 0.0)
-    if not chance:
+    p = spec.take("reprob", 0.0)
+    if not p:
         return None
     default = RandomErasing()
     value = _numbers(spec, "revalue", default.value, lengths=(1, 3))
     red, green, blue = value if len(value) == 3 else value * 3
     scale, ratio = _numbers(spec, "rescale", default.scale), _numbers(spec, "reratio", default.ratio)
-    return RandomErasing(p=chance, scale=scale, ratio=ratio, value=(red, green, blue))
+    return RandomErasing(p=p, scale=scale, ratio=ratio, value=(red, green, blue))
 
 
 def _mix(spec: Spec) -> Step | None:
     mixup, cutmix = spec.take("mixup", 0.0), spec.take("cutmix", 0.0)
     if not mixup and not cutmix:
         return None
-    chance, switch = spec.take("mixup_prob", 1.0), spec.take("mixup_switch_prob", 0.5)
-    return Mixing(mixup=mixup, cutmix=cutmix, p=chance, switch=switch)
+    p, switch = spec.take("mixup_prob", 1.0), spec.take("mixup_switch_prob", 0.5)
+    return Mixing(mixup=mixup, cutmix=cutmix, p=p, switch=switch)

@@ -37,7 +37,7 @@ from redistill.views.recipe import (
     edge_pixels,
 )
 
-__all__ = ["RowParams", "render_view", "render_views", "row_params"]
+__all__ = ["Partner", "RowParams", "render_view", "render_views", "row_params"]
 
 RowParams = Mapping[str, npt.NDArray[Any]]
 Partner = tuple[torch.Tensor, RowParams]

@@ -35,7 +35,7 @@ class Views(Protocol):
     num_views: int
     labels: Rows
     source_rows: Rows
-    """[N]: the index of the row's sample in the source; -1 where the source has none."""
+    """[N]: the index of the row's sample in the source, -1 if the source lacks it."""
 
     def params(self, view: int, rows: Rows) -> Params:
         """The stored parameters of one view of some rows."""

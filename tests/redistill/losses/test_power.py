@@ -222,7 +222,7 @@ def test_bounded_members_stay_below_their_bound(k, bounded):
         ({"order": "teacher"}, "did you mean teacher-first"),
         ({"reduction": "batch_mean"}, "did you mean batchmean"),
         ({"lam": math.nan}, "lam must be a finite number"),
-        ({"temperature": 0.0}, "temperature must be a positive number"),
+        ({"temperature": 0.0}, "temperature must be a finite number above 0"),
         ({"cap": -1.0}, "cap must be positive"),
     ],
 )

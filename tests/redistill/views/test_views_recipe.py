@@ -116,7 +116,7 @@ def test_toml_with_ops_in_another_order(tmp_path):
         ("rrc?color_jitter=0.1,0.1,0.1,0.7", "hue in [0, 0.5]"),
         ("rrc?gaussian_blur_prob=1&blur_kernel=4", "odd blur_kernel"),
         ("rrc?mixup=100", "mixup to be 0 or in"),
-        ("rrc?reprob=0.5&revalue=300", "colours"),
+        ("rrc?reprob=0.5&revalue=300", "levels"),
         ("center?crop_pct=0", "crop_pct"),
         ("cifar?padding_mode=edge", "constant or reflect"),
         ("nowhere.toml", "does not exist"),
