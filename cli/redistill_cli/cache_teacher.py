@@ -85,9 +85,9 @@ def show_estimate(estimate: Estimate) -> None:
         ("views", f"{estimate.views:,} per sample, in {estimate.blocks:,} blocks and {estimate.files:,} files"),
         (
             "size",
-            f"{human_bytes(estimate.total_bytes)}, {estimate.bytes_per_view:.1f} bytes per view of teacher outputs",
+            f"{human_bytes(estimate.total_bytes)}, teacher outputs {estimate.bytes_per_view:.1f} bytes per view",
         ),
-        ("free", f"{human_bytes(estimate.free_bytes)} on this disk"),
+        ("disk", f"{human_bytes(estimate.free_bytes)} free"),
         ("speed", f"{speed}, measured on {estimate.pilot_rows:,} views"),
         ("time", f"{human_seconds(estimate.seconds)}, {estimate.device_hours:.2f} device hours over all ranks"),
         ("break-even", estimate.break_even),
@@ -109,6 +109,6 @@ def show_result(result: CacheResult) -> None:
         ("views", f"{result.views:,} per sample, {result.samples:,} samples"),
         ("teacher", f"{result.teacher}, {computed}{top1}"),
         ("time", f"{human_seconds(result.seconds)}{speed}"),
-        ("size", f"{human_bytes(result.total_bytes)}, {result.bytes_per_view:.1f} bytes per view of teacher outputs"),
+        ("size", f"{human_bytes(result.total_bytes)}, teacher outputs {result.bytes_per_view:.1f} bytes per view"),
     ]
     key_values(rows)

@@ -47,7 +47,7 @@ def show_summary(description: dict[str, Any]) -> None:
     key_values(
         [
             ("archive", d["path"]),
-            ("id", d["id"] or "not sealed yet"),
+            ("id", d["id"] or "not sealed"),
             ("state", "complete" if d["complete"] else f"unfinished, {d['committed_blocks']} blocks committed"),
             ("samples", f"{d['num_samples']:,}, {len(d['excluded'])} excluded"),
             ("views", f"{d['num_views']:,}"),

@@ -85,7 +85,7 @@ def _show(archive: Path, report: VerifyReport, moved: list[str]) -> None:
         advice = (
             "run the same cache-teacher command to recompute them" if moved else "use --quarantine to recompute them"
         )
-        typer.echo(f"{harmless(archive)}: {len(report.damaged)} of {report.checked_files} files are damaged; {advice}")
+        typer.echo(f"{harmless(archive)}: {len(report.damaged)} of {report.checked_files} files damaged; {advice}")
         return
     typer.echo(f"{harmless(archive)}: {report.checked_files} files ok")
     if report.alignment is not None:
