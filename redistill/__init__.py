@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["CachedTeacher", "ViewDataset", "losses", "open_model", "open_source", "render"]
 
 # Loaded at first use: these need torch, and the processes that only read and hash images should not wait for it.
-LATE = {
+LAZY = {
     "CachedTeacher": "redistill.cached_teacher",
     "open_model": "redistill.models",
     "ViewDataset": "redistill.views.dataset",
@@ -26,7 +26,7 @@ LATE = {
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401  whatever the name stands for
-    if name not in LATE:
+    if name not in LAZY:
         raise AttributeError(f"module 'redistill' has no attribute {name!r}")
-    module = import_module(LATE[name])
-    return module if LATE[name] == f"redistill.{name}" else getattr(module, name)
+    module = import_module(LAZY[name])
+    return module if LAZY[name] == f"redistill.{name}" else getattr(module, name)

@@ -45,12 +45,12 @@ class CachedTeacher:
 
     def _signal(self, signal: str, rows: Any, view: int) -> Tensor:  # noqa: ANN401  rows in any of three forms
         resident = self._resident(signal, int(view))
-        wanted = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows, np.int64)
-        if wanted.ndim != 1 or (len(wanted) and not 0 <= wanted.min() <= wanted.max() < len(resident)):
-            raise OutOfRange(f"expected a list of rows in [0, {len(resident)}), found {wanted.tolist()!r:.60}")
-        if not len(wanted):
+        numbers = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows, np.int64)
+        if numbers.ndim != 1 or (len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(resident)):
+            raise OutOfRange(f"expected a list of rows in [0, {len(resident)}), found {numbers.tolist()!r:.60}")
+        if not len(numbers):
             return torch.zeros(0, resident.codec.width, device=self.device)
-        return decode_rows(resident, wanted, self.device)
+        return decode_rows(resident, numbers, self.device)
 
     def _resident(self, signal: str, view: int) -> PackedView:
         if not 0 <= view < self.archive.num_views:

@@ -37,7 +37,7 @@ def cuda_device(index: int | None, local_rank: int) -> torch.device:
         raise Refused("device cuda was requested, but torch finds no GPU; use --device cpu or --device auto")
     index = local_rank if index is None else index
     if index >= count:
-        raise Refused(f"device cuda:{index} was requested, but there are {count} GPUs (cuda:0 to cuda:{count - 1})")
+        raise Refused(f"device cuda:{index} was requested, but the last GPU is cuda:{count - 1}")
     return torch.device("cuda", index)
 
 

@@ -38,7 +38,7 @@ EXTRAS = ("timm", "wandb", "tensorboard")
 DEFAULT_DATA = "synthetic?n=64"
 # Images to measure with: more would not change the rates, and a large data set must not be read for them.
 MAX_IMAGES = 64
-# Images smaller than this are shown as they are, others cropped and scaled.
+# Images below this size are padded and cropped, others cropped and scaled.
 SMALL_IMAGE = 64
 SECONDS_PER_RATE = 1.0
 BYTES_WRITTEN = 32 << 20
@@ -95,7 +95,7 @@ def examine(data: str | None = None, archive: Path | None = None, folder: Path |
         workers=default_workers(),
         disk_free_gib=free_gib(folder),
         disk_write_mib_per_second=write_rate(folder),
-        data=data or "synthetic images, as no --data was given",
+        data=data or "synthetic images; use --data for others",
         view_size=size,
         views_per_second_and_core=render_rate(dataset),
         student=student,
@@ -124,7 +124,7 @@ def device_names() -> list[str]:
 
 
 def free_gib(folder: Path) -> float:
-    with disk_trouble("look at", folder):
+    with disk_trouble("read", folder):
         return shutil.disk_usage(folder).free / 2**30
 
 
@@ -166,7 +166,7 @@ def open_views(data: str, archive: Archive | None) -> ViewDataset:
     """Views as in training: with the archive's recipe, or the default one for the size of the images."""
     source = ObjectSource(Subset(open_source(data)))
     if not len(source):
-        raise Refused(f"{data} holds no image to measure with; use another --data, or leave it out")
+        raise Refused(f"{data} has no images; use another --data, or omit it")
     index = index_source(source, workers=0)
     default_recipe = "cifar" if index.sizes.max() < SMALL_IMAGE else "rrc"
     recipe = parse_recipe(default_recipe) if archive is None else archive_recipe(archive)
@@ -219,29 +219,31 @@ def measure_archive(diagnosis: Diagnosis, archive: Archive, device: torch.device
 
 
 def add_advice(diagnosis: Diagnosis) -> None:
-    """Find the slowest part, and say what to do about it."""
+    """Find the bottleneck and suggest what to change."""
     rates = {
-        "the loader": diagnosis.views_per_second_and_core * diagnosis.workers,
-        "the student": diagnosis.student_images_per_second,
+        "rendering": diagnosis.views_per_second_and_core * diagnosis.workers,
+        "student": diagnosis.student_images_per_second,
     }
     if diagnosis.archive_decode_rows_per_second is not None:
-        rates["decoding the archive"] = diagnosis.archive_decode_rows_per_second
+        rates["decoding"] = diagnosis.archive_decode_rows_per_second
     slowest = min(rates, key=lambda name: rates[name])
-    diagnosis.limit = f"{slowest}: about {rates[slowest]:.0f} images/s"
+    diagnosis.limit = f"{slowest}, about {rates[slowest]:.0f} images/s"
     advice = diagnosis.advice
-    if slowest == "the loader":
-        advice.append("the loader limits training: train several students in one pass (--seed 0 --seed 1 ...)")
-        advice.append("or show several views of each decoded image (--views-per-image 2), or store smaller images")
+    if slowest == "rendering":
+        advice.append("rendering is the bottleneck: train several students in one pass (--seed 0 --seed 1 ...)")
+        advice.append("or use several views of each decoded image (--views-per-image 2), or store smaller images")
     if diagnosis.cores < diagnosis.machine_cores:
         advice.append(
-            f"only {diagnosis.cores} of {diagnosis.machine_cores} cores may be used: more --workers would not help"
+            f"only {diagnosis.cores} of {diagnosis.machine_cores} cores may be used; more --workers will not help"
         )
     if diagnosis.devices == ["cpu"]:
-        advice.append("no GPU: run stage 1 with a large teacher on a machine that has one, and copy the archive here")
+        advice.append(
+            "no GPU: run cache-teacher on a machine with one if the teacher is large, and copy the archive here"
+        )
     if diagnosis.memory_gib is not None and diagnosis.memory_gib < 4:
-        advice.append(f"{diagnosis.memory_gib:.1f} GiB of memory: keep --workers low and --cache-memory below 1")
+        advice.append(f"{diagnosis.memory_gib:.1f} GiB of memory: use few --workers, and --cache-memory below 1")
     if diagnosis.disk_free_gib < 5:
         advice.append(f"{diagnosis.disk_free_gib:.1f} GiB free: cache-teacher --dry-run estimates an archive's size")
     missing = [name for name in EXTRAS if diagnosis.versions[name] is None]
     if missing:
-        advice.append(f"optional, not installed: {', '.join(missing)}")
+        advice.append(f"optional packages not installed: {', '.join(missing)}")

@@ -65,14 +65,14 @@ def evaluate(
     """
     path = run_or_weights / STUDENT if run_or_weights.is_dir() else run_or_weights
     if not path.exists():
-        raise Refused(f"{path} does not exist; expected the folder of a finished run, or a file of weights")
+        raise Refused(f"{path} does not exist; expected the folder of a finished run, or a weights file")
     model = open_student(path, student, allow_python)
     teacher = None if archive is None else open_archive(archive)
     if size is None:
         size = model.input_size if teacher is None else archive_recipe(teacher).size
     if size is None:
         raise UsageError(f"the size of the views is not known for {model.spec!r}; add --size")
-    used = pick_device(device)
+    torch_device = pick_device(device)
     validation = Validation.open(
         data,
         class_names=None if teacher is None else teacher.class_names,
@@ -86,16 +86,18 @@ def evaluate(
     names = validation.class_names
     if teacher is None and names is not None and len(names) != model.num_classes:
         raise Refused(f"the data has {len(names)} classes, the student {model.num_classes}")
-    network = model.module.to(used).eval()
+    network = model.module.to(torch_device).eval()
     start = time.perf_counter()
-    (tally,) = validation.tallies([(network, model.normalise().to(used))], used, pick_amp(used, amp))
+    (sums,) = validation.metric_sums(
+        [(network, model.normalise().to(torch_device))], torch_device, pick_amp(torch_device, amp)
+    )
     images_per_second = len(validation) / (time.perf_counter() - start)
-    return Evaluation(str(path), model.portable_spec, tally.metrics(), names, images_per_second)
+    return Evaluation(str(path), model.portable_spec, sums.metrics(), names, images_per_second)
 
 
 def open_student(path: Path, student: str | None, allow_python: bool) -> OpenedModel:
     if student is None:
         return open_weights(path)
     if "weights=" in student:
-        raise UsageError(f"{student!r} and {str(path)!r} both name weights; give only one of them")
+        raise UsageError(f"{student!r} and {str(path)!r} both name weights; use only one of them")
     return open_model(f"{student}{'&' if '?' in student else '?'}weights={path}", allow_python=allow_python)

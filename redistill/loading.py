@@ -86,11 +86,11 @@ class BatchLoader:
                 if isinstance(batch, RedistillError):
                     raise batch
                 yield tags.popleft(), batch
-        except (RuntimeError, EOFError, OSError) as error:  # the latter two if it dies while sending a batch
+        except (RuntimeError, EOFError, OSError) as error:  # the latter two if a worker dies while sending a batch
             if not worker_exited(iterator):
                 raise
             raise Refused(
-                f"a process that renders images has died ({first_line(error)}); if memory ran out, use fewer --workers"
+                f"a rendering worker died ({first_line(error)}); if memory ran out, use fewer --workers"
             ) from error
 
     def close(self) -> None:
@@ -101,7 +101,7 @@ class BatchLoader:
 
 
 class _Sampler:
-    """The batches of the current `load`. A DataLoader takes its sampler once and iterates over it again and again."""
+    """The batches of the current `load`. A DataLoader has the same sampler in all its iterations."""
 
     def __init__(self) -> None:
         self.batches: Iterator[Sequence[int]] = iter(())

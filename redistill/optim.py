@@ -34,7 +34,7 @@ class OptimConfig:
     lr: float = field(
         default=0.1,
         metadata=option(
-            "Peak learning rate, used as it is at any batch size; presets scale theirs.", above=0, below=math.inf
+            "Peak learning rate. Only that of a preset is scaled with the batch size.", above=0, below=math.inf
         ),
     )
     momentum: float = field(default=0.9, metadata=option("Momentum of sgd and nesterov.", at_least=0, below=1))
@@ -177,7 +177,7 @@ PRESETS = {
             decay_milestones=(150.0, 180.0, 210.0),
         ),
     ),
-    # The usual recipe of ImageNet: 100 epochs, x0.1 at 30, 60, 90.
+    # The usual ImageNet recipe: 100 epochs, x0.1 at 30, 60, 90.
     "imagenet-100": Preset(
         batch_size=256,
         optim=OptimConfig(
@@ -198,8 +198,8 @@ PRESETS = {
 }
 
 # Families that diverge at 0.05 without warm-up: CRD's scripts train them at a fifth of the rate.
-GENTLE = ("mobilenet", "shuffle")
-GENTLE_FACTOR = 0.2
+LOW_LR_FAMILIES = ("mobilenet", "shuffle")
+LOW_LR_FACTOR = 0.2
 
 
 def preset(name: str, *, model: str = "", batch_size: int | None = None) -> Preset:
@@ -207,7 +207,7 @@ def preset(name: str, *, model: str = "", batch_size: int | None = None) -> Pres
     if name not in PRESETS:
         raise UsageError(f"--preset {name!r} is not known; {did_you_mean(name, PRESETS)}")
     published = PRESETS[name]
-    gentle = name == "cifar-kd" and model.lower().startswith(GENTLE)
+    low_lr = name == "cifar-kd" and model.lower().startswith(LOW_LR_FAMILIES)
     batch = published.batch_size if batch_size is None else batch_size
-    lr = published.optim.lr * (GENTLE_FACTOR if gentle else 1.0) * (batch / published.batch_size)
+    lr = published.optim.lr * (LOW_LR_FACTOR if low_lr else 1.0) * (batch / published.batch_size)
     return Preset(batch_size=batch, optim=replace(published.optim, lr=lr))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin
 
 from redistill_cache.errors import UsageError
 
-from redistill.specs import did_you_mean
+from redistill.specs import TYPE_NAMES, did_you_mean
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -31,12 +31,12 @@ LIMITS: Mapping[str, Callable[[Any, Any], bool]] = {
     "at_most": operator.le,
     "below": operator.lt,
 }
-# What TOML may hold for an option of a type, and how messages name it.
+# The Python types of a value in TOML for an option of a type, and the type's name in messages.
 TYPES: Mapping[type, tuple[tuple[type, ...], str]] = {
-    bool: ((bool,), "true or false"),
-    int: ((int,), "a whole number"),
-    float: ((int, float), "a number"),
-    str: ((str,), "text"),
+    bool: ((bool,), TYPE_NAMES[bool]),
+    int: ((int,), TYPE_NAMES[int]),
+    float: ((int, float), TYPE_NAMES[float]),
+    str: ((str,), TYPE_NAMES[str]),
     Path: ((str, Path), "a path"),
 }
 
@@ -85,10 +85,10 @@ class Option:
         """Refuse a value outside the limits (NaN is outside any) or not among the choices."""
         if self.type.choices and value not in self.type.choices:
             raise UsageError(f"{self.flag} {value!r} is not known; {did_you_mean(str(value), self.type.choices)}")
-        limits = {word: limit for word in LIMITS if (limit := getattr(self, word)) is not None}
-        if not all(LIMITS[word](value, limit) for word, limit in limits.items()):
-            wanted = " and ".join(f"{word.replace('_', ' ')} {limit}" for word, limit in limits.items())
-            raise UsageError(f"{self.flag} must be {wanted}, found {value!r}")
+        limits = {name: limit for name in LIMITS if (limit := getattr(self, name)) is not None}
+        if not all(LIMITS[name](value, limit) for name, limit in limits.items()):
+            expected = " and ".join(f"{name.replace('_', ' ')} {limit}" for name, limit in limits.items())
+            raise UsageError(f"{self.flag} must be {expected}, found {value!r}")
 
 
 @cache
@@ -118,11 +118,11 @@ def check_types(values: Mapping[str, Any], options: type) -> None:
     """Refuse the first value, from TOML or the command line, of another type than its field."""
     for name, value in values.items():
         kind, several, _ = options_of(options)[name].type
-        types, words = TYPES[kind]
+        types, type_name = TYPES[kind]
         is_list = isinstance(value, list | tuple)
         items = value if is_list else [value]
         if is_list != several or not all(isinstance(i, types) and isinstance(i, bool) == (kind is bool) for i in items):
-            raise UsageError(f"{name} must be {f'a list, each {words}' if several else words}, found {value!r}")
+            raise UsageError(f"{name} must be {f'a list, each {type_name}' if several else type_name}, found {value!r}")
 
 
 def check_values(options: DataclassInstance) -> None:

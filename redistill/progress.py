@@ -1,4 +1,4 @@
-"""Progress of a long run, for whoever started it. The library itself never prints."""
+"""Progress reports of a long run. The library itself never prints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Progress(Protocol):
     def info(self, text: str) -> None: ...
     def warning(self, text: str) -> None: ...
     def advance(self, task: str, done: int, total: int, **figures: object) -> None:
-        """`done` of `total` images of a task ("index", "teacher" or "train"), and figures worth showing beside it."""
+        """`done` of `total` images of a task ("index", "teacher" or "train"), and figures to show with it."""
 
     def epoch(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """An epoch of training has ended: the figures of every member of the cohort."""

@@ -1,4 +1,4 @@
-"""Processes started by torchrun: `Rank` is this one's place among them, `World` the process group for training.
+"""Processes started by torchrun: `Rank` is the position of this one, `World` the process group for training.
 
 Training needs both. Stage 1 needs no process group, because its ranks communicate through the archive: rank 0 creates
 it and declares the teacher; then every rank writes its own share of the blocks and, when that is done, blocks of other
@@ -39,9 +39,9 @@ class Rank:
     """This process among all processes, and among those on this machine."""
 
     rank: int = 0
-    world: int = 1
-    local: int = 0
-    local_world: int = 1
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
 
     @classmethod
     def from_environment(cls) -> Rank:
@@ -51,13 +51,13 @@ class Rank:
         if texts[0] is None or texts[1] is None:
             return cls()
         try:
-            rank, world = int(texts[0]), int(texts[1])
-            local, local_world = int(texts[2] or 0), int(texts[3] or 1)
+            rank, world_size = int(texts[0]), int(texts[1])
+            local_rank, local_world_size = int(texts[2] or 0), int(texts[3] or 1)
         except ValueError:
             raise UsageError(f"expected numbers in {', '.join(names)}, found {texts}; start with torchrun") from None
-        if not (0 <= rank < world and 0 <= local < local_world):
+        if not (0 <= rank < world_size and 0 <= local_rank < local_world_size):
             raise UsageError(f"expected a rank below its world size in {', '.join(names)}, found {texts}")
-        return cls(rank, world, local, local_world)
+        return cls(rank, world_size, local_rank, local_world_size)
 
     @property
     def first(self) -> bool:
@@ -65,12 +65,12 @@ class Rank:
 
     def work_order(self, blocks: Sequence[T]) -> list[T]:
         """This rank's share of the blocks, then the shares of the next ranks, each of those backwards."""
-        shares = [list(blocks[rank :: self.world]) for rank in range(self.world)]
+        shares = [list(blocks[rank :: self.world_size]) for rank in range(self.world_size)]
         others = shares[self.rank + 1 :] + shares[: self.rank]
         return shares[self.rank] + [block for share in others for block in reversed(share)]
 
     def wait_until(self, condition: Callable[[], bool], stop: StopRequest) -> None:
-        """Wait for work of rank 0. torchrun ends this process if that one fails."""
+        """Wait for rank 0 to finish some work. torchrun ends this process if rank 0 fails."""
         while not condition():
             stop.raise_if_set()
             time.sleep(POLL_SECONDS)
@@ -87,7 +87,7 @@ class World:
 
     @property
     def size(self) -> int:
-        return self.rank.world
+        return self.rank.world_size
 
     @property
     def first(self) -> bool:
@@ -129,18 +129,18 @@ class World:
                 dist.broadcast(tensor, src=0)
 
     def barrier(self) -> None:
-        """Wait until all ranks are here."""
+        """Wait for all ranks."""
         self.any(False)
 
     @contextmanager
     def local_first(self) -> Iterator[None]:
-        """One rank of each machine runs the block before the others, which then find what it has cached on disk."""
-        if self.rank.local:
+        """One rank of each machine runs the block before the others, which then find its results cached on disk."""
+        if self.rank.local_rank:
             self.barrier()
         try:
             yield
         finally:
-            if not self.rank.local:
+            if not self.rank.local_rank:
                 self.barrier()
 
 
@@ -148,8 +148,8 @@ class World:
 def joined_world(device: str) -> Iterator[World]:
     """The world of this process, with a process group when torchrun started it."""
     rank = Rank.from_environment()
-    rank_device = pick_device(device, local_rank=rank.local)
-    if rank.world == 1:
+    rank_device = pick_device(device, local_rank=rank.local_rank)
+    if rank.world_size == 1:
         yield World(rank, rank_device)
         return
     if rank_device.type == "cuda":

@@ -80,7 +80,7 @@ def suggest(layer: str, names: set[str]) -> str:
 
 
 def pool(output: Tensor, layer: str) -> Tensor:
-    """One row per image. Views are square, which tells [B, C, H, W] from the [B, H, W, C] of Swin and ConvNeXt."""
+    """One row per image. Square maps distinguish [B, C, H, W] from the [B, H, W, C] of Swin and ConvNeXt."""
     if output.ndim == 4 and output.shape[2] == output.shape[3]:
         return output.mean((2, 3))
     if output.ndim == 4 and output.shape[1] == output.shape[2]:

@@ -5,7 +5,7 @@ synthetic?classes=20&size=32       data       scheme "synthetic", name ""
 cifar:resnet8x4?weights=w.pt       model      scheme "cifar", name "resnet8x4"
 power?lam=0.6667&temperature=4     loss       scheme "power", name ""
 
-Also the wording that their error messages share with others.
+Also the wording shared by error messages.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from urllib.parse import unquote
 
 from redistill_cache.errors import UsageError
 
-__all__ = ["Spec", "did_you_mean", "first_line", "listed", "parse_spec"]
+__all__ = ["TYPE_NAMES", "Spec", "did_you_mean", "first_line", "listed", "parse_spec"]
 
 
 T = TypeVar("T", str, int, float, bool)
 
+TYPE_NAMES: Mapping[type, str] = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 TRUE, FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 
@@ -48,7 +49,7 @@ class Spec:
                 raise UsageError(f"{self.text!r}: unknown option {key!r}; {hint}")
 
     def take(self, key: str, default: T) -> T:
-        """The option `key` as the type of `default`, or `default` where it is missing."""
+        """The option `key` in the type of `default`, or `default` if it is missing."""
         text = self.options.get(key)
         if text is None:
             return default
@@ -60,7 +61,7 @@ class Spec:
                 return kind(text.lower() in TRUE)
             return kind(text)
         except ValueError:
-            raise UsageError(f"{self.text!r}: option {key}={text!r} is not a {kind.__name__}") from None
+            raise UsageError(f"{self.text!r}: option {key} must be {TYPE_NAMES[kind]}, found {text!r}") from None
 
 
 def parse_spec(text: str) -> Spec:

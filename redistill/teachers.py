@@ -113,10 +113,10 @@ class TeacherCheck:
     """The measurements on the batch. Differences are absolute differences of logits."""
 
     images: int
-    floor: float
-    """Largest difference between the same views in two batch compositions; smaller differences are noise."""
-    relative_floor: float
-    """`floor` divided by the standard deviation of the logits."""
+    batch_difference: float
+    """Largest difference between the same views in two batch compositions; smaller differences are rounding."""
+    relative_batch_difference: float
+    """`batch_difference` divided by the standard deviation of the logits."""
     repeat: float
     """Largest difference between two runs of the same batch."""
 
@@ -137,13 +137,13 @@ def check_teacher(teacher: Teacher, pixels: Tensor) -> TeacherCheck:
             f"two runs of the teacher over the same images give different logits (by {repeat:.3g}); it must not use "
             f"dropout or sampling in eval mode"
         )
-    floor = max_difference(first, run_regrouped(teacher, pixels))
-    if floor > NEIGHBOUR_BOUND[teacher.amp] * deviation:
+    difference = max_difference(first, run_regrouped(teacher, pixels))
+    if difference > NEIGHBOUR_BOUND[teacher.amp] * deviation:
         raise Refused(
-            f"the teacher's logits for an image depend on the other images of the batch (by {floor:.3g}, at a standard "
-            f"deviation of {deviation:.3g}); batch norm must use its running statistics"
+            f"the teacher's logits for an image depend on the other images of the batch (by {difference:.3g}, at a "
+            f"standard deviation of {deviation:.3g}); batch norm must use its running statistics"
         )
-    return TeacherCheck(images=len(pixels), floor=floor, relative_floor=floor / deviation, repeat=repeat)
+    return TeacherCheck(len(pixels), difference, difference / deviation, repeat)
 
 
 def run_regrouped(teacher: Teacher, pixels: Tensor) -> dict[str, Tensor]:
@@ -175,7 +175,7 @@ def refuse_not_finite(teacher: Teacher, outputs: dict[str, Tensor]) -> None:
     for name, rows in outputs.items():
         bad = int((~torch.isfinite(rows)).any(1).sum())
         if bad:
-            advice = "; try --no-amp" if teacher.amp is not None else "; are its weights and normalisation right?"
+            advice = "; try --no-amp" if teacher.amp is not None else "; check its weights and normalisation"
             raise Refused(f"the teacher's {name} contain NaN or infinity for {bad} of {len(rows)} images{advice}")
 
 

@@ -12,9 +12,9 @@ import pytest
 
 
 class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    """Serves files; the log of its requests is kept, not printed.
+    """Serves files; its requests are recorded, not printed.
 
-    A name that ends in '.short' breaks off early, and so does one of `fragile`, the first time it is asked for.
+    A name that ends in '.short' breaks off early, and so does one of `fragile`, the first time it is requested.
     """
 
     requests: list[str]

@@ -10,18 +10,18 @@ INTERRUPTED = 130
 
 
 def main() -> None:
-    # Read when numpy is imported, so it is set first. The encoder multiplies many small matrices beside the teacher:
+    # numpy reads it on import, so it is set first. The encoder multiplies many small matrices beside the teacher:
     # several threads take two to six times the processor time for it, and are often slower.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    raises = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if raises:  # Ctrl-C while modules are imported: exit without a traceback, as nothing has started
+    python_handles_sigint = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if python_handles_sigint:  # Ctrl-C while modules are imported: exit without a traceback, as nothing has started
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from redistill_cache.errors import RedistillError
     from redistill_cache.wording import harmless
 
     from redistill_cli.app import app
 
-    if raises:
+    if python_handles_sigint:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         app()

@@ -25,7 +25,7 @@ class CommandInterrupted(RedistillError):
 
 
 class Commands(TyperGroup):
-    """Reports Ctrl-C as an error of ours; typer would exit without a message."""
+    """Turns Ctrl-C into a RedistillError; typer would exit without a message."""
 
     def invoke(self, ctx: Any) -> Any:  # noqa: ANN401  the context of typer's own click, and what a command returns
         try:

@@ -25,16 +25,17 @@ USER_OF_URL = re.compile(r"(?<=://)[^/\s@]+@")
 def cache_teacher(
     *,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Estimate size and time from a small pilot, and write nothing.")
+        bool, typer.Option("--dry-run", help="Estimate size and time from a small pilot; write nothing.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     **values: object,
 ) -> None:
-    """Run a teacher over augmented views, write an archive.
+    """Write an archive of a teacher's logits.
 
-    Run the same command again to resume after an interruption: committed
-    blocks are not recomputed. Under torchrun the ranks share the work; the
-    archive is byte-identical for any number of ranks.
+    Runs the teacher once over augmented views of every image. Run the same
+    command again to resume after an interruption: committed blocks are not
+    recomputed. Under torchrun the ranks share the work; the archive is
+    byte-identical for any number of ranks.
 
     Examples:
 
@@ -78,36 +79,36 @@ def without_secrets(arguments: list[str]) -> str:
 
 
 def show_estimate(estimate: Estimate) -> None:
-    pace = f"{estimate.images_per_second:.1f} images/s on {estimate.device}"
+    speed = f"{estimate.images_per_second:.1f} images/s on {estimate.device}"
     rows: list[tuple[str, object]] = [
         ("samples", f"{estimate.samples:,}"),
-        ("views", f"{estimate.views:,}, {estimate.blocks:,} blocks, {estimate.files:,} files"),
+        ("views", f"{estimate.views:,} per sample, in {estimate.blocks:,} blocks and {estimate.files:,} files"),
         (
             "size",
-            f"{human_bytes(estimate.total_bytes)}, {estimate.bytes_per_view:.1f} bytes per view of teacher outputs",
+            f"{human_bytes(estimate.total_bytes)}, teacher outputs {estimate.bytes_per_view:.1f} bytes per view",
         ),
-        ("free", human_bytes(estimate.free_bytes)),
-        ("pace", f"{pace}, measured on {estimate.pilot_rows} views"),
-        ("time", f"{human_seconds(estimate.seconds)}, {estimate.device_hours:.2f} hours of {estimate.device} in total"),
+        ("disk", f"{human_bytes(estimate.free_bytes)} free"),
+        ("speed", f"{speed}, measured on {estimate.pilot_rows:,} views"),
+        ("time", f"{human_seconds(estimate.seconds)}, {estimate.device_hours:.2f} device hours over all ranks"),
         ("break-even", estimate.break_even),
     ]
     if estimate.teacher_top1 is not None:
-        rows.append(("teacher", f"top-1 {estimate.teacher_top1:.1%} on the pilot's views"))
+        rows.append(("teacher", f"top-1 {estimate.teacher_top1:.1%} on these views"))
     rows += [(f"codec of {name}", reason) for name, reason in estimate.codecs.items()]
     key_values(rows)
 
 
 def show_result(result: CacheResult) -> None:
-    pace = f", {result.images_per_second:.1f} images/s" if result.images_per_second else ""
+    speed = f", {result.images_per_second:.1f} images/s" if result.images_per_second else ""
     top1 = f", top-1 {result.teacher_top1:.1%}" if result.teacher_top1 is not None else ""
-    computed = f"{result.images:,} views computed" if result.images else "nothing was missing"
-    unfinished = f"none yet, unfinished: {', '.join(result.missing) or 'blocks of another process'}"
+    computed = f"{result.images:,} views computed" if result.images else "already complete"
+    unfinished = f"not sealed yet, incomplete: {', '.join(result.missing) or 'blocks of another process'}"
     rows: list[tuple[str, object]] = [
         ("archive", result.path),
         ("id", result.id or unfinished),
-        ("views", f"{result.views:,} of {result.samples:,} samples"),
+        ("views", f"{result.views:,} per sample, {result.samples:,} samples"),
         ("teacher", f"{result.teacher}, {computed}{top1}"),
-        ("time", f"{human_seconds(result.seconds)}{pace}"),
-        ("size", f"{human_bytes(result.total_bytes)}, {result.bytes_per_view:.1f} bytes per view of teacher outputs"),
+        ("time", f"{human_seconds(result.seconds)}{speed}"),
+        ("size", f"{human_bytes(result.total_bytes)}, teacher outputs {result.bytes_per_view:.1f} bytes per view"),
     ]
     key_values(rows)

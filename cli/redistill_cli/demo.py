@@ -22,8 +22,8 @@ def demo(
 
     Needs neither a GPU nor a network connection. Caches a teacher that was
     trained on 60 times as many images as the students, and trains students with
-    three losses; then again with a fifth of the teacher's logits replaced by
-    confidently wrong ones. Finished parts are not run again.
+    three losses; then trains again with a fifth of the teacher's logits replaced
+    by confidently wrong ones. Finished steps are not repeated.
 
     Examples:
 
@@ -57,7 +57,7 @@ def show(summary: Summary, out: Path) -> None:
         f"\narchive: {storage.archived:.1f} bytes per view (float16 logits {storage.float16:.0f}, "
         f"top-10 {storage.top10:.0f})"
         f"\nspeed:   {speed.cached:.0f} images/s from the archive, {speed.online:.0f} with an online teacher "
-        f"({speed.ratio:.2f} times)"
+        f"({speed.ratio:.2f}x)"
         f"\ntime:    {human_seconds(summary.seconds)}\n"
         f"\nopen {out / 'report.html'}; then try: redistill inspect {out / 'teacher.redistill.zarr'}"
     )

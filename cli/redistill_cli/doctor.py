@@ -23,10 +23,10 @@ def doctor(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Measure this machine, advise on bottlenecks.
+    """Measure this machine and find bottlenecks.
 
     Lists versions and devices, measures disk, rendering and training for a few
-    seconds, and names what will limit training.
+    seconds each, and suggests what to change.
 
     Examples:
 
@@ -63,6 +63,6 @@ def show(diagnosis: Diagnosis) -> None:
     if d.archive_load_rows_per_second is not None and d.archive_decode_rows_per_second is not None:
         load, decode = d.archive_load_rows_per_second, d.archive_decode_rows_per_second
         rows.append(("archive", f"{load:,.0f} rows/s from disk, {decode:,.0f} rows/s decoded"))
-    rows.append(("limit", d.limit))
+    rows.append(("bottleneck", d.limit))
     rows += [("advice" if i == 0 else "", text) for i, text in enumerate(d.advice)]
     key_values(rows)

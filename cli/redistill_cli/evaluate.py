@@ -20,7 +20,7 @@ SHOWN = 12
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or file of weights.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder or weights file.")],
     data: Annotated[
         str,
         typer.Option("--data", metavar="DATA", help="Labelled images: folder:PATH, cifar100:PATH?split=val, ..."),
@@ -30,7 +30,7 @@ def evaluate(
         typer.Option(
             "--student",
             metavar="MODEL",
-            help="Network of a file of weights that does not name it, such as torchvision:resnet18.",
+            help="Network, such as torchvision:resnet18, if the weights file does not name it.",
         ),
     ] = None,
     archive: Annotated[
@@ -114,14 +114,14 @@ def show(evaluation: Evaluation) -> None:
             ("teacher top-1", f"{teacher.teacher_top1:.2%}"),
             ("agreement", f"{teacher.agreement:.2%}"),
             ("KL to teacher", f"{teacher.kl_t1:.4f} at T = 1, {teacher.kl:.4f} at T = {teacher.temperature:g}"),
-            ("teacher right", share(teacher.top1_where_teacher_right, teacher.teacher_right_rows)),
+            ("teacher correct", share(teacher.top1_where_teacher_right, teacher.teacher_right_rows)),
             ("teacher wrong", share(teacher.top1_where_teacher_wrong, teacher.teacher_wrong_rows)),
         ]
     key_values(rows)
     worst = sorted((value, label) for label, value in enumerate(metrics.per_class) if value is not None)[:SHOWN]
     names = evaluation.class_names
     table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column(f"hardest of {len(metrics.per_class)} classes")
+    table.add_column(f"lowest {len(worst)} of {len(metrics.per_class)} classes")
     table.add_column("top-1", justify="right")
     for value, label in worst:
         table.add_row(harmless(label if names is None else names[label]), f"{value:.2%}")
@@ -130,4 +130,4 @@ def show(evaluation: Evaluation) -> None:
 
 
 def share(value: float | None, rows: int) -> str:
-    return f"top-1 {value:.2%} on {rows:,} images" if value is not None else "no images"
+    return f"student top-1 {value:.2%} on {rows:,} images" if value is not None else "no images"

@@ -1,4 +1,4 @@
-"""`redistill inspect`: what an archive holds."""
+"""`redistill inspect`: the contents of an archive."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def inspect(
     archive: Annotated[str, typer.Argument(metavar="ARCHIVE", help="Path such as name.redistill.zarr, or URL.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Print what an archive holds.
+    """Describe the contents of an archive.
 
     Prints id, samples, views, recipe, licence, and codec, size and fidelity of
     every teacher output. Unfinished archives are described up to their last
@@ -47,14 +47,14 @@ def show_summary(description: dict[str, Any]) -> None:
     key_values(
         [
             ("archive", d["path"]),
-            ("id", d["id"] or "none before it is sealed"),
+            ("id", d["id"] or "not sealed"),
             ("state", "complete" if d["complete"] else f"unfinished, {d['committed_blocks']} blocks committed"),
             ("samples", f"{d['num_samples']:,}, {len(d['excluded'])} excluded"),
             ("views", f"{d['num_views']:,}"),
             ("classes", f"{d['num_classes']:,}"),
             ("size", f"{human_bytes(d['total_bytes'])}, {d['bytes_per_view']:.1f} bytes per view in total"),
             ("recipe", ops or "none"),
-            ("view parameters", f"{parameters or 'none'} (bytes per view)"),
+            ("view params", f"{parameters or 'none'} (bytes per view)"),
             ("canaries", f"{d['canaries_per_view']} per view"),
             ("licence", d["licence"] or "not stated"),
             ("citation", d["citation"] or "not stated"),
@@ -64,7 +64,8 @@ def show_summary(description: dict[str, Any]) -> None:
 
 def show_teachers(description: dict[str, Any]) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0))
-    columns = ("teacher", "signal", "codec", "B/view", "bound", "mean KL T=1", "T=4", "max KL T=1", "T=4")
+    kl_columns = tuple(f"{kind} KL\nT={t}" for kind in ("mean", "max") for t in (1, 4))
+    columns = ("teacher", "signal", "codec", "B/view", "bound", *kl_columns)
     for column in columns:
         table.add_column(column, justify="left" if column in columns[:3] else "right")
     for name, signals in description["teachers"].items():

@@ -23,8 +23,8 @@ Command = TypeVar("Command", bound=Callable[..., None])
 def takes(options: type, *, require: bool = True) -> Callable[[Command], Command]:
     """Give a command the options of a dataclass, in place of its `**` parameter and before its own parameters.
 
-    Every option is None where it is not on the command line, so that a preset or a file may decide. With `require`
-    unset no option is required.
+    An option that is not on the command line is None, so that a preset or a file can set it. Without `require`, no
+    option is required.
     """
 
     def decorate(command: Command) -> Command:
@@ -50,7 +50,7 @@ def parameter(option: Option, require: bool) -> Parameter:
 
 
 def spelling(option: Option) -> str:
-    """A switch that is not off by default can be turned off as well."""
+    """The flag; with a --no- form for a switch that is not off by default."""
     negatable = option.type.kind is bool and option.default is not False
     return f"{option.flag}/--no-{option.flag[2:]}" if negatable else option.flag
 
@@ -82,15 +82,15 @@ def describe_default(option: Option) -> str:
 
 
 def collect(options: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """What the command line gives for the options of a dataclass, by field."""
-    given = {}
+    """The options of a dataclass that are on the command line, by field."""
+    result = {}
     for name, option in options_of(options).items():
         value = values.get(name)
         if option.commas and value is not None:
             value = split_commas(option, value)
         if value is not None and value not in ([], ()):
-            given[name] = value
-    return given
+            result[name] = value
+    return result
 
 
 def split_commas(option: Option, text: str) -> list[Any]:

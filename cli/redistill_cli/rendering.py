@@ -98,7 +98,9 @@ class ProgressBar:
 
     def _line(self, done: int, total: int, figures: Mapping[str, object]) -> None:
         now = time.monotonic()
-        if self._start is None:  # the rate counts from here: a resumed task begins with steps of an earlier run
+        if (
+            self._start is None
+        ):  # the rate is that of this process: a resumed task starts with the images of an earlier run
             self._start = now, done
         start, before = self._start
         if now - self._last_line < self.SECONDS or now == start:
@@ -120,7 +122,7 @@ class ProgressBar:
 
 
 class TerminalProgress:
-    """Progress of a run on stderr: messages, a bar for the task at hand, a line per epoch."""
+    """Progress of a run on stderr: messages, a bar for the current task, a line per epoch."""
 
     def __init__(self, *, last_member_only: bool = False) -> None:
         self._last_member_only = last_member_only
@@ -149,8 +151,9 @@ class TerminalProgress:
         self._bar.update(done, total, **figures)
 
     def epoch(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        width = max(len(row["name"]) for row in rows)
         for row in rows[-1:] if self._last_member_only else rows:
-            name = f"{row['name']}  " if len(rows) > 1 else ""
+            name = f"{row['name']:<{width}}  " if len(rows) > 1 else ""
             top1 = f"  top-1 {row['val_top1']:.2%}" if row["val_top1"] != "" else ""
             speed = f"{row['images_per_second']:.0f} images/s, {row['data_wait']:.0%} waiting for data"
             self._write(f"epoch {row['epoch']:>3}  {name}loss {row['train_loss']:.4f}{top1}  ({speed})")

@@ -19,7 +19,7 @@ def report(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option("--data", metavar="DATA", help="Images of --archive: shows views with all predictions."),
+        typer.Option("--data", metavar="DATA", help="Images of the archive, to show views with all predictions."),
     ] = None,
 ) -> None:
     """Write a self-contained HTML page about finished runs.

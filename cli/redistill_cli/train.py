@@ -28,9 +28,7 @@ def train(
     config: Annotated[Path | None, typer.Option("--config", help="Repeat a run from its config.toml.")] = None,
     preset: Annotated[
         str | None,
-        typer.Option(
-            "--preset", metavar="|".join(PRESETS), help="Settings of a recipe, used where no option is given."
-        ),
+        typer.Option("--preset", metavar="|".join(PRESETS), help="Settings of a recipe, used where no option is set."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
     **values: object,
@@ -68,7 +66,7 @@ def train(
         results = run(options, progress)
     if Rank.from_environment().first:
         show(results, as_json=as_json)
-        leave_report(options)
+        write_run_report(options)
 
 
 def read_options(values: Mapping[str, Any], config: Path | None, preset: str | None) -> TrainOptions:
@@ -114,8 +112,8 @@ def decimals(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def leave_report(options: TrainOptions) -> None:
-    """Write report.html beside the runs. They are finished, so an error in it is only a warning."""
+def write_run_report(options: TrainOptions) -> None:
+    """Write report.html beside the runs. The runs are finished, so an error is only a warning."""
     from redistill.report import write_report
 
     page = options.out / "report.html"

@@ -1,4 +1,4 @@
-"""`redistill verify`: are the files of an archive intact, and are these its images?"""
+"""`redistill verify`: check the files of an archive, and the images it was made from."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def verify(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Check the files of an archive, and its images.
+    """Check an archive for damage.
 
-    Every file is compared with its checksum; with --data, sample views are
-    rendered again and compared with the archive's canaries.
+    Compares every file with its checksum; with --data, also renders sample
+    views again and compares them with the archive's canaries.
 
     Exit codes: 0 ok, 3 the images do not give the archive's views, 4 damaged.
 
@@ -85,7 +85,7 @@ def _show(archive: Path, report: VerifyReport, moved: list[str]) -> None:
         advice = (
             "run the same cache-teacher command to recompute them" if moved else "use --quarantine to recompute them"
         )
-        typer.echo(f"{harmless(archive)}: {len(report.damaged)} of {report.checked_files} files are damaged; {advice}")
+        typer.echo(f"{harmless(archive)}: {len(report.damaged)} of {report.checked_files} files damaged; {advice}")
         return
     typer.echo(f"{harmless(archive)}: {report.checked_files} files ok")
     if report.alignment is not None:

@@ -25,7 +25,7 @@ from redistill.caching.plan import Plan
 
 __all__ = ["Estimate", "estimate", "existing_parent", "refuse_small_disk", "teacher_spec"]
 
-# Stands for a file in a record whose length is estimated.
+# A typical file entry, to estimate the length of a record.
 SAMPLE_ENTRY = FileEntry(100_000, "0" * 64)
 # A line of the manifest holds a file's path, and its hash and size with quotes, brackets and commas.
 MANIFEST_LINE_BYTES = 64 + 16
@@ -34,7 +34,7 @@ SAFETY_FACTOR = 1.02
 
 @dataclass(frozen=True)
 class Estimate:
-    """Cost of the whole archive, from nothing; what exists already is not subtracted."""
+    """Cost of the whole archive; existing parts are not subtracted."""
 
     samples: int
     views: int
@@ -67,8 +67,8 @@ class Estimate:
     def break_even(self) -> str:
         """The number of epochs of online distillation that take the same teacher time."""
         return (
-            f"as much teacher time as {self.views} epoch{'s' * (self.views > 1)} of online distillation; after that, "
-            "every epoch, student, seed and loss needs no teacher time"
+            f"after {self.views} epoch{'s' * (self.views > 1)} of online distillation; further epochs, students, seeds "
+            "and losses need no teacher"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def estimate(plan: Plan, pilot: Pilot, choices: Mapping[str, Choice]) -> Estimat
     side = {f"{name}/{key}": array for name, codec in codecs.items() for key, array in codec.side().items()}
     side_bytes = sum(len(encode_shard(array, side[name])) for name, array in layout.side_arrays(teacher).items())
     other, files = other_bytes(plan, spec, teacher, stats)
-    images_per_second = pilot.images_per_second * plan.rank.world
+    images_per_second = pilot.images_per_second * plan.rank.world_size
     return Estimate(
         samples=spec.num_samples,
         views=spec.num_views,
@@ -178,7 +178,7 @@ def refuse_small_disk(path: Path, needed: int) -> None:
     free = free_bytes(path)
     if needed * SAFETY_FACTOR > free:
         raise Refused(
-            f"{path}: about {human_bytes(needed)} are needed, {human_bytes(free)} are free; free some space, use "
+            f"{path}: needs about {human_bytes(needed)}, found {human_bytes(free)} free; free some space, or use "
             "another disk, fewer --views or a coarser --fidelity"
         )
 

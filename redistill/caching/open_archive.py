@@ -43,7 +43,7 @@ def archive_exists(options: CacheOptions) -> bool:
 
 
 def has_all_views(options: CacheOptions) -> bool:
-    """Whether the archive exists with all requested views: the other ranks wait for the first one to get it there."""
+    """Whether the archive exists with all requested views: the ranks other than the first wait for this."""
     return archive_exists(options) and (
         not options.extend_views or read_root(options.out).spec.num_views >= options.views
     )

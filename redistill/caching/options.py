@@ -1,4 +1,4 @@
-"""Options of stage 1: every default of `redistill cache-teacher`."""
+"""Options of stage 1, with the defaults of `redistill cache-teacher`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHOICES = ("auto", *(name for name in CODECS if name != "topk"))
 
 @dataclass(frozen=True, kw_only=True)
 class CacheOptions:
-    """Options of `cache_teacher`. Those that decide content are stored in the archive and compared on resume."""
+    """Options of `cache_teacher`. Those that affect its content are stored in the archive and compared on resume."""
 
     data: str | Any = field(
         metadata=option("Images: folder:PATH, cifar100:PATH, wds:PATTERN, ..., or a path.", positional=True)

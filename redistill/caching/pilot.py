@@ -44,7 +44,7 @@ Tag = TypeVar("Tag")
 class TeacherRunner:
     """Renders batches of views in worker processes and runs the teacher on them.
 
-    A batch is (tag, dataset indices); the tag comes back with the result. Workers start once and serve every call.
+    A batch is (tag, dataset indices); the tag comes back with the result. Workers start once, for all calls.
     """
 
     def __init__(self, plan: Plan, stop: StopRequest) -> None:
@@ -85,7 +85,7 @@ def stack_pixels(items: list[RenderedView | MixedView]) -> Tensor:
 
 
 def check_first_batch(runner: TeacherRunner) -> TeacherCheck:
-    """Refuse a teacher that fails on these views, or whose outputs are not worth storing."""
+    """Refuse a teacher that fails on these views, or whose outputs must not be stored."""
     plan = runner.plan
     count = min(CHECKED_IMAGES, plan.options.batch_size, plan.spec.num_samples)
     [(_, pixels)] = runner.render([(None, runner.indices(0, range(count)))])
@@ -144,10 +144,10 @@ def pilot_indices(plan: Plan) -> np.ndarray:
 
 def fit_codecs(plan: Plan, pilot: Pilot) -> dict[str, Choice]:
     """The codec of every signal, why it was chosen, and its result on some of the rows."""
-    return {signal: fit_codec(plan, signal, rows) for signal, rows in pilot.rows.items()}
+    return {signal: choose_codec(plan, signal, rows) for signal, rows in pilot.rows.items()}
 
 
-def fit_codec(plan: Plan, signal: str, rows: np.ndarray) -> Choice:
+def choose_codec(plan: Plan, signal: str, rows: np.ndarray) -> Choice:
     options, is_logits = plan.options, signal == LOGITS
     head = plan.teacher.head() if is_logits else None
     ratio = MIN_CLASSES_PER_FEATURE_AUTO if options.codec == "auto" else MIN_CLASSES_PER_FEATURE

@@ -74,7 +74,7 @@ def make_plan(options: CacheOptions, rank: Rank, progress: Callable[[int, int], 
     """Open data and teacher, and check that they fit each other. Nothing is written."""
     model = open_model(options.teacher, allow_python=options.allow_python)
     recipe = choose_recipe(options, model)
-    device = pick_device(options.device, local_rank=rank.local)
+    device = pick_device(options.device, local_rank=rank.local_rank)
     teacher = Teacher(
         model,
         device=device,
@@ -88,7 +88,7 @@ def make_plan(options: CacheOptions, rank: Rank, progress: Callable[[int, int], 
         raise Refused(f"{options.data} holds no images")
     check_classes(source.class_names, model)
     # Last, because indexing reads every image: all checks that do not need the index come before it.
-    workers = default_workers(rank.local_world) if options.workers is None else options.workers
+    workers = default_workers(rank.local_world_size) if options.workers is None else options.workers
     index = index_source(source, workers=None if workers else 0, progress=progress, on_bad_image=options.on_bad_image)
     check_labels(index, model)
     return Plan(
@@ -187,7 +187,7 @@ def describe_teacher(options: CacheOptions, teacher: Teacher) -> dict[str, Any]:
 
 
 def use_stored_settings(plan: Plan, stored: ArchiveSpec) -> Plan:
-    """The plan for an existing archive: settings that this run leaves open are those of the archive."""
+    """The plan for an existing archive: settings that this run does not set are those of the archive."""
     options = plan.options
     is_set = {
         "canaries_per_view": False,

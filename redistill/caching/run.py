@@ -57,7 +57,7 @@ MIN_LABELLED = 256
 
 @dataclass(frozen=True)
 class CacheResult:
-    """The archive as this process leaves it. `id` is None while blocks are missing, of any teacher or rank."""
+    """The archive at the end of this process. `id` is None while blocks are missing, of any teacher or rank."""
 
     path: str
     id: str | None
@@ -146,7 +146,7 @@ def declare_teacher(
     cost = estimate(plan, pilot, choices)
     refuse_small_disk(plan.options.out, cost.total_bytes if writer is None else cost.signal_bytes)
     for signal, choice in choices.items():
-        progress.info(f"{signal}: {choice.reason}")
+        progress.info(f"codec of {signal}: {choice.reason}")
     progress.info(
         f"{cost.samples:,} samples x {cost.views} views: about {human_bytes(cost.total_bytes)}, "
         f"{max(cost.seconds / 60, 0.1):,.1f} minutes at {cost.images_per_second:.0f} images/s"
@@ -197,7 +197,7 @@ def write_blocks(
             # This process sees only its own progress, and assumes that the other ranks are as fast.
             progress.advance(
                 "teacher",
-                min(images * plan.rank.world, total),
+                min(images * plan.rank.world_size, total),
                 total,
                 blocks=stats.blocks,
                 written=human_bytes(stats.bytes),
@@ -223,7 +223,7 @@ def teacher_batches(
 
 
 def check_stored_batch(plan: Plan, writer: ArchiveWriter, view: int, rows: range, rendered: Tensor) -> None:
-    """Self-test before the long part of the run: render a batch from the archive alone, as a student will, and compare
+    """Self-test before the long part of the run: render a batch from the archive alone, as in training, and compare
     its pixels with those that workers `rendered`, and the stored signals with the teacher's."""
     archive = writer.read_back()
     dataset = ViewDataset(plan.source, archive, joined=join_archive(plan.index, archive))
@@ -231,7 +231,7 @@ def check_stored_batch(plan: Plan, writer: ArchiveWriter, view: int, rows: range
     differing = int((pixels != rendered).flatten(1).any(1).sum())
     if differing:
         raise Refused(
-            f"self-test: {differing} of {len(rows)} views rendered from the archive differ from those the teacher saw; "
+            f"self-test: {differing} of {len(rows)} views rendered from the archive differ from the teacher's input; "
             "check whether the images are changing during the run"
         )
     for signal, exact in plan.teacher(pixels).items():
@@ -242,7 +242,7 @@ def check_stored_batch(plan: Plan, writer: ArchiveWriter, view: int, rows: range
         if error > bound:
             raise Refused(
                 f"self-test: the error of the stored {signal} is {error:.3g}, expected at most {bound:.3g}; check "
-                "whether the teacher gives the same output twice"
+                "whether the teacher is deterministic"
             )
 
 
@@ -254,7 +254,7 @@ def largest_error(signal: str, exact: np.ndarray, stored: np.ndarray) -> float:
 
 
 def write_provenance(plan: Plan, writer: ArchiveWriter, stats: RunStats) -> None:
-    """A note of how the run went, if it has committed anything. Not part of the archive's identity."""
+    """Record the device, speed and accuracy of a run that committed anything. Not part of the archive's identity."""
     if not stats.blocks:
         return
     check = stats.check
@@ -264,7 +264,7 @@ def write_provenance(plan: Plan, writer: ArchiveWriter, stats: RunStats) -> None
         "device": device_name(plan.teacher.device),
         "environment": dict(plan.spec.environment),
         "rank": plan.rank.rank,
-        "processes": plan.rank.world,
+        "processes": plan.rank.world_size,
         "seconds": round(stats.seconds, 3),
         "images_per_second": round(stats.rows / stats.seconds, 3),
         "blocks": stats.blocks,
@@ -273,8 +273,8 @@ def write_provenance(plan: Plan, writer: ArchiveWriter, stats: RunStats) -> None
         "labelled": stats.labelled,
         "right": stats.correct,
         "teacher_top1": stats.top1,
-        "floor": None if check is None else check.floor,
-        "relative_floor": None if check is None else check.relative_floor,
+        "floor": None if check is None else check.batch_difference,
+        "relative_floor": None if check is None else check.relative_batch_difference,
     }
     with contextlib.suppress(Refused):  # a full disk must not hide the error that ended the run
         writer.note(f"{plan.teacher_name}-{stats.began:%Y%m%dt%H%M%S}-{plan.rank.rank}", note)
@@ -302,6 +302,6 @@ def cache_result(
         bytes_per_view=sum(signal["bytes_per_view"] for signal in signals),
         teacher=plan.teacher_name,
         teacher_top1=stats.top1,
-        floor=None if stats.check is None else stats.check.floor,
+        floor=None if stats.check is None else stats.check.batch_difference,
         missing=missing,
     )

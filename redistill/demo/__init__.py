@@ -1,4 +1,4 @@
-"""All of redistill in a few minutes on a CPU: a teacher, its archive, students, and the same with a misled teacher."""
+"""All of redistill in a few minutes on a CPU: a teacher, its archive, students, and students of a misled teacher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copy an archive with other logits, for studies: in another codec, or with wrong predictions. The rest is the same."""
+"""Copy an archive with other logits, for studies: in another codec, or with wrong predictions. The rest is copied."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The demo: the steps a user would take, on a small synthetic task. Finished steps are not repeated.
 
-The task is to tell ten kinds of glyphs apart, with few images for the students and many for the teacher.
+The task is to classify ten kinds of glyphs, with few images for the students and many for the teacher.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ __all__ = [
 ]
 
 DIFFICULTY = "classes=10&noise=0.3&clutter=0.2&similarity=0"
-# Another seed, so the teacher has never seen an image of the students.
+# Another seed, so that the teacher was not trained on the students' images.
 TEACHER_DATA = f"synthetic?{DIFFICULTY}&n=30000&seed=1"
 STUDENT_DATA = f"synthetic?{DIFFICULTY}&n=500"
 VAL_DATA = f"synthetic?{DIFFICULTY}&n=2000&split=val"
 TEACHER_NETWORK = "demo:large?num_classes=10"
 STUDENT_NETWORK = "demo:small"
-# Made by examples/train_demo_teacher.py.
+# Written by examples/train_demo_teacher.py.
 TEACHER_WEIGHTS = Path(__file__).with_name("teacher.safetensors")
 
 VIEWS = 8
@@ -78,19 +78,19 @@ def run_demo(out: Path, progress: Progress) -> Summary:
         out.mkdir(parents=True, exist_ok=True)
         if not teacher.exists():
             LOCAL.publish(teacher, TEACHER_WEIGHTS.read_bytes())
-    progress.stage(f"stage 1: the teacher runs once over {VIEWS} views of the students' images")
+    progress.stage(f"stage 1: run the teacher once over {VIEWS} views of the students' images")
     write_archive(out, ARCHIVE, STUDENT_DATA, RECIPE, VIEWS, progress)
     write_archive(out, VAL_ARCHIVE, VAL_DATA, "center", 1, progress)
     write_misled_archive(out)
     progress.stage(
-        "stage 2: nine students train from the archive in one pass over the images; in parallel, six more train with "
-        f"a misled teacher, which is confidently wrong on {MISLED_SHARE:.0%} of the views"
+        "stage 2: train nine students from the archive in one pass over the images and, in parallel, six more with a "
+        f"misled teacher, which is confidently wrong on {MISLED_SHARE:.0%} of the views"
     )
     with one_thread():  # two trainings of tiny networks use two cores better than one training with two threads
         # Training on labels does not depend on the teacher, so it is not repeated with the misled one.
         misled_options = train_options(out, MISLED_ARCHIVE, MISLED_RUNS, LOSSES[1:])
         results, misled_results = train_both(train_options(out, ARCHIVE, RUNS, LOSSES), misled_options, progress)
-        progress.stage("training speed: with the archive, and with the teacher running beside the student")
+        progress.stage("measure training speed, from the archive and with an online teacher")
         speed = measure_speed(out, progress)
     students = accuracies(results)
     summary = Summary(

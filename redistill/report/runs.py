@@ -18,7 +18,7 @@ from redistill_cache.limits import MAX_CLASSES, MAX_TEXT
 from redistill_cache.strict_json import Fields, Json
 
 from redistill.metrics import Bin
-from redistill.training.options import CONFIG, FREE, loss_name, read_config
+from redistill.training.options import CONFIG, FREE_ON_RESUME, loss_name, read_config
 from redistill.training.run_files import RESULT
 
 __all__ = ["Group", "LineStyle", "RunList", "RunRecord", "Unfinished", "group_runs", "pooled_bins", "read_runs"]
@@ -36,7 +36,7 @@ TEACHER = ("top1_where_teacher_right", "top1_where_teacher_wrong")
 # Columns of metrics.csv that hold text.
 TEXT_COLUMNS = ("view",)
 # Options that do not separate groups: they vary with the seed, are named in another way, or do not change the result.
-NOT_GROUPED = {*FREE, "seeds", "order_seed", "losses", "students", "device", "compile", "channels_last"}
+NOT_GROUPED = {*FREE_ON_RESUME, "seeds", "order_seed", "losses", "students", "device", "compile", "channels_last"}
 SEPARATOR = " · "
 
 

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 __all__ = ["TrainOptions", "TrainResult", "train"]
 
-LATE = {"train": "redistill.training.loop", "TrainResult": "redistill.training.run_files"}
+LAZY = {"train": "redistill.training.loop", "TrainResult": "redistill.training.run_files"}
 
 
 def __getattr__(name: str) -> object:
     """Names that need torch are loaded at first use: `redistill --help` reads the options only."""
-    if name not in LATE:
+    if name not in LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(LATE[name]), name)
+    return getattr(import_module(LAZY[name]), name)

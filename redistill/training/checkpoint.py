@@ -113,7 +113,7 @@ def read_state(path: Path) -> dict[str, Any] | None:
             return None
     content, seal = data[: -len(SEAL) - 64], bytes(data[-len(SEAL) - 64 :])
     if seal != SEAL + hashlib.sha256(content).hexdigest().encode():
-        raise Damaged(f"{path} is damaged: its SHA-256 is not the one it was saved with")
+        raise Damaged(f"{path} is damaged: its SHA-256 does not match the stored one")
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
@@ -121,7 +121,9 @@ def read_state(path: Path) -> dict[str, Any] | None:
             f"{path} cannot be read by torch {torch.__version__} ({first_line(error)}); use the version that saved it"
         ) from None
     if not isinstance(state, dict) or state.get("version") != VERSION:
-        raise Refused(f"{path} is not a checkpoint of version {VERSION}, which this redistill reads; use another --out")
+        raise Refused(
+            f"{path} is not a checkpoint of format version {VERSION}, the only one supported; use another --out"
+        )
     return state
 
 
@@ -129,14 +131,14 @@ def refuse_difference(out: Path, saved: Options, current: Options) -> None:
     """A run is resumed with the options it was started with."""
     for name in sorted(saved.keys() | current.keys()):
         if saved.get(name) != current.get(name):
-            was, now = (f"{side[name]!r:.80}" if name in side else "not given" for side in (saved, current))
+            stored, now = (f"{side[name]!r:.80}" if name in side else "not given" for side in (saved, current))
             raise SpecMismatch(
-                f"{out} holds a run with {name} = {was}, found {name} = {now}; use the original value to resume, or "
+                f"{out} holds a run with {name} = {stored}, found {name} = {now}; use the original value to resume, or "
                 "another --out"
             )
 
 
-def sweep(out: Path) -> None:
+def remove_partial_files(out: Path) -> None:
     """Remove the partial files of a killed process."""
     for path in out.glob(f"*{LEFTOVER}"):
         if is_leftover(path):

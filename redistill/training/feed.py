@@ -69,7 +69,7 @@ class TrainBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Feed:
-    """The batches of a whole run for one rank. Starting in the middle gives the batches an unbroken run would give."""
+    """The batches of a whole run for one rank. Started in the middle, it gives the same batches as a whole run."""
 
     dataset: ViewDataset
     epochs: int
@@ -77,7 +77,7 @@ class Feed:
     seed: int
     views_per_image: int = 1
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
     workers: int = 0
     pin: bool = False
 
@@ -89,22 +89,22 @@ class Feed:
         usable = reduce(
             np.intersect1d, (self.dataset.indices(view) % self.dataset.num_rows for view in self.views(epoch))
         )
-        if len(usable) < self.world:
-            raise Refused(f"{len(usable)} rows cannot be split over {self.world} ranks; use fewer ranks")
+        if len(usable) < self.world_size:
+            raise Refused(f"{len(usable)} rows cannot be split over {self.world_size} ranks; use fewer ranks")
         batches = epoch_batches(self.seed, epoch, usable, self.batch_size // self.views_per_image)
-        if len(batches[-1]) < self.world:
-            raise Refused(f"--batch-size {self.batch_size} is too small for {self.world} ranks")
+        if len(batches[-1]) < self.world_size:
+            raise Refused(f"--batch-size {self.batch_size} is too small for {self.world_size} ranks")
         return batches
 
     def start(self, epoch: int = 0, batch: int = 0) -> Iterator[TrainBatch]:
         """Every batch from this one to the end of the run. The workers live for all epochs."""
 
         def plans() -> Iterator[tuple[BatchPlan, list[int]]]:
-            for now in range(epoch, self.epochs):
-                batches, views = self.global_batches(now), self.views(now)
-                for i in range(batch if now == epoch else 0, len(batches)):
-                    rows = rank_rows(batches[i], self.rank, self.world)
-                    plan = BatchPlan(now, i, len(batches), views, rows, len(batches[i]) * len(views))
+            for current in range(epoch, self.epochs):
+                batches, views = self.global_batches(current), self.views(current)
+                for i in range(batch if current == epoch else 0, len(batches)):
+                    rows = rank_rows(batches[i], self.rank, self.world_size)
+                    plan = BatchPlan(current, i, len(batches), views, rows, len(batches[i]) * len(views))
                     yield plan, [self.dataset.index(view, row) for row in rows.tolist() for view in views]
 
         loader = BatchLoader(self.dataset, workers=self.workers, collate=collate_views, pin=self.pin)
@@ -121,9 +121,9 @@ def epoch_batches(seed: int, epoch: int, rows: Rows, batch_size: int) -> list[Ro
     return np.array_split(shuffled, max(1, -(-len(rows) // batch_size)))
 
 
-def rank_rows(batch: Rows, rank: int, world: int) -> Rows:
-    """The rows of a global batch that one of `world` ranks computes."""
-    return batch[rank::world]
+def rank_rows(batch: Rows, rank: int, world_size: int) -> Rows:
+    """The rows of a global batch that one of `world_size` ranks computes."""
+    return batch[rank::world_size]
 
 
 def views_of_epoch(epoch: int, num_views: int, views_per_image: int) -> tuple[int, ...]:

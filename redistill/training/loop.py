@@ -27,7 +27,7 @@ from redistill.training.run_files import EpochTimes, RunFiles, TrainResult
 __all__ = ["Diverged", "train"]
 
 RESUME = "run the same command again to resume from the checkpoint"
-# Batches between two checks of what needs a GPU, or the other ranks, to be waited for.
+# Batches between two checks, each of which waits for the GPU or for the other ranks.
 CHECK_ALONE = {"cpu": 1, "cuda": 10, "mps": 10}
 CHECK_RANKS = 10
 
@@ -47,7 +47,9 @@ def train(options: TrainOptions, progress: Progress | None = None) -> list[Train
             raise Refused(f"{options.out} holds a run; choose another --out, or --resume auto to resume it")
         setup = prepare(options, world, progress)
         with disk_trouble("write", options.out, "; then run the same command again"):
-            epoch, batch = load_checkpoint(options.out, setup.members, options.deciding(), setup.archive.id, progress)
+            epoch, batch = load_checkpoint(
+                options.out, setup.members, options.fixed_on_resume(), setup.archive.id, progress
+            )
             if epoch == setup.feed.epochs:
                 progress.info(f"{options.out} is already finished; showing saved results")
             elif (epoch, batch) != (0, 0):
@@ -72,7 +74,7 @@ class Training:
         self.feed, self.members, self.targets = setup.feed, setup.members, setup.targets
         self.validation, self.archive_id = setup.validation, setup.archive.id
         self.throughput = Throughput()
-        self.saved = time.monotonic()
+        self.last_save = time.monotonic()
         self.check_every = CHECK_ALONE[world.device.type] if world.size == 1 else CHECK_RANKS
 
     def run(self, epoch: int, batch: int) -> list[Metrics | None]:
@@ -80,13 +82,13 @@ class Training:
         if epoch == self.feed.epochs:
             return self._validate()
         metrics: list[Metrics | None] = []
-        begun = None
+        current_epoch = None
         try:
             for item in self.feed.start(epoch, batch):
                 plan = item.plan
-                if plan.epoch != begun:
-                    begun = plan.epoch
-                    self._begin_epoch(begun)
+                if plan.epoch != current_epoch:
+                    current_epoch = plan.epoch
+                    self._begin_epoch(current_epoch)
                 self.throughput.batch_ready()
                 self._step(item)
                 self.throughput.batch_done(plan.global_size)
@@ -121,7 +123,7 @@ class Training:
     def _between_batches(self, plan: BatchPlan) -> None:
         """Report, stop at a diverged loss, save if due, stop on a signal. All ranks call this at the same batches."""
         self._report(plan)
-        due = time.monotonic() - self.saved > 60 * self.options.checkpoint_minutes
+        due = time.monotonic() - self.last_save > 60 * self.options.checkpoint_minutes
         diverged = [member.loss_diverged for member in self.members]
         stop, due, *diverged = self.world.any(bool(self.stop), due, *diverged)
         where = f"epoch {plan.epoch + 1}, batch {plan.batch + 1}"
@@ -168,7 +170,7 @@ class Training:
         for member in self.members:  # each rank has its own running statistics of batch norms
             self.world.broadcast(member.student.buffers())
         students = [(member.student, member.normalise) for member in self.members]
-        of_ranks = self.world.gather(self.validation.tallies(students, self.world.device, self.members[0].amp))
+        of_ranks = self.world.gather(self.validation.metric_sums(students, self.world.device, self.members[0].amp))
         return [sum(of_member[1:], of_member[0]).metrics() for of_member in zip(*of_ranks, strict=True)]
 
     # -- saving and stopping ------------------------------------------------------------------------------------------
@@ -178,10 +180,15 @@ class Training:
         self._gather_loss_sums()
         if self.world.first:
             save_checkpoint(
-                self.options.out, self.members, self.options.deciding(), self.archive_id, epoch=epoch, batch=batch
+                self.options.out,
+                self.members,
+                self.options.fixed_on_resume(),
+                self.archive_id,
+                epoch=epoch,
+                batch=batch,
             )
         self.world.barrier()
-        self.saved = time.monotonic()
+        self.last_save = time.monotonic()
 
     def _gather_loss_sums(self) -> None:
         """Move the loss sums of all ranks to rank 0."""
@@ -194,7 +201,7 @@ class Training:
                 member.add_loss_sums(*of_members[i])
 
     def _refuse_infinite_weights(self, where: str) -> None:
-        """The last step may have made weights infinite without a loss that shows it; do not save such weights."""
+        """The last step may have made weights infinite while its loss was finite; such weights must not be saved."""
         diverged = self.world.any(*(not member.weights_finite for member in self.members))
         self._refuse_diverged(diverged, "weights are", where)
 
@@ -202,14 +209,16 @@ class Training:
         for member, is_diverged in zip(self.members, diverged, strict=True):
             if is_diverged:
                 out = self.options.out
-                saved = f"{out} has the last checkpoint before it" if has_checkpoint(out) else "no checkpoint was saved"
+                saved = (
+                    f"the checkpoint in {out} is from before that" if has_checkpoint(out) else "no checkpoint was saved"
+                )
                 raise Diverged(
                     f"{member.spec.name}: the {what} no longer finite at {where}; {saved}. Try a lower --lr, "
                     "--clip-grad or more --warmup-epochs, with another --out"
                 )
 
     def _interrupt(self) -> None:
-        """Stop every rank, also those that got no signal."""
+        """Stop every rank, including those that received no signal."""
         self.stop.number = self.stop.number or 15
         self.stop.raise_if_set(RESUME)
 

@@ -1,4 +1,4 @@
-"""Options of stage 2: every default of `redistill train`, and config.toml, from which a run can be repeated."""
+"""Options of stage 2, with the defaults of `redistill train`; and config.toml, from which a run can be repeated."""
 
 from __future__ import annotations
 
@@ -18,14 +18,23 @@ from redistill.optim import OptimConfig, preset
 from redistill.option_fields import check_types, check_values, option, options_of
 from redistill.specs import did_you_mean, parse_spec
 
-__all__ = ["CONFIG", "FREE", "POWER", "MemberSpec", "TrainOptions", "loss_name", "read_config", "write_config"]
+__all__ = [
+    "CONFIG",
+    "FREE_ON_RESUME",
+    "POWER",
+    "MemberSpec",
+    "TrainOptions",
+    "loss_name",
+    "read_config",
+    "write_config",
+]
 
 POWER = "power?lam=0.6667&temperature=4"
 LARGEST_SEED = 2**63 - 1
 LISTS = ("students", "losses", "seeds", "teachers", "log")
 PATHS = ("archive", "out", "val_archive")
 # These do not change the result, so they may differ when a run is resumed.
-FREE = (
+FREE_ON_RESUME = (
     "out",
     "data",
     "archive",
@@ -67,7 +76,7 @@ class TrainOptions:
     )
     out: Path = field(metadata=option("Folder of the run. Several students, losses or seeds get a subfolder each."))
     val: str | Any | None = field(
-        default=None, metadata=option("Held-out images, validated after every epoch.", metavar="DATA")
+        default=None, metadata=option("Held-out images for validation after every epoch.", metavar="DATA")
     )
     val_archive: Path | None = field(
         default=None,
@@ -103,7 +112,8 @@ class TrainOptions:
     views_per_image: int = field(
         default=1,
         metadata=option(
-            "Views per image in one batch, decoded once. An epoch contains each image this many times.", at_least=1
+            "Views per image in one batch; the image is decoded once. An epoch contains each image this many times.",
+            at_least=1,
         ),
     )
     teachers: tuple[str, ...] = field(
@@ -144,10 +154,10 @@ class TrainOptions:
     )
     cache_memory: float = field(
         default=4.0,
-        metadata=option("GiB of memory for teacher rows; above it they go to a temporary file.", at_least=0),
+        metadata=option("GiB of memory for teacher rows; above it, they are stored in a temporary file.", at_least=0),
     )
     allow_missing: bool = field(
-        default=False, metadata=option("Train on the images that match although others are missing.")
+        default=False, metadata=option("Train on the matching images even if others are missing.")
     )
     checkpoint_minutes: float = field(
         default=10.0, metadata=option("Minutes between checkpoints within an epoch.", at_least=0)
@@ -177,11 +187,11 @@ class TrainOptions:
             if not getattr(self, name):
                 raise UsageError(f"expected at least one {options_of(TrainOptions)[name].flag}")
         if self.val_archive is not None and self.val is None:
-            raise UsageError(f"--val-archive {self.val_archive} needs the images it was made from: give --val as well")
+            raise UsageError(f"--val-archive {self.val_archive} needs the images it was made from; add --val")
         if self.archive.resolve() in (self.out.resolve(), *self.out.resolve().parents):
             raise UsageError(f"--out {self.out} is inside the archive {self.archive}; choose another folder")
         if len(set(self.teachers)) < len(self.teachers):
-            raise UsageError(f"--teacher-names {','.join(self.teachers)} has a name twice; give each once")
+            raise UsageError(f"--teacher-names {','.join(self.teachers)} has a name twice; list each once")
 
     # -- members ------------------------------------------------------------------------------------------------------
 
@@ -197,7 +207,7 @@ class TrainOptions:
                     full_name = "-".join([*parts, name, str(seed)])
                     result.append(MemberSpec(full_name, student, split_terms(loss), seed))
         if len({member.name for member in result}) < len(result):
-            raise UsageError("the same student, loss and seed are given twice; give each once")
+            raise UsageError("the same student, loss and seed occur twice; list each once")
         return tuple(result)
 
     def folder(self, member: MemberSpec) -> Path:
@@ -212,9 +222,9 @@ class TrainOptions:
         plain = {name: plain_value(value) for name, value in own.items() if value is not None}
         return plain | {name: value for name, value in self.optim.to_json().items() if value is not None}
 
-    def deciding(self) -> dict[str, Any]:
+    def fixed_on_resume(self) -> dict[str, Any]:
         """Options that must be the same for a run to be resumed."""
-        return {name: value for name, value in self.to_json().items() if name not in FREE}
+        return {name: value for name, value in self.to_json().items() if name not in FREE_ON_RESUME}
 
     @classmethod
     def read(cls, values: Mapping[str, Any], *, preset_name: str | None = None) -> TrainOptions:
@@ -244,11 +254,11 @@ class TrainOptions:
 
 
 def replace_ce_weight(values: Mapping[str, Any]) -> str:
-    """What to write instead of an option that configurations of earlier versions may have."""
+    """The error message for an option that configurations of earlier versions may have."""
     losses = [str(loss) for loss in values.get("losses", (POWER,))]
     term = f"ce?weight={values['ce_weight']}"
     new = [loss if "ce" in map(scheme, split_terms(loss)) else f"{loss}+{term}" for loss in losses]
-    return f"ce_weight is not an option any more: remove it and write it into the loss, losses = {new}"
+    return f"ce_weight is no longer an option; remove it and set losses = {new}"
 
 
 def plain_value(value: object) -> object:

@@ -49,9 +49,7 @@ def prepare(options: TrainOptions, world: World, progress: Progress) -> TrainSet
     with world.local_first():
         archive = open_archive(options.archive)
     if options.views_per_image > archive.num_views:
-        raise Refused(
-            f"--views-per-image {options.views_per_image} needs that many views, the archive has {archive.num_views}"
-        )
+        raise Refused(f"--views-per-image must be at most the number of views, and the archive has {archive.num_views}")
     specs = options.members
     objectives = [Objective(spec.losses) for spec in specs]
     for objective in objectives:
@@ -62,7 +60,7 @@ def prepare(options: TrainOptions, world: World, progress: Progress) -> TrainSet
     targets = make_targets(options, objectives, archive, world, amp)
     if isinstance(targets, CachedTargets) and targets.shared_views.spilled:
         progress.info("the teacher rows of two views exceed --cache-memory; they are in a temporary file")
-    workers = default_workers(world.rank.local_world) if options.workers is None else options.workers
+    workers = default_workers(world.rank.local_world_size) if options.workers is None else options.workers
     with world.local_first():
         dataset = open_dataset(options, archive, workers, progress)
         validation = None if options.val is None else open_validation(options, archive, size, workers, world)
@@ -73,7 +71,7 @@ def prepare(options: TrainOptions, world: World, progress: Progress) -> TrainSet
         seed=options.order_seed,
         views_per_image=options.views_per_image,
         rank=world.rank.rank,
-        world=world.size,
+        world_size=world.size,
         workers=workers,
         pin=world.device.type == "cuda",
     )
@@ -158,7 +156,7 @@ def open_student(spec: MemberSpec, archive: Archive, size: int, options: TrainOp
 
 
 def open_dataset(options: TrainOptions, archive: Archive, workers: int, progress: Progress) -> ViewDataset:
-    """The archive's views from the user's images, proven to be those the teacher was run on."""
+    """The archive's views from the user's images, verified to be those the teacher was run on."""
     views = aligned_views(
         options.data,
         archive,
@@ -170,7 +168,7 @@ def open_dataset(options: TrainOptions, archive: Archive, workers: int, progress
     if not views.joined.exact:
         progress.info(f"data and archive: {views.joined.summary()}")
     if views.canaries is None:
-        progress.warning("the archive has no canaries: nothing proves that these views are those of the teacher")
+        progress.warning("the archive has no canaries, so its views cannot be verified")
     else:
         progress.info(views.canaries.require().message)
     return views.dataset
@@ -186,5 +184,5 @@ def open_validation(options: TrainOptions, archive: Archive, size: int, workers:
         teachers=options.teachers,
         workers=workers,
         rank=world.rank.rank,
-        world=world.size,
+        world_size=world.size,
     )

@@ -1,4 +1,4 @@
-"""What a run writes about itself. Every member of a cohort has a folder with
+"""The files of a run. Every member of a cohort has a folder with
 
     config.toml                          the options of the run, the archive and the versions of libraries
     metrics.csv, events.out.tfevents.*   one row per epoch; TensorBoard and Weights & Biases on request
@@ -26,7 +26,7 @@ from redistill_cache.storage import LOCAL
 from redistill.metrics import Metrics
 from redistill.models.weights import save_weights
 from redistill.optim import lr_at
-from redistill.training.checkpoint import sweep
+from redistill.training.checkpoint import remove_partial_files
 from redistill.training.member import Member
 from redistill.training.options import TrainOptions, write_config
 from redistill.training.prepare import TrainSetup
@@ -82,14 +82,14 @@ class RunFiles:
         self.logs: list[list[Log]] = []
         if writes:
             options.out.mkdir(parents=True, exist_ok=True)
-            sweep(options.out)
+            remove_partial_files(options.out)
             self.logs = [self._open_folder(member, first_epoch) for member in setup.members]
 
     def _open_folder(self, member: Member, first_epoch: int) -> list[Log]:
         spec, archive = member.spec, self.setup.archive
         folder = self.options.folder(spec)
         folder.mkdir(parents=True, exist_ok=True)
-        sweep(folder)
+        remove_partial_files(folder)
         own = {"students": [spec.student], "losses": ["+".join(spec.losses)], "seeds": [spec.seed], "out": str(folder)}
         facts: dict[str, dict[str, Any]] = {
             "archive": {"id": archive.id, "samples": archive.num_samples, "views": archive.num_views},

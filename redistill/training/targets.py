@@ -81,7 +81,7 @@ class SharedViews:
     """load(views, next_views) -> the packed views of every teacher: [teacher][j] is views[j].
 
     They are in memory, or in a temporary file if too large. Several ranks of a machine share one copy: the first of
-    them loads the views into files without a name, and the others map these files. The views of the next epoch are
+    them loads the views into unnamed files, and the others map these files. The views of the next epoch are
     loaded in the background into a second set of buffers.
     """
 
@@ -90,7 +90,7 @@ class SharedViews:
     ) -> None:
         self.world = world
         self.codecs = [archive.codec(teacher, LOGITS) for teacher in teachers]
-        self.shared = world.rank.local_world > 1 and Path("/proc/self/fd").exists()
+        self.shared = world.rank.local_world_size > 1 and Path("/proc/self/fd").exists()
         needed = 2 * views_per_image * archive.num_samples * sum(map(row_bytes, self.codecs))
         self.spilled = needed > memory_gib * 2**30
         self._buffers = FileArrays(on_disk=self.spilled)
@@ -100,7 +100,7 @@ class SharedViews:
         self._loaders: list[list[ViewLoader]] = []
         self._stack = ExitStack()
         self._stack.callback(self._buffers.close)
-        if world.rank.local == 0 or not self.shared:
+        if world.rank.local_rank == 0 or not self.shared:
             buffers = self._buffers if self.shared or self.spilled else np.empty
             self._loaders = [
                 [
@@ -111,7 +111,7 @@ class SharedViews:
             ]
 
     def load(self, views: tuple[int, ...], next_views: tuple[int, ...] | None) -> list[list[PackedView]]:
-        """All ranks must call this at the same step; the views returned before are not valid any more."""
+        """All ranks must call this at the same step; the views returned before become invalid."""
         if not self.shared:
             return self._load(views, next_views)
         self.world.barrier()  # until no rank reads the buffers that are about to be filled again
@@ -124,7 +124,7 @@ class SharedViews:
             if isinstance(result, RedistillError):
                 raise result
         if not self._loaders:
-            loaded = self._map(views, of_ranks[self.world.rank.rank - self.world.rank.local])
+            loaded = self._map(views, of_ranks[self.world.rank.rank - self.world.rank.local_rank])
         self.world.barrier()
         self._rare.close()
         return loaded
@@ -196,9 +196,9 @@ class FileView(NamedTuple):
 
 
 class FileArrays:
-    """Allocates arrays in files without a name: in memory, or in the directory for temporary files.
+    """Allocates arrays in unnamed files: in memory, or in the directory for temporary files.
 
-    Another process of this machine opens them through this one. However the processes end, no file remains.
+    Other processes on this machine open them through /proc. However the processes end, no file remains.
     """
 
     def __init__(self, *, on_disk: bool) -> None:

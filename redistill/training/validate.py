@@ -41,11 +41,11 @@ class Validation:
         batch_size: int,
         workers: int,
         rank: int,
-        world: int,
+        world_size: int,
     ) -> None:
         """Use `open`."""
         self.dataset, self.labels, self.teacher_logits, self.class_names = dataset, labels, teacher_logits, class_names
-        self.rows = np.flatnonzero(labels >= 0)[rank::world]
+        self.rows = np.flatnonzero(labels >= 0)[rank::world_size]
         self.batch_size, self.workers = batch_size, workers
         self._cached: list[tuple[np.ndarray, Tensor]] = []
 
@@ -62,7 +62,7 @@ class Validation:
         batch_size: int = 256,
         workers: int = 0,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
     ) -> Validation:
         """`class_names` (None: those of the data) and `num_classes` are the student's; classes are matched by name."""
         indexing = None if workers else 0
@@ -76,7 +76,7 @@ class Validation:
         else:
             if (archive.class_names, archive.num_classes) != (class_names, num_classes):
                 raise Refused(
-                    f"the classes of {archive.path} are not the student's; cache the same teacher over {data}"
+                    f"the classes of {archive.path} are not those of the student; run the same teacher over {data}"
                 )
             views = aligned_views(data, archive, size=size, workers=indexing)
             views.alignment.require()
@@ -85,17 +85,17 @@ class Validation:
             teacher_logits = np.mean(logits, axis=0)  # as in training: the mean of the teachers' logits
         if not (labels >= 0).any():
             raise Refused(f"{data} has no labels; validation needs them")
-        options = {"batch_size": batch_size, "workers": workers, "rank": rank, "world": world}
+        options = {"batch_size": batch_size, "workers": workers, "rank": rank, "world_size": world_size}
         return cls(dataset, labels, teacher_logits, class_names, **options)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @torch.no_grad()
-    def tallies(
+    def metric_sums(
         self, students: Sequence[tuple[nn.Module, Normalise]], device: torch.device, amp: torch.dtype | None = None
     ) -> list[MetricSums]:
-        """The counts of each student over this rank's images, from one pass over the images."""
+        """The sums of each student over this rank's images, from one pass over them."""
         totals: list[MetricSums | None] = [None] * len(students)
         for rows, pixels in self._batches():
             moved = pixels.to(device)
@@ -145,6 +145,6 @@ def labels_by_name(index: SourceIndex, class_names: tuple[str, ...] | None, num_
     if unknown:
         raise Refused(f"{data} has the class {unknown[0]!r}, the student does not; validate on the same classes")
     if len(class_of_name) < len(class_names):
-        raise Refused("class names of the archive repeat, so classes cannot be matched by name")
+        raise Refused("the archive has duplicate class names, so classes cannot be matched by name")
     mapping = np.array([class_of_name[name] for name in names], np.int64)
     return np.where(labels >= 0, mapping[np.maximum(labels, 0)], labels)

@@ -43,28 +43,28 @@ TRAIN = ("--student", "demo:tiny", "--epochs", "2", "--lr", "0.05", "--workers",
 
 
 def test_from_a_teacher_to_a_page(run, tmp_path: Path):
-    done = run(
+    process = run(
         "cache-teacher", DATA, "--teacher", TEACHER, "--views", "2", "--out", "a.zarr", "--workers", "0", "--json"
     )
-    assert done.returncode == 0, done.stderr
-    cached = json.loads(done.stdout)
+    assert process.returncode == 0, process.stderr
+    cached = json.loads(process.stdout)
     assert cached["images"] == 300
-    done = run(
+    process = run(
         *("train", DATA, "--archive", "a.zarr", "--out", "runs", "--val", VAL, *TRAIN, "--json"),
         *("--loss", "power", "--loss", "ce", "--seed", "0", "--seed", "1"),
     )
-    assert done.returncode == 0, done.stderr
-    assert "views are exact" in done.stderr
-    runs = json.loads(done.stdout)["runs"]
+    assert process.returncode == 0, process.stderr
+    assert "views are exact" in process.stderr
+    runs = json.loads(process.stdout)["runs"]
     assert [result["run"] for result in runs] == ["power-0", "power-1", "ce-0", "ce-1"]
     assert {"top1", "top5", "nll", "ece", "agreement", "images_per_second"} <= set(runs[0])
-    assert "report: runs/report.html" in done.stderr
+    assert "report: runs/report.html" in process.stderr
     assert cached["id"] in (tmp_path / "runs/report.html").read_text()
-    done = run("evaluate", "runs/power-1", "--data", VAL, "--json", "--workers", "0")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["top1"] == runs[1]["top1"]
-    done = run("report", "runs", "--archive", "a.zarr", "--data", DATA, "--out", "page.html")
-    assert done.returncode == 0, done.stderr
+    process = run("evaluate", "runs/power-1", "--data", VAL, "--json", "--workers", "0")
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout)["top1"] == runs[1]["top1"]
+    process = run("report", "runs", "--archive", "a.zarr", "--data", DATA, "--out", "page.html")
+    assert process.returncode == 0, process.stderr
     page = (tmp_path / "page.html").read_text()
     assert cached["id"] in page
     assert page.count("<svg") >= 4
@@ -122,7 +122,7 @@ def test_two_processes_train_on_the_same_batches(run, tmp_path: Path, archive: P
         ((DATA, "--workers", "-1"), 2, "--workers must be at least 0, found -1"),
         ((DATA, "--cache-memory", "nan"), 2, "--cache-memory must be at least 0, found nan"),
         ((DATA, "--checkpoint-minutes", "-1"), 2, "--checkpoint-minutes must be at least 0"),
-        ((DATA, "--val-archive", "{archive}"), 2, "give --val as well"),
+        ((DATA, "--val-archive", "{archive}"), 2, "add --val"),
         ((DATA, "--teacher-names", "small,small"), 2, "a name twice"),
         ((DATA, "--views-per-image", "4"), 3, "the archive has 3"),
         ((DATA, "--size", "1"), 2, "--size must be at least 2"),
@@ -152,15 +152,15 @@ def test_a_damaged_archive_is_exit_code_four(run, tmp_path: Path):
     data = bytearray(shard.read_bytes())
     data[len(data) // 3] ^= 1
     shard.write_bytes(data)
-    done = run("train", DATA, "--archive", path, "--out", "run", *TRAIN)
-    assert done.returncode == 4, done.stderr
-    assert str(shard.relative_to(path)) in done.stderr
+    process = run("train", DATA, "--archive", path, "--out", "run", *TRAIN)
+    assert process.returncode == 4, process.stderr
+    assert str(shard.relative_to(path)) in process.stderr
 
 
 def test_a_diverging_loss_stops_the_run(run, archive: Path):
-    done = run("train", DATA, "--archive", archive, "--out", "run", *TRAIN, "--lr", "1e30", "--loss", "ce")
-    assert done.returncode == 1, done.stderr
-    assert "no longer finite at epoch 1, batch" in done.stderr
+    process = run("train", DATA, "--archive", archive, "--out", "run", *TRAIN, "--lr", "1e30", "--loss", "ce")
+    assert process.returncode == 1, process.stderr
+    assert "no longer finite at epoch 1, batch" in process.stderr
 
 
 def test_doctor_without_arguments(run):

@@ -14,8 +14,7 @@ from redistill_cache import open_archive
 from redistill_cache.verify import verify
 from redistill_cli.__main__ import main
 
-from tests import odd_teachers
-from tests.stage1 import file_hashes, read_note
+from tests.stage1 import file_hashes, odd_teacher, read_note
 
 DATA, TEACHER = "synthetic?n=90&classes=5", "demo:small?num_classes=5&weights=random"
 PLAIN = ("--workers", "0", "--batch-size", "16", "--block-rows", "32")
@@ -45,10 +44,6 @@ def error_line(err: str) -> str:
     return lines[0]
 
 
-def odd(name: str) -> str:
-    return f"python:{odd_teachers.__name__}:{name}?num_classes=5&norm=half&size=32"
-
-
 def test_json_is_the_only_output(cached):
     code, out, err = cached("--views", "2", "--json")
     assert code == 0, err
@@ -73,7 +68,7 @@ def test_a_dry_run_estimates_and_writes_nothing(cached, tmp_path: Path):
     assert {"total_bytes", "seconds", "device_hours", "free_bytes", "break_even", "codecs"} < estimate.keys()
     code, out, err = cached("--dry-run")
     assert code == 0, err
-    for name in ("samples", "size", "free", "pace", "time", "break-even", "codec of logits"):
+    for name in ("samples", "size", "free", "speed", "time", "break-even", "codec of logits"):
         assert name in out
     assert list(tmp_path.iterdir()) == []
 
@@ -88,10 +83,10 @@ def test_secrets_are_masked_in_the_recorded_command(cached):
 
 WRONG = {
     "classes": (3, {"data": "synthetic?n=30&classes=6"}, (), "6 classes"),
-    "size": (3, {"teacher": odd("FixedSize")}, ("--size", "40"), "use --size 32"),
-    "NaN": (3, {"teacher": odd("NanLogits")}, (), "NaN or infinity for 16 of 16"),
-    "train mode": (3, {"teacher": odd("AlwaysTraining")}, (), "stays in train mode"),
-    "state": (3, {"teacher": odd("CountsCalls")}, (), "changes the teacher's state: calls"),
+    "size": (3, {"teacher": odd_teacher("FixedSize")}, ("--size", "40"), "use --size 32"),
+    "NaN": (3, {"teacher": odd_teacher("NanLogits")}, (), "NaN or infinity for 16 of 16"),
+    "train mode": (3, {"teacher": odd_teacher("AlwaysTraining")}, (), "stays in train mode"),
+    "state": (3, {"teacher": odd_teacher("CountsCalls")}, (), "changes the teacher's state: calls"),
     "weights": (3, {"teacher": "demo:small?num_classes=5"}, (), "add weights=PATH"),
     "no data": (3, {"data": "folder:nowhere"}, (), "'nowhere' is not a folder"),
     "place": (3, {"out": "/dev/null/a.zarr"}, (), "/dev/null is a file"),
@@ -152,7 +147,7 @@ CHANGED = {
 }
 
 
-def test_every_option_that_decides_content_is_refused_by_name(cached):
+def test_every_option_that_affects_content_is_refused_by_name(cached):
     assert cached()[0] == 0
     before = file_hashes(Path("a.zarr"))
     for option, (changed, message) in CHANGED.items():

@@ -49,12 +49,12 @@ def write_archive(path: Path, *, seal: bool = True) -> np.ndarray:
 
 @pytest.fixture
 def run(tmp_path: Path):
-    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    def call(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "NO_COLOR": "1", "COLUMNS": "120"}
         command = [sys.executable, "-m", "redistill_cli", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
 
-    return run
+    return call
 
 
 @pytest.fixture
@@ -66,9 +66,9 @@ def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_inspect_as_json(run, archive: Path):
-    done = run("inspect", archive, "--json")
-    assert done.returncode == 0, done.stderr
-    description = json.loads(done.stdout)
+    process = run("inspect", archive, "--json")
+    assert process.returncode == 0, process.stderr
+    description = json.loads(process.stdout)
     assert description["id"] == open_archive(archive).id
     assert (
         description["complete"],
@@ -86,11 +86,11 @@ def test_inspect_as_json(run, archive: Path):
 
 
 def test_inspect_as_text_without_escape_codes(run, archive: Path):
-    done = run("inspect", archive)
-    assert done.returncode == 0, done.stderr
-    assert "demo" in done.stdout
-    assert "CC-BY-4.0" in done.stdout
-    assert "\x1b" not in done.stdout
+    process = run("inspect", archive)
+    assert process.returncode == 0, process.stderr
+    assert "demo" in process.stdout
+    assert "CC-BY-4.0" in process.stdout
+    assert "\x1b" not in process.stdout
 
 
 def test_an_unfinished_archive_is_described(run, tmp_path: Path):
@@ -106,9 +106,9 @@ def test_verify_finds_a_flipped_bit_and_quarantine_marks_the_block_missing(run, 
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 4
     shard.write_bytes(data)
-    done = run("verify", archive, "--json")
-    report = json.loads(done.stdout)
-    assert done.returncode == 4
+    process = run("verify", archive, "--json")
+    report = json.loads(process.stdout)
+    assert process.returncode == 4
     assert not report["ok"]
     assert report["alignment"] is None
     assert [(item["path"], item["block"]) for item in report["damaged"]] == [
@@ -137,10 +137,10 @@ def test_errors_are_one_line(run, tmp_path: Path, command: str):
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()
     for name, message in (("nothing", "it does not exist"), ("file", "it is a file"), ("empty", "no zarr.json")):
-        done = run(command, tmp_path / name)
-        assert (done.returncode, done.stdout) == (3, "")
-        assert message in done.stderr
-        assert done.stderr.count("\n") == 1
+        process = run(command, tmp_path / name)
+        assert (process.returncode, process.stdout) == (3, "")
+        assert message in process.stderr
+        assert process.stderr.count("\n") == 1
     assert run(command).returncode == 2
 
 
@@ -161,10 +161,9 @@ def test_ctrl_c_is_reported_in_one_line():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}/a.redistill.zarr"
         command = [sys.executable, "-m", "redistill_cli", "inspect", address]
-        listening = {
-            "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-        }  # ignored where the tests run in the background
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **listening)
+        # Tests that run in the background would ignore SIGINT.
+        default_sigint = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **default_sigint)
         try:
             connection, _ = silent.accept()  # from here on it waits for a response
             with connection:

@@ -27,7 +27,7 @@ REQUIRED = ("folder:images", "--archive", "a.zarr", "--student", "demo:tiny", "-
 
 
 def parse(options: type, command: str, *arguments: str) -> dict[str, Any]:
-    """What a command line gives for the options of a dataclass."""
+    """The options of a dataclass from a command line."""
     with COMMANDS[command].make_context(command, list(arguments)) as context:
         return collect(options, context.params)
 
@@ -42,7 +42,7 @@ def help_text(command: str, monkeypatch: pytest.MonkeyPatch) -> str:
         return context.get_help()
 
 
-def test_options_that_are_not_given_have_the_defaults_of_the_dataclasses():
+def test_missing_options_have_the_defaults_of_the_dataclasses():
     assert train_options(*REQUIRED) == TrainOptions(
         data="folder:images", archive=Path("a.zarr"), students=("demo:tiny",), out=Path("run"), allow_python=True
     )
@@ -138,8 +138,8 @@ def test_examples_can_be_pasted_from_a_terminal_of_80_columns(command: str, monk
 
 def test_help_loads_no_torch():
     code = "import sys, typer.main, redistill_cli.app as a; typer.main.get_command(a.app); print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = set(done.stdout.split())
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(process.stdout.split())
     assert "redistill.training.options" in loaded
     assert not loaded & {"torch", "torchvision"}
 

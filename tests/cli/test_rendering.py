@@ -11,7 +11,7 @@ from redistill_cli.rendering import ProgressBar, TerminalProgress
 
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch, capsys):
-    """lines() -> what was written to stderr; every look at the clock is 10 seconds later."""
+    """lines() -> what was written to stderr; every reading of the clock is 10 seconds later."""
     clock = itertools.count(0, 10)
     monkeypatch.setattr(rendering.time, "monotonic", lambda: float(next(clock)))
     return lambda: capsys.readouterr().err.splitlines()

@@ -104,7 +104,7 @@ def test_a_signal_to_all_processes_ends_the_run_in_one_line(
 def test_a_killed_worker_ends_the_run_in_one_line(ram: Path, uninterrupted: Path):
     with running(ram / "a.zarr", workers=2) as process:
         os.kill(workers(process.pid)[0], signal.SIGKILL)
-        assert "a process that renders images has died" in error_line(process)
+        assert "a rendering worker died" in error_line(process)
         assert process.returncode == 3
     assert_continues(ram / "a.zarr", uninterrupted)
 

@@ -58,22 +58,22 @@ class ManyImages:
 
     def __init__(self, count: int = 1_000_000) -> None:
         self.count = count
-        self.seen: set[int] = set()
+        self.read: set[int] = set()
 
     def __len__(self) -> int:
         return self.count
 
     def sample(self, i: int) -> tuple[np.ndarray, int, str]:
-        self.seen.add(i)
+        self.read.add(i)
         return np.full((32, 32, 3), i % 256, np.uint8), 0, str(i)
 
 
 def test_only_a_few_images_of_a_large_set_are_read():
     images = ManyImages()
     dataset = open_views(images, None)
-    assert len(dataset.__getitems__(dataset.indices(0).tolist())) == len(images.seen) == doctor.MAX_IMAGES
-    assert min(images.seen) == 0
-    assert max(images.seen) > 900_000
+    assert len(dataset.__getitems__(dataset.indices(0).tolist())) == len(images.read) == doctor.MAX_IMAGES
+    assert min(images.read) == 0
+    assert max(images.read) > 900_000
     assert len(open_views(ManyImages(3), None)) == 3
     with pytest.raises(Refused, match="no image"):
         open_views(ManyImages(0), None)
@@ -93,6 +93,6 @@ def test_an_archive_without_teachers_is_reported(tmp_path: Path, monkeypatch: py
 
 
 def test_a_missing_folder_is_an_error_in_one_line(tmp_path: Path):
-    with pytest.raises(Refused, match="cannot look at") as error:
+    with pytest.raises(Refused, match="cannot read") as error:
         examine(folder=tmp_path / "missing")
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""`evaluate`: a student's weights on held-out images, alone and beside its teacher."""
+"""`evaluate`: a student's weights on held-out images, alone and compared with its teacher."""
 
 from __future__ import annotations
 

@@ -251,10 +251,10 @@ def test_a_correct_teacher_is_never_refused(spec: str, amp: torch.dtype | None):
         check = check_teacher(teacher(opened(spec), amp=amp, channels_last=channels_last), images(8))
         assert check.images == 8
         assert check.repeat == 0
-        assert check.relative_floor < (1e-4 if amp is None else 0.05)
+        assert check.relative_batch_difference < (1e-4 if amp is None else 0.05)
 
 
-def test_the_floor_is_the_difference_between_batch_compositions():
+def test_the_difference_between_batch_compositions_is_measured():
     class BatchSizeDependent(Wrapped):
         """Logits depend a little on the size of the batch."""
 
@@ -262,7 +262,7 @@ def test_the_floor_is_the_difference_between_batch_compositions():
             return self.inner(x) + 1e-4 * len(x)
 
     check = check_teacher(teacher(of_module(BatchSizeDependent(opened().module))), images(6))
-    assert check.floor == pytest.approx(4e-4, rel=1e-2)  # a batch of six against one of two
+    assert check.batch_difference == pytest.approx(4e-4, rel=1e-2)  # a batch of six against one of two
 
 
 def test_the_wrong_number_of_classes_is_refused():
@@ -320,7 +320,7 @@ def test_a_teacher_on_a_gpu():
         check = check_teacher(on_gpu, images(8))
         exact = teacher(opened("cifar:resnet8"))(images(8))["logits"]
         assert (on_gpu(images(8))["logits"].cpu() - exact).abs().max() < 0.1 * exact.std()
-        assert check.relative_floor < 0.1
+        assert check.relative_batch_difference < 0.1
 
 
 @pytest.mark.slow  # a compiler runs for half a minute

@@ -1,4 +1,4 @@
-"""The archive holds the teacher's logits for the views that students will see, whatever the data and the teacher."""
+"""The archive holds the teacher's logits for the views that students train on, for any data and teacher."""
 
 from __future__ import annotations
 

@@ -194,7 +194,7 @@ def test_every_option_of_a_loss_reaches_it(name, batch):
     [
         (["powr"], "unknown loss 'powr'; did you mean power"),
         (["power?lamda=1"], "unknown option 'lamda'; did you mean lam"),
-        (["power?lam=two"], "lam='two' is not a float"),
+        (["power?lam=two"], "option lam must be a number, found 'two'"),
         (["power?form=bounde"], "did you mean bounded"),
         (["power?temperature=0"], "temperature must be a finite number above 0"),
         (["power:x"], "a loss has options but no name"),

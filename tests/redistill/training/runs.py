@@ -1,4 +1,4 @@
-"""What tests of runs share: an interruption at a step, and what a run wrote."""
+"""Shared by tests of runs: an interruption at a step, and the files of a run."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class InterruptAt(NoProgress):
     """Sends SIGINT, as Ctrl-C does, at a training step."""
 
     def __init__(self, step: int) -> None:
-        self.left = step
+        self.steps_left = step
 
     def advance(self, task: str, *_: object, **__: object) -> None:
-        self.left -= task == "train"
-        if self.left == 0:
+        self.steps_left -= task == "train"
+        if self.steps_left == 0:
             os.kill(os.getpid(), signal.SIGINT)
 
 

@@ -27,7 +27,7 @@ def arguments(archive: Path, out: Path) -> list[object]:
     return ["train", DATA, "--archive", archive, "--out", out, "--val", VAL, "--log", "csv", *plain.split()]
 
 
-def run_to_the_end(archive: Path, out: Path) -> float:
+def run_to_end(archive: Path, out: Path) -> float:
     """Seconds of an undisturbed run."""
     started = time.monotonic()
     process = start(*arguments(archive, out), output=out.with_suffix(".txt"))
@@ -37,24 +37,24 @@ def run_to_the_end(archive: Path, out: Path) -> float:
 
 
 def wait_for_a_save(process: ForkServerProcess, path: Path) -> None:
-    def saved() -> int:
+    def inode() -> int:
         try:
             return path.stat().st_ino
         except FileNotFoundError:  # not yet, or between two renames
             return 0
 
-    before = saved()
-    while process.is_alive() and saved() in (before, 0):
+    before = inode()
+    while process.is_alive() and inode() in (before, 0):
         time.sleep(0.005)
 
 
 def kill_and_resume(folder: Path, archive: Path, kills: int) -> None:
-    """Kill runs at random times and resume them, until there were so many kills; compare every finished run."""
+    """Kill runs at random times and resume them, until `kills` were made; compare every finished run."""
     seed = int(os.environ.get("REDISTILL_SEED", "20261121"))
     print(f"repeat with REDISTILL_SEED={seed}")
     rng = random.Random(seed)
-    run_to_the_end(archive, folder / "straight")
-    whole = run_to_the_end(archive, folder / "again")  # the first run includes the start of the server
+    run_to_end(archive, folder / "straight")
+    whole = run_to_end(archive, folder / "again")  # the first run includes the start of the server
     killed = with_checkpoint = runs = 0
     while killed < kills:
         runs += 1
@@ -93,7 +93,7 @@ def test_fifty_kills(tmp_path: Path, archive: Path):
 def test_a_full_disk_leaves_the_previous_checkpoint_intact(tmp_path: Path, archive: Path):
     """The system refuses files above a size that is enough for configuration and metrics, but not for a checkpoint."""
     out = tmp_path / "run"
-    run_to_the_end(archive, tmp_path / "straight")
+    run_to_end(archive, tmp_path / "straight")
     process = start(*arguments(archive, out), output=tmp_path / "first.txt")
     while process.is_alive() and not (out / PREVIOUS).exists():
         time.sleep(0.01)
@@ -109,11 +109,11 @@ def test_a_full_disk_leaves_the_previous_checkpoint_intact(tmp_path: Path, archi
     assert "cannot write" in errors[0]
     assert "the previous checkpoint is intact" in errors[0]
     assert (out / LAST).read_bytes() == checkpoint
-    run_to_the_end(archive, out)
+    run_to_end(archive, out)
     assert weights(out) == weights(tmp_path / "straight")
 
 
-class Warnings(NoProgress):
+class RecordWarnings(NoProgress):
     def __init__(self) -> None:
         self.texts: list[str] = []
 
@@ -121,7 +121,7 @@ class Warnings(NoProgress):
         self.texts.append(text)
 
 
-def flip(path: Path, at: float) -> None:
+def flip_bit(path: Path, at: float) -> None:
     data = bytearray(path.read_bytes())
     data[int(at * len(data))] ^= 16
     path.write_bytes(data)
@@ -133,20 +133,20 @@ def test_a_flipped_bit_is_detected_and_the_previous_checkpoint_used(options, tmp
     with pytest.raises(Interrupted):
         train(broken, InterruptAt(12))
     for at in (0.0, 0.001, 0.3, 0.7, 0.9999):
-        flip(broken.out / LAST, at)
+        flip_bit(broken.out / LAST, at)
         with pytest.raises(Damaged):
             read_state(broken.out / LAST)
-        flip(broken.out / LAST, at)
+        flip_bit(broken.out / LAST, at)
     assert read_state(broken.out / LAST), "flipped back"
-    flip(broken.out / LAST, 0.3)
-    progress = Warnings()
+    flip_bit(broken.out / LAST, 0.3)
+    progress = RecordWarnings()
     train(broken, progress)
     assert len(progress.texts) == 1
     assert "last.ckpt is damaged" in progress.texts[0]
     assert "resuming from last.previous.ckpt" in progress.texts[0]
     assert weights(broken.out) == weights(straight.out)
     for path in (broken.out / LAST, broken.out / PREVIOUS):
-        flip(path, 0.3)
+        flip_bit(path, 0.3)
     with pytest.raises(Damaged, match=r"last\.previous\.ckpt is damaged"):
         train(broken)
 
@@ -172,7 +172,7 @@ def test_workers_exit_when_the_main_process_is_killed(tmp_path: Path, archive: P
     process.kill()
     process.join(SECONDS)
     assert len(others) >= 3, "a server and two workers"
-    until = time.monotonic() + 20
-    while (alive := [pid for pid in others if Path(f"/proc/{pid}").exists()]) and time.monotonic() < until:
+    deadline = time.monotonic() + 20
+    while (alive := [pid for pid in others if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not alive

@@ -21,10 +21,10 @@ def test_an_epoch_has_each_row_once_in_batches_of_equal_size(seed: int, epoch: i
     assert len(batches) == -(-count // batch_size)
 
 
-@given(count=st.integers(1, 300), world=st.integers(1, 9))
-def test_ranks_split_a_batch_completely_and_evenly(count: int, world: int):
+@given(count=st.integers(1, 300), world_size=st.integers(1, 9))
+def test_ranks_split_a_batch_completely_and_evenly(count: int, world_size: int):
     batch = np.random.default_rng(0).permutation(count)
-    of_ranks = [rank_rows(batch, rank, world) for rank in range(world)]
+    of_ranks = [rank_rows(batch, rank, world_size) for rank in range(world_size)]
     assert np.array_equal(np.sort(np.concatenate(of_ranks)), np.arange(count))
     assert max(map(len, of_ranks)) - min(map(len, of_ranks)) <= 1
 

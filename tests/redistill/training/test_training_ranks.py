@@ -25,8 +25,8 @@ def images_of_steps(records: Iterable[Path]) -> list[list[str]]:
     return [sorted(image for images in of_ranks for image in images) for of_ranks in zip(*ranks, strict=True)]
 
 
-def record(tmp_path: Path, options: TrainOptions, name: str, world: int, stop_at: int = 0) -> list[list[str]]:
-    """Train on `world` ranks, until SIGTERM at step `stop_at` or to the end; the images of each step."""
+def record(tmp_path: Path, options: TrainOptions, name: str, world_size: int, stop_at: int = 0) -> list[list[str]]:
+    """Train on `world_size` ranks, until SIGTERM at step `stop_at` or to the end; the images of each step."""
     plain = f"--epochs 2 --lr 0.05 --workers 0 --batch-size {options.batch_size} --loss kl --log csv"
     student = "python:tests.recording_student:build?norm=half"
     arguments = ("train", DATA, "--archive", options.archive, "--out", options.out, "--student", student)
@@ -35,8 +35,8 @@ def record(tmp_path: Path, options: TrainOptions, name: str, world: int, stop_at
     output = tmp_path / f"{name}.txt"
     processes = (
         [start(*arguments, output=output, environment=environment)]
-        if world == 1
-        else start_ranks(world, *arguments, output=output, environment=environment)
+        if world_size == 1
+        else start_ranks(world_size, *arguments, output=output, environment=environment)
     )
     for process in processes:
         process.join(SECONDS)

@@ -1,4 +1,4 @@
-"""Runs: the files they leave, exact resume, a cohort equals its members, the archive stands for the teacher."""
+"""Runs: the files they leave, exact resume, a cohort equals its members, the archive replaces the teacher."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_members_with_dropout_do_not_share_a_random_state(options, tmp_path: Pat
 
 
 @pytest.mark.parametrize(("loss", "term"), [("kl?temperature=1", "kl"), ("power", "power")])
-def test_the_archive_stands_for_the_teacher(options, tmp_path: Path, loss: str, term: str):
+def test_the_archive_replaces_the_teacher(options, tmp_path: Path, loss: str, term: str):
     """An epoch is one batch, so the history is step by step: cached and online teacher give the same loss.
 
     The certificate is a KL of at most e = 1e-5 for every row, so losses differ by at most 2 sqrt(e * loss), to first

@@ -22,7 +22,7 @@ SECONDS = 120
 """After which a process that still runs is a failure."""
 
 
-def command(arguments: list[str], output: Path, environment: Mapping[str, str], largest_file: int | None) -> None:
+def run_command(arguments: list[str], output: Path, environment: Mapping[str, str], largest_file: int | None) -> None:
     os.environ.update(environment)
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
@@ -40,25 +40,30 @@ def start(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["redistill.training", "redistill_cli.app"])
     process = context.Process(
-        target=command, args=([str(part) for part in arguments], output, environment or {}, largest_file)
+        target=run_command, args=([str(part) for part in arguments], output, environment or {}, largest_file)
     )
     process.start()
     return process
 
 
 def start_ranks(
-    world: int, *arguments: object, output: Path, environment: Mapping[str, str]
+    world_size: int, *arguments: object, output: Path, environment: Mapping[str, str]
 ) -> list[ForkServerProcess]:
     """The processes that torchrun would start on one machine, in the same environment. Rank r writes `output`-r."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+    }
     return [
         start(
             *arguments,
             output=output.with_name(f"{output.name}-{rank}"),
             environment={**shared, **environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
-        for rank in range(world)
+        for rank in range(world_size)
     ]
