@@ -148,7 +148,7 @@ def declare_teacher(
     for signal, choice in choices.items():
         progress.info(f"codec of {signal}: {choice.reason}")
     progress.info(
-        f"{cost.samples:,} samples x {cost.views} views: about {human_bytes(cost.total_bytes)}, "
+        f"{cost.samples:,} samples x {cost.views} view{'s' * (cost.views > 1)}: about {human_bytes(cost.total_bytes)}, "
         f"{max(cost.seconds / 60, 0.1):,.1f} minutes at {cost.images_per_second:.0f} images/s"
     )
     runner.stop.raise_if_set()
