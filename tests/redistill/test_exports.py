@@ -1,4 +1,4 @@
-"""What `import redistill` offers, and what it does not load."""
+"""The names that `import redistill` exports, and that it does not import torch."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import redistill
 
 
 @pytest.mark.parametrize("name", redistill.__all__)
-def test_everything_announced_is_there(name):
+def test_every_exported_name_exists(name):
     assert getattr(redistill, name) is not None
 
 
-def test_nothing_else_is_invented():
+def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = redistill.nothing
 
 
-def test_importing_redistill_waits_for_no_torch():
+def test_importing_redistill_does_not_import_torch():
     """Processes that index a source import this package; torch would cost each of them seconds."""
     code = "import sys, redistill; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""Metrics against loops written from their definitions, and sums that add in any order."""
+"""Metrics against loops written from their definitions, and sums that can be added in any order."""
 
 import json
 import math
@@ -29,16 +29,16 @@ def metrics_of(logits, labels, teacher_logits=None):
     return batch_sums(logits, labels, teacher_logits).metrics()
 
 
-def assert_close(got, expected, rel, name):
+def assert_close(actual, expected, rel, name):
     """pytest.approx, where None (a rate over no rows) equals None."""
     if isinstance(expected, (list, tuple)):
-        assert len(got) == len(expected), name
-        for a, b in zip(got, expected, strict=True):
+        assert len(actual) == len(expected), name
+        for a, b in zip(actual, expected, strict=True):
             assert_close(a, b, rel, name)
     elif expected is None:
-        assert got is None, name
+        assert actual is None, name
     else:
-        assert got == pytest.approx(expected, rel=rel), name
+        assert actual == pytest.approx(expected, rel=rel), name
 
 
 def softmax(row, temperature=1.0):
@@ -109,17 +109,17 @@ def slow_adaptive_ece(confidence, right, bins=15):
     return total / len(pairs)
 
 
-def test_metrics_are_their_definitions(batch):
-    got = metrics_of(*batch).to_json()
+def test_metrics_follow_their_definitions(batch):
+    actual = metrics_of(*batch).to_json()
     for name, expected in reference(*batch).items():
-        assert_close(got[name], expected, 1e-6, name)
+        assert_close(actual[name], expected, 1e-6, name)
 
 
 def test_metrics_in_float32_are_close(batch):
     logits, labels, teacher = batch
-    got = metrics_of(logits.float(), labels, teacher.float()).to_json()
+    actual = metrics_of(logits.float(), labels, teacher.float()).to_json()
     for name, expected in reference(*batch).items():
-        assert_close(got[name], expected, 1e-4, name)
+        assert_close(actual[name], expected, 1e-4, name)
 
 
 def test_sums_add_over_any_split_and_order(batch):
@@ -128,10 +128,10 @@ def test_sums_add_over_any_split_and_order(batch):
     forward = (pieces[0] + pieces[1]) + (pieces[2] + pieces[3])
     backward = pieces[3] + (pieces[2] + (pieces[1] + pieces[0]))
     for total in (forward, backward):
-        got = total.metrics().to_json()
-        assert got.keys() == whole.keys()
+        actual = total.metrics().to_json()
+        assert actual.keys() == whole.keys()
         for name in whole.keys() - {"reliability"}:
-            assert_close(got[name], whole[name], 1e-12, name)
+            assert_close(actual[name], whole[name], 1e-12, name)
 
 
 def test_sums_can_be_pickled_and_metrics_are_json(batch):
