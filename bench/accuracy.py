@@ -50,7 +50,7 @@ CODECS = {
     "top 1 of 10": ("topk", 1e-3, 1),
 }
 WHOLE_ROWS = ("kl?temperature=4", "kl?temperature=1", "power?temperature=4", "power?temperature=1")
-# What a truncated row can be used for; the power divergence needs whole rows.
+# The losses that accept truncated rows; the power divergence needs whole rows.
 TRUNCATED = WHOLE_ROWS[:2]
 LOSSES = {
     "KL, T = 4": "kl?temperature=4",
@@ -73,7 +73,7 @@ class Study:
     epochs: int
 
     def archive(self, name: str, write: Callable[[Path], object]) -> Path:
-        """Written once."""
+        """The path of an archive, written if it is missing."""
         path = self.work / f"{name}.redistill.zarr"
         if not (path / "_redistill" / "manifest.json").exists():
             write(path)
@@ -178,9 +178,9 @@ STUDIES = {"loss": by_loss, "codec": by_codec, "views": by_views}
 def main() -> None:
     parser = harness.arguments(__doc__ or "")
     parser.add_argument("--work", type=Path, default=None, help="folder for archives and runs, to resume from")
-    parser.add_argument("--study", nargs="+", choices=STUDIES, default=list(STUDIES), help="some of the studies")
+    parser.add_argument("--study", nargs="+", choices=STUDIES, default=list(STUDIES), help="run only these studies")
     args = parser.parse_args()
-    torch.set_num_threads(1)  # the networks are too small to share
+    torch.set_num_threads(1)  # the networks are too small for more
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)

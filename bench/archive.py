@@ -44,7 +44,7 @@ from redistill_cache.storage import LOCAL, Files
 REPEATS = 5
 
 
-def take_turns(*jobs: Callable[[], Any], repeats: int = REPEATS) -> list[float]:
+def alternate(*jobs: Callable[[], Any], repeats: int = REPEATS) -> list[float]:
     """Median seconds of each job, run in alternation so that noise affects all equally."""
     times: list[list[float]] = [[] for _ in jobs]
     for _ in range(repeats):
@@ -180,8 +180,8 @@ def view_rows(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     path = folder / "view.redistill.zarr"
     seconds, _ = write(path, make_spec(rows, 1, classes, rows), codec, block)
     archive = open_archive(path)
-    packed = archive.load_view(0)  # hashes the files: once a machine
-    loading, alone, from_files = take_turns(lambda: archive.load_view(0, into=packed), *loading_limits(archive, packed))
+    packed = archive.load_view(0)  # hashes the files, once per machine
+    loading, alone, from_files = alternate(lambda: archive.load_view(0, into=packed), *loading_limits(archive, packed))
     written = sum(entry.size for name, entry in archive.state.files.items() if "/logits/" in name)
     rare = {f"rows with {name}": len(values) / rows for name, (_, values) in packed.rare.items()}
     return [
@@ -216,7 +216,7 @@ def gathering_rows(folder: Path, packed: PackedView, classes: int) -> list[dict[
         for pick in picks:
             mapped[pick]
 
-    gathering, indexing, mapping = take_turns(ours, fancy, memmap)
+    gathering, indexing, mapping = alternate(ours, fancy, memmap)
     speed = 256 * len(picks) / gathering
     return [
         {"name": "gather rows / numpy indexing", "ratio": indexing / gathering, "rows_per_second": speed},
@@ -225,7 +225,7 @@ def gathering_rows(folder: Path, packed: PackedView, classes: int) -> list[dict[
 
 
 class NoSync(Files):
-    """A disk without fsync: its speed is not what is measured."""
+    """A disk without fsync, whose speed is not to be measured."""
 
     def sync_file(self, path: Path) -> None:
         pass
@@ -244,10 +244,10 @@ def opening_rows(folder: Path, quick: bool) -> list[dict[str, Any]]:
     views = blocks // 20  # ten row blocks of views and ten of the teacher, per view
     _, sealing = write(path, make_spec(160, views, 20, 16), codec, encoded, NoSync())
     before = resident()
-    (first,) = take_turns(lambda: open_archive(path), repeats=1)
+    (first,) = alternate(lambda: open_archive(path), repeats=1)
     archive = open_archive(path)
     grown = resident() - before
-    (second,) = take_turns(lambda: open_archive(path))
+    (second,) = alternate(lambda: open_archive(path))
     return [
         {"name": f"open {blocks} blocks, first time", "seconds": first, "files": len(archive.state.files)},
         {"name": f"open {blocks} blocks, again", "seconds": second, "megabytes": grown},

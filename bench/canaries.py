@@ -1,4 +1,4 @@
-"""Does the alignment check distinguish another decoder from another view? Every case with its drift and verdict.
+"""Whether the alignment check distinguishes another decoder from another view: drift and verdict of every case.
 
 Another decoder must pass; another interpolation, crop, image, quality or recipe must be refused. Decoders: Pillow (the
 archive's), torchvision.io, Pillow with draft mode, chroma upsampled in three other ways from the chroma samples of
@@ -167,12 +167,12 @@ class Decoded:
 # -- cases ------------------------------------------------------------------------------------------------------------
 
 
-def passing(encoded: Encoded, views: DrawnViews) -> Iterator[tuple[str, ViewDataset]]:
+def accepted_cases(encoded: Encoded, views: DrawnViews) -> Iterator[tuple[str, ViewDataset]]:
     for name, decode in DECODERS.items():
         yield name, ViewDataset(Decoded([decode(data) for data in encoded.files]), views)
 
 
-def refused(encoded: Encoded, views: DrawnViews, kind: str) -> Iterator[tuple[str, ViewDataset]]:
+def refused_cases(encoded: Encoded, views: DrawnViews, kind: str) -> Iterator[tuple[str, ViewDataset]]:
     images = [by_pillow(data) for data in encoded.files]
     source, recipe = Decoded(images), views.recipe
     if recipe.crop.name != "random_crop@1":
@@ -225,12 +225,15 @@ def rows(setups: list[tuple[str, str]], count: int) -> Iterator[dict[str, object
         views = DrawnViews(index, parse_recipe(text), seed=SEED, num_views=1)
         canaries = canary_rows(SEED, 0, count, count)
         stored = {0: (canaries, fingerprints(ViewDataset(encoded, views), 0, canaries))}
-        for expected, cases in (("passes", passing(encoded, views)), ("refused", refused(encoded, views, kind))):
+        for expected, cases in (
+            ("passes", accepted_cases(encoded, views)),
+            ("refused", refused_cases(encoded, views, kind)),
+        ):
             for name, dataset in cases:
                 started = time.perf_counter()
                 alignment = align(dataset, stored)
                 seconds = time.perf_counter() - started
-                right = (alignment.verdict == "refused") == (expected == "refused")
+                correct = (alignment.verdict == "refused") == (expected == "refused")
                 yield {
                     "name": name,
                     "recipe": text,
@@ -238,7 +241,7 @@ def rows(setups: list[tuple[str, str]], count: int) -> Iterator[dict[str, object
                     "expected": expected,
                     "verdict": alignment.verdict,
                     "drift": round(alignment.drift, 3),
-                    "ratio": float(right),
+                    "ratio": float(correct),
                     "seconds": round(seconds, 3),
                     "reason": alignment.reason,
                 }
@@ -252,7 +255,7 @@ def main() -> None:
     cases.append({"name": f"wrong verdicts of {len(cases)}", "ratio": wrong, "verdict": str(wrong)})
     report("canaries", cases, args)
     if simplejpeg is None:
-        print("(simplejpeg is not installed: libjpeg-turbo's fast DCT and fast upsampling were not tried)")
+        print("(simplejpeg is not installed: libjpeg-turbo's fast DCT and fast upsampling were not measured)")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python bench/codecs.py [LOGITS.npz] [--classes 2,3,5,8] [--quick] [--json PATH]
 
 LOGITS.npz holds sets of real logits: NAME_z [images, views, classes], or NAME_h [images, views, d] with NAME_W and
-NAME_b where the logits are h W' + b. The demo's teacher on drawn images is always one more set. A codec is fitted to
-the views of two thirds of the images and scored on those of the others.
+NAME_b where the logits are h W' + b. The demo's teacher on synthetic images is always measured
+as well. A codec is fitted to the views of two thirds of the images and scored on those of the others.
 
 With `--classes`, sets of few classes are made from these, and only the bytes of the certified codecs are measured.
 
@@ -69,7 +69,7 @@ def sets_of(path: Path, quick: bool) -> Iterator[Logits]:
 
 
 def demo_logits(quick: bool) -> Logits:
-    """The demo's teacher on drawn images that it was not trained on."""
+    """The demo's teacher on synthetic images that it was not trained on."""
     from redistill.demo.run import TEACHER_NETWORK, TEACHER_WEIGHTS, VAL_DATA
     from redistill.sources.open_source import open_source
 
@@ -119,7 +119,7 @@ def trained_logits(real: np.ndarray, labels: np.ndarray, count: int, seed: int) 
 
 
 def score_few(rows: Logits, seed: int) -> dict[str, object]:
-    """Bytes a view of the certified codecs at fidelity 1e-3, and their worst row; speeds are not measured."""
+    """Bytes per view of the certified codecs at fidelity 1e-3, and their largest error; speeds are not measured."""
     logits = torch.from_numpy(rows.scored)
     result: dict[str, object] = {"set": rows.name, "classes": logits.shape[1], "seed": seed, "rows": len(logits)}
     for t in (1, 4):
@@ -182,7 +182,7 @@ def score(rows: Logits, name: str, fidelity: float | None, certified: bool, code
         codec.decode(encoded.arrays)
     decode_seconds = (time.perf_counter() - start) / repeats
     one, four = (kl_rows(rows.scored, stored, t) for t in (1.0, 4.0))
-    some = slice(0, 512)
+    first = slice(0, 512)
     return {
         "set": rows.name,
         "codec": name,
@@ -196,8 +196,8 @@ def score(rows: Logits, name: str, fidelity: float | None, certified: bool, code
         "max_kl_t1": float(np.max(one)),
         "max_kl_t4": float(np.max(four)),
         "top1": float((stored.argmax(1) == rows.scored.argmax(1)).mean()),
-        "grad_error_t1": gradient_error(rows.scored[some], stored[some], 1.0),
-        "grad_error_t4": gradient_error(rows.scored[some], stored[some], 4.0),
+        "grad_error_t1": gradient_error(rows.scored[first], stored[first], 1.0),
+        "grad_error_t4": gradient_error(rows.scored[first], stored[first], 4.0),
         "encode_rows_per_second": len(rows.scored) / encode_seconds,
         "decode_rows_per_second": len(rows.scored) / decode_seconds,
     }

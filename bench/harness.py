@@ -18,7 +18,7 @@ Row = Mapping[str, Any]
 def arguments(description: str) -> argparse.ArgumentParser:
     """A parser with `--quick` and `--json PATH`; scripts add their own and call parse_args()."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="a smaller measurement, for a first look")
+    parser.add_argument("--quick", action="store_true", help="a smaller measurement, to try it out")
     parser.add_argument("--json", type=Path, default=None, metavar="PATH", help="also write the rows as JSON")
     return parser
 
@@ -49,7 +49,7 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in lines)
 
 
-def _cell(value: Any) -> str:  # noqa: ANN401  a table takes anything JSON takes
+def _cell(value: Any) -> str:  # noqa: ANN401  any JSON value
     if value is None:
         return ""
     if isinstance(value, float):
@@ -58,13 +58,13 @@ def _cell(value: Any) -> str:  # noqa: ANN401  a table takes anything JSON takes
 
 
 def report(name: str, rows: Sequence[Row], args: argparse.Namespace) -> None:
-    """Print the table, and write the JSON when asked."""
+    """Print the table, and write the JSON if `--json` is set."""
     print(table(rows))
     save(name, rows, args)
 
 
 def save(name: str, rows: Sequence[Row], args: argparse.Namespace) -> None:
-    """Write the JSON when asked."""
+    """Write the JSON if `--json` is set."""
     if args.json is None:
         return
     args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -3,8 +3,8 @@
     python bench/losses.py [--quick] [--json PATH]
 
 One step is forward and backward of the loss alone, from float32 logits to the gradient of the student's, in one thread.
-The two losses alternate, so that other load on the machine affects both; `ratio` is that of the median times. `memory`
-is the ratio of the peak allocations of a step, without its inputs.
+The two losses alternate, so that other load on the machine affects both; `ratio` is the ratio of the median times, and
+`memory` that of the peak allocations of a step, without its inputs.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def seconds(losses: list[Loss], student: Tensor, teacher: Tensor, repeats: int) 
 
 
 def peak_bytes(loss: Loss, student: Tensor, teacher: Tensor) -> int:
-    """The peak of what a step allocates."""
+    """The peak of the memory that a step allocates."""
     step(loss, student, teacher)
     if student.is_cuda:
         before = torch.cuda.memory_allocated()

@@ -1,7 +1,8 @@
 """Whether the memory of stage 1 grows with the views it writes: python bench/memory.py [--quick] [--json PATH]
 
-Each row is the peak memory of a process that wrote so many views of 1,024 images and 1,000 classes, 4 MB of logits per
-view; the ratio is over the first row, which has enough views to fill every buffer. bench/stage2.py measures stage 2.
+Each row is the peak memory of a process that wrote this number of views of 1,024 images and 1,000 classes, 4 MB of
+logits per view; the ratio is to the first row, which has enough views to fill every buffer.
+bench/stage2.py measures stage 2.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ dense           from a stored batch to float32 rows for a loss
 KL              from the original to the stored rows, mean, at T = 1 and 4
 
 Logits are synthetic, like those of a trained network, or real: --logits takes the files that bench/archive.py takes.
-Rows are sampled from a thousand, with a little noise each, so that no format can compress repetition. The packages of
-the other formats: redistill[peers].
+Rows are sampled from a thousand, with a little noise added to each, so that no format can compress repetition. The
+packages of the other formats: redistill[peers].
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from redistill_cache.codecs import fit_codec, kl_rows
 
 CLASSES = 1000
 MILLION = 1_000_000
-TURNS, ENOUGH = 40, 1.5  # so many times, or so many seconds
+TURNS, ENOUGH = 40, 1.5  # rounds, or seconds
 COLUMNS = {  # of the printed tables; the JSON has all in one
     "content": ("name", "stores", "kl_t1", "kl_t4", "bytes_per_view", "x bytes"),
     "writing, rows/s, and opening": ("name", "write", "x write", "open_ms", "x open"),
@@ -93,21 +93,21 @@ class Measurement:
             result |= {"batch_ms": 1e3 * mine, "x batch": limit / mine}
         for name, seed in (("sequential", None), ("shuffled", 5)):
             result |= self._epochs(name, reader, seed)
-        views, of, values = next(reader.epochs(None))
+        views, images, values = next(reader.epochs(None))
         dense = form.dense(values, CLASSES)
         took = statistics.median(seconds(lambda: form.dense(values, CLASSES)) for _ in range(5))
-        known = self.rows.known[self.rows.pick[views, of]]
-        exact = known if isinstance(form, ArchiveRows) and form.known_only else self.rows.logits[views, of]
+        known = self.rows.known[self.rows.pick[views, images]]
+        exact = known if isinstance(form, ArchiveRows) and form.known_only else self.rows.logits[views, images]
         one, four = (float(np.mean(kl_rows(exact, dense, t))) for t in (1.0, 4.0))
         return result | {"dense": len(dense) / took, "kl_t1": one, "kl_t4": four}
 
     def _epochs(self, name: str, reader: Reader, seed: int | None) -> dict[str, float]:
         """Rows per second, and the ratio to np.memmap. The first pass, which hashes files, is reported too."""
 
-        def passing(through: Reader) -> Callable[[], None]:
+        def passing(source: Reader) -> Callable[[], None]:
             def epochs() -> None:
                 shuffle = None if seed is None else np.random.default_rng(seed)
-                count = sum(len(images) for _, images, _ in through.epochs(shuffle))
+                count = sum(len(images) for _, images, _ in source.epochs(shuffle))
                 assert count == self.rows.pick.size, f"read {count} rows of {self.rows.pick.size}"
 
             return epochs
@@ -146,7 +146,7 @@ def in_turns(mine: Callable[[], object], limit: Callable[[], object]) -> tuple[f
 
 
 def formats(pilot: np.ndarray, quick: bool) -> Iterator[tuple[Format, dict[str, Any]]]:
-    """Every format, with extra columns; the codecs of the archive are fitted to rows that it does not store."""
+    """Every format, with extra columns; the codecs are fitted to rows that the archive does not store."""
     yield LIMIT, {}
     for form in PEERS:
         yield form, {}
@@ -192,7 +192,7 @@ def main() -> None:
     views, images, known, pilot = (4, 1024, 128, 4096) if args.quick else (8, 4096, 1024, 4096)
     logits = make_logits(pilot + known, CLASSES, 1) if args.logits is None else real_logits(args.logits, CLASSES)
     folder = Path(tempfile.mkdtemp(prefix="redistill-peers-", dir=args.disk))
-    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")  # so that the archive is new to this machine
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")  # so that no file of the archive is marked as verified
     print(f"{views} views of {images} images in {folder.parent}, warm page cache, one thread\n", flush=True)
     result, missing = [], []
     try:

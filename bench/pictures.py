@@ -1,4 +1,4 @@
-"""Pictures for measurements: generated, with the spectrum and the edges of photographs, so nothing is downloaded."""
+"""Generated pictures with the spectrum and the edges of photographs, so that nothing is downloaded."""
 
 from __future__ import annotations
 

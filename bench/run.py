@@ -1,7 +1,7 @@
 """Every benchmark, one after another, alone on the machine: python bench/run.py [--quick] [--only NAME ...]
 
-Each writes bench/results/<name>.json, with the date and the machine. A script that lacks something (a file of real
-logits, an extra package) says so in its table; nothing is filled in.
+Each writes bench/results/<name>.json, with the date and the machine. If an input is missing (a file of real logits, an
+extra package), the table of the script shows it, and the measurement is left out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-# Short ones first, so that mistakes show early.
+# Short ones first, so that mistakes are seen early.
 NAMES = (
     "sources",
     "views",
@@ -33,10 +33,10 @@ NAMES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="smaller measurements, for a first look")
+    parser.add_argument("--quick", action="store_true", help="smaller measurements, to try it out")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--logits", type=Path, default=None, help="an .npz of real logits, for codecs and peers")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="where the JSON goes")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the JSON files")
     args = parser.parse_args()
     outcomes = [run(name, args) for name in args.only]
     print("\n".join(["", "benchmark   seconds  outcome", *outcomes]))

@@ -1,8 +1,8 @@
-"""The cost of indexing, against plain hashing of the same files, and of joining 1.28 M samples.
+"""The cost of indexing compared with hashing the same files, and of joining 1.28 M samples.
 
 Indexing reads each file once, hashes it and parses its header; `ratio` is its rate over that of a loop that only
-reads and hashes the same files, both in one process and with warm caches. Joining is measured as time, and as the
-peak of what numpy and Python allocate meanwhile, beyond the index and the rows of the archive.
+reads and hashes the same files, both in one process and with warm caches. Joining is measured in seconds and in
+peak memory that numpy and Python allocate, beyond the index and the rows of the archive.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ def indexing(n: int) -> harness.Row:
         plain = best(lambda: [hashlib.sha256(path.read_bytes()).digest() for path in paths], 3)
         os.environ["XDG_CACHE_HOME"] = str(cache)
 
-        def index_afresh() -> None:
+        def index_without_cache() -> None:
             shutil.rmtree(cache, ignore_errors=True)
             index_source(source, workers=0)
 
-        ours = best(index_afresh, 3)
+        ours = best(index_without_cache, 3)
         size = paths[0].stat().st_size
     return {
         "what": "indexing",

@@ -1,4 +1,4 @@
-"""The overhead of stage 1 over the teacher's forward pass: python bench/stage1.py [--quick] [--json PATH]
+"""The overhead of stage 1 compared with the teacher's forward pass: python bench/stage1.py [--quick] [--json PATH]
 
 blocks over a bare loop    images/s of rendering, running the teacher, encoding and writing blocks until the last one is
                            on disk, over images/s of the same workers, views and forward pass with the logits dropped;
@@ -6,7 +6,7 @@ blocks over a bare loop    images/s of rendering, running the teacher, encoding 
 whole command over it      the same for the whole command: index, check, pilot, canaries and seal are done once
 estimated over written     bytes of --dry-run over bytes of the archive
 
-The two loops take turns over the same views; ratios are of medians. torch chooses the number of threads.
+The two loops alternate over the same views; ratios are of medians. torch chooses the number of threads.
 """
 
 from __future__ import annotations

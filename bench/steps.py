@@ -1,9 +1,9 @@
 """Time that the archive adds to a training step: python bench/steps.py [--quick] [--json PATH]
 
-bench/stage2.py compares whole runs, which other load on the machine makes uncertain. Here a student with the power
+bench/stage2.py compares whole runs, whose times vary with other load on the machine. Here a student with the power
 divergence and one with labels alone do single steps on the same batch of 128, in turns of milliseconds, in one process
 and one thread, so that load affects both alike. Times are medians over the turns; the order within a turn is random.
-Loading costs both the same, so the ratio of images/s of whole runs is between 1 and
+Loading takes both the same time, so the ratio of images/s of whole runs is between 1 and
 
 steps       a step with labels alone over one with the archive (gathering and decoding rows), if loading is free
 with views  the same with the rendering of the batch added to both, for a machine whose CPU is the limit

@@ -1,4 +1,4 @@
-"""Views rendered by the dataset against a hand-written torchvision v2 pipeline, and how fast parameters are drawn.
+"""Rendering by the dataset compared with a hand-written torchvision v2 pipeline; the speed of drawing parameters.
 
 Both pipelines decode the same bytes with Pillow, apply the same operations to uint8 tensors at the same size, and are
 loaded by the same DataLoader; passes alternate, and the ratio is that of the medians (goal: at least 0.95).

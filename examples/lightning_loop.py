@@ -1,6 +1,6 @@
-"""An archive in Lightning: python examples/lightning_loop.py ARCHIVE DATA [EPOCHS]
+"""Distillation from an archive in Lightning: python examples/lightning_loop.py ARCHIVE DATA [EPOCHS]
 
-An ordinary LightningModule, except that the loader is recreated every epoch, because each epoch trains on another view.
+An ordinary LightningModule, except that the loader is recreated every epoch, because each epoch uses another view.
 """
 
 from __future__ import annotations

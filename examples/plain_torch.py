@@ -1,4 +1,4 @@
-"""An archive in an ordinary training loop: python examples/plain_torch.py ARCHIVE DATA [EPOCHS]
+"""Distillation from an archive in a plain training loop: python examples/plain_torch.py ARCHIVE DATA [EPOCHS]
 
 Only the dataset, the teacher and the loss come from redistill.
 """

@@ -1,4 +1,4 @@
-"""An archive in a training loop with timm: python examples/timm_loop.py ARCHIVE DATA [EPOCHS]
+"""Distillation from an archive in a timm training loop: python examples/timm_loop.py ARCHIVE DATA [EPOCHS]
 
 Model, optimiser, schedule and weight average come from timm; dataset, teacher and loss from redistill.
 """

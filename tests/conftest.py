@@ -1,4 +1,4 @@
-"""A web server on this machine, for what is downloaded."""
+"""A local web server for tests of downloads."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 
 
 class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    """Serves files; its requests are recorded, not printed.
+    """Serves files and records the requests instead of printing them.
 
-    A name that ends in '.short' breaks off early, and so does one of `fragile`, the first time it is requested.
+    The connection closes halfway for a path that ends in '.short', and on the first request for a path in `fragile`.
     """
 
     requests: list[str]
@@ -25,12 +25,12 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.requests.append(self.path)
-        cut = self.path.removesuffix(".short")
-        if cut == self.path not in self.fragile:
+        path = self.path.removesuffix(".short")
+        if path == self.path not in self.fragile:
             super().do_GET()
             return
-        self.fragile.discard(cut)
-        data = Path(self.translate_path(cut)).read_bytes()
+        self.fragile.discard(path)
+        data = Path(self.translate_path(path)).read_bytes()
         self.send_response(200)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()

@@ -1,4 +1,4 @@
-"""A student with dropout, in a module of a user."""
+"""A student with dropout, loaded as `--student python:tests.noisy_student:build`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Teachers that stage 1 must refuse, as a module of a user: `--teacher python:tests.odd_teachers:NanLogits?...`."""
+"""Unusual teachers, most of which stage 1 must refuse: `--teacher python:tests.odd_teachers:NanLogits?...`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class NanLogits(Wrapped):
 
 
 class RarelyNan(Wrapped):
-    """NaN for about one view in four hundred, depending on its pixels."""
+    """NaN for about one view in 400, depending on its pixels."""
 
     def forward(self, x: Tensor) -> Tensor:
         logits = self.inner(x)
@@ -77,7 +77,7 @@ class OutOfMemory(Wrapped):
 
 
 class NotDeterministic(Wrapped):
-    """Other logits at every call, with no trace of it in parameters or buffers."""
+    """Different logits at every call, without any change of parameters or buffers."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Small runs of stage 1, of about a second: as a call, and as processes that can be killed."""
+"""Small runs of stage 1 that take about a second: called directly, or started as processes that can be killed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ DATA = f"synthetic?{DIFFICULTY}&n=61"
 TEACHER = f"{TEACHER_NETWORK}&weights={TEACHER_WEIGHTS}"
 OTHER_TEACHER = f"demo:tiny?num_classes={CLASSES}&weights=random"
 SMALL = {"views": 2, "batch_size": 7, "workers": 0, "block_rows": 32, "codec": "compander"}
-# Another task, whose teacher is not trained: 90 rows are three blocks, the last one smaller.
+# Five classes and an untrained teacher; 90 rows make three blocks, the last one smaller.
 FIVE_CLASSES = {
     "data": "synthetic?n=90&classes=5",
     "teacher": "demo:small?num_classes=5&weights=random",
@@ -48,7 +48,7 @@ FIVE_CLASSES = {
 
 
 def cache_options(out: Path, **changes: Any) -> CacheOptions:
-    """Options of a small run, some of them changed."""
+    """Options of a small run, with `changes`."""
     defaults = {"data": DATA, "teacher": TEACHER, "out": out, **SMALL}
     return CacheOptions(**(defaults | changes))
 
@@ -73,13 +73,13 @@ def odd_teacher(name: str) -> str:
 
 
 def file_hashes(path: Path) -> dict[str, str]:
-    """SHA-256 of every file but the notes, by path."""
+    """SHA-256 of every file except the notes, by path."""
     files = (file for file in path.rglob("*") if file.is_file() and "notes" not in file.parts)
     return {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def read_note(path: Path) -> dict[str, Any]:
-    """The note of the only run that committed something."""
+    """The note of the only run that committed a block."""
     [note] = (path / "_redistill" / "notes").iterdir()
     return json.loads(note.read_text())
 
@@ -102,7 +102,7 @@ class SignalAtBatch(NoProgress):
 def run_command(arguments: Sequence[str], environment: Mapping[str, str], output: Path) -> None:
     from redistill_cli.__main__ import main
 
-    os.setsid()  # a group of its own, to be killed as by a scheduler
+    os.setsid()  # its own process group, so that it can be killed as a scheduler does
     os.environ.update(environment)
     sys.argv = ["redistill", *arguments]
     with output.open("w") as file:
@@ -112,7 +112,7 @@ def run_command(arguments: Sequence[str], environment: Mapping[str, str], output
 
 
 def start_command(arguments: Sequence[str], output: Path, **environment: str) -> ForkServerProcess:
-    """`redistill ARGUMENTS` as a process and a group of its own; all its output goes to the file `output`."""
+    """Start `redistill ARGUMENTS` in its own process group, with all output in the file `output`."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["pytest", "redistill_cli.cache_teacher", "redistill.caching", "redistill.loading"])
     process = server.Process(target=run_command, args=(arguments, environment, output), daemon=False)

@@ -1,4 +1,7 @@
-"""A small archive with one of everything, a function of its seed: several views, canaries, a teacher, a short block."""
+"""A tiny archive of fixed random values, written without a model: three views, canaries, a teacher, a short block.
+
+tests/small_archive.py has one of a real teacher, and tests/faults/scenario.py one with the linear codec.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ SPEC = ArchiveSpec(
     environment={"zarr": "3"},
 )
 FEATURES = 4
-# A codec with a rare array (a few rows of logits need it), and one that keeps every bit.
+# A codec with a sparse array, which only a few rows need, and a lossless one.
 CODECS = {
     "logits": open_codec("float16", CLASSES, {"metric": "kl", "fidelity": 3e-8, "keep_shift": True}, {}),
     "layer4.1": open_codec("float32", FEATURES, {"metric": "relative"}, {}),
@@ -127,7 +130,7 @@ def start(
 
 
 def fill(writer: ArchiveWriter, parts: Iterable[str] | None = None) -> None:
-    """Write every block that is missing."""
+    """Write every missing block."""
     for part in parts or writer.parts():
         for block in writer.missing(part):
             writer.write(block, *block_data(block, writer.spec))
@@ -141,6 +144,6 @@ def make(path: Path, spec: ArchiveSpec = SPEC, teachers: Iterable[str] = ("tiny"
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    """Every file of an archive but its notes."""
+    """The bytes of every file of an archive except its notes, by path."""
     files = (file for file in sorted(path.rglob("*")) if file.is_file())
     return {str(file.relative_to(path)): file.read_bytes() for file in files if "notes" not in file.parts}

@@ -1,4 +1,4 @@
-"""Builders of attacks: each takes what to change and returns a function that attacks the archive at a path."""
+"""Builders of attacks: each takes the change to make and returns a function that attacks the archive at a path."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def array_field(name: str, **changes: object) -> Attack:
 
 
 def text_of(name: str, old: bytes, new: bytes) -> Attack:
-    """Bytes replaced in a document, and every hash updated."""
+    """Replace bytes in a document and update every hash."""
 
     def attack(path: Path) -> None:
         data = (path / name).read_bytes()
@@ -161,7 +161,7 @@ def many_arrays(path: Path) -> None:
 
 
 def lines(change: Callable[[list[bytes]], list[bytes]]) -> Attack:
-    """Other lines in the manifest, whose hash is updated."""
+    """Change the lines of the manifest and update its hash."""
 
     def attack(path: Path) -> None:
         data = (path / MANIFEST).read_bytes()
@@ -179,7 +179,7 @@ def many_lines(count: int) -> Attack:
 
 
 def teachers_named(*names: str) -> Attack:
-    """The manifest also lists these teachers; each has a document where its name would lead."""
+    """The manifest also lists these teachers; each has a document at the path its name gives."""
 
     def attack(path: Path) -> None:
         stats = read_manifest(path).teachers
@@ -300,7 +300,7 @@ def link(name: str) -> Attack:
 
 
 def instead(name: str, make: Callable[[Path], object]) -> Attack:
-    """Something else in place of a file."""
+    """Replace a file by something that is not one."""
 
     def attack(path: Path) -> None:
         (path / name).unlink()
@@ -317,7 +317,6 @@ def listening(path: Path) -> None:
 
 
 def extra_file(name: str) -> Attack:
-
     def attack(path: Path) -> None:
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(b"x")
@@ -342,7 +341,7 @@ def unsealed(attack: Attack) -> Attack:
 
 
 def record(block: str, change: Change) -> Attack:
-    """A changed commit record, whose hash is updated."""
+    """Change a commit record and update its hash."""
 
     def attack(path: Path) -> None:
         file = path / layout.BLOCKS / f"{block}.json"

@@ -1,7 +1,7 @@
-"""Tools to forge an archive: records, metadata and manifest are rewritten to agree with whatever was changed.
+"""Forge an archive: change it, and rewrite records, metadata and manifest to agree with the change.
 
-A capable attacker has the source of this library, so this uses it: a forged archive differs from an honest one only in
-what was changed.
+An attacker has the source of this library, so these functions use it. A forged archive is
+consistent except for the change.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["Change", "documents", "edit", "edit_teacher", "forge", "parsed", "pu
 Json = Any
 Change = Callable[[dict[str, Json]], object]
 MANIFEST = layout.MANIFEST
-# An archive whose forged specification needs more files than this keeps the files it has.
+# If a forged specification needs more files than this, none are added.
 MOST_FILES = 2000
 
 
@@ -52,7 +52,7 @@ def documents(path: Path) -> tuple[dict[str, Json], dict[str, dict[str, Json]]]:
 
 
 def parsed(root: Mapping[str, Json], teachers: Mapping[str, Json]) -> tuple[ArchiveSpec, dict[str, TeacherSpec]] | None:
-    """The specifications as parsed by the library; None where it refuses them."""
+    """The specifications as parsed by the library; None if it refuses them."""
     try:
         spec = parse_archive_spec(root, "forged")
         specs = {name: parse_teacher_spec(item, "forged", spec.block_rows) for name, item in teachers.items()}
@@ -76,7 +76,7 @@ def edit_teacher(path: Path, change: Change) -> None:
 
 
 def forge(path: Path, root: dict[str, Json], teachers: dict[str, dict[str, Json]], **header: object) -> None:
-    """Write these specifications and all that follows from them. Missing shards become empty files."""
+    """Write these specifications and everything derived from them. Missing shards become empty files."""
     write(path / "zarr.json", group({"redistill": root}))
     for name, value in teachers.items():
         write(path / layout.teacher_path(name), group({"redistill_teacher": value}))

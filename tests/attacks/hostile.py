@@ -1,4 +1,4 @@
-"""Hostile archives: each attack changes a finished, honest archive in a way that an attacker might."""
+"""Hostile archives: each attack changes a finished, honest archive."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ PARTIAL_ATTACKS: dict[str, Attack] = {
 }
 PARTIAL_ATTACKS = {f"unsealed: {name}": unsealed(attack) for name, attack in PARTIAL_ATTACKS.items()}
 
-# What the error must contain, where another check could hide that the right one is missing.
+# Text that the error must contain, so that no other check hides that the intended one is missing.
 REASONS = {
     "a billion samples, otherwise valid": "digests of 1000000000 samples",
     "one sample more than there are digests": "digests of 22 samples",

@@ -1,4 +1,4 @@
-"""Call every entry point of the library with one hostile archive, in its own process, and measure what that costs."""
+"""Call every entry point of the library with one hostile archive in its own process; measure time and memory."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def run_entry_point(path: Path, entry_point: str) -> str:
     return "accepted"
 
 
-def peak_from_here() -> Callable[[], float]:
-    """A function that returns by how many MB the memory of this process has peaked above the current amount.
+def start_peak() -> Callable[[], float]:
+    """A function that returns the peak memory of this process since this call, in MB above the current amount.
 
     It resets the kernel's high-water mark, because ru_maxrss of a process starts at that of its parent.
     """
@@ -87,7 +87,7 @@ def megabytes(mark: str) -> float:
 
 
 def measure(path: Path, cache: Path, parent: Connection) -> None:
-    """The body of a process: all entry points, one after the other."""
+    """The body of a process: run all entry points, one after another."""
     os.environ["XDG_CACHE_HOME"] = str(cache)
     outside: list[str] = []
     home, inside = os.path.realpath(path.parent), os.path.realpath(path) + os.sep
@@ -96,12 +96,12 @@ def measure(path: Path, cache: Path, parent: Connection) -> None:
         if event == "open" and isinstance(arguments[0], str | os.PathLike):
             file = os.path.abspath(os.fspath(arguments[0]))  # noqa: PTH100  must not follow links
             folder = os.path.realpath(os.path.dirname(file)) + os.sep  # noqa: PTH120  as text, too
-            near = folder.startswith(home) and not folder.startswith((inside, os.path.realpath(cache)))
-            if near and file != str(path):
+            is_outside = folder.startswith(home) and not folder.startswith((inside, os.path.realpath(cache)))
+            if is_outside and file != str(path):
                 outside.append(file)
 
     sys.addaudithook(watch)
     for entry_point in ENTRY_POINTS:
-        peak, start = peak_from_here(), time.process_time()
+        peak, start = start_peak(), time.process_time()
         result = run_entry_point(path, entry_point)
         parent.send(Outcome(entry_point, result, time.process_time() - start, peak(), list(outside)))

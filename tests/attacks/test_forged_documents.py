@@ -1,7 +1,7 @@
-"""One value of a specification replaced, and everything else adapted: accepted or refused, never another error.
+"""One value of a specification is replaced and everything else adapted: accepted or refused, never another error.
 
-What the parser still accepts is forged completely (metadata, records, manifest), so that the layers below get chunk
-sizes, shapes, widths and codecs that their data was not written with.
+Documents that the parser accepts are forged completely (metadata, records, manifest), so that the layers below see
+chunk sizes, shapes, widths and codecs that do not match the data.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ VALUES: list[object] = [
     [], [1], [0], [7, 7], [2**40], [[]], {}, {"a": 1}, [{}],
 ]  # fmt: skip
 
-Place = tuple[str | int, ...]
+JsonPath = tuple[str | int, ...]
 
 
-def places(value: object, at: Place = ()) -> Iterator[Place]:
-    """Every value inside a document."""
+def json_paths(value: object, at: JsonPath = ()) -> Iterator[JsonPath]:
+    """The path of every value inside a document."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
         yield (*at, key)
-        yield from places(item, (*at, key))
+        yield from json_paths(item, (*at, key))
 
 
-def replaced(document: Any, place: Place, value: object) -> Any:
+def replaced(document: Any, place: JsonPath, value: object) -> Any:
     document = copy.deepcopy(document)
     holder = document
     for key in place[:-1]:
@@ -46,7 +46,7 @@ def replaced(document: Any, place: Place, value: object) -> Any:
     return document
 
 
-def removed(document: Any, place: Place) -> Any:
+def removed(document: Any, place: JsonPath) -> Any:
     document = copy.deepcopy(document)
     holder = document
     for key in place[:-1]:
@@ -63,7 +63,7 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check(honest: Path, path: Path, root: Any, teachers: Any) -> set[str]:
-    """Three entry points, sealed and unsealed. Only a RedistillError may be raised."""
+    """The results of three entry points, sealed and unsealed; errors other than RedistillError are raised."""
     shutil.copytree(honest, path)
     forge(path, root, teachers)
     results = {run_entry_point(path, entry_point) for entry_point in ("open", "verify")}
@@ -76,14 +76,14 @@ def check(honest: Path, path: Path, root: Any, teachers: Any) -> set[str]:
     return results
 
 
-def run(honest: Path, folder: Path, share: float) -> None:
+def replace_values(honest: Path, folder: Path, share: float) -> None:
     seed = int(os.environ.get("REDISTILL_SEED", "20261121"))
     print(f"replay with REDISTILL_SEED={seed}")
     rng = random.Random(seed)
     root, teachers = documents(honest)
     both = {"root": root, "teacher": teachers["net"]}
     accepted = tried = 0
-    for place in places(both):
+    for place in json_paths(both):
         if len(place) < 2:
             continue
         for value in [*VALUES, KeyError]:
@@ -101,11 +101,11 @@ def run(honest: Path, folder: Path, share: float) -> None:
 
 def test_one_value_replaced(honest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    run(honest, tmp_path, 0.015)
+    replace_values(honest, tmp_path, 0.015)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_many_values_replaced(honest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    run(honest, tmp_path, 0.4)
+    replace_values(honest, tmp_path, 0.4)

@@ -75,7 +75,7 @@ def test_refused_when_opened_with_allow_partial(archive: Path, name: str):
 
 
 def test_the_honest_archive_is_accepted(archive: Path):
-    """Without this, attacks could be refused for a fault of the tools: these change nothing by themselves."""
+    """The tools change nothing by themselves, so attacks are not refused because of a defect in the tools."""
     before = hashes(archive)
     forge(archive, *documents(archive))
     assert hashes(archive) == before

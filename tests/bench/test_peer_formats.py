@@ -1,4 +1,4 @@
-"""What bench/peers.py measures, it measures right: every reader returns exactly what its writer was given."""
+"""The formats that bench/peers.py measures: every reader returns exactly the rows that were written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ARCHIVES = (
 
 
 def expected(form: Format, rows: Rows) -> np.ndarray:
-    """The rows [views, images, ...] that must come back, by another way than the format's own."""
+    """The rows [views, images, ...] to expect, computed independently of the format."""
     if isinstance(form, ArchiveRows):
         if not form.known_only:
             exact = rows.logits.astype(np.float64)
@@ -37,7 +37,7 @@ def expected(form: Format, rows: Rows) -> np.ndarray:
 
 
 def tolerance(form: Format) -> dict[str, float]:
-    """Logits come back as they were, probabilities as their type holds them, products to how they are summed."""
+    """Logits are exact; probabilities are rounded to their type; decoded sums depend on the order of addition."""
     if isinstance(form, ImagePickles):
         return {"rtol": 1e-5, "atol": 0}
     if isinstance(form, ViewRecords):
@@ -45,13 +45,13 @@ def tolerance(form: Format) -> dict[str, float]:
     return {"rtol": 1e-4, "atol": 1e-5} if isinstance(form, ArchiveRows) and form.known_only else {"rtol": 0, "atol": 0}
 
 
-def found(form: Format, values: Values[str, np.ndarray]) -> np.ndarray:
+def read_values(form: Format, values: Values[str, np.ndarray]) -> np.ndarray:
     if isinstance(form, ArchiveRows):
         return form.dense(values, CLASSES)
     return values["probability"] if "probability" in values else values["logits"]
 
 
-@pytest.mark.filterwarnings("ignore")  # the peers' packages have some of their own
+@pytest.mark.filterwarnings("ignore")  # of the packages of other formats
 @pytest.mark.parametrize("form", [LIMIT, *PEERS, *ARCHIVES], ids=lambda form: form.name)
 def test_a_reader_returns_what_was_written(form: Format, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     if form.needs:
@@ -60,14 +60,14 @@ def test_a_reader_returns_what_was_written(form: Format, tmp_path: Path, monkeyp
     (tmp_path / "rows").mkdir()
     rows = Rows.drawn(KNOWN, VIEWS, IMAGES)
     form.write(tmp_path / "rows", rows)
-    near = tolerance(form)
+    close_enough = tolerance(form)
     reader = form.open(tmp_path / "rows")
-    true = expected(form, rows)
+    true_values = expected(form, rows)
     for shuffle in (None, np.random.default_rng(1)):
         seen = np.zeros((VIEWS, IMAGES), int)
         order = []
         for views, images, values in reader.epochs(shuffle):
-            np.testing.assert_allclose(found(form, values), true[views, images], **near)
+            np.testing.assert_allclose(read_values(form, values), true_values[views, images], **close_enough)
             np.add.at(seen, (views, images), 1)
             order.extend(images.tolist())
         assert (seen == 1).all()
@@ -75,11 +75,11 @@ def test_a_reader_returns_what_was_written(form: Format, tmp_path: Path, monkeyp
     images = np.random.default_rng(2).permutation(IMAGES)[:50]
     values = reader.batch(1, images)
     if values is not None:
-        np.testing.assert_allclose(found(form, values), true[1, images], **near)
+        np.testing.assert_allclose(read_values(form, values), true_values[1, images], **close_enough)
     reader.close()
 
 
-def test_classes_of_the_largest_are_kept(tmp_path: Path):
+def test_the_classes_of_the_largest_probabilities_are_stored(tmp_path: Path):
     rows = Rows.drawn(KNOWN, 1, 20)
     for form in (ImagePickles(k=3), ViewRecords(k=3)):
         folder = tmp_path / form.name.replace("/", " ")

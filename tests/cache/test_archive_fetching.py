@@ -28,7 +28,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def shared(tmp_path: Path) -> Path:
-    """A folder with an archive in it."""
+    """A folder that contains an archive."""
     (tmp_path / "shared").mkdir()
     tiny_archive.make(tmp_path / "shared" / NAME)
     return tmp_path / "shared"
@@ -67,7 +67,7 @@ def test_an_interrupted_fetch_is_continued(shared: Path, serve: Serve, tmp_path:
     path = fetch_archive(f"{address}/{NAME}", progress=lambda *step: steps.append(step))
     assert verify(path, full=True).ok
     assert steps[-1][0] == steps[-1][1] == sum(size for _, size in sizes(path))
-    assert len(requests) - before < len(list(sizes(path))), "files that were fetched are not fetched again"
+    assert len(requests) - before < len(list(sizes(path))), "files that are already fetched are not fetched again"
 
 
 def test_a_closed_connection_is_retried(shared: Path, serve: Serve):
@@ -77,7 +77,7 @@ def test_a_closed_connection_is_retried(shared: Path, serve: Serve):
     assert requests.count(shard) == 2
 
 
-def test_a_connection_that_always_closes_is_an_error(shared: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch):
+def test_a_connection_that_closes_every_time_is_an_error(shared: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fetching, "WAITS", (0.0, 0.0))
     address, requests = serve(shared)
     with pytest.raises(
@@ -125,7 +125,7 @@ def test_an_address_without_an_archive_is_refused(shared: Path, serve: Serve):
         open_archive("nonsense://a.redistill.zarr")
 
 
-def test_an_address_of_fsspec(shared: Path):
+def test_an_fsspec_url(shared: Path):
     fsspec = pytest.importorskip("fsspec", reason="torch brings it")
     files = fsspec.filesystem("memory")
     files.put(str(shared / NAME), f"/lab/{NAME}", recursive=True)
@@ -152,13 +152,13 @@ def test_errors_of_bucket_packages_are_one_line(monkeypatch: pytest.MonkeyPatch)
         open_archive("bucket://a.zarr")
 
 
-def _fetched(address: str) -> str:
+def _fetch(address: str) -> str:
     return str(fetch_archive(address))
 
 
 def test_concurrent_processes_share_a_copy(shared: Path, serve: Serve):
     address, requests = serve(shared)
     with multiprocessing.get_context("spawn").Pool(3) as pool:
-        (path,) = set(pool.map(_fetched, [f"{address}/{NAME}"] * 3))
+        (path,) = set(pool.map(_fetch, [f"{address}/{NAME}"] * 3))
     assert verify(Path(path), full=True).ok
     assert sum(SHARD in request for request in requests) == 1

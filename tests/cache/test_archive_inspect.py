@@ -1,4 +1,4 @@
-"""The JSON description of an archive, whose keys are fixed."""
+"""The JSON description of an archive, with fixed keys."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def kl(exact: np.ndarray, decoded: np.ndarray, temperature: float) -> float:
     return float((np.exp(p) * (p - q)).sum(1).mean())
 
 
-def test_a_sealed_archive(made: Path):
-    identity = hashlib.sha256((made / "_redistill/manifest.json").read_bytes()).hexdigest()
-    description = describe(open_archive(made))
+def test_a_sealed_archive(sealed: Path):
+    identity = hashlib.sha256((sealed / "_redistill/manifest.json").read_bytes()).hexdigest()
+    description = describe(open_archive(sealed))
     assert json.loads(json.dumps(description)) == description, "plain JSON"
-    total = sum(map(len, contents(made).values()))
+    total = sum(map(len, contents(sealed).values()))
     assert description["id"] == identity
     assert description["complete"]
     assert (description["num_samples"], description["num_views"], description["num_classes"]) == (50, 3, 6)
@@ -44,9 +44,9 @@ def test_a_sealed_archive(made: Path):
     assert set(description["view_parameters"]) == {"crop", "flip"}
 
 
-def test_bytes_and_fidelity_of_a_signal(made: Path):
-    signal = describe(open_archive(made))["teachers"]["tiny"]["logits"]
-    files = contents(made).items()
+def test_bytes_and_fidelity_of_a_signal(sealed: Path):
+    signal = describe(open_archive(sealed))["teachers"]["tiny"]["logits"]
+    files = contents(sealed).items()
     written = sum(len(data) for name, data in files if name.startswith("teachers/tiny/logits/") and "/c." in name)
     assert signal["codec"] == "float16"
     assert signal["bytes_per_view"] * 150 + signal["side_bytes"] == pytest.approx(written)

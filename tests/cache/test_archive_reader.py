@@ -199,7 +199,7 @@ def test_reads_larger_than_memory_are_refused(archive: Archive, monkeypatch: pyt
 # -- unfinished archives ----------------------------------------------------------------------------------------------
 
 
-def test_an_unfinished_archive_offers_its_committed_blocks(tmp_path: Path):
+def test_an_unfinished_archive_returns_its_committed_blocks(tmp_path: Path):
     path = tmp_path / "a"
     writer = ArchiveWriter.create(path, SPEC)
     refused(Incomplete, "never sealed", lambda: open_archive(path))
@@ -234,20 +234,20 @@ def test_an_archive_without_views_or_canaries(tmp_path: Path):
     refused(OutOfRange, "no canaries", lambda: archive.canaries(0))
 
 
-def test_a_relative_path_survives_a_change_of_folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(made.parent)
-    archive = open_archive(made.name)
+def test_a_relative_path_survives_a_change_of_folder(sealed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(sealed.parent)
+    archive = open_archive(sealed.name)
     monkeypatch.chdir(tmp_path)
     assert np.array_equal(archive.logits(0), stored_logits(0))
     assert pickle.loads(pickle.dumps(archive)).id == archive.id
 
 
-def test_a_machine_without_a_home_hashes_every_time(made: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_a_home_folder_files_are_hashed_every_time(sealed: Path, monkeypatch: pytest.MonkeyPatch):
     for name in ("XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # nor an entry in the password file
     assert cache_folder() == Path("/dev/null/redistill")
-    assert np.array_equal(open_archive(made).logits(0), stored_logits(0))
+    assert np.array_equal(open_archive(sealed).logits(0), stored_logits(0))
 
 
 # -- processes and threads --------------------------------------------------------------------------------------------
@@ -292,7 +292,7 @@ def test_a_file_that_changes_while_the_archive_is_open_is_detected(archive_copy:
     refused(Damaged, "is missing", lambda: archive.logits(0))
 
 
-# -- the loader of views ----------------------------------------------------------------------------------------------
+# -- view loader -----------------------------------------------------------------------------------------------------
 
 
 def test_the_loader_returns_every_view_in_any_order(archive: Archive):
@@ -332,7 +332,7 @@ def test_the_loader_raises_errors_of_its_thread(archive_copy: Path):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("load view")]
 
 
-def test_a_view_is_loaded_into_buffers_of_the_caller(archive: Archive):
+def test_a_view_is_loaded_into_the_callers_buffers(archive: Archive):
     pool = np.zeros(1 << 16, np.uint8)
     used = 0
 

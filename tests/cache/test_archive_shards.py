@@ -1,4 +1,4 @@
-"""Columns of a chunk become rows, whatever their number, type and alignment."""
+"""Columns of a chunk become rows, for any number, type and alignment."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def test_columns_become_rows(width: int, chunk: int, rows: int, dtype: str, shif
     rows = min(rows, chunk)
     itemsize = np.dtype(dtype).itemsize
     columns = np.random.default_rng(seed).integers(0, 256, (width, chunk * itemsize), np.uint8).view(dtype)
-    room = np.zeros(rows * width * itemsize + itemsize, np.uint8)
-    out = room[itemsize * shifted :][: rows * width * itemsize].view(dtype).reshape(rows, width)
+    memory = np.zeros(rows * width * itemsize + itemsize, np.uint8)
+    out = memory[itemsize * shifted :][: rows * width * itemsize].view(dtype).reshape(rows, width)
     scratch = Scratch()
-    for _ in range(2):  # the second time with used buffers
+    for _ in range(2):  # the second time with buffers that hold old data
         out.view(np.uint8)[...] = 0xAA
         untranspose(columns, out, scratch)
         assert np.array_equal(out.view(np.uint8), np.ascontiguousarray(columns.T[:rows]).view(np.uint8))

@@ -1,4 +1,4 @@
-"""verify reports every damaged file with its block; quarantine moves blocks aside, so that they are written again."""
+"""verify reports every damaged file with its block; quarantine moves damaged blocks aside to be rewritten."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_every_damaged_file_is_reported_with_its_block(archive_copy: Path, opene
 def test_a_verified_file_is_hashed_again_after_a_change_or_with_full(archive_copy: Path):
     assert verify(archive_copy).ok
     flip(archive_copy / SHARD, 20)
-    assert verify(archive_copy).ok, "same size, same time"
+    assert verify(archive_copy).ok, "size and modification time are unchanged"
     assert damaged(verify(archive_copy, full=True)).keys() == {SHARD}
     (archive_copy / SHARD).touch()
     assert damaged(verify(archive_copy)).keys() == {SHARD}
@@ -76,7 +76,7 @@ def test_a_verified_file_is_hashed_again_after_a_change_or_with_full(archive_cop
         open_archive(archive_copy, verify="full")
 
 
-def test_damaged_blocks_are_moved_aside_and_written_again(archive_copy: Path):
+def test_quarantined_blocks_are_rewritten(archive_copy: Path):
     before = contents(archive_copy)
     identity = open_archive(archive_copy).id
     flip(archive_copy / SHARD, 20)
@@ -98,9 +98,9 @@ def test_damaged_blocks_are_moved_aside_and_written_again(archive_copy: Path):
 def test_quarantine_moves_only_files_of_blocks(archive_copy: Path):
     before = contents(archive_copy)
     assert quarantine(archive_copy, verify(archive_copy).damaged) == []
-    (archive_copy / "stranger").write_bytes(b"")
+    (archive_copy / "unknown").write_bytes(b"")
     assert quarantine(archive_copy, verify(archive_copy).damaged) == []
-    (archive_copy / "stranger").unlink()
+    (archive_copy / "unknown").unlink()
     assert contents(archive_copy) == before
 
 
@@ -110,7 +110,7 @@ def test_the_committed_blocks_of_an_unfinished_archive_are_verified(archive_copy
     flip(archive_copy / SHARD, 20)
     assert damaged(verify(archive_copy, full=True)) == {SHARD: (BLOCK, "does not have the SHA-256 that was committed")}
     (archive_copy / SHARD).unlink()
-    assert verify(archive_copy, full=True).ok, "a block without its files is not committed; it will be written again"
+    assert verify(archive_copy, full=True).ok, "a block without its files is not committed; it will be rewritten"
 
 
 def test_an_archive_that_cannot_be_opened_is_one_damaged_file(archive_copy: Path, tmp_path: Path):

@@ -1,4 +1,4 @@
-"""Writing: what is refused, what is kept, and what must not change."""
+"""Writing: creating, resuming, extending and sealing an archive, and the input that is refused."""
 
 from __future__ import annotations
 
@@ -79,11 +79,11 @@ def test_resume_names_the_field_that_differs(tmp_path: Path, name: str):
     other = replace(SPEC, **changes)
     with pytest.raises(SpecMismatch) as error:
         ArchiveWriter.resume(tmp_path / "a", other)
-    # Of several fields that follow from each other the first by name is named.
+    # If several fields differ, only the first by name is named.
     assert name in one_line(error) or (name == "num_classes" and "class_names" in one_line(error))
 
 
-def test_every_field_of_a_specification_is_compared_or_free():
+def test_every_field_of_a_specification_is_compared_or_may_differ():
     free = {"num_views", "environment"}
     assert {*CHANGED, *free, "format", "version"} == set(SPEC.to_json())
 
@@ -262,7 +262,7 @@ def test_a_teacher_added_later_changes_no_file_and_gives_a_new_id(archive: Path,
     before, old = contents(archive), open_archive(archive).id
     writer = ArchiveWriter.resume(archive, SPEC)
     writer.add_teacher(replace(TEACHER, name="second"))
-    assert open_archive(archive).id == old, "it is not part of the archive before the next seal"
+    assert open_archive(archive).id == old, "the teacher is not part of the archive before the next seal"
     fill(writer)
     new = writer.seal()
     after = contents(archive)
@@ -295,8 +295,8 @@ def test_views_are_added_without_touching_blocks(archive: Path, tmp_path: Path):
         open_archive(archive)
     fill(writer)
     writer.seal()
-    kept = {name: data for name, data in before.items() if "/c." in name or "/blocks/" in name}
-    assert kept.items() <= contents(archive).items()
+    unchanged = {name: data for name, data in before.items() if "/c." in name or "/blocks/" in name}
+    assert unchanged.items() <= contents(archive).items()
     make(tmp_path / "b", replace(SPEC, num_views=4))
     assert contents(archive) == contents(tmp_path / "b")
 
@@ -313,7 +313,7 @@ def test_notes_do_not_change_the_id(archive: Path):
 # -- errors of the disk -----------------------------------------------------------------------------------------------
 
 
-class Broken(Files):
+class BrokenDisk(Files):
     """A disk that cannot be written."""
 
     def __init__(self, number: int) -> None:
@@ -333,10 +333,10 @@ ADVICE = {
 @pytest.mark.parametrize("number", ADVICE)
 def test_errors_of_the_disk_give_advice(tmp_path: Path, number: int):
     with pytest.raises(Refused, match=f"cannot create .*{os.strerror(number)}; {ADVICE[number]}") as error:
-        ArchiveWriter.create(tmp_path / "a", SPEC, files=Broken(number))
+        ArchiveWriter.create(tmp_path / "a", SPEC, files=BrokenDisk(number))
     one_line(error)
     start(tmp_path / "b")
-    writer = ArchiveWriter.resume(tmp_path / "b", files=Broken(number))
+    writer = ArchiveWriter.resume(tmp_path / "b", files=BrokenDisk(number))
     block = writer.missing("views")[0]
     with pytest.raises(Refused, match="then run the same command again: committed blocks are kept") as error:
         writer.write(block, *block_data(block))

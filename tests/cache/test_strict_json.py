@@ -1,4 +1,4 @@
-"""JSON is read as a canonical writer wrote it, or refused before it takes time or memory; Fields validates it."""
+"""JSON is parsed, or refused before it takes time or memory; Fields validates its values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VALUES = st.recursive(
 
 
 def read(data: bytes) -> Any:
-    return parse(data, cap=1 << 26, where="here")
+    return parse(data, cap=1 << 26, where="input")
 
 
 @given(VALUES)
@@ -107,7 +107,7 @@ VALID = {
 
 
 def read_fields(value: Any, error: type[RedistillError] = Refused) -> list[object]:
-    fields = Fields(value, "here", error)
+    fields = Fields(value, "input", error)
     result = [
         fields.integer("integer", 1, 5),
         fields.number("number", 0, 1),
@@ -147,7 +147,7 @@ def test_valid_fields_are_returned():
 )
 @pytest.mark.parametrize("error", [Refused, Damaged, UsageError])
 def test_invalid_fields_are_named_in_one_line(field: str, wrong: object, error: type[RedistillError]):
-    with pytest.raises(error, match=f"^here: '{field}' must be .*, found ") as caught:
+    with pytest.raises(error, match=f"^input: '{field}' must be .*, found ") as caught:
         read_fields(VALID | {field: wrong}, error)
     assert "\n" not in str(caught.value)
 
@@ -157,7 +157,7 @@ def test_missing_and_unknown_fields():
         read_fields({key: value for key, value in VALID.items() if key != "flag"})
     with pytest.raises(Refused, match="unknown field 'other'"):
         read_fields(VALID | {"other": 1})
-    Fields({"other": 1}, "here").done(ignore_unknown=True)
+    Fields({"other": 1}, "input").done(ignore_unknown=True)
     for value in ([], None, "text", {1: 2}):
         with pytest.raises(Refused, match="expected an object"):
-            Fields(value, "here")
+            Fields(value, "input")

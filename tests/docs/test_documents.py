@@ -1,4 +1,4 @@
-"""README and docs/ are checked by use: Python is run, commands are parsed by the program, links and files exist."""
+"""README and docs/: Python blocks run, commands are parsed by the program, links and named files exist."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_commands_are_documented():
 
 
 def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """At reduced size: with a small archive in place of the demo's."""
+    """At reduced size: with a small archive instead of the demo's."""
     (tmp_path / "demo").mkdir()
     cache(tmp_path / "demo" / "teacher.redistill.zarr", views=1)
     monkeypatch.chdir(tmp_path)

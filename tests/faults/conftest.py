@@ -1,4 +1,4 @@
-"""Fixtures of the fault tests. Every test starts with an empty cache folder: nothing was verified before."""
+"""Fixtures of the fault tests. Every test starts with an empty cache folder, in which no file is marked as verified."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _fresh_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def ram(tmp_path: Path) -> Iterator[Path]:
-    """A scratch folder, in memory where possible: no test here depends on the disk below the model."""
+    """A temporary folder, in memory where possible: these tests simulate the disk and need no real one."""
     shared = Path("/dev/shm")
     if not shared.is_dir():
         yield tmp_path
@@ -39,7 +39,7 @@ def encode_once(layout: ArrayLayout, shape: tuple[int, ...], data: bytes) -> byt
 
 @pytest.fixture
 def _shards_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Encode each of the few shards of the scenario once instead of ten thousand times: it is a pure function."""
+    """Encode each shard of the scenario only once; encoding is a pure function, and it is called thousands of times."""
     monkeypatch.setattr(
         redistill_cache.writer,
         "encode_shard",
@@ -49,6 +49,6 @@ def _shards_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, str]]:
-    """Id and files of an archive that was written without faults."""
+    """Id and file hashes of an archive that was written without faults."""
     path = tmp_path_factory.mktemp("reference") / "r.redistill.zarr"
     return write_archive(path), hashes(path)

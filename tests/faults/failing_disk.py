@@ -1,4 +1,4 @@
-"""A disk that fails its Nth operation, once or from then on, so that every error path is reached (as SQLite tests)."""
+"""A disk whose Nth operation fails, once or permanently, so that every error path is reached (as in SQLite's tests)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Failure:
     """How the Nth operation fails."""
 
     code: int
-    persistent: bool = False  # every later operation fails as well: a disk that went read-only or away
-    late: bool = False  # the operation happened, only its success was not reported: a lost reply
+    persistent: bool = False  # every later operation fails as well: the disk was removed or became read-only
+    late: bool = False  # the operation was performed, but an error was returned: a lost reply
 
     def __str__(self) -> str:
         extent = "from-then-on" if self.persistent else "once"
@@ -45,10 +45,10 @@ class FailingDisk(Files):
         self.failed = 0
 
     def _do(self, path: Path, operation: Callable[[], None], half: Callable[[], None] | None = None) -> None:
-        """Run `operation` unless it is to fail; `half` is what a failing one leaves behind."""
+        """Run `operation`, or fail; a failing operation first runs `half`, if any, to leave partial data behind."""
         self.operations += 1
-        due = self.operations >= self.nth if self.failure.persistent else self.operations == self.nth
-        if not due:
+        fails = self.operations >= self.nth if self.failure.persistent else self.operations == self.nth
+        if not fails:
             return operation()
         self.failed += 1
         if self.failure.late:

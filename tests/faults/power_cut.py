@@ -1,9 +1,9 @@
-"""A model of what a disk holds after a power cut.
+"""A model of the contents of a disk after a power cut.
 
-Between two fsyncs a disk guarantees nothing. Here
+A disk guarantees nothing about writes after the last fsync. In this model
 * the data of a file that was never synced is whole, short, empty, or full of zeroed 512-byte sectors;
-* a change of a directory (a new name, a rename, a removed name) since its last sync is kept or lost, each at random, in
-  any order: harsher than journalling file systems, which lose only the newest ones.
+* a change of a directory (a new name, a rename, a removed name) since its last sync survives or is lost, each at
+  random and in any order. Journalling file systems are less harsh: they lose only the newest changes.
 
 `PowerCutDisk` performs every operation on a real directory, so that the code under test can read what it wrote,
 and logs it; a `DiskModel` applies the log and writes one possible state after the power cut.
@@ -63,7 +63,7 @@ def apply(names: dict[str, Node], entries: tuple[tuple[str, Node | None], ...]) 
 
 
 class DiskModel:
-    """Directory entries and file contents, each as they are now and as they are sure to survive."""
+    """Directory entries and file contents: the current ones, and those that are certain to survive."""
 
     def __init__(self) -> None:
         self.root = FolderNode()
@@ -103,34 +103,34 @@ class DiskModel:
             folder.change((entry, None))
         else:
             target, new = self._folder(paths[1])
-            assert target is folder, "the product only renames and links inside one directory"
+            assert target is folder, "the storage layer only renames and links inside one directory"
             node = folder.now[entry]
             folder.change((new, node)) if name == "link" else folder.change((entry, None), (new, node))
 
-    def lay_out(self, destination: Path) -> None:
-        """Write the files as every process sees them now: the state after a process is killed."""
+    def write_current(self, destination: Path) -> None:
+        """Write the current files, as after a process is killed."""
         place_folder(self.root, destination, lambda folder: folder.now, lambda node: node.data)
 
-    def worst_aftermath(self, destination: Path) -> None:
-        """Write only what was synced."""
+    def write_synced_only(self, destination: Path) -> None:
+        """Write only the data and directory entries that were synced."""
         place_folder(
             self.root, destination, lambda folder: folder.durable, lambda node: node.data if node.synced else b""
         )
 
-    def aftermath(self, destination: Path, rng: random.Random) -> None:
-        """Write one random state that the disk may be in after a power cut."""
-        keep_names = rng.choice((0.0, 0.5, 0.9, 1.0))
-        keep_data = rng.choice((0.0, 0.5, 1.0))
+    def write_random_state(self, destination: Path, rng: random.Random) -> None:
+        """Write one random possible state after a power cut."""
+        name_survival = rng.choice((0.0, 0.5, 0.9, 1.0))
+        data_survival = rng.choice((0.0, 0.5, 1.0))
 
         def surviving_names(folder: FolderNode) -> dict[str, Node]:
             names = dict(folder.durable)
             for entries in folder.pending:
-                if rng.random() < keep_names:
+                if rng.random() < name_survival:
                     apply(names, entries)
             return names
 
         def surviving_data(node: FileNode) -> bytes:
-            return node.data if node.synced else torn(node.data, keep_data, rng)
+            return node.data if node.synced else torn(node.data, data_survival, rng)
 
         place_folder(self.root, destination, surviving_names, surviving_data)
 
@@ -141,7 +141,7 @@ def place_folder(
     names_of: Callable[[FolderNode], dict[str, Node]],
     data_of: Callable[[FileNode], bytes],
 ) -> None:
-    """Write the files of the model to a real disk, a file with two names as one file with two links."""
+    """Write the files of the model to a real disk; a file with two names becomes one file with two links."""
     placed: dict[FileNode, Path] = {}
 
     def place(folder: FolderNode, path: Path) -> None:
@@ -166,17 +166,17 @@ def durable_folder(path: Path) -> FolderNode:
     return FolderNode(durable=names, now=dict(names))
 
 
-def torn(data: bytes, keep: float, rng: random.Random) -> bytes:
-    """A random remainder of data that was written and never synced."""
+def torn(data: bytes, survival: float, rng: random.Random) -> bytes:
+    """A random part of data that was written but never synced."""
     sectors = [data[start : start + SECTOR] for start in range(0, len(data), SECTOR)]
-    sectors = [sector if rng.random() < keep else bytes(len(sector)) for sector in sectors]
+    sectors = [sector if rng.random() < survival else bytes(len(sector)) for sector in sectors]
     if rng.random() < 0.5:
         sectors = sectors[: rng.randint(0, len(sectors))]
     return b"".join(sectors)
 
 
 class PowerCutDisk(Files):
-    """Works on a real directory under `mount`, logs what it did, and stops for good before operation `cut_at`."""
+    """Works on a real directory under `mount`, logs every operation, and fails from operation `cut_at` on."""
 
     def __init__(self, mount: Path, cut_at: int | None = None) -> None:
         self.mount = mount
@@ -198,7 +198,7 @@ class PowerCutDisk(Files):
         self._do("write", (path,), lambda: whole(path, data), bytes(data))
 
     def sync_file(self, path: Path) -> None:
-        # The log is the disk here: a real fsync would only make ten thousand runs slow.
+        # Only the log matters; a real fsync would slow down ten thousand runs.
         self._do("sync_file", (path,), lambda: None)
 
     def sync_directory(self, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""One small archive with one of everything: written the same way by all fault tests, and compared when it is read.
+"""The archive of the fault tests: small, with every kind of part; written by many processes, compared when read.
 
 All values are functions of (part, view, row), so that any process can write any block and any reader can be checked.
 """
@@ -51,7 +51,7 @@ def random_of(*key: object) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(digest[:8], "little"))
 
 
-# -- its content ------------------------------------------------------------------------------------------------------
+# -- content ----------------------------------------------------------------------------------------------------------
 
 KEYS = tuple(f"train/{i % 3}/image-{i:03d}.png" for i in range(SAMPLES))
 LABELS = np.arange(SAMPLES) % CLASSES
@@ -63,7 +63,7 @@ DIGESTS = np.stack([np.frombuffer(hashlib.sha256(key.encode()).digest(), np.uint
 def logits(view: int) -> np.ndarray:
     """The teacher's logits of one view, [N, C]."""
     rows = random_of("logits", view).normal(size=(SAMPLES, CLASSES)) * 3
-    rows[4, :2] = 60.0, -60.0  # a row unlike those of the pilot
+    rows[4, :2] = 60.0, -60.0  # an outlier compared with the pilot
     return rows.astype(np.float32)
 
 
@@ -119,11 +119,11 @@ def block_stats(block: Block) -> dict[str, object] | None:
     return stats(block.view, block.start, block.stop) if block.part.startswith("teachers/") else None
 
 
-# -- writing it -------------------------------------------------------------------------------------------------------
+# -- writing ----------------------------------------------------------------------------------------------------------
 
 
 def open_writer(path: Path, files: Files = LOCAL) -> ArchiveWriter:
-    """Resume the archive, or create it where there is none, as the command does."""
+    """Resume the archive, or create it if it does not exist, as the command does."""
     try:
         return ArchiveWriter.create(path, SPEC, files=files)
     except Refused as refused:
@@ -144,7 +144,7 @@ def all_missing(writer: ArchiveWriter) -> Iterable[Block]:
 
 
 def write_archive(path: Path, files: Files = LOCAL, committed: Callable[[Block], None] | None = None) -> str:
-    """Start or continue the archive and finish it. `committed` is called with every block after its write returned."""
+    """Create or resume the archive and finish it. `committed` is called with each block after its write returned."""
     writer = open_writer(path, files)
     prepare(writer)
     for block in list(all_missing(writer)):
@@ -154,13 +154,13 @@ def write_archive(path: Path, files: Files = LOCAL, committed: Callable[[Block],
     return writer.seal()
 
 
-# -- reading and comparing it -----------------------------------------------------------------------------------------
+# -- reading and comparing --------------------------------------------------------------------------------------------
 
 
 def count_correct_rows(path: Path, *, partial: bool = False) -> int:
-    """Read everything the archive offers and return the number of rows. AssertionError for a wrong value.
+    """Read all available data and return the number of rows. AssertionError for a wrong value.
 
-    Errors of the library are raised; rows that a partial archive does not offer are not counted.
+    Errors of the library are raised; missing rows of a partial archive are not counted.
     """
     archive = redistill_cache.open_archive(path, allow_partial=partial)
     assert list(archive.keys) == list(KEYS)
@@ -181,11 +181,11 @@ def count_correct_rows_of_view(archive: redistill_cache.Archive, view: int) -> i
     for name, values in archive.view_params(view, rows).items():
         assert np.array_equal(values, view_params(view)[name][rows])
     try:
-        found = archive.canaries(view)
+        stored = archive.canaries(view)
     except OutOfRange:
         assert not archive.complete
         return len(rows)
-    for values, expected in zip(found, canaries(view).values(), strict=True):
+    for values, expected in zip(stored, canaries(view).values(), strict=True):
         assert np.array_equal(values, expected)
     return len(rows)
 
@@ -194,7 +194,7 @@ def count_correct_rows_of_view(archive: redistill_cache.Archive, view: int) -> i
 
 
 def hashes(path: Path) -> dict[str, str]:
-    """Every file of a tree and its hash."""
+    """SHA-256 of every file of a folder, by path."""
     return {
         str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(path.rglob("*"))

@@ -1,4 +1,4 @@
-"""Damage of every kind to a finished archive: reads are right or refused, and verify reports the damage."""
+"""Damaged files of a finished archive: reads are correct or refused, and verify reports the damage."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from redistill_cache.verify import verify
 
 from tests.faults.scenario import SAMPLES, VIEWS, count_correct_rows, write_archive
 
-EVERYTHING = SAMPLES * VIEWS
+ALL_ROWS = SAMPLES * VIEWS
 
 
 @pytest.fixture
@@ -36,33 +36,33 @@ def is_metadata(path: Path) -> bool:
 
 @contextmanager
 def empty_cache(archive: Path) -> Iterator[None]:
-    """Empty the cache folder, as if the archive had just been copied here."""
+    """Empty the cache folder, as if the archive had just been copied to this machine."""
     shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
     yield
 
 
 def check_damage_is_detected(archive: Path, what: str) -> None:
-    """Reading gives every right value or a RedistillError; and a full verification reports damage."""
+    """Reading returns only correct values or raises a RedistillError, and a full verification reports damage."""
     with empty_cache(archive):
-        refusal = refused(lambda: count_correct_rows(archive) == EVERYTHING)
-        assert "\n" not in refusal, what
+        message = error_message(lambda: count_correct_rows(archive) == ALL_ROWS)
+        assert "\n" not in message, what
     with empty_cache(archive):
-        assert refused(lambda: not verify(archive, full=True).ok), f"{what}: verify found nothing"
+        assert error_message(lambda: not verify(archive, full=True).ok), f"{what}: verify reported nothing"
 
 
-def refused(check: Callable[[], bool]) -> str:
-    """The message of the error of a check; "holds" where there is none, and the check must be true then."""
+def error_message(check: Callable[[], bool]) -> str:
+    """The message of the error that `check` raises; "no error" if it returns, which must be with a true value."""
     try:
         assert check()
     except RedistillError as error:
         return str(error)
-    return "holds"
+    return "no error"
 
 
-def flip_bits(archive: Path, chosen: list[Path], count: int, seed: int) -> None:
+def flip_bits(archive: Path, files: list[Path], count: int, seed: int) -> None:
     """Flip single bits, spread over all bytes of the files, one at a time."""
     rng = random.Random(seed)
-    for path in rng.choices(chosen, weights=[path.stat().st_size for path in chosen], k=count):
+    for path in rng.choices(files, weights=[path.stat().st_size for path in files], k=count):
         whole = path.read_bytes()
         data = bytearray(whole)
         at, bit = rng.randrange(len(data)), rng.randrange(8)
@@ -122,7 +122,7 @@ def test_deleted_files(archive: Path):
 
 
 def test_a_file_deleted_after_verification_is_missing_when_it_is_read(archive: Path):
-    assert count_correct_rows(archive) == EVERYTHING
+    assert count_correct_rows(archive) == ALL_ROWS
     (archive / "teachers/net/logits/q/c.1.0.0").unlink()
     with pytest.raises(Damaged, match="is missing"):
         count_correct_rows(archive)
@@ -175,4 +175,4 @@ def test_records_of_an_unsealed_archive(archive: Path):
         with pytest.raises((Damaged, Refused)):
             count_correct_rows(archive, partial=True)
         path.write_bytes(whole)
-    assert count_correct_rows(archive, partial=True) == EVERYTHING
+    assert count_correct_rows(archive, partial=True) == ALL_ROWS

@@ -1,4 +1,4 @@
-"""Every write, fsync and rename of an archive fails once in turn: reads are right or refused, and a rerun completes."""
+"""Each write, fsync and rename of an archive fails in turn: reads are correct or refused, and a rerun completes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def fail_once(path: Path, nth: int, failure: Failure, reference: tuple[str, dict
         assert disk.failed, where
         assert str(path) in str(outcome), where
         assert "\n" not in str(outcome), where
-    else:  # only cleaning up may fail silently: then the archive is complete all the same
+    else:  # only failures of cleaning up may be ignored; the archive must be complete
         assert outcome == reference[0], where
     try:
         count_correct_rows(path, partial=True)

@@ -23,7 +23,7 @@ SECONDS = 60
 
 
 def receive_all(pipe: Connection) -> list[str]:
-    """Every complete message of a process until it has ended."""
+    """All complete messages of a process until it ends."""
     messages = []
     while pipe.poll(SECONDS):
         try:
@@ -55,18 +55,20 @@ def kill_at_operation(path: Path, fatal: int) -> list[str]:
 
 
 def check_after(path: Path, messages: list[str], reference: Reference) -> bool:
-    """No committed block is lost, reads are right, and the next run completes. Whether it was killed before the end."""
+    """No committed block is lost, reads are correct, the next run completes. True if killed before the end."""
     records = [message for message in messages if message.endswith(".json")]
     if records:
         state = redistill_cache.open_archive(path, allow_partial=True).state
         lost = [record for record in records if not (path / record).exists()]
         assert not lost, f"committed and lost: {lost}"
         blocks = state.committed
-        assert blocks is None or len(blocks) >= len(records) + 2, "the sample index and the side data came before"
+        assert blocks is None or len(blocks) >= len(records) + 2, (
+            "the sample index and the side data are committed first"
+        )
         count_correct_rows(path, partial=True)
     early = reference[0] not in messages
     if early and records:
-        with contextlib.suppress(Incomplete):  # or it was killed after the manifest, before it sent the id
+        with contextlib.suppress(Incomplete):  # it may have been killed after the manifest and before sending the id
             count_correct_rows(path)
     assert write_archive(path) == reference[0]
     assert hashes(path) == reference[1]
@@ -80,20 +82,20 @@ def kill_often(folder: Path, times: int, reference: Reference) -> None:
     rng = random.Random(seed)
     disk = FailingDisk(10**9, FAILURES[0])
     write_archive(folder / "count.redistill.zarr", disk)
-    kill_at_random(folder / "pace.redistill.zarr", 0.0)
+    kill_at_random(folder / "duration.redistill.zarr", 0.0)
     start = time.monotonic()
-    process, pipe = start_writer(folder / "pace.redistill.zarr")
+    process, pipe = start_writer(folder / "duration.redistill.zarr")
     with pipe:
         assert reference[0] in receive_all(pipe)
     process.join()
-    pace = time.monotonic() - start
+    duration = time.monotonic() - start
     early = []
     for i in range(times):
         path = folder / f"{i}.redistill.zarr"
-        aimed = rng.random() < 0.5
-        moment = rng.randint(1, disk.operations) if aimed else rng.random() * pace
-        print(f"kill {i} at {f'operation {moment}' if aimed else f'{moment:.3f} s'}")
-        messages = kill_at_operation(path, int(moment)) if aimed else kill_at_random(path, moment)
+        at_operation = rng.random() < 0.5
+        moment = rng.randint(1, disk.operations) if at_operation else rng.random() * duration
+        print(f"kill {i} at {f'operation {moment}' if at_operation else f'{moment:.3f} s'}")
+        messages = kill_at_operation(path, int(moment)) if at_operation else kill_at_random(path, moment)
         early.append(check_after(path, messages, reference))
     assert sum(early) > times / 2, "most kills must come while the archive is written"
 

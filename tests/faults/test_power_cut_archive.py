@@ -1,10 +1,10 @@
-"""Power cuts while an archive is written: what survives is opened and resumed, and must end as the same archive.
+"""Power cuts while an archive is written: the surviving files are opened and resumed, and give the same archive.
 
-The operations of one undisturbed run are logged once; a seed then chooses where they end and what survives:
+The operations of one uninterrupted run are logged once; a seed then decides where they end and what survives:
 
     cut            one power cut
-    cut twice      another one while the archive is being resumed
-    killed, cut    a writer is killed, another one resumes on the same running machine, then the power is cut
+    cut twice      a second one while the archive is being resumed
+    killed, cut    a writer is killed, another one resumes without a reboot, then the power is cut
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Reference = tuple[str, dict[str, str]]
 
 @dataclass(frozen=True)
 class Run:
-    """An undisturbed run: its operations, and after how many of them the write of each block had returned."""
+    """An uninterrupted run: its operations, and how many of them precede the return of each block's write."""
 
     operations: list[Operation]
     committed: list[tuple[int, Block]]
@@ -55,7 +55,7 @@ def is_complete(path: Path) -> bool:
 
 
 def resume_until_cut(mount: Path, model: DiskModel, cut_at: int) -> str | None:
-    """Resume on a real disk, mirrored in its model. The id, or None where the power was cut before the end."""
+    """Resume on a real disk, mirrored in its model. The id, or None if the power was cut before the end."""
     disk = PowerCutDisk(mount, cut_at)
     try:
         return write_archive(mount / NAME, disk)
@@ -66,8 +66,8 @@ def resume_until_cut(mount: Path, model: DiskModel, cut_at: int) -> str | None:
             model.apply(operation)
 
 
-def survive(seed: int, run: Run, folder: Path, reference: Reference) -> bool:
-    """The faults of one seed; whether the archive was complete after them."""
+def check_power_cut(seed: int, run: Run, folder: Path, reference: Reference) -> bool:
+    """Apply the faults of one seed, check the archive, and return whether it was complete after them."""
     rng = random.Random(seed)
     operations = rng.randint(0, len(run.operations))
     model = DiskModel()
@@ -77,15 +77,15 @@ def survive(seed: int, run: Run, folder: Path, reference: Reference) -> bool:
     committed = [block for count, block in run.committed if count <= operations]
     sealed = False
     if kind == 2:
-        model.lay_out(mount)
+        model.write_current(mount)
         # The second writer has less to do; half the time it finishes before the power cut.
         sealed = resume_until_cut(mount, model, rng.randint(0, 2 * len(run.operations) - 2 * operations)) is not None
     elif kind == 1:
-        model.aftermath(mount, rng)
+        model.write_random_state(mount, rng)
         model = DiskModel.of_tree(mount)
         sealed = resume_until_cut(mount, model, rng.randint(0, 200)) is not None
-    model.aftermath(after, rng)
-    check(after / NAME, committed, sealed, reference, f"seed {seed}")
+    model.write_random_state(after, rng)
+    check_committed(after / NAME, committed, sealed, reference, f"seed {seed}")
     complete = is_complete(after / NAME)
     assert write_archive(after / NAME) == reference[0], f"seed {seed}: another id"
     assert hashes(after / NAME) == reference[1], f"seed {seed}: other files"
@@ -95,7 +95,7 @@ def survive(seed: int, run: Run, folder: Path, reference: Reference) -> bool:
     return complete
 
 
-def check(path: Path, committed: list[Block], sealed: bool, reference: Reference, seed: str) -> None:
+def check_committed(path: Path, committed: list[Block], sealed: bool, reference: Reference, seed: str) -> None:
     """Blocks whose write had returned, and the seal if it had returned, have survived."""
     if sealed:
         assert redistill_cache.open_archive(path).id == reference[0], f"{seed}: a sealed archive is lost"
@@ -106,37 +106,39 @@ def check(path: Path, committed: list[Block], sealed: bool, reference: Reference
 
 
 def test_power_cuts(ram: Path, run: Run, reference: Reference):
-    outcomes = [survive(seed, run, ram, reference) for seed in range(120)]
+    outcomes = [check_power_cut(seed, run, ram, reference) for seed in range(120)]
     assert any(outcomes)
     assert not all(outcomes)
 
 
-def finish_after_kills(folder: Path, run: Run, reference: Reference, kills: range) -> None:
+def check_finish_after_kill(folder: Path, run: Run, reference: Reference, kills: range) -> None:
     """A writer is killed, another finishes on the same machine, then a power cut loses everything unsynced."""
     for operations in kills:
         model = DiskModel()
         for operation in run.operations[:operations]:
             model.apply(operation)
         mount, after = folder / "mount", folder / "after"
-        model.lay_out(mount)
+        model.write_current(mount)
         assert resume_until_cut(mount, model, 10**9) == reference[0]
-        model.worst_aftermath(after)
+        model.write_synced_only(after)
         where = f"killed after operation {operations}: {run.operations[operations - 1][:2]}"
         assert hashes(after / NAME) == reference[1], where
         shutil.rmtree(mount)
         shutil.rmtree(after)
 
 
-def test_what_a_killed_writer_never_synced_is_safe_once_sealed(ram: Path, run: Run, reference: Reference):
+def test_unsynced_writes_of_a_killed_writer_are_durable_once_sealed(ram: Path, run: Run, reference: Reference):
     renames = [i for i, (name, *_) in enumerate(run.operations) if name in ("make_directory", "rename", "link")]
     for last in renames[::12]:
-        finish_after_kills(ram, run, reference, range(last + 1, last + 2))
+        check_finish_after_kill(ram, run, reference, range(last + 1, last + 2))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_whatever_a_killed_writer_never_synced_is_safe_once_sealed(ram: Path, run: Run, reference: Reference):
-    finish_after_kills(ram, run, reference, range(len(run.operations) + 1))
+def test_unsynced_writes_are_durable_once_sealed_after_a_kill_at_any_operation(
+    ram: Path, run: Run, reference: Reference
+):
+    check_finish_after_kill(ram, run, reference, range(len(run.operations) + 1))
 
 
 @pytest.mark.slow
@@ -144,4 +146,4 @@ def test_whatever_a_killed_writer_never_synced_is_safe_once_sealed(ram: Path, ru
 @pytest.mark.parametrize("batch", range(20))
 def test_ten_thousand_power_cuts(ram: Path, run: Run, reference: Reference, batch: int):
     for seed in range(1000 + batch * 500, 1000 + (batch + 1) * 500):
-        survive(seed, run, ram, reference)
+        check_power_cut(seed, run, ram, reference)

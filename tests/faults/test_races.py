@@ -1,4 +1,4 @@
-"""Real writers at the same moment: competing for one block, and writing one archive together."""
+"""Concurrent writers: competing for one block, and writing one archive together."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from redistill_cache.layout import Block
 from redistill_cache.writer import ArchiveWriter
 
 from tests.faults.scenario import DIGESTS, KEYS, LABELS, SIZES, SPEC, hashes, leftovers, write_archive
-from tests.faults.writer_process import SuicidalFiles, context
+from tests.faults.writer_process import SelfKillingFiles, context
 
 Reference = tuple[str, dict[str, str]]
 SECONDS = 60
 
 
-def contend(folder: Path, rounds: int, me: int, barrier: Barrier, parent: Connection) -> None:
-    """Write one block of every archive, at the same moment as another process with other rows."""
+def write_one_block(folder: Path, rounds: int, writer_id: int, barrier: Barrier, parent: Connection) -> None:
+    """Write one block of every archive at the same time as another process, which writes other rows."""
     for number in range(rounds):
         writer = ArchiveWriter.resume(folder / f"{number}.redistill.zarr", SPEC)
         block = writer.missing("views")[0]
         rows = len(block.rows)
-        arrays = {"crop": np.full((rows, 4), me, np.int32), "flip": np.full(rows, me, np.uint8)}
+        arrays = {"crop": np.full((rows, 4), writer_id, np.int32), "flip": np.full(rows, writer_id, np.uint8)}
         barrier.wait(SECONDS)
         won = writer.write(block, arrays) is not None
         assert writer.read_back().state.holds(block), "a writer must be able to read a block that is committed"
-        parent.send((number, me, won))
+        parent.send((number, writer_id, won))
         barrier.wait(SECONDS)
 
 
@@ -42,8 +42,8 @@ def race(folder: Path, rounds: int) -> None:
     barrier = context().Barrier(2)
     pipes = [context().Pipe(duplex=False) for _ in range(2)]
     processes = [
-        context().Process(target=contend, args=(folder, rounds, me, barrier, pipe[1]))
-        for me, pipe in enumerate(pipes, 1)
+        context().Process(target=write_one_block, args=(folder, rounds, writer_id, barrier, pipe[1]))
+        for writer_id, pipe in enumerate(pipes, 1)
     ]
     for process in processes:
         process.start()
@@ -57,14 +57,16 @@ def race(folder: Path, rounds: int) -> None:
     for ours, theirs in pipes:
         ours.close()
         theirs.close()
-    winners = {number: me for number, me, won in outcomes if won}
+    winners = {number: writer_id for number, writer_id, won in outcomes if won}
     assert len(winners) == sum(won for *_, won in outcomes) == rounds, "exactly one writer wins each block"
-    for number, me in winners.items():
+    for number, writer_id in winners.items():
         path = folder / f"{number}.redistill.zarr"
         archive = redistill_cache.open_archive(path, allow_partial=True)
         assert archive.state.holds(Block("views", 0, 0, 0, 16))
         params = archive.view_params(0, np.arange(16))
-        assert set(np.unique(params["crop"])) == set(np.unique(params["flip"])) == {me}, "rows of two writers are mixed"
+        assert set(np.unique(params["crop"])) == set(np.unique(params["flip"])) == {writer_id}, (
+            "rows of two writers are mixed"
+        )
         assert not leftovers(path), "the loser left files behind"
 
 
@@ -84,13 +86,13 @@ def test_two_writers_race_for_a_hundred_blocks(ram: Path):
 def write_whole(path: Path, barrier: Barrier, fatal: int, parent: Connection) -> None:
     barrier.wait(SECONDS)
     try:
-        parent.send(write_archive(path, SuicidalFiles(fatal)))
+        parent.send(write_archive(path, SelfKillingFiles(fatal)))
     except RedistillError as error:
         parent.send(error)
 
 
-def together(path: Path, fatal: list[int]) -> list[str | Exception]:
-    """Several writers start the same archive at the same moment: the results of those that are not killed."""
+def run_together(path: Path, fatal: list[int]) -> list[str | Exception]:
+    """Start several writers of the same archive at the same time; the results of those that are not killed."""
     barrier = context().Barrier(len(fatal))
     pipes = [context().Pipe(duplex=False) for _ in fatal]
     processes = [
@@ -114,8 +116,8 @@ def write_together(folder: Path, times: int, reference: Reference) -> None:
     rng = random.Random(times)
     for number in range(times):
         path = folder / f"{number}.redistill.zarr"
-        fatal = [0, 0, rng.randint(1, 400)]  # one of three is killed on the way
-        results = together(path, fatal)
+        fatal = [0, 0, rng.randint(1, 400)]  # one of three is killed before it finishes
+        results = run_together(path, fatal)
         assert results[:2] == [reference[0]] * 2, f"run {number}, kill at operation {fatal[2]}"
         assert write_archive(path) == reference[0]
         assert hashes(path) == reference[1]

@@ -1,6 +1,6 @@
 """kill -9 of `redistill cache-teacher` with all its processes; the same command then completes the archive.
 
-Most runs are forked from a server that has imported everything, some are started as by a user, with workers.
+Most runs are forked from a server that has imported everything; some are started by the full command, with workers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.stage1 import cache_options, command_line, file_hashes, start_command
 SECONDS = 120
 BLOCKS = {"block_rows": 8, "views": 2}
 PER_ARCHIVE = 10
-Place = dict[str, tuple[int, int]]
+FileStamps = dict[str, tuple[int, int]]  # inode and modification time by path
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +38,6 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-# -- whole groups, at random ------------------------------------------------------------------------------------------
-
-
 class Run:
     """The command in its own process group."""
 
@@ -48,8 +45,8 @@ class Run:
         self.output = path.with_suffix(".txt")
         if real:
             with self.output.open("w") as file:
-                words = [sys.executable, "-m", "redistill_cli", *command_line(path, **BLOCKS | {"workers": 1})]
-                self.popen = subprocess.Popen(words, stdout=file, stderr=file, start_new_session=True)
+                command = [sys.executable, "-m", "redistill_cli", *command_line(path, **BLOCKS | {"workers": 1})]
+                self.popen = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
             self.pid, self.code = self.popen.pid, self.popen.poll
             self.wait: Callable[[], object] = lambda: self.popen.wait(SECONDS)
         else:
@@ -60,7 +57,7 @@ class Run:
             self.pid, self.code, self.wait = forked.pid, lambda: forked.exitcode, lambda: forked.join(SECONDS)
 
     def kill_when(self, due: Callable[[], bool]) -> bool:
-        """Whether it was still running then."""
+        """Kill the process group once `due()` is true. True if it was still running."""
         while self.code() is None and not due():
             time.sleep(0.0005)
         with contextlib.suppress(ProcessLookupError, PermissionError):  # gone, or not a group of its own yet
@@ -72,12 +69,12 @@ class Run:
         return self.code() != 0
 
 
-def moment_of(rng: random.Random, path: Path, whole: Path, pace: float) -> tuple[str, Callable[[], bool]]:
+def moment_of(rng: random.Random, path: Path, whole: Path, duration: float) -> tuple[str, Callable[[], bool]]:
     """A moment to kill, as text and as a condition: at random, at a number of files, or around the seal."""
     began, count_now, total = time.monotonic(), entries(path), entries(whole)
     kind = rng.choices(["time", "files", "seal"], [2, 6, 2])[0]
     if kind == "time":
-        delay = rng.random() * pace
+        delay = rng.random() * duration
         return f"{delay:.3f} s", lambda: time.monotonic() > began + delay
     if kind == "files":
         count = min(count_now + rng.randint(1, total // 4), total - 2)
@@ -99,28 +96,28 @@ def entries(path: Path) -> int:
     return sum(1 for _ in path.rglob("*"))
 
 
-def check_killed(path: Path, whole: Path, kept: Place) -> None:
-    """Every row that can be read is right, and no committed file was written again."""
+def check_killed(path: Path, whole: Path, committed_before: FileStamps) -> None:
+    """Every available row is correct, and no committed file was lost or written again."""
     now = committed(path)
-    assert kept.items() <= now.items(), "a committed file was lost or written again"
-    kept |= now
-    with contextlib.suppress(Incomplete, redistill_cache.errors.Refused):  # too early for any reader
-        archive, right = redistill_cache.open_archive(path, allow_partial=True), redistill_cache.open_archive(whole)
+    assert committed_before.items() <= now.items(), "a committed file was lost or written again"
+    committed_before |= now
+    with contextlib.suppress(Incomplete, redistill_cache.errors.Refused):  # too early to be opened
+        archive, expected = redistill_cache.open_archive(path, allow_partial=True), redistill_cache.open_archive(whole)
         for view in range(archive.num_views):
             rows = archive.rows_available(view)
             if len(rows):
-                assert np.array_equal(archive.logits(view, rows), right.logits(view, rows))
+                assert np.array_equal(archive.logits(view, rows), expected.logits(view, rows))
 
 
-def committed(path: Path) -> Place:
+def committed(path: Path) -> FileStamps:
     """Inode and modification time of the files of committed blocks."""
-    places = {}
+    stamps = {}
     for record in (path / "_redistill/blocks").glob("*.json"):
         for name in [str(record.relative_to(path)), *(item[0] for item in json.loads(record.read_bytes())["files"])]:
             with contextlib.suppress(FileNotFoundError):  # committed, and renamed into place by the next run
                 status = (path / name).stat()
-                places[name] = status.st_ino, status.st_mtime_ns
-    return places
+                stamps[name] = status.st_ino, status.st_mtime_ns
+    return stamps
 
 
 def kill_often(folder: Path, whole: Path, kills: int, real_every: int | None = None) -> None:
@@ -128,22 +125,22 @@ def kill_often(folder: Path, whole: Path, kills: int, real_every: int | None = N
     print(f"replay with REDISTILL_SEED={seed}")
     rng, killed, archives = random.Random(seed), 0, 0
     start = time.monotonic()
-    assert not Run(folder / "pace.zarr", real=False).kill_when(lambda: False)
-    pace = time.monotonic() - start
-    assert file_hashes(folder / "pace.zarr") == file_hashes(whole)
+    assert not Run(folder / "duration.zarr", real=False).kill_when(lambda: False)
+    duration = time.monotonic() - start
+    assert file_hashes(folder / "duration.zarr") == file_hashes(whole)
     while killed < kills:
-        path, kept = folder / f"{archives}.zarr", Place()
+        path, committed_before = folder / f"{archives}.zarr", FileStamps()
         for _ in range(min(PER_ARCHIVE, kills - killed)):
             real = real_every is not None and rng.randrange(real_every) == 0
-            moment, due = moment_of(rng, path, whole, pace)
-            lived = Run(path, real).kill_when(due)
-            print(f"archive {archives}: {'killed' if lived else 'done before'} at {moment}{', with workers' * real}")
-            check_killed(path, whole, kept)
-            killed += lived
-            if not lived:
+            moment, due = moment_of(rng, path, whole, duration)
+            was_killed = Run(path, real).kill_when(due)
+            print(f"archive {archives}: {'killed' if was_killed else 'finished'} at {moment}{', with workers' * real}")
+            check_killed(path, whole, committed_before)
+            killed += was_killed
+            if not was_killed:
                 break
         assert not Run(path, real=False).kill_when(lambda: False)
-        check_killed(path, whole, kept)
+        check_killed(path, whole, committed_before)
         assert file_hashes(path) == file_hashes(whole)
         assert not list(path.rglob("*.partial"))
         assert verify(path, full=True).ok

@@ -1,4 +1,4 @@
-"""`redistill cache-teacher` when one of its processes is killed, or when all get a signal, as from a scheduler."""
+"""`redistill cache-teacher` when one of its processes is killed, or all receive a signal, as from a scheduler."""
 
 from __future__ import annotations
 
@@ -33,9 +33,11 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def running(path: Path, module: tuple[str, ...] = ("redistill_cli",), **changed: object) -> Iterator[subprocess.Popen]:
-    """The command as a user starts it, in a group of its own, with its first block of the teacher committed."""
-    words = [sys.executable, "-m", *module, *command_line(path, **MANY | changed)]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    """The full command in its own process group, once it has committed a block of the teacher."""
+    command = [sys.executable, "-m", *module, *command_line(path, **MANY | changed)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     try:
         wait_for(lambda: process.poll() is not None or any(path.glob("_redistill/blocks/teachers.tiny.0.*")))
         assert process.poll() is None, process.communicate()
@@ -82,7 +84,7 @@ def workers(pid: int) -> list[int]:
 
 
 def assert_continues(path: Path, uninterrupted: Path) -> None:
-    assert not (path / "_redistill/manifest.json").exists(), "it was over before it was stopped"
+    assert not (path / "_redistill/manifest.json").exists(), "the run finished before it was stopped"
     cache_teacher(cache_options(path, **MANY))
     assert file_hashes(path) == file_hashes(uninterrupted)
 
@@ -119,19 +121,19 @@ def test_workers_do_not_outlive_a_killed_run(ram: Path, uninterrupted: Path):
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("killed", "then"), [(0, 1), (1, 1), (1, 3)])
-def test_any_number_of_ranks_continues_after_a_killed_rank(ram: Path, uninterrupted: Path, killed: int, then: int):
+@pytest.mark.parametrize(("killed", "ranks"), [(0, 1), (1, 1), (1, 3)])
+def test_any_number_of_ranks_continues_after_a_killed_rank(ram: Path, uninterrupted: Path, killed: int, ranks: int):
     path, torchrun = ram / "a.zarr", [word.format(2) for word in TORCHRUN]
     with running(path, module=tuple(torchrun)) as process:
         [rank] = [pid for pid in children(process.pid) if rank_of(pid) == str(killed)]
         os.kill(rank, signal.SIGKILL)
         process.communicate(timeout=SECONDS)
         assert process.returncode == 1, "torchrun ends the other ranks"
-    if then == 1:
+    if ranks == 1:
         assert_continues(path, uninterrupted)
         return
-    words = [sys.executable, "-m", *(word.format(then) for word in TORCHRUN), *command_line(path, **MANY)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS, check=False)
+    command = [sys.executable, "-m", *(word.format(ranks) for word in TORCHRUN), *command_line(path, **MANY)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert done.returncode == 0, done.stderr
     assert file_hashes(path) == file_hashes(uninterrupted)
 

@@ -1,7 +1,7 @@
 """Real processes that write the archive of scenario.py, to be killed.
 
-They are forked from a server that has imported everything, so that hundreds of them start quickly; each has its own
-event loop and threads, created after the fork.
+They are forked from a server that has imported everything, so that hundreds of them start quickly; each creates
+its event loop and threads after the fork.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from redistill_cache.storage import Files
 
 from tests.faults.scenario import block_arrays, codec, write_archive
 
-__all__ = ["SuicidalFiles", "context", "start_writer"]
+__all__ = ["SelfKillingFiles", "context", "start_writer"]
 
 
-class SuicidalFiles(Files):
+class SelfKillingFiles(Files):
     """The real disk; kills its own process with SIGKILL just before operation `fatal` (from 1)."""
 
     def __init__(self, fatal: int) -> None:
@@ -34,32 +34,32 @@ class SuicidalFiles(Files):
         operation()
 
     def make_directory(self, path: Path) -> None:
-        self._do(lambda: super(SuicidalFiles, self).make_directory(path))
+        self._do(lambda: super(SelfKillingFiles, self).make_directory(path))
 
     def write(self, path: Path, data: bytes | memoryview) -> None:
-        self._do(lambda: super(SuicidalFiles, self).write(path, data))
+        self._do(lambda: super(SelfKillingFiles, self).write(path, data))
 
     def sync_file(self, path: Path) -> None:
-        self._do(lambda: super(SuicidalFiles, self).sync_file(path))
+        self._do(lambda: super(SelfKillingFiles, self).sync_file(path))
 
     def sync_directory(self, path: Path) -> None:
-        self._do(lambda: super(SuicidalFiles, self).sync_directory(path))
+        self._do(lambda: super(SelfKillingFiles, self).sync_directory(path))
 
     def rename(self, old: Path, new: Path) -> None:
-        self._do(lambda: super(SuicidalFiles, self).rename(old, new))
+        self._do(lambda: super(SelfKillingFiles, self).rename(old, new))
 
     def link(self, old: Path, new: Path) -> None:
-        self._do(lambda: super(SuicidalFiles, self).link(old, new))
+        self._do(lambda: super(SelfKillingFiles, self).link(old, new))
 
     def remove(self, path: Path) -> None:
-        self._do(lambda: super(SuicidalFiles, self).remove(path))
+        self._do(lambda: super(SelfKillingFiles, self).remove(path))
 
 
 def write_and_report(path: Path, fatal: int, parent: Connection) -> None:
     """The body of a writer process: sends "ready", the record path of every committed block, and the id."""
     codec()
     parent.send("ready")
-    parent.send(write_archive(path, SuicidalFiles(fatal), lambda block: parent.send(block.record_path)))
+    parent.send(write_archive(path, SelfKillingFiles(fatal), lambda block: parent.send(block.record_path)))
 
 
 def context() -> ForkServerContext:
@@ -69,7 +69,7 @@ def context() -> ForkServerContext:
 
 
 def start_writer(path: Path, fatal: int = 0) -> tuple[ForkServerProcess, Connection]:
-    """A running writer, and the receiving end of its pipe."""
+    """Start a writer; the process, and the receiving end of its pipe."""
     ours, theirs = context().Pipe(duplex=False)
     process = context().Process(target=write_and_report, args=(path, fatal, theirs))
     process.start()

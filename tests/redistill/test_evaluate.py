@@ -1,4 +1,4 @@
-"""`evaluate`: a student's weights on held-out images, alone and compared with its teacher."""
+"""`evaluate`: a student's weights on held-out images, with and without its teacher."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_images_are_read_once_for_the_index_and_once_for_their_pixels(weights: P
     assert source.reads == 2 * len(source)
 
 
-def test_the_teacher_as_a_student_is_within_the_fidelity_of_the_archive(weights: Path, archive: Path):
+def test_the_teachers_own_weights_agree_with_the_archive_within_its_fidelity(weights: Path, archive: Path):
     source = CountedSource(DATA)
     result = evaluate(weights, source, archive=archive, workers=0)
     assert result.metrics.teacher is not None
@@ -44,7 +44,7 @@ def test_the_teacher_as_a_student_is_within_the_fidelity_of_the_archive(weights:
     assert source.reads < 2.5 * len(source), "indexed once, rendered once, and the canaries"
 
 
-def test_misfits_are_refused(weights: Path, archive: Path, tmp_path: Path):
+def test_mismatched_inputs_are_refused(weights: Path, archive: Path, tmp_path: Path):
     with pytest.raises(Refused, match="does not exist"):
         evaluate(tmp_path / "nothing", DATA)
     with pytest.raises(UsageError, match="both name weights"):

@@ -1,4 +1,4 @@
-"""What `import redistill` offers, and what it does not load."""
+"""The names that `import redistill` exports, and that it does not import torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import redistill
 
 
 @pytest.mark.parametrize("name", redistill.__all__)
-def test_every_public_name_can_be_imported(name):
+def test_every_exported_name_exists(name):
     assert getattr(redistill, name) is not None
 
 
-def test_an_unknown_name_is_an_error():
+def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = redistill.nothing
 

@@ -1,5 +1,5 @@
 """A stop request is either handled in the block or passed on, never lost."""
-# ruff: noqa: PT012  # the block that raises is what is tested
+# ruff: noqa: PT012  # the tests are about blocks that raise
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def _python_handles_ctrl_c() -> Iterator[None]:
 
 
 def test_a_request_waits_until_it_is_checked():
-    with pytest.raises(Interrupted, match="SIGTERM; again") as left, stop_on_signals() as stop:
+    with pytest.raises(Interrupted, match="SIGTERM; again") as caught, stop_on_signals() as stop:
         assert not stop
         signal.raise_signal(signal.SIGTERM)
         assert stop
         stop.raise_if_set("again")
-    assert left.value.exit_code == 143
+    assert caught.value.exit_code == 143
 
 
 def test_an_unchecked_request_reaches_the_outer_handler():

@@ -1,4 +1,4 @@
-"""Metrics against loops written from their definitions, and sums that add in any order."""
+"""Metrics against loops written from their definitions, and sums that can be added in any order."""
 
 import json
 import math
@@ -109,7 +109,7 @@ def slow_adaptive_ece(confidence, right, bins=15):
     return total / len(pairs)
 
 
-def test_metrics_are_their_definitions(batch):
+def test_metrics_follow_their_definitions(batch):
     actual = metrics_of(*batch).to_json()
     for name, expected in reference(*batch).items():
         assert_close(actual[name], expected, 1e-6, name)

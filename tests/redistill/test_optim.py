@@ -21,7 +21,7 @@ def test_cosine_against_torch():
         assert lr_at(config, epoch) == pytest.approx(reference.get_last_lr()[0])
         optimizer.step()
         reference.step()
-    assert lr_at(config, 25) == pytest.approx(0.01)  # constant beyond the end
+    assert lr_at(config, 25) == pytest.approx(0.01)  # constant after the last epoch
 
 
 @pytest.mark.parametrize(

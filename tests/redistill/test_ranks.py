@@ -8,11 +8,11 @@ from redistill_cache.errors import UsageError
 from redistill.ranks import Rank
 
 
-def test_every_rank_visits_every_block_its_own_share_first():
+def test_every_rank_visits_every_block_starting_with_its_own_share():
     ranks = [Rank(rank, 3, rank, 3).work_order(range(11)) for rank in range(3)]
     assert [sorted(order) for order in ranks] == [list(range(11))] * 3
     assert [order[:3] for order in ranks] == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
-    assert len({order[-1] for order in ranks}) == 3, "ranks that are done start at different blocks"
+    assert len({order[-1] for order in ranks}) == 3, "ranks that finish early help with different blocks"
 
 
 @pytest.mark.parametrize("rank", ["one", "2", "-1"])

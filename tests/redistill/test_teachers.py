@@ -18,7 +18,7 @@ from redistill.signals import pool
 from redistill.teachers import Teacher, check_teacher
 
 CPU = torch.device("cpu")
-# Four families: residual, pre-activation, without shortcuts, and that of the demo.
+# Four families: residual, pre-activation, without shortcuts, and the demo's.
 ARCHITECTURES = ["cifar:resnet8", "cifar:wrn_10_1", "cifar:vgg8", "demo:large"]
 
 
@@ -27,7 +27,7 @@ def images(n: int = 6, size: int = 32) -> torch.Tensor:
 
 
 def opened(spec: str = "demo:tiny", num_classes: int = 5) -> OpenedModel:
-    """Random weights with running statistics as after some training: those of a fresh network hide mistakes."""
+    """Random weights with running statistics as after some training: the initial ones would hide mistakes."""
     model = open_model(f"{spec}?num_classes={num_classes}&weights=random")
     noise = torch.Generator().manual_seed(1)
     for part in model.module.modules():
@@ -45,7 +45,7 @@ def of_module(module: nn.Module, num_classes: int = 5) -> OpenedModel:
     return replace(opened(), module=module, num_classes=num_classes)
 
 
-def test_a_teacher_has_the_outputs_of_its_module():
+def test_a_teacher_returns_the_outputs_of_its_module():
     model = opened("cifar:resnet8", 9)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (model.mean, model.std))
     with torch.no_grad():
@@ -56,7 +56,7 @@ def test_a_teacher_has_the_outputs_of_its_module():
     torch.testing.assert_close(outputs["logits"], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_normalisation_is_that_of_torchvision():
+def test_normalisation_equals_torchvisions():
     from torchvision.transforms.v2 import functional as V
 
     model = opened("cifar:resnet8")
@@ -273,7 +273,7 @@ def test_the_wrong_number_of_classes_is_refused():
 # -- devices and memory ------------------------------------------------------------------------------------------------
 
 
-def test_running_out_of_memory_suggests_a_batch_size():
+def test_out_of_memory_suggests_a_batch_size():
     class Greedy(Wrapped):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.inner(x) + torch.empty(len(x), 1 << 50).sum()

@@ -1,4 +1,4 @@
-"""Fitting codecs by name: options, pilots, "auto", and what each codec stores of a row."""
+"""Fitting codecs by name: options, pilots, "auto", and what each codec stores."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_invalid_pilots_are_refused():
         fit_codec("topk", np.zeros((4, 4), np.float32), metric="relative")
 
 
-def test_auto_gives_its_reason():
+def test_auto_explains_its_choice():
     rng = np.random.default_rng(2)
     rows = (3 * rng.normal(size=(500, 6)) @ rng.normal(size=(6, 40))).astype(np.float32)
     choice = explain_codec("auto", rows, CodecOptions())
@@ -66,7 +66,7 @@ def test_topk_encodes_torch_rows_as_numpy_rows():
 
 @pytest.mark.parametrize("keep_shift", [False, True])
 @pytest.mark.parametrize("name", ["linear", "float16", "float32", "compander", "topk"])
-def test_keeps_shift_tells_whether_decoding_returns_the_mean_of_a_row(name, keep_shift):
+def test_keeps_shift_is_true_exactly_if_decoding_restores_the_row_mean(name, keep_shift):
     rng = np.random.default_rng(7)
     rows = (rng.normal(size=(300, 20)) + 50 * rng.normal(size=(300, 1))).astype(np.float32)
     codec = fit_codec(name, rows, keep_shift=keep_shift, k=20)

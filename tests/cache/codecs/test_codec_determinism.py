@@ -71,7 +71,7 @@ def test_bytes_do_not_depend_on_the_number_of_threads(case, tmp_path):
     np.savez(tmp_path / "case.npz", rows=rows[:300], width=codec.width, config=json.dumps(codec.config()), **side)
     lines = [run(tmp_path / "case.npz", threads) for threads in (1, 2)]
     assert lines[0] == lines[1]
-    # numpy and torch agree here too; across devices only the bound is promised.
+    # On one machine numpy and torch agree as well; across devices only the bound is guaranteed.
     assert lines[0][0] == digest(codec.encode(rows[:300]))
 
 

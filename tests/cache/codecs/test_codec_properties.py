@@ -1,4 +1,4 @@
-"""The certified bound, over shapes, scales, ranks and adversarial rows."""
+"""The certified bound for random shapes, scales and ranks, and for adversarial rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FIDELITIES = (1e-2, 1e-3, 1e-5)
 
 @st.composite
 def teachers(draw):
-    """(pilot, rows): the first outputs of a teacher, and later ones with adversarial rows among them."""
+    """(pilot, rows): the first outputs of a teacher, and later outputs followed by adversarial rows."""
     width = draw(st.integers(2, 40) | st.just(100))
     rank = draw(st.integers(1, min(width, 40)))
     scale = 10.0 ** draw(st.integers(-3, 3))
@@ -27,10 +27,10 @@ def teachers(draw):
     offset = draw(st.sampled_from([0.0, 1e4])) + rng.normal(size=width)
     pilot = rng.normal(size=(draw(st.integers(1, 80)), rank)) @ mixing * scale + offset
     later = rng.normal(size=(draw(st.integers(1, 40)), rank)) @ mixing * scale + offset
-    return pilot.astype(np.float32), np.concatenate([later, adversaries(pilot, rng)]).astype(np.float32)
+    return pilot.astype(np.float32), np.concatenate([later, adversarial_rows(pilot, rng)]).astype(np.float32)
 
 
-def adversaries(pilot: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def adversarial_rows(pilot: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     width = pilot.shape[1]
     centred = pilot - pilot.mean(0)
     direction = rng.normal(size=width)
@@ -100,7 +100,7 @@ def test_features_meet_the_bound_on_the_relative_error(seed, fidelity):
     assert encoded.errors["relative"].max() <= fidelity
 
 
-def test_uncertified_rows_meet_the_bound_in_the_mean_and_none_is_far_off():
+def test_uncertified_rows_meet_the_bound_on_average_and_tenfold_in_every_row():
     rng = np.random.default_rng(5)
     rows = (rng.normal(size=(3000, 12)) @ rng.normal(size=(12, 40))).astype(np.float32)
     codec = fit_codec("linear", rows[:1500], certified=False)
@@ -109,7 +109,7 @@ def test_uncertified_rows_meet_the_bound_in_the_mean_and_none_is_far_off():
     assert max(errors.max() for errors in encoded.errors.values()) <= 1e-2
 
 
-def test_shaping_costs_fewer_bytes_for_the_same_fidelity():
+def test_shaped_rounding_takes_fewer_bytes_at_the_same_fidelity():
     rng = np.random.default_rng(6)
     rows = (6 * rng.normal(size=(1500, 30)) @ rng.normal(size=(30, 60)) / 6).astype(np.float32)
     size = {}
@@ -121,7 +121,7 @@ def test_shaping_costs_fewer_bytes_for_the_same_fidelity():
     assert size["shaped"] < 0.85 * size["plain"]
 
 
-def test_the_axes_of_the_head_serve_as_basis():
+def test_the_head_is_used_as_basis():
     rng = np.random.default_rng(8)
     weight, bias = rng.normal(size=(200, 16)), rng.normal(size=200)
     features = np.maximum(rng.normal(size=(600, 16)), 0)
@@ -142,7 +142,7 @@ def test_twenty_one_thousand_classes():
     assert check_certificate(codec, later, 1e-3).exact.sum() == 2
 
 
-def test_joined_batches_are_the_whole():
+def test_joined_batches_equal_one_large_batch():
     rng = np.random.default_rng(10)
     rows = (rng.normal(size=(500, 8)) @ rng.normal(size=(8, 30))).astype(np.float32)
     codec = fit_codec("linear", rows[:300])

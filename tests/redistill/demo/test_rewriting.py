@@ -40,7 +40,7 @@ def test_topk_stores_the_largest_logits(archive, tmp_path: Path):
     assert np.array_equal(copy.logits(1).argmax(1), archive.logits(1).argmax(1))
 
 
-def test_a_misled_teacher_is_confidently_wrong_on_its_share_of_views():
+def test_a_misled_teacher_is_confidently_wrong_on_the_requested_share_of_views():
     logits = np.random.default_rng(0).normal(0, 3, (4000, 7)).astype(np.float32)
     rows = np.arange(4000)
     misled = mislead(0.2, seed=3)(logits, 1, rows)

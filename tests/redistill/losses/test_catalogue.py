@@ -1,4 +1,4 @@
-"""The requirements in the catalogue are those that the losses show."""
+"""The requirements in the catalogue match the behaviour of the losses."""
 
 import inspect
 
@@ -32,14 +32,14 @@ def value(name, student, teacher, labels, reduction="batchmean"):
 
 # The permutation of DKPP is drawn from the bits of the row, which a shift changes; its distribution is the same.
 @pytest.mark.parametrize("name", sorted(set(CATALOGUE) - {"dkpp"}))
-def test_shift_of_the_teacher_matters_exactly_where_the_catalogue_says(name):
+def test_the_teachers_shift_matters_exactly_for_the_losses_that_list_it(name):
     student, teacher, labels = rows()
     shifted = value(name, student, teacher - 5.0, labels)
     assert torch.isclose(shifted, value(name, student, teacher, labels)).item() != CATALOGUE[name].shift
 
 
 @pytest.mark.parametrize("name", sorted(CATALOGUE))
-def test_a_loss_without_batch_statistics_is_the_mean_of_its_rows_alone(name):
+def test_a_loss_without_batch_statistics_is_the_mean_over_single_rows(name):
     student, teacher, labels = rows()
     whole = value(name, student, teacher, labels)
     alone = torch.stack([value(name, student[i : i + 1], teacher[i : i + 1], labels[i : i + 1]) for i in range(6)])
@@ -47,7 +47,7 @@ def test_a_loss_without_batch_statistics_is_the_mean_of_its_rows_alone(name):
 
 
 @pytest.mark.parametrize("name", sorted(CATALOGUE))
-def test_row_values_exist_exactly_where_the_catalogue_says(name):
+def test_row_values_exist_exactly_for_the_losses_that_list_them(name):
     student, teacher, labels = rows()
     if CATALOGUE[name].per_row:
         assert value(name, student, teacher, labels, "none").shape == (6,)

@@ -1,4 +1,4 @@
-"""TAID's schedule and CTKD's learned temperature: what changes, when, in which direction, and that it is saved."""
+"""TAID's schedule and CTKD's learned temperature: values, gradients and saved state."""
 
 import math
 

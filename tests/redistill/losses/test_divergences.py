@@ -170,7 +170,7 @@ def test_alpha_beta_is_accurate_in_float32(alpha, beta):
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "word"),
+    ("name", "options", "message"),
     [
         ("jensen_shannon", {"beta": 0.0}, "beta must lie strictly between 0 and 1"),
         ("skew_kl", {"alpha": 1.0}, "alpha must be at least 0 and below 1"),
@@ -180,6 +180,6 @@ def test_alpha_beta_is_accurate_in_float32(alpha, beta):
         ("skew_kl", {"reduction": "summ"}, "did you mean sum"),
     ],
 )
-def test_invalid_options_are_refused(name, options, word):
-    with pytest.raises(UsageError, match=word):
+def test_invalid_options_are_refused(name, options, message):
+    with pytest.raises(UsageError, match=message):
         rows_of(name, *logits(), **options)

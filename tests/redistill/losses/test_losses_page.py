@@ -24,6 +24,6 @@ def test_the_page_has_every_loss_with_its_weights():
     assert family() == {name: (entry.ce_weight, entry.weight) for name, entry in CATALOGUE.items()}
 
 
-def test_plots_of_the_page_are_there():
+def test_the_plots_of_the_page_exist():
     for plot in re.findall(r"\]\((plots/\S+)\)", PAGE.read_text()):
         assert (PAGE.parent / plot).stat().st_size > 1000

@@ -190,7 +190,7 @@ def test_every_option_of_a_loss_reaches_it(name, batch):
 
 
 @pytest.mark.parametrize(
-    ("specs", "word"),
+    ("specs", "message"),
     [
         (["powr"], "unknown loss 'powr'; did you mean power"),
         (["power?lamda=1"], "unknown option 'lamda'; did you mean lam"),
@@ -210,8 +210,8 @@ def test_every_option_of_a_loss_reaches_it(name, batch):
         (["kd", "dkd"], "published with different cross-entropy weights"),
     ],
 )
-def test_invalid_specs_are_refused_in_one_line(specs, word):
-    with pytest.raises(UsageError, match=word) as caught:
+def test_invalid_specs_are_refused_in_one_line(specs, message):
+    with pytest.raises(UsageError, match=message) as caught:
         Objective(specs)
     assert "\n" not in str(caught.value)
 

@@ -216,7 +216,7 @@ def test_bounded_members_stay_below_their_bound(k, bounded):
 
 
 @pytest.mark.parametrize(
-    ("refused", "word"),
+    ("options", "message"),
     [
         ({"form": "bound"}, "did you mean bounded"),
         ({"order": "teacher"}, "did you mean teacher-first"),
@@ -226,9 +226,9 @@ def test_bounded_members_stay_below_their_bound(k, bounded):
         ({"cap": -1.0}, "cap must be positive"),
     ],
 )
-def test_invalid_options_are_refused_in_one_line(refused, word):
-    with pytest.raises(UsageError, match=word) as caught:
-        power_divergence(*logits(), **refused)
+def test_invalid_options_are_refused_in_one_line(options, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        power_divergence(*logits(), **options)
     assert "\n" not in str(caught.value)
 
 

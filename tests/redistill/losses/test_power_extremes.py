@@ -107,7 +107,7 @@ def test_a_half_precision_row_whose_sum_overflows_is_not_refused():
 
 
 @pytest.mark.parametrize(
-    ("student", "teacher", "error", "word"),
+    ("student", "teacher", "error", "message"),
     [
         (torch.zeros(2, 3), torch.zeros(2, 4), Refused, "the student has 3 classes and the teacher 4"),
         (torch.zeros(2, 3), torch.zeros(3, 3), UsageError, "found 2 and 3"),
@@ -120,8 +120,8 @@ def test_a_half_precision_row_whose_sum_overflows_is_not_refused():
         ([[0.0, 1.0]], torch.zeros(1, 2), UsageError, "found list"),
     ],
 )
-def test_tensors_that_do_not_match_are_refused_in_one_line(student, teacher, error, word):
-    with pytest.raises(error, match=word) as caught:
+def test_tensors_that_do_not_match_are_refused_in_one_line(student, teacher, error, message):
+    with pytest.raises(error, match=message) as caught:
         power_divergence(student, teacher)
     assert "\n" not in str(caught.value)
 

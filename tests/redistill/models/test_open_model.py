@@ -1,4 +1,4 @@
-"""Spec strings to models: the precedence of options, headers, publishers and conventions; what must be given."""
+"""Spec strings to models: precedence of options, file headers, published metadata and defaults; required options."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def refusal(text: str, **options) -> str:
     return str(caught.value)
 
 
-def test_a_fresh_student_takes_the_convention_of_its_family():
+def test_a_new_student_uses_the_conventions_of_its_family():
     student = open_model("cifar:resnet8", num_classes=100)
     assert (student.name, student.num_classes, student.input_size) == ("resnet8", 100, 32)
     assert (student.mean, student.std) == CIFAR100
@@ -50,7 +50,7 @@ def test_options_have_precedence(tmp_path: Path):
     assert (by_both.mean, by_both.input_size) == ((0.5, 0.5, 0.5), 32)
 
 
-def test_fresh_weights_depend_on_the_seed_only():
+def test_random_weights_depend_only_on_the_seed():
     torch.manual_seed(1)
     one = open_model("demo:tiny?num_classes=3", seed=5)
     state = torch.random.get_rng_state()
@@ -86,7 +86,7 @@ def test_the_normalisation_of_a_file_without_a_header_must_be_given(tmp_path: Pa
     assert (opened.num_classes, opened.mean) == (10, CIFAR10.mean)
 
 
-def test_published_weights_have_torchvisions_declaration():
+def test_torchvision_weights_come_with_their_preprocessing():
     from torchvision.models import get_model_weights
 
     from redistill.models.libraries import torchvision_info
@@ -97,7 +97,7 @@ def test_published_weights_have_torchvisions_declaration():
 
 
 def test_a_failed_download_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """The connection is made to fail: the test must not depend on the machine's network."""
+    """The connection always fails, so that the test does not depend on the machine's network."""
 
     def closed(*_args, **_kwargs):
         raise urllib.error.URLError("no route to host")
@@ -111,7 +111,7 @@ def test_a_failed_download_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatc
 
 
 def test_published_weights_are_read_from_torchs_own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """A file in torch's cache stands for the download; its hash is checked by torch only when it downloads."""
+    """A file in torch's cache replaces the download; torch checks its hash only when it downloads."""
     from torchvision.models import get_model, get_model_weights
 
     weights = get_model_weights("squeezenet1_1")["DEFAULT"]
@@ -140,8 +140,8 @@ def test_published_weights_are_read_from_torchs_own_cache(monkeypatch: pytest.Mo
         ("demo:tiny?num_clases=3", "did you mean num_classes"),
         ("demo:tiny?num_classes=0", "from 1 to"),
         ("demo:tiny?num_classes=-2", "from 1 to"),
-        ("demo:tiny?num_classes=ten", "option num_classes='ten'"),
-        ("demo:tiny?num_classes=3&size=1e3", "option size='1e3'"),
+        ("demo:tiny?num_classes=ten", "option num_classes must be an integer, found 'ten'"),
+        ("demo:tiny?num_classes=3&size=1e3", "option size must be an integer, found '1e3'"),
         ("demo:tiny?num_classes=3&mean=0,0,0", "'std' is missing"),
         ("demo:tiny?num_classes=3&mean=0,0,0&std=1,1", "a list of 3 finite numbers, found list of 2"),
         ("demo:tiny?num_classes=3&mean=0,0,zero&std=1,1,1", "option mean must be numbers"),
@@ -149,7 +149,7 @@ def test_published_weights_are_read_from_torchs_own_cache(monkeypatch: pytest.Mo
         ("demo:tiny?num_classes=3&mean=0,0,nan&std=1,1,1", "finite"),
         ("demo:tiny?num_classes=3&norm=imagenett", "did you mean imagenet"),
         ("demo:tiny?num_classes=3&norm=half&mean=0,0,0", "found both"),
-        ("demo:tiny?num_classes=3&seed=x", "option seed='x'"),
+        ("demo:tiny?num_classes=3&seed=x", "option seed must be an integer, found 'x'"),
         ("demo:tiny?num_classes=3&weights=/nowhere/w.pt", "no weights file at"),
         ("demo:tiny?num_classes=3&weights=/", "cannot read weights"),
         ("demo:tiny?num_classes=3&weights=DEFAULT", "neither a file nor the name"),
@@ -188,7 +188,7 @@ def test_python_models_run_only_when_allowed(monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_the_error_without_timm_names_the_extra(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "timm", None)  # what an import of something not installed looks like
+    monkeypatch.setitem(sys.modules, "timm", None)  # makes the import fail as if timm were not installed
     with pytest.raises(UsageError, match=r"pip install 'redistill\[timm\]'"):
         open_model("timm:resnet18?num_classes=3")
 

@@ -1,4 +1,4 @@
-"""Weights on disk: what is read, what is refused, and that saved files are plain safetensors."""
+"""Weights on disk: formats that are read, files that are refused, and that saved files are plain safetensors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_saved_file_loads_with_load_file(tmp_path: Path):
     assert same(saved, plain)
 
 
-def test_a_saved_student_opens_from_its_file_alone(tmp_path: Path):
+def test_a_saved_student_opens_from_only_its_file(tmp_path: Path):
     student = open_model("cifar:resnet8?num_classes=7&norm=imagenet", seed=3)
     save_weights(student.module, tmp_path / "a&b%20.safetensors", student.metadata())
     again = open_weights(tmp_path / "a&b%20.safetensors")

@@ -1,4 +1,4 @@
-"""Charts of no values, of a single value and of values at the ends of the number range."""
+"""Charts of no values, of a single value and of extreme values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page: every section is on it, it is self-contained, and untrusted text stays text."""
+"""The page: it has every section, is self-contained, and escapes untrusted text."""
 
 from __future__ import annotations
 

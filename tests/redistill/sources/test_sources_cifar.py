@@ -138,7 +138,7 @@ def test_the_index_is_cached_until_a_file_changes(tmp_path: Path):
 
 
 class Carrier:
-    """Calls something when it is unpickled, as a hostile file would."""
+    """Calls a function when it is unpickled, like a hostile file."""
 
     def __init__(self, function: Any, *args: Any) -> None:
         self.call = function, args

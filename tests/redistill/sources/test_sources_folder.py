@@ -1,4 +1,4 @@
-"""`folder:`: what is an image, what is a class, what is a key, and what is refused."""
+"""`folder:`: images, classes and keys, and the folders that are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One rule for each kind of odd image, on real small files; bytes that are no image are named, whatever they are."""
+"""One rule for each kind of unusual image, on small real files; bytes that are not an image are refused by name."""
 
 from __future__ import annotations
 

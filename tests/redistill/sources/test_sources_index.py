@@ -1,4 +1,4 @@
-"""The index: what is in it, what is read again and what is not, and how bad images are named or left out."""
+"""The index: its contents, which files are read again, and how bad images are named or excluded."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from redistill_cache.errors import Refused, UsageError
 from redistill_cache.verified_files import cache_folder
@@ -20,7 +22,7 @@ import redistill
 from redistill.sources.base import Sample
 from redistill.sources.folder import FolderSource
 from redistill.sources.images import BadImage
-from redistill.sources.index import SourceIndex, index_source
+from redistill.sources.index import SourceIndex, index_source, pair_up, repeats
 
 RNG = np.random.default_rng(0)
 LONG_AGO = 1_000_000_000_000_000_000
@@ -46,7 +48,7 @@ def root(tmp_path: Path) -> Path:
 
 
 class Counting(FolderSource):
-    """Counts what is read."""
+    """Counts how often each file is read."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
@@ -183,7 +185,7 @@ def test_damage_inside_the_pixels_is_found_when_bad_images_are_excluded(root: Pa
 
 @dataclass
 class Samples:
-    """A user's own object."""
+    """A source of a user: any object with these methods."""
 
     items: list[object] = field(default_factory=list)
 
@@ -211,3 +213,13 @@ def test_any_object_with_samples_is_a_source(cache: Path):
 def test_an_invalid_sample_is_refused(item: object):
     with pytest.raises(UsageError, match=r"sample\(0\)"):
         index_source(redistill.open_source(Samples([item])))
+
+
+@given(st.lists(st.integers(0, 6), max_size=20), st.lists(st.integers(0, 6), max_size=20))
+@settings(max_examples=150, deadline=None)
+def test_pairing_matches_a_slow_pairing(left: list[int], right: list[int]):
+    waiting = {value: [i for i, other in enumerate(right) if other == value] for value in range(7)}
+    slow = [(i, waiting[value].pop(0)) for i, value in enumerate(left) if waiting[value]]
+    fast = pair_up(np.array(left, np.int64), np.array(right, np.int64))
+    assert list(zip(*map(np.ndarray.tolist, fast), strict=True)) == slow
+    assert repeats(np.array(left, np.int64)).tolist() == [i for i, value in enumerate(left) if value in left[:i]]

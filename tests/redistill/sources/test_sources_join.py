@@ -1,4 +1,4 @@
-"""Joining reports every way in which a data set can differ from an archive, whatever the order of either."""
+"""Joining reports every difference between a data set and an archive, in any order of either."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from redistill_cache.errors import Refused
 from redistill_cache.keys import pack_keys
 
-from redistill.sources.index import SourceIndex, pair_up, repeats
+from redistill.sources.index import SourceIndex
 from redistill.sources.join import Join, join
 
 CLASSES = ("ant", "bee", "cat")
@@ -25,7 +23,7 @@ class Item:
     label: int
 
 
-def some(n: int, start: int = 0) -> list[Item]:
+def make_items(n: int, start: int = 0) -> list[Item]:
     return [Item(f"{CLASSES[i % 3]}/{i}.jpg", f"bytes {i}", i % 3) for i in range(start, start + n)]
 
 
@@ -67,7 +65,7 @@ def counts(joined: Join) -> dict[str, int]:
 
 
 def test_order_never_matters():
-    archive = some(200)
+    archive = make_items(200)
     for seed in range(20):
         order = np.random.default_rng(seed).permutation(200)
         joined = join_items([archive[i] for i in order], archive)
@@ -78,7 +76,7 @@ def test_order_never_matters():
 
 # Each mutation of the items at a position, and the counts that joining must report.
 MUTATIONS = {
-    "add": lambda items, i: ([*items[:i], *some(1, 900), *items[i:]], {"extra": 1}),
+    "add": lambda items, i: ([*items[:i], *make_items(1, 900), *items[i:]], {"extra": 1}),
     "delete": lambda items, i: (items[:i] + items[i + 1 :], {"missing": 1}),
     "rename": lambda items, i: ([*items[:i], replace(items[i], key="new.jpg"), *items[i + 1 :]], {"renamed": 1}),
     "edit": lambda items, i: ([*items[:i], replace(items[i], text="edited"), *items[i + 1 :]], {"changed": 1}),
@@ -106,7 +104,7 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_every_mutation_is_reported(mutation: str):
-    archive = some(60)
+    archive = make_items(60)
     rng = np.random.default_rng(1)
     for i in rng.permutation(56)[:25].tolist():
         items, expected = MUTATIONS[mutation](archive, i)
@@ -129,7 +127,7 @@ def test_every_mutation_is_reported(mutation: str):
 
 
 def test_a_refusal_has_the_counts_and_the_first_keys():
-    archive = some(30)
+    archive = make_items(30)
     items = [*archive[:10], *(replace(item, text="x" + item.text) for item in archive[10:12]), *archive[20:]]
     with pytest.raises(Refused) as error:
         join_items(items, archive)
@@ -144,18 +142,18 @@ def test_a_refusal_has_the_counts_and_the_first_keys():
     ):
         assert part in line
     with pytest.raises(Refused, match="found none of them"):
-        join_items(some(5, 500), archive, allow_missing=True)
+        join_items(make_items(5, 500), archive, allow_missing=True)
 
 
 def test_keys_from_an_archive_cannot_control_a_terminal():
     with pytest.raises(Refused) as error:
-        join_items(some(3), [*some(3), Item("\x1b[2J\u202efoo\n", "?", 0)])
+        join_items(make_items(3), [*make_items(3), Item("\x1b[2J\u202efoo\n", "?", 0)])
     assert error.value.args[0].isprintable()
 
 
 @pytest.mark.parametrize("seed", range(50))
 def test_class_order_is_matched_by_name(seed: int):
-    archive = some(30)
+    archive = make_items(30)
     order = np.random.default_rng(seed).permutation(3)  # label k of the data is label order[k] of the archive
     items = [replace(item, label=int(np.flatnonzero(order == item.label)[0])) for item in archive]
     joined = join_items(items, archive, tuple(CLASSES[i] for i in order))
@@ -166,7 +164,7 @@ def test_class_order_is_matched_by_name(seed: int):
 
 
 def test_other_classes_are_refused_by_name():
-    archive = some(30)
+    archive = make_items(30)
     with pytest.raises(
         Refused, match=r"20 relabelled.*only in the data: \['dog', 'emu'\].*in the archive: \['bee', 'cat'\]"
     ):
@@ -182,7 +180,7 @@ def test_other_classes_are_refused_by_name():
 
 
 def test_samples_without_labels_match_any():
-    archive = some(9)
+    archive = make_items(9)
     unlabelled = [replace(item, label=-1) for item in archive]
     assert counts(join_items(unlabelled, archive, None)) == {"matched": 9}
     assert counts(join_items(archive, unlabelled)) == {"matched": 9}
@@ -202,7 +200,7 @@ def test_equal_bytes_keep_their_own_key_and_label():
 
 
 def test_excluded_samples_do_not_shift_the_indices_of_the_others():
-    archive = some(20)
+    archive = make_items(20)
     index = index_of(archive[5:])
     index = replace(index, rows=np.arange(5, 20))
     joined = join(
@@ -214,13 +212,3 @@ def test_excluded_samples_do_not_shift_the_indices_of_the_others():
         allow_missing=True,
     )
     assert joined.source_row_of_archive_row.tolist() == [-1] * 5 + list(range(5, 20))
-
-
-@given(st.lists(st.integers(0, 6), max_size=20), st.lists(st.integers(0, 6), max_size=20))
-@settings(max_examples=150, deadline=None)
-def test_pairing_matches_a_slow_pairing(left: list[int], right: list[int]):
-    waiting = {value: [i for i, other in enumerate(right) if other == value] for value in range(7)}
-    slow = [(i, waiting[value].pop(0)) for i, value in enumerate(left) if waiting[value]]
-    fast = pair_up(np.array(left, np.int64), np.array(right, np.int64))
-    assert list(zip(*map(np.ndarray.tolist, fast), strict=True)) == slow
-    assert repeats(np.array(left, np.int64)).tolist() == [i for i, value in enumerate(left) if value in left[:i]]

@@ -1,4 +1,4 @@
-"""The synthetic image set: a function of its options bit for bit, balanced, hard within families."""
+"""The synthetic image set: bit for bit a function of its options, balanced, with similar classes within a family."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The views of an archive from a reader's images: matched, compared with the canaries, rendered."""
+"""The views of an archive from a reader's images: joined, compared with the canaries, rendered."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cache(tmp_path_factory.mktemp("aligned") / "a.redistill.zarr", views=2)
 
 
-def test_the_dataset_is_the_one_of_the_archive_and_proven(path: Path):
+def test_the_dataset_renders_the_archives_views_and_passes_the_check(path: Path):
     archive = open_archive(path)
     views = aligned_views(DATA, archive, size=16)
     assert views.joined.exact
@@ -44,7 +44,7 @@ def test_missing_images_are_refused_unless_allowed(path: Path):
     assert len(views.dataset.indices(0)) == 120
 
 
-def test_an_archive_without_canaries_proves_nothing(path: Path):
+def test_an_archive_without_canaries_has_no_alignment(path: Path):
     class WithoutCanaries:
         def __init__(self) -> None:
             self.archive = open_archive(path)

@@ -16,32 +16,25 @@ from torch.utils.data import DataLoader
 
 import redistill
 from bench.pictures import jpeg, picture
-from redistill.sources.base import Sample
 from redistill.sources.index import index_source
 from redistill.sources.open_source import open_source
 from redistill.views import DrawnViews, ViewDataset, join_archive, parse_recipe
 from redistill.views.canaries import canary_rows, check_canaries, fingerprints, view_environment
+from tests.image_source import ImageSource
 
 N, V, SEED = 20, 3, 5
 RECIPE = "rrc?size=24&aa=rand-m9-n2&reprob=0.5&mixup=0.4&cutmix=1"
 
 
-class Images:
-    def __init__(self, order=None, quality=90):
-        self.order, self.quality = list(range(N)) if order is None else order, quality
-
-    def __len__(self):
-        return len(self.order)
-
-    def sample(self, i):
-        number = self.order[i]
-        return Sample(jpeg(picture(number, 50 + number, 90 - number), self.quality), number % 4, f"{number}.jpg")
+def images(order: list[int] | None = None, quality: int = 90) -> ImageSource:
+    payloads = [jpeg(picture(i, 50 + i, 90 - i), quality) for i in range(N)]
+    return ImageSource(payloads, order, classes=4)
 
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
     path = tmp_path_factory.mktemp("views") / "a.redistill.zarr"
-    recipe, index = parse_recipe(RECIPE), index_source(open_source(Images()), workers=0)
+    recipe, index = parse_recipe(RECIPE), index_source(open_source(images()), workers=0)
     views = DrawnViews(index, recipe, seed=SEED, num_views=V)
     logits = np.random.default_rng(0).normal(size=(N, 4)).astype(np.float32)
     codec = fit_codec("float16", logits)
@@ -63,7 +56,7 @@ def archive(tmp_path_factory):
         writer.write(block, views.params(block.view, np.arange(block.start, block.stop)))
     for block in writer.missing("canaries"):
         rows = canary_rows(SEED, block.view, N, 6)
-        pixels = fingerprints(ViewDataset(Images(), views), block.view, rows)
+        pixels = fingerprints(ViewDataset(images(), views), block.view, rows)
         writer.write(block, {"row": rows, "pixels": pixels})
     for block in writer.missing("teachers/net"):
         encoded = codec.encode(logits[block.start : block.stop])
@@ -73,28 +66,28 @@ def archive(tmp_path_factory):
 
 
 def test_views_of_the_archive_are_the_views_drawn(archive):
-    views = DrawnViews(index_source(open_source(Images()), workers=0), parse_recipe(RECIPE), seed=SEED, num_views=V)
-    drawn, read = ViewDataset(Images(), views), ViewDataset(Images(), archive)
+    views = DrawnViews(index_source(open_source(images()), workers=0), parse_recipe(RECIPE), seed=SEED, num_views=V)
+    drawn, read = ViewDataset(images(), views), ViewDataset(images(), archive)
     for index in range(N * V):
         assert all(np.array_equal(one, other) for one, other in zip(drawn[index], read[index], strict=True))
 
 
 def test_the_readers_own_images_are_exact(archive):
-    source = open_source(Images(order=list(reversed(range(N)))))
+    source = open_source(images(order=list(reversed(range(N)))))
     alignment = check_canaries(source, archive, join_archive(source, archive))
     assert (alignment.verdict, alignment.checked, dict(alignment.versions)) == ("exact", 3 * 6, {})
 
 
 def test_other_images_are_refused_by_the_join_and_by_the_canaries(archive):
-    worse = open_source(Images(quality=50))
+    worse = open_source(images(quality=50))
     with pytest.raises(Refused, match="changed"):
         join_archive(worse, archive)
-    joined = join_archive(open_source(Images()), archive)
+    joined = join_archive(open_source(images()), archive)
     assert check_canaries(worse, archive, joined).verdict == "refused"
 
 
 def test_a_dataset_of_an_archive_can_be_sent_to_workers(archive):
-    dataset = ViewDataset(Images(), archive)
+    dataset = ViewDataset(images(), archive)
     again = pickle.loads(pickle.dumps(dataset))
     assert torch.equal(dataset[30].pixels, again[30].pixels)
     order = dataset.indices(1)
@@ -103,5 +96,5 @@ def test_a_dataset_of_an_archive_can_be_sent_to_workers(archive):
 
 
 def test_render(archive):
-    item = ViewDataset(Images(), archive)[N + 7]
-    assert torch.equal(redistill.render(Images(), archive, row=7, view=1), item.pixels)
+    item = ViewDataset(images(), archive)[N + 7]
+    assert torch.equal(redistill.render(images(), archive, row=7, view=1), item.pixels)

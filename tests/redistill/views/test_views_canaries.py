@@ -1,22 +1,19 @@
-"""The alignment check: what passes, what is refused and why, and which rows are compared."""
+"""The alignment check: other decoders pass, other views are refused with a cause; the choice of canary rows."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cache
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from redistill_cache.errors import Damaged, Refused
-from redistill_cache.keys import pack_keys
 
 from bench.canaries import by_draft, by_half_draft, by_pillow, by_torchvision, upsampling_chroma
 from bench.pictures import jpeg, picture
-from redistill.sources.base import Sample
 from redistill.sources.index import index_source
 from redistill.sources.join import Join
 from redistill.sources.open_source import open_source
@@ -31,19 +28,10 @@ from redistill.views.canaries import (
     view_environment,
 )
 from redistill.views.fingerprint import best_explanation, distance, grid_positions
+from tests.image_source import ImageSource
+from tests.memory_archive import MemoryArchive
 
 N, SEED = 24, 3
-
-
-@dataclass
-class Images:
-    payloads: list
-
-    def __len__(self):
-        return len(self.payloads)
-
-    def sample(self, i):
-        return Sample(self.payloads[i], 0, f"{i}.jpg")
 
 
 def encoded_images() -> list[bytes]:
@@ -53,7 +41,7 @@ def encoded_images() -> list[bytes]:
 
 
 ENCODED = encoded_images()
-INDEX = index_source(open_source(Images(ENCODED)), workers=0)
+INDEX = index_source(open_source(ImageSource(ENCODED)), workers=0)
 PLAIN = "rrc?size=64"
 OPERATED = "rrc?size=64&aa=ta_wide&color_jitter=0.4,0.4,0.4,0.1&reprob=0.25"
 MIXED = "rrc?size=64&mixup=0.4&cutmix=1"
@@ -64,7 +52,7 @@ def drawn(text: str, seed: int = SEED, num_views: int = 1) -> DrawnViews:
     return DrawnViews(INDEX, parse_recipe(text), seed=seed, num_views=num_views)
 
 
-def canaries(images: Images, views, view: int = 0, count: int = N) -> tuple[np.ndarray, np.ndarray]:
+def canaries(images: ImageSource, views, view: int = 0, count: int = N) -> tuple[np.ndarray, np.ndarray]:
     """The rows and fingerprints that an archive would store for a view."""
     rows = canary_rows(SEED, view, N, count)
     return rows, fingerprints(ViewDataset(images, views), view, rows)
@@ -72,15 +60,15 @@ def canaries(images: Images, views, view: int = 0, count: int = N) -> tuple[np.n
 
 @cache
 def stored(text: str) -> dict:
-    return {0: canaries(Images(ENCODED), drawn(text))}
+    return {0: canaries(ImageSource(ENCODED), drawn(text))}
 
 
 @cache
-def decoded(how=by_pillow) -> Images:
-    return Images([how(data) for data in ENCODED])
+def decoded(how=by_pillow) -> ImageSource:
+    return ImageSource([how(data) for data in ENCODED])
 
 
-def alignment(text: str, source: Images, views=None) -> Alignment:
+def alignment(text: str, source: ImageSource, views=None) -> Alignment:
     return align(ViewDataset(source, views or drawn(text)), stored(text))
 
 
@@ -108,7 +96,7 @@ def test_rounding_noise_is_tolerated():
     """One level up or down at random: what another inverse DCT does."""
     random = np.random.default_rng(0)
     noisy = [np.clip(image.astype(int) + random.integers(-1, 2, image.shape), 0, 255) for image in decoded().payloads]
-    assert alignment(PLAIN, Images([image.astype(np.uint8) for image in noisy])).verdict == "tolerance"
+    assert alignment(PLAIN, ImageSource([image.astype(np.uint8) for image in noisy])).verdict == "tolerance"
 
 
 # -- another view is refused ------------------------------------------------------------------------------------------
@@ -126,10 +114,10 @@ def nudged(text, *nudge):
     return AlteredViews(drawn(text), parse_recipe(text), nudge, sizes())
 
 
-def replaced_by_neighbours() -> Images:
+def replaced_by_neighbours() -> ImageSource:
     images = decoded().payloads
     pairs = zip(images, images[1:] + images[:1], strict=True)
-    return Images([np.array(Image.fromarray(other).resize(image.shape[1::-1])) for image, other in pairs])
+    return ImageSource([np.array(Image.fromarray(other).resize(image.shape[1::-1])) for image, other in pairs])
 
 
 WRONG = {
@@ -140,11 +128,11 @@ WRONG = {
     "one pixel right": lambda text: (decoded(), nudged(text, 0, 1, 0, 0)),
     "one pixel larger": lambda text: (decoded(), nudged(text, 0, 0, 1, 1)),
     "one pixel smaller": lambda text: (decoded(), nudged(text, 0, 0, -1, -1)),
-    "mirrored": lambda _: (Images([image[:, ::-1].copy() for image in decoded().payloads]), None),
-    "upside down": lambda _: (Images([image[::-1].copy() for image in decoded().payloads]), None),
-    "red and blue swapped": lambda _: (Images([image[..., ::-1].copy() for image in decoded().payloads]), None),
+    "mirrored": lambda _: (ImageSource([image[:, ::-1].copy() for image in decoded().payloads]), None),
+    "upside down": lambda _: (ImageSource([image[::-1].copy() for image in decoded().payloads]), None),
+    "red and blue swapped": lambda _: (ImageSource([image[..., ::-1].copy() for image in decoded().payloads]), None),
     "shuffled": lambda _: (replaced_by_neighbours(), None),
-    "quality 50": lambda _: (Images([jpeg(image, 50) for image in decoded().payloads]), None),
+    "quality 50": lambda _: (ImageSource([jpeg(image, 50) for image in decoded().payloads]), None),
     "decoded at half size": lambda _: (decoded(by_half_draft), None),
     "another seed": lambda text: (decoded(), drawn(text, seed=SEED + 1)),
 }
@@ -194,7 +182,7 @@ def test_a_wrong_rendering_is_found_within_the_noise_of_a_decoder():
     archive = {0: canaries(images, with_interpolation(PLAIN, "bilinear", False))}
     apart = distance(archive[0][1], stored(PLAIN)[0][1])
     assert apart.mismatch() is None
-    result = align(ViewDataset(Images(ENCODED), drawn(PLAIN)), archive)
+    result = align(ViewDataset(ImageSource(ENCODED), drawn(PLAIN)), archive)
     assert result.verdict == "refused"
     assert "bilinear interpolation, without antialiasing" in result.reason
 
@@ -235,10 +223,10 @@ def test_fewer_rows_than_canaries_are_all_canaries():
 
 
 def test_fingerprints_are_pixels_of_the_view():
-    rows, pixels = canaries(Images(ENCODED), drawn(PLAIN), count=5)
+    rows, pixels = canaries(ImageSource(ENCODED), drawn(PLAIN), count=5)
     at = grid_positions(64)
     assert at.tolist() == [4, 12, 20, 28, 36, 44, 52, 60]
-    dataset = ViewDataset(Images(ENCODED), drawn(PLAIN))
+    dataset = ViewDataset(ImageSource(ENCODED), drawn(PLAIN))
     for row, fingerprint in zip(rows.tolist(), pixels, strict=True):
         view = dataset[row].pixels
         for y in range(8):
@@ -254,31 +242,18 @@ def test_small_views_have_fingerprints_too():
 # -- an archive -------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Archive:
-    """The part of an opened archive that the check uses, in memory."""
+class CanaryArchive(MemoryArchive):
+    """An archive with canaries of ENCODED; `views_read` lists the views whose canaries were read."""
 
-    text: str
-    num_views: int
-    num_samples: int = N
-    class_names: None = None
-    count: int = 16
-    spec: SimpleNamespace = field(init=False)
+    def __init__(self, text: str, num_views: int) -> None:
+        super().__init__(text, INDEX, seed=SEED, num_views=num_views)
+        self.spec.environment = {**view_environment(), "pillow": "1.0", "seconds": 3}
+        self.views = drawn(text, num_views=num_views)
+        self.views_read: list[int] = []
 
-    def __post_init__(self):
-        recipe = parse_recipe(self.text)
-        environment = {**view_environment(), "pillow": "1.0", "seconds": 3}
-        self.spec = SimpleNamespace(recipe=recipe.to_json(), view_arrays=recipe.arrays(), environment=environment)
-        self.views = drawn(self.text, num_views=self.num_views)
-        self.keys, self.labels, self.digests = pack_keys(INDEX.keys), INDEX.labels, INDEX.digests
-        self.read = []
-
-    def view_params(self, view, rows=None):
-        return self.views.params(view, np.arange(N) if rows is None else np.asarray(rows))
-
-    def canaries(self, view):
-        self.read.append(view)
-        return canaries(Images(ENCODED), self.views, view, self.count)
+    def canaries(self, view: int) -> tuple[np.ndarray, np.ndarray]:
+        self.views_read.append(view)
+        return canaries(ImageSource(ENCODED), self.views, view, count=16)
 
 
 def joined(missing=()) -> Join:
@@ -288,45 +263,45 @@ def joined(missing=()) -> Join:
 
 
 def test_an_archive_is_checked_against_the_readers_images():
-    result = check_canaries(open_source(Images(ENCODED)), Archive(MIXED, 3), joined())
+    result = check_canaries(open_source(ImageSource(ENCODED)), CanaryArchive(MIXED, 3), joined())
     assert (result.verdict, result.checked) == ("exact", 3 * 16)
     assert result.versions == {"pillow": ("1.0", view_environment()["pillow"])}
-    result = check_canaries(open_source(replaced_by_neighbours()), Archive(MIXED, 3), joined())
+    result = check_canaries(open_source(replaced_by_neighbours()), CanaryArchive(MIXED, 3), joined())
     assert result.verdict == "refused"
     assert result.worst[0].key == f"{result.worst[0].row}.jpg"
     assert "pillow 1.0 in the archive" in result.message
 
 
 def test_many_views_are_checked_evenly():
-    archive = Archive("rrc?size=16", 100)
-    result = check_canaries(open_source(Images(ENCODED)), archive, joined())
-    assert len(archive.read) == 16
+    archive = CanaryArchive("rrc?size=16", 100)
+    result = check_canaries(open_source(ImageSource(ENCODED)), archive, joined())
+    assert len(archive.views_read) == 16
     assert result.checked == 256
-    assert np.ptp(np.diff(archive.read)) <= 1
-    archive.read.clear()
-    check_canaries(open_source(Images(ENCODED)), archive, joined(), views=[5, 7])
-    assert archive.read == [5, 7]
+    assert np.ptp(np.diff(archive.views_read)) <= 1
+    archive.views_read.clear()
+    check_canaries(open_source(ImageSource(ENCODED)), archive, joined(), views=[5, 7])
+    assert archive.views_read == [5, 7]
 
 
 def test_canaries_without_their_image_are_skipped():
-    archive = Archive(MIXED, 1)
+    archive = CanaryArchive(MIXED, 1)
     rows = archive.canaries(0)[0]
-    result = check_canaries(open_source(Images(ENCODED)), archive, joined(missing=rows[:8]))
+    result = check_canaries(open_source(ImageSource(ENCODED)), archive, joined(missing=rows[:8]))
     assert result.verdict == "exact"
     assert 0 < result.checked <= 8
     with pytest.raises(Refused, match="cannot be compared"):
-        check_canaries(open_source(Images(ENCODED)), archive, joined(missing=rows))
+        check_canaries(open_source(ImageSource(ENCODED)), archive, joined(missing=rows))
 
 
 def test_a_canary_row_beyond_the_archive_is_damage():
-    archive = Archive(PLAIN, 1)
+    archive = CanaryArchive(PLAIN, 1)
     archive.canaries = lambda _: (np.array([N], np.uint32), np.zeros((1, 8, 8, 3), np.uint8))
     with pytest.raises(Damaged, match="canary of view 0 is row 24"):
-        check_canaries(open_source(Images(ENCODED)), archive, joined())
+        check_canaries(open_source(ImageSource(ENCODED)), archive, joined())
 
 
 def test_an_alignment_is_plain_json():
-    result = check_canaries(open_source(replaced_by_neighbours()), Archive(PLAIN, 1), joined())
+    result = check_canaries(open_source(replaced_by_neighbours()), CanaryArchive(PLAIN, 1), joined())
     data = json.loads(json.dumps(result.to_json()))
     assert (data["verdict"], len(data["worst"]), data["checked"]) == ("refused", 3, 16)
 

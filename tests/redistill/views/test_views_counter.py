@@ -1,4 +1,4 @@
-"""The generator against published test vectors, a slow second implementation, and its properties."""
+"""The random generator against published test vectors and a slow second implementation; its properties."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import pickle
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 from redistill_cache.errors import Damaged, OutOfRange, Refused
-from redistill_cache.keys import pack_keys
 from torch.utils.data import DataLoader
 
+from bench.pictures import jpeg, picture
 from redistill.sources.index import index_source
 from redistill.sources.open_source import open_source
 from redistill.views import (
@@ -22,7 +21,6 @@ from redistill.views import (
     DrawnViews,
     ViewDataset,
     archive_recipe,
-    draw_params,
     join_archive,
     parse_recipe,
     render,
@@ -30,61 +28,21 @@ from redistill.views import (
 )
 from redistill.views.recipe import WEIGHT_UNIT
 from redistill.views.render import row_params
+from tests.image_source import ImageSource
+from tests.memory_archive import MemoryArchive
 
 N, V, SEED = 12, 3, 9
+PICTURES = [picture(i, 40 + i, 60 - i) for i in range(N)]
+PAYLOADS = [pixels if i % 2 else jpeg(pixels) for i, pixels in enumerate(PICTURES)]
 
 
-def picture(number: int, height: int, width: int) -> np.ndarray:
-    random = np.random.default_rng(number)
-    coarse = random.integers(0, 256, (6, 6, 3), np.uint8)
-    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+def pictures(order: list[int] | None = None) -> ImageSource:
+    """JPEG files and arrays of different shapes."""
+    return ImageSource(PAYLOADS, order)
 
 
-class Pictures:
-    """JPEG files and arrays of different shapes; counts how often each is read."""
-
-    def __init__(self, order: list[int] | None = None) -> None:
-        self.order = list(range(N)) if order is None else order
-        self.reads: list[int] = []
-
-    def __len__(self):
-        return len(self.order)
-
-    def sample(self, i):
-        number = self.order[i]
-        self.reads.append(number)
-        pixels = picture(number, 40 + number, 60 - number)
-        if number % 2:
-            return pixels, number % 5, f"{number}.npy"
-        out = io.BytesIO()
-        Image.fromarray(pixels).save(out, "JPEG", quality=90)
-        return out.getvalue(), number % 5, f"{number}.jpg"
-
-
-@dataclass
-class StoredArchive:
-    """The part of an opened archive that views use, in memory."""
-
-    spec: SimpleNamespace
-    class_names: None
-    keys: object
-    labels: np.ndarray
-    digests: np.ndarray
-    stored: list[dict[str, np.ndarray]]
-
-    num_samples = N
-    num_views = V
-
-    def view_params(self, view, rows=None):
-        whole = self.stored[view]
-        return whole if rows is None else {name: values[rows] for name, values in whole.items()}
-
-
-def archive_of(text: str) -> StoredArchive:
-    recipe, index = parse_recipe(text), index_source(open_source(Pictures()), workers=0)
-    stored = [draw_params(recipe, SEED, view, np.arange(N), index.sizes, N) for view in range(V)]
-    spec = SimpleNamespace(recipe=recipe.to_json(), view_arrays=recipe.arrays())
-    return StoredArchive(spec, None, pack_keys(index.keys), index.labels, index.digests, stored)
+def archive_of(text: str) -> MemoryArchive:
+    return MemoryArchive(text, index_source(open_source(pictures()), workers=0), seed=SEED, num_views=V)
 
 
 PLAIN = "rrc?size=24"
@@ -106,7 +64,7 @@ MORE_WORKERS = [(3, "fork"), (2, "spawn"), (4, "spawn"), (2, "forkserver"), (4, 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
 @pytest.mark.parametrize(("workers", "method"), [*WORKERS, *(pytest.param(*case, marks=SLOW) for case in MORE_WORKERS)])
 def test_the_same_bytes_from_any_number_and_kind_of_workers(workers, method):
-    dataset = ViewDataset(Pictures(), archive_of(MIXED))
+    dataset = ViewDataset(pictures(), archive_of(MIXED))
     order = np.random.default_rng(0).permutation(np.concatenate([dataset.indices(view) for view in range(V)]))
     alone = every_item(DataLoader(dataset, batch_size=5, sampler=order))
     loaded = every_item(
@@ -120,7 +78,7 @@ def test_the_same_bytes_from_any_number_and_kind_of_workers(workers, method):
 
 def test_persistent_workers_render_the_view_of_the_epoch():
     """The index encodes the view: workers started for view 0 render view 1 when the sampler requests it."""
-    dataset = ViewDataset(Pictures(), archive_of(PLAIN))
+    dataset = ViewDataset(pictures(), archive_of(PLAIN))
     order = list(dataset.indices(0))
     loader = DataLoader(dataset, batch_size=4, sampler=order, num_workers=1, persistent_workers=True)
     for view in (0, 1, 2):
@@ -132,7 +90,7 @@ def test_persistent_workers_render_the_view_of_the_epoch():
 
 
 def test_items_have_their_label_row_and_view():
-    dataset = ViewDataset(Pictures(), archive_of(PLAIN))
+    dataset = ViewDataset(pictures(), archive_of(PLAIN))
     assert len(dataset) == N * V
     item = dataset[dataset.index(2, 7)]
     assert (item.label, item.row, item.view) == (7 % 5, 7, 2)
@@ -141,14 +99,14 @@ def test_items_have_their_label_row_and_view():
 
 def test_items_are_the_rendered_parameters():
     archive = archive_of(MIXED)
-    dataset = ViewDataset(Pictures(), archive, size=32)
-    recipe, samples = parse_recipe(MIXED), open_source(Pictures())
+    dataset = ViewDataset(pictures(), archive, size=32)
+    recipe, samples = parse_recipe(MIXED), open_source(pictures())
     images = [torch.from_numpy(np.array(_decoded(samples.sample(i).payload))).permute(2, 0, 1) for i in range(N)]
     mixed = 0
     for item in dataset.__getitems__(dataset.indices(1)):
-        params = row_params(archive.stored[1], item.row)
+        params = row_params(archive.params[1], item.row)
         other = int(params["mix_partner"])
-        partner = images[other], row_params(archive.stored[1], other)
+        partner = images[other], row_params(archive.params[1], other)
         assert torch.equal(item.pixels, render_view(images[item.row], params, recipe, 32, partner))
         assert (item.partner, item.partner_label) == (other, other % 5)
         assert item.weight == pytest.approx(int(params["mix_weight"]) / WEIGHT_UNIT)
@@ -161,18 +119,18 @@ def _decoded(payload):
 
 
 def test_an_image_that_serves_several_items_is_decoded_once():
-    pictures = Pictures()
-    dataset = ViewDataset(pictures, archive_of(PLAIN))
-    pictures.reads.clear()
+    source = pictures()
+    dataset = ViewDataset(source, archive_of(PLAIN))
+    source.reads.clear()
     batch = dataset.__getitems__([dataset.index(view, row) for row in (4, 9) for view in range(V)])
-    assert sorted(pictures.reads) == [4, 9]
+    assert sorted(source.reads) == [4, 9]
     assert [(item.row, item.view) for item in batch] == [(4, 0), (4, 1), (4, 2), (9, 0), (9, 1), (9, 2)]
 
 
 def test_the_order_of_the_source_does_not_matter():
     archive = archive_of(MIXED)
     shuffled = np.random.default_rng(2).permutation(N).tolist()
-    one, other = ViewDataset(Pictures(), archive), ViewDataset(Pictures(shuffled), archive)
+    one, other = ViewDataset(pictures(), archive), ViewDataset(pictures(shuffled), archive)
     for view in range(V):
         for left, right in zip(*(d.__getitems__(d.indices(view)) for d in (one, other)), strict=True):
             assert left.row == right.row
@@ -182,7 +140,7 @@ def test_the_order_of_the_source_does_not_matter():
 @pytest.mark.parametrize("text", [PLAIN, MIXED, "center?size=24"])
 def test_drawn_views_are_those_of_the_archive(text):
     """Stage 1 draws, stage 2 reads: the same dataset, the same pixels."""
-    source = open_source(Pictures())
+    source = open_source(pictures())
     drawn = DrawnViews(index_source(source, workers=0), parse_recipe(text), seed=SEED, num_views=V)
     stage1, stage2 = ViewDataset(source, drawn), ViewDataset(source, archive_of(text))
     for index in range(len(stage1)):
@@ -192,32 +150,32 @@ def test_drawn_views_are_those_of_the_archive(text):
 @pytest.mark.parametrize("text", [PLAIN, MIXED])
 def test_render_shows_what_the_dataset_shows(text):
     archive = archive_of(text)
-    dataset = ViewDataset(Pictures(), archive)
+    dataset = ViewDataset(pictures(), archive)
     shuffled = np.random.default_rng(2).permutation(N).tolist()
     for row in range(N):
-        assert torch.equal(render(Pictures(), archive, row, 1), dataset[dataset.index(1, row)].pixels)
-        assert torch.equal(render(Pictures(shuffled), archive, row, 1), dataset[dataset.index(1, row)].pixels)
-    assert render(Pictures(), archive, row=0, view=0, size=17).shape == (3, 17, 17)
+        assert torch.equal(render(pictures(), archive, row, 1), dataset[dataset.index(1, row)].pixels)
+        assert torch.equal(render(pictures(shuffled), archive, row, 1), dataset[dataset.index(1, row)].pixels)
+    assert render(pictures(), archive, row=0, view=0, size=17).shape == (3, 17, 17)
 
 
 def test_rows_without_their_sample_are_skipped_by_indices_and_refused():
     archive = archive_of(MIXED)
     present = [number for number in range(N) if number not in (3, 8)]
-    joined = join_archive(open_source(Pictures(present)), archive, allow_missing=True)
-    dataset = ViewDataset(Pictures(present), archive, joined=joined)
+    joined = join_archive(open_source(pictures(present)), archive, allow_missing=True)
+    dataset = ViewDataset(pictures(present), archive, joined=joined)
     rows = dataset.indices(0) % N
-    partners = archive.stored[0]["mix_partner"][rows]
+    partners = archive.params[0]["mix_partner"][rows]
     assert not set(rows) & {3, 8}
     assert not set(partners) & {3, 8}
     assert len(dataset.__getitems__(dataset.indices(0))) == len(rows) > 0
     with pytest.raises(Refused, match="row 3 has no sample"):
         dataset[3]
     with pytest.raises(Refused, match="row 8"):
-        render(Pictures(present), archive, 8, 0)
+        render(pictures(present), archive, 8, 0)
 
 
 def test_a_pickled_dataset_carries_no_parameters():
-    dataset = ViewDataset(Pictures(), archive_of(PLAIN))
+    dataset = ViewDataset(pictures(), archive_of(PLAIN))
     before = len(pickle.dumps(dataset.views))
     expected = dataset[5].pixels
     assert len(pickle.dumps(dataset.views)) == before
@@ -225,7 +183,7 @@ def test_a_pickled_dataset_carries_no_parameters():
 
 
 def test_the_parameters_of_two_views_are_cached():
-    views = ArchiveViews(archive_of(PLAIN), join_archive(open_source(Pictures()), archive_of(PLAIN)))
+    views = ArchiveViews(archive_of(PLAIN), join_archive(open_source(pictures()), archive_of(PLAIN)))
     reads = []
     archive = views.archive
     views.archive = SimpleNamespace(view_params=lambda view: reads.append(view) or archive.view_params(view))
@@ -237,16 +195,16 @@ def test_the_parameters_of_two_views_are_cached():
 @pytest.mark.parametrize("index", [-1, N * V])
 def test_items_outside_are_refused(index):
     with pytest.raises(OutOfRange):
-        ViewDataset(Pictures(), archive_of(PLAIN))[index]
+        ViewDataset(pictures(), archive_of(PLAIN))[index]
 
 
 def test_views_and_rows_outside_are_refused():
     archive = archive_of(PLAIN)
     for row, view in ((N, 0), (-1, 0), (0, V), (0, -1)):
         with pytest.raises(OutOfRange):
-            render(Pictures(), archive, row, view)
+            render(pictures(), archive, row, view)
     with pytest.raises(OutOfRange):
-        ViewDataset(Pictures(), archive).indices(V)
+        ViewDataset(pictures(), archive).indices(V)
 
 
 def test_an_archive_whose_parameters_do_not_match_its_recipe_is_refused():
@@ -258,7 +216,7 @@ def test_an_archive_whose_parameters_do_not_match_its_recipe_is_refused():
 
 def test_partners_beyond_the_archive_are_damage():
     archive = archive_of(MIXED)
-    archive.stored[0]["mix_partner"][3] = 4_000_000_000
-    dataset = ViewDataset(Pictures(), archive)
+    archive.params[0]["mix_partner"][3] = 4_000_000_000
+    dataset = ViewDataset(pictures(), archive)
     with pytest.raises(Damaged, match="beyond the 12 rows"):
         dataset.indices(0)

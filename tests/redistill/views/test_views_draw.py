@@ -1,4 +1,4 @@
-"""Drawn parameters: a function of (seed, view, row) alone, in range, and never changing."""
+"""Drawn parameters: functions of only (seed, view, row), in range, and the same in every version."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_no_rows_is_no_parameters():
 
 
 def test_draws_never_change():
-    """A changed digest means that a released recipe draws other views: that is a new op name, not a new digest."""
+    """A changed digest means that a released recipe draws other views; such a change needs a new op name."""
     digests = {}
     for text in ("rrc", "cifar?padding=300", EVERYTHING, "center", "rrc?aa=ta_wide&size=32&vflip=0.5"):
         digest = hashlib.sha256()
@@ -150,7 +150,7 @@ DIGESTS = {
 
 
 def test_purposes_never_share_a_counter(monkeypatch):
-    """Two steps that drew from the same words would be dependent; every (purpose, index) is used by one step only."""
+    """Two steps that used the same random words would be dependent; each (purpose, index) is used by one step only."""
     used = []
 
     def recording(seed, view, rows, purpose, index=0):

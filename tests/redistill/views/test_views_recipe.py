@@ -1,4 +1,4 @@
-"""Recipes: strings with options, TOML files, JSON in and out, and the refusal of everything unknown."""
+"""Recipes: strings with options, TOML files, conversion to and from JSON, and refusal of unknown fields."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_every_option_is_applied():
     assert recipe.find(Mixing) == Mixing(mixup=0.2, cutmix=1.0, p=0.9, switch=0.3)
 
 
-def test_short_forms_mean_the_same_as_in_timm():
+def test_short_forms_have_the_meaning_of_timm():
     assert parse_recipe("rrc?color_jitter=0.4").find(ColorJitter) == ColorJitter()
     assert parse_recipe("rrc?color_jitter=0.1,0.2,0.3").find(ColorJitter) == ColorJitter(
         brightness=0.1, contrast=0.2, saturation=0.3
@@ -97,7 +97,7 @@ def test_toml_with_ops_in_another_order(tmp_path):
         ("rrc?padding=4", "unknown option 'padding'"),
         ("cifar?scale=0.1,1", "unknown option 'scale'"),
         ("rrc?size=0", "size in [1, 4096], found 0"),
-        ("rrc?size=many", "not a int"),
+        ("rrc?size=many", "must be an integer"),
         ("rrc?scale=0.5", "2 numbers"),
         ("rrc?scale=1,0.5", "low <= high"),
         ("rrc?scale=0.1,2", "scale to be low,high"),

@@ -21,7 +21,7 @@ TORCHVISION = (
 
 
 def picture(height: int, width: int, seed: int = 0) -> torch.Tensor:
-    """Waves, an edge and a little noise: every operation has something to change."""
+    """Waves, an edge and a little noise: every operation changes it."""
     random = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width]
     waves = [np.sin(x / (3 + c) + seed) + np.cos(y / (5 - c)) + (x > width // 2) for c in range(3)]
@@ -256,7 +256,7 @@ def test_several_views_of_one_image():
 
 @pytest.mark.parametrize("text", ["rrc", "cifar?aa=ta_wide&reprob=0.5", "center?size=32&crop_pct=1"])
 def test_rendering_is_pure(text):
-    """Same in, same out; the image is not written to, and the view never shares its memory."""
+    """Equal inputs give equal views; the image is not modified, and the view does not share its memory."""
     image = picture(32, 32)
     before = image.clone()
     first, second = ([view for _, view in views(text, image=image)] for _ in range(2))
@@ -268,7 +268,7 @@ def test_rendering_is_pure(text):
 
 
 def test_channels_last_images_give_the_same_pixels():
-    """Decoders hand out images with interleaved channels; the memory layout must not change the pixels."""
+    """Decoders return images with interleaved channels; the memory layout must not change the pixels."""
     interleaved = IMAGE.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     for text in ("rrc?size=64", "rrc?size=64&interpolation=bicubic", "rrc?size=224&aa=rand"):
         for (_, one), (_, other) in zip(views(text), views(text, image=interleaved), strict=True):

@@ -1,7 +1,7 @@
-"""A golden archive of format 1.0: written once, and opened by every later version.
+"""A golden archive of format 1.0: written once; every later version must read it.
 
 Regenerate (only for a new format, under a new name):
-    python -c "from tests.faults.test_golden import regenerate; regenerate()"
+    python -c "from tests.faults.test_golden_archive import regenerate; regenerate()"
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def regenerate() -> None:
     np.savez_compressed(VALUES, logits=np.stack([scenario.decoded(view) for view in range(scenario.VIEWS)]))
 
 
-def test_the_golden_archive_reads_the_same_values(tmp_path: Path):
+def test_the_golden_archive_is_read_with_the_same_values(tmp_path: Path):
     path = tmp_path / "golden.redistill.zarr"
     shutil.copytree(ARCHIVE, path)  # a checkout may be read-only
     assert verify(path, full=True).ok

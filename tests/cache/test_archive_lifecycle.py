@@ -1,7 +1,7 @@
-"""An archive that is written, killed, resumed, extended, sealed early and added to, in any order.
+"""An archive that is written, interrupted, resumed, extended, sealed and given teachers, in any order.
 
-A model tracks which blocks are committed; the archive must offer exactly those, and once everything is written it must
-equal, byte for byte, the archive that was written without interruption.
+A model tracks the committed blocks; the archive must return exactly those, and once everything is written it must
+equal, byte for byte, an archive that was written without interruption.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def data_of(block: Block) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]
     return block_data(block, SMALL)
 
 
-class Life(RuleBasedStateMachine):
+class Lifecycle(RuleBasedStateMachine):
     """Operations on one archive, and what must be true after each."""
 
     def __init__(self) -> None:
@@ -66,8 +66,8 @@ class Life(RuleBasedStateMachine):
     def resume(self, files: Files = LOCAL) -> None:
         self.writer = ArchiveWriter.resume(self.path, replace(self.spec, environment={"run": "another"}), files=files)
 
-    def mortal(self, last: int) -> Files:
-        """A disk whose process dies just before operation number `last`, and does nothing more."""
+    def dying_disk(self, last: int) -> Files:
+        """A disk whose process dies just before operation number `last`."""
         return PowerCutDisk(Path(self.folder.name), cut_at=last - 1)
 
     # -- operations ---------------------------------------------------------------------------------------------------
@@ -90,20 +90,20 @@ class Life(RuleBasedStateMachine):
     def die_while_writing(self, data: st.DataObject, last: int) -> None:
         block = data.draw(st.sampled_from(self.missing()))
         self.resume()
-        writer = ArchiveWriter(self.path, self.writer.spec, self.mortal(last))
+        writer = ArchiveWriter(self.path, self.writer.spec, self.dying_disk(last))
         writer.teachers = self.writer.teachers
         try:
             writer.write(block, *data_of(block))
         except PowerCut:
             self.resume()
-        # It may have died before or after its record was linked.
+        # The process may have died before or after the record was linked.
         if self.writer.is_committed(block):
             self.committed.add(key(block))
 
     @rule(last=st.integers(1, 60))
     def die_while_resuming(self, last: int) -> None:
         with contextlib.suppress(PowerCut):
-            self.resume(self.mortal(last))
+            self.resume(self.dying_disk(last))
         self.resume()
 
     @precondition(lambda self: len(self.teachers) < 2)
@@ -118,7 +118,7 @@ class Life(RuleBasedStateMachine):
     def extend(self, last: int) -> None:
         views = self.spec.num_views + 1
         try:
-            ArchiveWriter.extend_views(self.path, views, files=self.mortal(last))
+            ArchiveWriter.extend_views(self.path, views, files=self.dying_disk(last))
         except PowerCut:
             ArchiveWriter.extend_views(self.path, views)
         self.spec = replace(self.spec, num_views=views)
@@ -138,7 +138,7 @@ class Life(RuleBasedStateMachine):
     # -- invariants ---------------------------------------------------------------------------------------------------
 
     @invariant()
-    def offers_what_is_committed(self) -> None:
+    def returns_exactly_the_committed_blocks(self) -> None:
         archive = self.writer.read_back()
         committed = {item for item in archive.state.committed or () if "side" not in item[0]}
         assert committed == self.committed | {("samples", 0, 0)}
@@ -160,5 +160,5 @@ def key(block: Block) -> tuple[str, int, int]:
     return block.part, block.view, block.index
 
 
-TestLife = Life.TestCase
-TestLife.settings = settings(max_examples=6, stateful_step_count=12, deadline=None)
+TestLifecycle = Lifecycle.TestCase
+TestLifecycle.settings = settings(max_examples=6, stateful_step_count=12, deadline=None)

@@ -1,4 +1,4 @@
-"""The file layer alone, on a failing disk and under power cuts; and the fault kit detects careless code."""
+"""storage.py alone, on a failing disk and under power cuts; and the simulated disks detect missing syncs."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def test_publish_is_all_or_nothing_on_a_failing_disk(tmp_path: Path, failure: Fa
             return
         assert error.errno == failure.code
         assert visible(folder).get("file") in (NEW, None if exclusive else OLD)
-    pytest.fail("publish never ran clean")
+    pytest.fail("publish never completed without a failure")
 
 
-def test_only_one_of_two_exclusive_writers_wins(tmp_path: Path):
+def test_only_one_of_two_exclusive_writes_succeeds(tmp_path: Path):
     LOCAL.publish(tmp_path / "file", OLD, exclusive=True)
     with pytest.raises(FileExistsError):
         LOCAL.publish(tmp_path / "file", NEW, exclusive=True)
@@ -92,7 +92,7 @@ def test_publish_survives_the_sweep_of_another_process(tmp_path: Path, exclusive
 
 
 def cut_publish(folder: Path, disk_type: type[PowerCutDisk], seed: int) -> tuple[bool, bytes | None]:
-    """Publish NEW over OLD with the power cut at a random moment: (whether publish returned, the content after it)."""
+    """Publish NEW over OLD with a power cut at a random moment: (whether publish returned, the content afterwards)."""
     rng = random.Random(seed)
     mount = folder / f"mount{seed}"
     mount.mkdir()
@@ -106,7 +106,7 @@ def cut_publish(folder: Path, disk_type: type[PowerCutDisk], seed: int) -> tuple
         returned = False
     for operation in disk.log:
         model.apply(operation)
-    model.aftermath(folder / f"after{seed}", rng)
+    model.write_random_state(folder / f"after{seed}", rng)
     return returned, visible(folder / f"after{seed}").get("file")
 
 
@@ -116,7 +116,7 @@ def test_publish_survives_power_cuts(tmp_path: Path):
         returned, content = cut_publish(tmp_path, PowerCutDisk, seed)
         assert content == NEW if returned else content in (OLD, NEW), f"seed {seed}: torn or lost"
         outcomes.add((returned, content == NEW))
-    assert outcomes == {(True, True), (False, True), (False, False)}, "the model must produce every outcome"
+    assert outcomes == {(True, True), (False, True), (False, False)}, "the model must produce every possible outcome"
 
 
 class NoFileSync(PowerCutDisk):
@@ -135,7 +135,7 @@ def test_the_model_catches_a_missing_sync(tmp_path: Path, careless: type[PowerCu
     assert any(torn) if careless is NoFileSync else any(lost)
 
 
-def test_new_directories_are_durable_when_made(tmp_path: Path):
+def test_new_directories_survive_power_cuts(tmp_path: Path):
     disk = PowerCutDisk(tmp_path)
     disk.make_directories(tmp_path / "a" / "b" / "c")
     disk.publish(tmp_path / "a" / "b" / "c" / "file", NEW)
@@ -144,12 +144,12 @@ def test_new_directories_are_durable_when_made(tmp_path: Path):
         for operation in disk.log:
             model.apply(operation)
         after = tmp_path / f"after{seed}"
-        model.aftermath(after, random.Random(seed))
+        model.write_random_state(after, random.Random(seed))
         assert (after / "a" / "b" / "c" / "file").read_bytes() == NEW, f"seed {seed}"
 
 
-def test_the_kit_covers_every_primitive():
-    """A new primitive of the file layer must not slip past the failing disk and the power cut."""
+def test_the_simulated_disks_cover_every_operation():
+    """An operation added to `Files` must also be added to the failing disk and the power cut."""
     compositions = {"make_directories", "publish"}
     primitives = {name for name in vars(Files) if not name.startswith("_")} - compositions
     assert primitives <= vars(FailingDisk).keys()

@@ -1,4 +1,4 @@
-"""Codecs round trip through the archive within the bound; the linear codec's packing and constants."""
+"""The linear codec: round trips within the bound, packing, statistics and constants; other codecs beside it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_every_row_is_within_the_bound_after_a_round_trip_through_the_archive(na
     for temperature in (1, 4):
         divergence = kl_rows(rows, decoded, temperature)
         assert divergence.max() <= 1e-3
-        # Reported by exact arithmetic, rounded up; decoded in float32, whose last digits show in small errors.
+        # Errors are computed exactly and rounded up; decoding in float32 changes the last digits of small errors.
         np.testing.assert_allclose(divergence, encoded.errors[f"kl_t{temperature}"], rtol=2e-3, atol=5e-7)
 
 
@@ -91,7 +91,7 @@ def test_every_packing_returns_what_was_packed():
     assert packing_flaw(Packing.empty(3)) is None
 
 
-def test_a_decoder_with_another_step_does_not_decode_with_the_constants_of_the_first():
+def test_a_decoder_with_another_step_does_not_reuse_cached_constants():
     rows = low_rank(200, 20, 10, 3.0, seed=4)
     codec = fit_codec("linear", rows)
     arrays = codec.encode(rows).arrays

@@ -1,4 +1,4 @@
-"""The family under gradcheck, extreme rows, autocast, and changes of order and shift that must not matter."""
+"""The other losses under gradcheck, extreme rows, autocast, and changes of order and shift that must not matter."""
 
 from functools import partial
 

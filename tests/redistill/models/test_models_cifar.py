@@ -1,4 +1,4 @@
-"""The networks of the literature: parameter counts, shapes, and the parameter names of published checkpoints."""
+"""CIFAR networks of the literature: parameter counts, and names of published checkpoints; the demo's networks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from redistill.models import cifar, demo
 
 # Parameters for 100 classes, counted by instantiating the networks of CRD's public code (HobbitLong/RepDistiller) and,
 # for ResNet18, of megvii-research/mdistiller; and the first 16 hex digits of sha256 over repr of the sorted
-# [(name, shape), ...] of their state_dicts. Equal names and shapes are what lets their checkpoints load.
+# [(name, shape), ...] of their state_dicts. Their checkpoints load only if names and shapes are equal.
 PUBLISHED = {
     "resnet8": (83_892, "39c6acc1ba29ecf6"),
     "resnet14": (181_108, "7454acde5e53f392"),
@@ -54,7 +54,7 @@ def test_parameters_and_names_are_those_of_the_literature(name: str):
     assert hashlib.sha256(repr(state).encode()).hexdigest()[:16] == names
 
 
-def test_every_named_network_is_in_the_table():
+def test_every_network_is_in_the_table():
     assert set(PUBLISHED) == set(cifar.NAMES)
 
 

@@ -1,7 +1,7 @@
-"""Drawn parameters against those that torchvision v2 draws: two samples of one distribution.
+"""Drawn parameters compared with those that torchvision v2 draws: two samples of one distribution.
 
-All seeds are fixed, so a test either always passes or always fails; P is far from what chance would give a wrong
-distribution of this many samples, which `test_a_slightly_different_distribution_would_be_found` shows.
+All seeds are fixed, so a test either always passes or always fails; a wrong distribution
+of this many samples has a p-value far below P, which `test_a_slightly_different_distribution_is_detected` shows.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def assert_same_numbers(ours, theirs):
 
 
 def assert_same_counts(ours, theirs):
-    """Chi-square test that two collections of things were drawn from the same distribution."""
+    """Chi-square test that two collections were drawn from the same distribution."""
     ours, theirs = Counter(ours), Counter(theirs)
     kinds = sorted(ours | theirs)
     table = np.array([[ours[kind] for kind in kinds], [theirs[kind] for kind in kinds]])
@@ -151,8 +151,8 @@ def test_rand_augment(magnitude):
     ops = draw(f"rrc?size=96&aa=rand-m{magnitude}-n2", 96, 96)["ops"]
     theirs = recorded(v2.RandAugment, 2000, 96, num_ops=2, magnitude=magnitude)
     for position in (0, 1):
-        theirs_here = counted([calls[position] for calls in theirs])
-        assert_same_counts(ours_as_theirs(ops[:, position]), theirs_here)
+        their_calls = counted([calls[position] for calls in theirs])
+        assert_same_counts(ours_as_theirs(ops[:, position]), their_calls)
     # Two operations of one view are drawn independently.
     table = np.zeros((len(OPERATIONS), len(OPERATIONS)))
     np.add.at(table, (ops[:, 0, 0], ops[:, 1, 0]), 1)
@@ -184,9 +184,9 @@ def test_erasing(scale, ratio):
     text = f"rrc?size=64&reprob=0.5&rescale={scale[0]},{scale[1]}&reratio={ratio[0]},{ratio[1]}"
     boxes = np.rint(draw(text, 64, 64)["erase"] / EDGE_UNIT * 64)
     drawn = their_params(v2.RandomErasing(p=1, scale=scale, ratio=ratio), 64, 64)
-    given_up = np.mean([one["v"] is None for one in drawn])
+    without_box = np.mean([one["v"] is None for one in drawn])
     boxes = boxes[boxes[:, 2] > 0]
-    assert abs(len(boxes) / N - 0.5 * (1 - given_up)) < 0.02
+    assert abs(len(boxes) / N - 0.5 * (1 - without_box)) < 0.02
     theirs = np.array([[one[key] for key in "ijhw"] for one in drawn if one["v"] is not None])
     assert_same_numbers(boxes[:, 0], theirs[:, 0])
     assert_same_numbers(boxes[:, 1], theirs[:, 1])
@@ -198,7 +198,7 @@ def test_erasing(scale, ratio):
 def test_mixup(alpha):
     params = draw(f"rrc?mixup={alpha}", 64, 64)
     drawn = their_params(v2.MixUp(alpha=alpha, num_classes=2), 64, 64)
-    # On the same grid: at small alphas many weights are nearer to 0 or 1 than a stored weight can say.
+    # On the same grid: at small alphas many weights are nearer to 0 or 1 than a stored weight can represent.
     assert_same_numbers(params["mix_weight"], np.rint([one["lam"] * WEIGHT_UNIT for one in drawn]))
     assert scipy.stats.kstest(params["mix_partner"] / N, "uniform").pvalue > P
 
@@ -223,7 +223,7 @@ def test_mixing_follows_its_probabilities():
     assert abs(cut.mean() - 0.7 * 0.25) < 0.01
 
 
-def test_a_slightly_different_distribution_would_be_found():
+def test_a_slightly_different_distribution_is_detected():
     """Detected: a ratio range 5 % too wide, an operation missing, a sign never drawn."""
     crop = draw("rrc?ratio=0.7125,1.4", 375, 500)["crop"]
     drawn = their_params(v2.RandomResizedCrop(224), 375, 500)

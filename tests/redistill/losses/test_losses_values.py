@@ -1,4 +1,4 @@
-"""Every loss of the family against a slow reference: plain loops in float64, written from the formula."""
+"""The other losses against slow references: plain loops in float64, written from the formulas."""
 
 import math
 
