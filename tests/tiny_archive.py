@@ -37,7 +37,7 @@ SPEC = ArchiveSpec(
     environment={"zarr": "3"},
 )
 FEATURES = 4
-# A codec with a rare array (a few rows of logits need it), and one that keeps every bit.
+# A codec with a sparse array (a few rows of logits need it), and one that keeps every bit.
 CODECS = {
     "logits": open_codec("float16", CLASSES, {"metric": "kl", "fidelity": 3e-8, "keep_shift": True}, {}),
     "layer4.1": open_codec("float32", FEATURES, {"metric": "relative"}, {}),
