@@ -5,7 +5,7 @@ python bench/archive.py [--quick] [--json PATH] [--logits PATH.npz]
 Every ratio compares two ways of doing the same work in one process, in alternation; `ratio` is our speed over that of
 the limit. Loading a view reads files into rows in memory. It has two limits: zstd alone, on chunks in memory, into one
 buffer that stays in the processor's cache; and reading the same files and decompressing them into as much memory. Both
-include every chunk that loading has to read, also those of rare arrays.
+include every chunk that loading has to read, also those of sparse arrays.
 
 Logits are synthetic, with the spectrum and confidence of a trained network of 1000 classes, or real:
 an .npz with `<set>_z` [..., classes], or `<set>_h` [..., features], `<set>_W` and `<set>_b` (z = h W^T + b).
@@ -128,9 +128,11 @@ def stored_chunks(archive: Archive, packed: PackedView) -> tuple[dict[Path, list
     arrays = layout.teacher_arrays(archive.spec, archive.teacher())
     chunks: dict[Path, list[Chunk]] = {}
     total = 0
-    for name in [*packed.arrays, *packed.rare]:
+    for name in [*packed.arrays, *packed.sparse]:
         array = arrays[f"logits/{name}"]
-        needed = np.flatnonzero(packed.rare[name][0] >= 0) if name in packed.rare else np.arange(archive.num_samples)
+        needed = (
+            np.flatnonzero(packed.sparse[name][0] >= 0) if name in packed.sparse else np.arange(archive.num_samples)
+        )
         for number in np.unique(needed // array.chunk_rows).tolist():
             shard, chunk = divmod(number * array.chunk_rows, array.shard_rows)
             path = archive.path / array.shard_path(0, shard)
@@ -183,9 +185,9 @@ def view_rows(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     packed = archive.load_view(0)  # hashes the files, once per machine
     loading, alone, from_files = alternate(lambda: archive.load_view(0, into=packed), *loading_limits(archive, packed))
     written = sum(entry.size for name, entry in archive.state.files.items() if "/logits/" in name)
-    rare = {f"rows with {name}": len(values) / rows for name, (_, values) in packed.rare.items()}
+    sparse = {f"rows with {name}": len(values) / rows for name, (_, values) in packed.sparse.items()}
     return [
-        {"name": "write", "rows_per_second": rows / seconds, "bytes_per_view": written / rows, **rare},
+        {"name": "write", "rows_per_second": rows / seconds, "bytes_per_view": written / rows, **sparse},
         {"name": "load whole view / zstd alone", "ratio": alone / loading, "rows_per_second": rows / loading},
         {"name": "load whole view / zstd from files", "ratio": from_files / loading},
         *gathering_rows(folder, packed, classes),
@@ -209,7 +211,7 @@ def gathering_rows(folder: Path, packed: PackedView, classes: int) -> list[dict[
         for pick in picks:
             for array in arrays:
                 array[pick]
-            for places, values in packed.rare.values():
+            for places, values in packed.sparse.values():
                 values[places[pick]]
 
     def memmap() -> None:

@@ -5,9 +5,9 @@
     3. settle   every staged shard is renamed to its final name
 
 The record is a redo log: after step 2 the block is committed, and any process may run or repeat step 3. A writer that
-dies before step 2 leaves partial files that readers ignore; one that dies after it leaves a block that the next writer
-settles. The bytes of a losing writer never get a final name, because only files with the hashes of the winning record
-are renamed. There are no locks, hence no stale ones; the file system only has to support hard links.
+dies before step 2 leaves partial files, which readers ignore; one that dies after it leaves a block that the next
+writer settles. The files of a losing writer never get their final names, because only files with the hashes of the
+winning record are renamed. No locks are used, so none can become stale; the file system only has to support hard links.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from redistill_cache.storage import LEFTOVER, Files, is_leftover, read_small, wa
 
 __all__ = ["ArchiveFolders", "Commits"]
 
-
 KEYS = "samples/key_bytes"  # its zarr.json depends on the keys, so it is written with them
 
 
@@ -40,7 +39,7 @@ class ArchiveFolders:
     files: Files
 
     def write_metadata(self, spec: ArchiveSpec, teachers: Mapping[str, TeacherSpec]) -> None:
-        """Create every folder and zarr.json of the specification; correct files are left alone."""
+        """Create every folder and zarr.json of the specification; correct files are not rewritten."""
         for folder in (layout.BLOCKS, layout.NOTES, KEYS):
             self.files.make_directories(self.root / folder)
         for name, data in layout.expected_metadata(spec, teachers).items():
@@ -50,14 +49,14 @@ class ArchiveFolders:
                 self.files.publish(path, data)
 
     def sync_folders(self, spec: ArchiveSpec, teachers: Mapping[str, TeacherSpec]) -> None:
-        """Make every name durable: those of a writer killed between a rename and its sync are not yet."""
+        """Make every file name durable: a writer may have been killed between a rename and its sync."""
         names = [*layout.expected_metadata(spec, teachers), *map(layout.teacher_path, teachers)]
         folders = {Path(name).parent for name in names}
         folders |= {Path(layout.BLOCKS), Path(layout.NOTES), Path(KEYS)}
         folders |= {parent for folder in folders for parent in folder.parents}
         for folder in sorted(folders):
             self.files.sync_directory(self.root / folder)
-        with contextlib.suppress(PermissionError):  # the folder the archive lies in may belong to another user
+        with contextlib.suppress(PermissionError):  # the parent folder may belong to another user
             self.files.sync_directory(self.root.parent)
 
     def sweep(self) -> None:
@@ -65,7 +64,7 @@ class ArchiveFolders:
         for name in walk_regular(self.root, most=4 * limits.MAX_FILES):
             path = self.root / name
             if is_leftover(path):
-                with contextlib.suppress(FileNotFoundError):  # another process sweeps as well
+                with contextlib.suppress(FileNotFoundError):  # another process removed it
                     self.files.remove(path)
 
 
@@ -95,7 +94,7 @@ class Commits:
         return True
 
     def settle(self, record: Record) -> bool:
-        """Step 3, or the rest of it. True when every file is in place with its size."""
+        """Step 3, or the rest of it. True when every file is in place and has its committed size."""
         folders = set()
         for path, entry in record.files.items():
             staged, final = self._staged(path, entry), self._root / path
@@ -104,7 +103,7 @@ class Commits:
             try:
                 self._files.rename(staged, final)
             except FileNotFoundError:
-                continue  # another process settled it between the two lines
+                continue  # another process renamed it in the meantime
             folders.add(final.parent)
         for folder in sorted(folders):
             self._files.sync_directory(folder)
@@ -150,9 +149,9 @@ class Commits:
     def _staged(self, path: str, entry: FileEntry) -> Path:
         return self._root / f"{path}.{entry.sha256}{LEFTOVER}"
 
-    def _discard(self, mine: Mapping[str, FileEntry], winners: Mapping[str, FileEntry]) -> None:
-        """Remove what this writer staged in vain; files equal to the winner's are settled by now."""
-        for path, entry in mine.items():
+    def _discard(self, losing: Mapping[str, FileEntry], committed: Mapping[str, FileEntry]) -> None:
+        """Remove the staged files of the losing writer; those equal to committed files have been renamed."""
+        for path, entry in losing.items():
             staged = self._staged(path, entry)
-            if winners.get(path) != entry and os.path.lexists(staged):
+            if committed.get(path) != entry and os.path.lexists(staged):
                 self._files.remove(staged)

@@ -55,7 +55,7 @@ class NotAnArchive(Refused, FileNotFoundError):
 
 
 class NewerFormat(Refused):
-    """The archive's major format version is newer than this reader supports."""
+    """The archive has a format version that this version of redistill cannot read, or cannot add to."""
 
 
 class Incomplete(Refused):

@@ -1,9 +1,9 @@
 """Archives at a URL: a verified local copy, fetched once.
 
-The manifest identifies the archive and lists every other file with its hash. The copy lies in a folder named after the
-archive's id, so that an archive that is replaced at its address gets another copy and never a mixture. Files are
-fetched in any order, and each gets its final name once its hash is verified; the manifest is written last, so an
-interrupted copy is not an archive yet, and the next call fetches only what is missing.
+The manifest identifies the archive and lists every other file with its hash. The copy is in a folder named after the
+archive's id, so that an archive that replaces another at the same address gets a new copy. Files are fetched in any
+order, and each gets its final name once its hash is verified; the manifest is written last, so an interrupted copy is
+not an archive yet, and the next call fetches only what is missing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from redistill_cache.storage import LEFTOVER, LOCAL, disk_trouble
 from redistill_cache.verified_files import cache_folder
 from redistill_cache.wording import one_line
 
-__all__ = ["fetch_archive", "is_missing", "is_url", "pull"]
+__all__ = ["fetch_archive", "is_url", "pull"]
 
 
 # -- one file ---------------------------------------------------------------------------------------------------------
@@ -49,10 +49,10 @@ EXTRAS = {"s3": "s3", "hf": "hub"}
 
 
 def pull(address: str, file: BinaryIO, *, most: int | None = None, stop: threading.Event | None = None) -> FileEntry:
-    """Copy the bytes at `address` into `file`, and return their size and hash; at most `most` bytes and one more.
+    """Copy the bytes at `address` into `file`, and return their size and hash.
 
-    http and https use the standard library, other schemes (s3, hf, gs) fsspec. A failed download is retried;
-    `Refused` when that does not help.
+    A download stops at `most` bytes and one more, so that the caller sees that there are too many. http and https use
+    the standard library, other schemes (s3, hf, gs) fsspec. A failed download is retried; `Refused` when all fail.
     """
     stop = stop or threading.Event()
     for wait in (*WAITS, None):
@@ -69,10 +69,6 @@ def pull(address: str, file: BinaryIO, *, most: int | None = None, stop: threadi
                 ) from error
             stop.wait(wait)
     raise AssertionError("the last attempt returns or raises")
-
-
-def is_missing(error: BaseException | None) -> bool:
-    return isinstance(error, FileNotFoundError) or (isinstance(error, urllib.error.HTTPError) and error.code == 404)
 
 
 def _copy(address: str, file: BinaryIO, most: int | None, stop: threading.Event) -> FileEntry:
@@ -100,11 +96,11 @@ def _stream(address: str) -> Iterator[tuple[BinaryIO, int | None]]:
                 length = response.headers.get("Content-Length")
                 yield response, None if length is None else int(length)
         except urllib.error.HTTPError as error:
-            error.close()  # it is also a response with an open socket
+            error.close()  # the error is also a response with an open socket
             raise
         return
     try:
-        import fsspec  # type: ignore[import-untyped]  # it has no types
+        import fsspec  # type: ignore[import-untyped]
 
         opened = fsspec.open(address, "rb")
     except ImportError as error:
@@ -119,14 +115,18 @@ def _stream(address: str) -> Iterator[tuple[BinaryIO, int | None]]:
             yield cast(BinaryIO, stream), None
     except OSError:
         raise
-    except Exception as error:  # packages for buckets raise errors of their own
+    except Exception as error:  # packages for buckets have their own exceptions
         raise ConnectionError(one_line(error)) from error
 
 
 def _is_final(error: Exception) -> bool:
     """Whether a retry cannot help."""
     client_error = isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500
-    return client_error or is_missing(error) or isinstance(error, ValueError)
+    return client_error or _is_missing(error) or isinstance(error, ValueError)
+
+
+def _is_missing(error: BaseException | None) -> bool:
+    return isinstance(error, FileNotFoundError) or (isinstance(error, urllib.error.HTTPError) and error.code == 404)
 
 
 # -- a whole archive --------------------------------------------------------------------------------------------------
@@ -144,9 +144,9 @@ def fetch_archive(url: str, *, progress: FetchProgress | None = None) -> Path:
     """The local copy of the sealed archive at `url`; `progress(bytes done, total bytes)` while it is fetched."""
     address = url.rstrip("/")
     try:
-        manifest = _small(f"{address}/{layout.MANIFEST}", limits.MAX_MANIFEST_BYTES)
+        manifest = _fetch_small(f"{address}/{layout.MANIFEST}", limits.MAX_MANIFEST_BYTES)
     except Refused as error:
-        if not is_missing(error.__cause__):
+        if not _is_missing(error.__cause__):
             raise
         raise Incomplete(
             f"{address} is not a finished archive: it has no {layout.MANIFEST}; expected the address of a folder like "
@@ -172,7 +172,7 @@ def _files(address: str, manifest: bytes, folder: Path) -> dict[str, FileEntry]:
         documents = Path(temporary)
         names = ["zarr.json", *(layout.teacher_path(name) for name in header.teachers)]
         for name in names:
-            data = _small(f"{address}/{name}", limits.MAX_METADATA_BYTES)
+            data = _fetch_small(f"{address}/{name}", limits.MAX_METADATA_BYTES)
             LOCAL.make_directories((documents / name).parent)
             LOCAL.write(documents / name, data)
         LOCAL.make_directories(documents / layout.JOURNAL)
@@ -208,7 +208,7 @@ def _fetch_all(address: str, target: Path, files: dict[str, FileEntry], progress
 
 
 def _is_fetched(path: Path, entry: FileEntry) -> bool:
-    """A file gets its name after its hash was verified, so its size is enough; a reader hashes it once more."""
+    """Whether a file was fetched. It got its name after its hash was verified, so checking its size is enough."""
     return path.is_file() and path.stat().st_size == entry.size
 
 
@@ -220,7 +220,7 @@ def _fetch(address: str, target: Path, entry: FileEntry, stop: threading.Event) 
         if stop.is_set():
             return
         if received != entry:
-            raise Damaged(f"{address}: size or SHA-256 differ from the manifest; fetch it again, or tell its owner")
+            raise Damaged(f"{address}: size or SHA-256 differ from the manifest; fetch it again, or contact its owner")
         LOCAL.sync_file(temporary)
         LOCAL.rename(temporary, target)
         LOCAL.sync_directory(target.parent)
@@ -228,8 +228,8 @@ def _fetch(address: str, target: Path, entry: FileEntry, stop: threading.Event) 
         temporary.unlink(missing_ok=True)
 
 
-def _small(address: str, cap: int) -> bytes:
-    """A document of at most `cap` bytes."""
+def _fetch_small(address: str, cap: int) -> bytes:
+    """The bytes of a document, which must be at most `cap`."""
     data = io.BytesIO()
     if pull(address, data, most=cap).size > cap:
         raise Refused(f"{address}: more than the limit of {cap} bytes for this file; not read")

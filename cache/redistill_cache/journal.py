@@ -1,8 +1,8 @@
 """The journal: one commit record per block, and the manifest that seals them.
 
 A block without a record is not committed. Records and manifest list every file with its size and SHA-256, contain a
-hash of themselves, and are bound to the specification, so that a byte that changed, or came from another archive, is
-detected. Nothing in them depends on time, host or process.
+hash of themselves, and are bound to the specification, so that a byte that changed, or that belongs to another archive,
+is detected. Nothing in them depends on time, host or process.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ MANIFEST_FORMAT = "redistill-manifest"
 
 
 class FileEntry(NamedTuple):
-    """A file that was committed."""
+    """Size and hash of a committed file."""
 
     size: int
     sha256: str
 
 
 class FileTable(Mapping[str, FileEntry]):
-    """The files of a sealed archive, which may be hundreds of thousands: entries are created on access."""
+    """The files of a sealed archive. There may be hundreds of thousands, so entries are created on access."""
 
     def __init__(self, names: Sequence[str], sizes: Sequence[int], hashes: Sequence[str]) -> None:
         self._indices = {name: index for index, name in enumerate(names)}
@@ -89,7 +89,7 @@ class Record:
     """The commit of one block: its files, and the statistics its writer measured."""
 
     block: Block
-    identity: str  # of the archive's specification, for a teacher's block of the teacher's
+    identity: str  # of the archive or, for a block of a teacher, of that teacher
     files: Mapping[str, FileEntry]
     stats: Mapping[str, Json] | None = None
 
@@ -184,7 +184,7 @@ LINES, LAST_LINE = re.compile(b"(?:%s,\n)*+" % LINE), re.compile(b"%s\n" % LINE)
 
 @dataclass(frozen=True)
 class Header:
-    """The part of a manifest before its files; `files` is where those lie in its bytes."""
+    """The part of a manifest before its list of files; `files` is the position of that list in its bytes."""
 
     identity: str
     views: int
@@ -228,7 +228,7 @@ def parse_files(data: bytes, header: Header, where: str, *, most: int = limits.M
     if count > most:
         raise Damaged(f"{where}: the manifest lists {count} files, its specification allows at most {most}")
     valid = LINES.match(data, start, end)
-    assert valid is not None, "it also matches no lines"
+    assert valid is not None, "zero lines match too"
     if not LAST_LINE.fullmatch(data, valid.end(), end):
         rest = data[valid.end() : min(valid.end() + 60, end)]
         raise Refused(f"{where}: expected one [path, size, sha256] per line, found {rest!a}")

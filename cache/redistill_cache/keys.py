@@ -1,6 +1,6 @@
 """Millions of sample keys: one buffer of UTF-8 and one of offsets, as they are stored in an archive.
 
-A list of 1.28 million Python strings takes 100 MB and a set of them twice that; packed, a key takes its own bytes plus
+A list of 1.28 million Python strings takes 100 MB and a set of them twice that; packed, a key takes its bytes plus
 eight. Operations on all keys (joining, finding duplicates) work on numpy arrays: keys are hashed, compared by hash, and
 every match is then confirmed byte by byte, so that a collision, by chance or crafted, can lose a match but never
 produce a wrong one.
@@ -106,14 +106,14 @@ class PackedKeys(Sequence[str]):
 
     def equal_at(self, rows: np.ndarray, other: PackedKeys, other_rows: np.ndarray) -> np.ndarray:
         """For each pair of rows, whether the two keys are the same bytes."""
-        mine, theirs = self.lengths()[rows], other.lengths()[other_rows]
-        same: np.ndarray = np.equal(mine, theirs)
+        lengths = self.lengths()[rows]
+        same: np.ndarray = np.equal(lengths, other.lengths()[other_rows])
         candidates = np.flatnonzero(same)
-        mine = mine[candidates]
-        for part in _slices(mine):
+        lengths = lengths[candidates]
+        for part in _slices(lengths):
             at = candidates[part]
-            left = self._padded(rows[at], mine[part])
-            same[at] = (left == other._padded(other_rows[at], mine[part])).all(axis=1)
+            words = self._padded(rows[at], lengths[part])
+            same[at] = (words == other._padded(other_rows[at], lengths[part])).all(axis=1)
         return same
 
     def _padded(self, rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -122,7 +122,7 @@ class PackedKeys(Sequence[str]):
         matrix = np.zeros((len(rows), words * 8), np.uint8)
         columns = np.arange(words * 8)
         starts = self.offsets[:-1][rows].astype(np.int64)
-        if len(lengths) and (lengths == lengths[0]).all():  # keys of one length, as most data sets have: no mask
+        if len(lengths) and (lengths == lengths[0]).all():  # as in most data sets; needs no mask
             matrix[:, : lengths[0]] = self.data[starts[:, None] + columns[: lengths[0]]]
         else:
             inside = columns < lengths[:, None]

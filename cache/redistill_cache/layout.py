@@ -1,7 +1,7 @@
 """The files of an archive and how each array is cut into them: pure functions of the specification.
 
-A zarr.json is written from here and, when an archive is read, compared byte by byte with what is made here. Metadata
-that came with an archive is never interpreted.
+A writer writes the zarr.json files generated here, and a reader compares those of an archive with them byte by byte, so
+that it never has to interpret one.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ CHECKSUM = 4  # CRC-32C, of the index and of chunks that are not compressed
 class ArrayLayout:
     """One zarr array: its folder, its shape, and how it is cut into shards (files) and inner chunks.
 
-    `row_axis` is 1 for arrays [view, sample, ...] and 0 for arrays without views. Axes after it are never cut, and a
-    shard is of one view only: `shard_rows` consecutive rows. A chunk is `chunk_rows` of them.
+    `row_axis` is 1 for arrays [view, sample, ...] and 0 for arrays without views. Axes after it are never cut. A shard
+    holds `shard_rows` consecutive rows of one view, a chunk `chunk_rows` of them.
     """
 
     path: str
@@ -113,7 +113,7 @@ class ArrayLayout:
         return f"{self.path}/c.{'.'.join(map(str, coordinates))}"
 
     def metadata(self, shape: tuple[int, ...] | None = None) -> dict[str, Json]:
-        """The zarr.json of this array as a value; `shape` replaces that of the array when one shard is encoded."""
+        """The zarr.json of this array; `shape` replaces the shape of the array when a single shard is encoded."""
         lead = [1] * self.row_axis
         names = [*["view"] * self.row_axis, "sample", *[None] * len(self.row_shape)]
         if self.row_axis == 0:
@@ -211,7 +211,7 @@ def _whole(path: str, dtype: str, shape: tuple[int, ...], level: int | None = 3)
 
 
 def sample_arrays(spec: ArchiveSpec, key_bytes: int) -> dict[str, ArrayLayout]:
-    """Keys, digests, labels and sizes; `key_bytes` is the length of all keys, which is not in the specification.
+    """Keys, digests, labels and sizes; `key_bytes` is the total length of the keys, which is not in the specification.
 
     Digests do not compress and are stored uncompressed, so that the size of their file bounds the number of samples.
     """
@@ -309,7 +309,7 @@ def teacher_metadata(teacher: TeacherSpec) -> bytes:
 
 
 def expected_metadata(spec: ArchiveSpec, teachers: Teachers) -> dict[str, bytes]:
-    """Path and bytes of every zarr.json except that of the root, of teachers' groups and of samples/key_bytes."""
+    """Path and bytes of every zarr.json except those of the root, of the teachers and of samples/key_bytes."""
     arrays = [
         *(array for name, array in sample_arrays(spec, 1).items() if name != "key_bytes"),
         *view_arrays(spec).values(),
@@ -387,7 +387,7 @@ def part_blocks(spec: ArchiveSpec, part: str, views: int) -> Iterator[Block]:
 
 
 def all_blocks(spec: ArchiveSpec, teachers: Teachers, views: int) -> Iterator[tuple[Block, list[str]]]:
-    """Every block of a complete archive, and its files besides its record: the shards of its arrays."""
+    """Every block of a complete archive, with its files other than its record: the shards of its arrays."""
     samples = sample_arrays(spec, 1)
     # The zarr.json of the keys depends on their length, so it is a file of the block.
     yield samples_block(spec), [*_shards(samples), samples["key_bytes"].metadata_path]

@@ -1,8 +1,7 @@
 """The limits of the format, as in FORMAT.md: they bound what a hostile archive can make a reader allocate or do.
 
-Each is far above what an honest archive needs, and low enough that the number can be trusted with an allocation.
-Writers enforce them too, so that nothing is written that cannot be read. Limits of the settings of a single codec are
-checked by that codec.
+Each is far above what an honest archive needs, and low enough to allocate memory for. Writers enforce them too, so that
+nothing is written that cannot be read. Limits of the settings of a single codec are checked by that codec.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ MAX_SIDE_BYTES = 256 << 20  # all side data of one signal, decoded
 MAX_KEY_BYTES = 4096  # of one sample key, UTF-8
 
 # Honest data does not decode to more than SLACK + RATIO times its stored bytes. Keys of 4 KB that differ only in a
-# number reach a ratio of 1,000; a basis of small integers hardly reaches 5.
+# number reach a ratio of 1,000; a basis of small integers rarely exceeds 5.
 KEY_SLACK, KEY_RATIO = 16 << 20, 2048
 SIDE_SLACK, SIDE_RATIO = 8 << 20, 32
 

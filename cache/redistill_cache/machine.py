@@ -38,12 +38,12 @@ def usable_memory(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int
     return total
 
 
-# Rows are read in every step, and a limit rarely changes while a process runs.
+# Cached because rows are read in every step, and a limit rarely changes while a process runs.
 memory_limit = functools.cache(usable_memory)
 
 
 def require_memory(nbytes: int, what: str) -> None:
-    """`Refused` when `what` needs more memory than there can be, instead of a process killed by the kernel later."""
+    """`Refused` when `what` needs more memory than this process may use, before the kernel would kill the process."""
     limit = memory_limit()
     if limit is not None and nbytes > limit:
         raise Refused(
@@ -55,7 +55,7 @@ def require_memory(nbytes: int, what: str) -> None:
 def control_groups(controller: str, cgroups: Path, membership: Path) -> Iterator[Path]:
     """The folders of the control groups of this process, innermost first: each may set a limit.
 
-    A line is `0::/path` in version 2 and `4:cpu,cpuacct:/path` in version 1, where every controller has a tree.
+    A line is `0::/path` in version 2 and `4:cpu,cpuacct:/path` in version 1, where each controller has a tree.
     """
     for line in lines(membership):
         _, controllers, path = [*line.split(":", 2), "", ""][:3]

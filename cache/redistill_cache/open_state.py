@@ -28,7 +28,6 @@ from redistill_cache.verified_files import WHOLE, HashedFile, VerifiedFiles
 __all__ = [
     "VERIFY_ADVICE",
     "ArchiveState",
-    "check_digests_size",
     "check_keys_size",
     "check_metadata_on_disk",
     "check_side_size",
@@ -39,7 +38,7 @@ __all__ = [
 ]
 
 VERIFY_ADVICE = "'redistill verify' lists everything that is damaged"
-EXTRA_FILES = 10_000  # leftovers, notes, quarantine: files that may lie beside those of the manifest
+EXTRA_FILES = 10_000  # temporary files, notes, quarantine: files that no manifest lists
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class ArchiveState:
 def read_state(path: Path, *, allow_partial: bool) -> ArchiveState:
     """Read specification and journal of the archive at `path`; `Incomplete` when it is not sealed and must be.
 
-    No other file is read: the state has what they must be.
+    No other file is read; the state holds their expected sizes and hashes.
     """
     root = read_root(path)
     if (path / layout.JOURNAL).is_symlink():
@@ -81,7 +80,7 @@ def read_state(path: Path, *, allow_partial: bool) -> ArchiveState:
 
 
 def read_committed(path: Path, commits: Commits) -> ArchiveState:
-    """What is committed by now, for its writer: also of a teacher that is being added to a sealed archive."""
+    """The blocks committed by now, for a writer, including those of a teacher being added to a sealed archive."""
     return _partial(path, read_root(path), commits, settle=True)
 
 
@@ -92,7 +91,7 @@ def _sealed(path: Path, root: Document[ArchiveSpec], data: bytes) -> ArchiveStat
     where = str(path / layout.MANIFEST)
     header = parse_header(data, where)
     if header.identity != root.identity or header.views > root.spec.num_views:
-        raise Damaged(f"{path}: manifest and zarr.json are not of the same archive; restore both from one copy")
+        raise Damaged(f"{path}: manifest and zarr.json belong to different archives; restore both from one copy")
     identity = sha256(data)
     verified_files = VerifiedFiles(path, identity)
     if _sizes_checked(identity) not in verified_files:
@@ -129,21 +128,21 @@ def _check_list(state: ArchiveState) -> None:
 def _check_metadata(
     state: ArchiveState, root: Document[ArchiveSpec], teachers: Mapping[str, Document[TeacherSpec]]
 ) -> None:
-    """The manifest must have the hash of every zarr.json that the specification makes, so that none is ever parsed."""
+    """The manifest must have the hash of every zarr.json that follows from the specification; none is parsed."""
     parsed = {"zarr.json": root.data} | {layout.teacher_path(name): teachers[name].data for name in state.teachers}
     for name, data in (parsed | layout.expected_metadata(state.spec, state.teachers)).items():
         if state.files[name] != FileEntry(len(data), sha256(data)):
-            raise Damaged(f"{state.path}: the hash of {name} in the manifest is not that of its specification")
+            raise Damaged(f"{state.path}: the hash of {name} in the manifest does not follow from the specification")
 
 
 # -- not sealed -------------------------------------------------------------------------------------------------------
 
 
 def _partial(path: Path, root: Document[ArchiveSpec], commits: Commits, *, settle: bool) -> ArchiveState:
-    """The blocks that are committed and in place.
+    """The blocks that are committed and whose files are in place.
 
-    Of a block whose writer has not renamed all files yet, or died before, a writer renames the rest (`settle`); a
-    reader changes nothing and leaves it out.
+    A writer may not have renamed all files of a block yet, or have died before it did. With `settle`, for a writer, the
+    remaining files are renamed; without, for a reader, nothing changes and the block is left out.
     """
     walk_regular(path, most=MOST_FILES)
     is_complete = commits.settle if settle else commits.in_place
@@ -178,13 +177,13 @@ def _partial(path: Path, root: Document[ArchiveSpec], commits: Commits, *, settl
 
 # -- size bounds ------------------------------------------------------------------------------------------------------
 #
-# The sizes in a specification are checked against the bytes on disk, so that kilobytes cannot make a reader allocate
-# gigabytes. Writers check the same bounds (`UsageError`), so no honest archive exceeds them.
+# The sizes in a specification are checked against the bytes on disk, so that an archive of kilobytes cannot make a
+# reader allocate gigabytes. Writers check the same bounds (`UsageError`), so no honest archive exceeds them.
 
 SizeOf = Callable[[str], int]  # of a file of the archive
 
 
-def check_digests_size(spec: ArchiveSpec, size_of: SizeOf) -> None:
+def _check_digests_size(spec: ArchiveSpec, size_of: SizeOf) -> None:
     """Digests are stored uncompressed, so the size of their file gives the number of samples."""
     digests = layout.sample_arrays(spec, 1)["digest"]
     size = size_of(digests.shard_path(0, 0))
@@ -196,7 +195,7 @@ def check_digests_size(spec: ArchiveSpec, size_of: SizeOf) -> None:
 
 
 def check_keys_size(spec: ArchiveSpec, total: int, stored: int) -> None:
-    """`total` bytes of keys that are stored in `stored` bytes."""
+    """`UsageError` unless keys of `total` bytes can be stored in `stored` bytes."""
     most = min(spec.num_samples * limits.MAX_KEY_BYTES, limits.KEY_SLACK + limits.KEY_RATIO * stored)
     if not 1 <= total <= most:
         raise UsageError(
@@ -205,7 +204,7 @@ def check_keys_size(spec: ArchiveSpec, total: int, stored: int) -> None:
 
 
 def check_side_size(teacher: TeacherSpec, size_of: SizeOf) -> None:
-    """The side data of every signal against the sizes of its files."""
+    """`UsageError` when the side data of a signal is too large for the sizes of its files."""
     shards = {name: array.shard_path(0, 0) for name, array in layout.side_arrays(teacher).items()}
     for signal in teacher.signals:
         total = sum(side.nbytes for side in signal.side)
@@ -222,7 +221,7 @@ def _check_size_bounds(state: ArchiveState) -> None:
         return state.files[name].size
 
     try:
-        check_digests_size(state.spec, size_of)
+        _check_digests_size(state.spec, size_of)
         for teacher in state.teachers.values():
             check_side_size(teacher, size_of)
     except UsageError as error:
@@ -240,10 +239,10 @@ def committed_file(
     hashing: Literal["never", "once", "always"] = "once",
     hashed: list[HashedFile] | None = None,
 ) -> Iterator[tuple[int, str | None]]:
-    """The open file `name` of an archive, and the reason why it is not the one that was committed (None: it is).
+    """Open file `name`; yields its descriptor and the reason why it is not the committed file (None if it is).
 
-    Its size is always checked; its SHA-256 never, always, or unless this machine has verified it before ("once"). A
-    file whose hash was computed and is right is appended to `hashed`, or without that added to `state.verified_files`.
+    The size is always checked; the SHA-256 never, always, or once per machine until the file changes. A file whose hash
+    was computed and matches is appended to `hashed`, or added to `state.verified_files` if that is None.
     """
     entry, path = state.files[name], state.path / name
     try:
@@ -261,14 +260,17 @@ def committed_file(
         elif file_sha256(fd, entry.size, str(path)) != entry.sha256:
             yield fd, "does not have the SHA-256 that was committed"
         else:
-            state.verified_files.add([file]) if hashed is None else hashed.append(file)
+            if hashed is None:
+                state.verified_files.add([file])
+            else:
+                hashed.append(file)
             yield fd, None
     finally:
         os.close(fd)
 
 
 def check_metadata_on_disk(state: ArchiveState) -> None:
-    """Every zarr.json is, byte for byte, what the specification makes."""
+    """Every zarr.json must be, byte for byte, the one that follows from the specification."""
     for name, expected in layout.expected_metadata(state.spec, state.teachers).items():
         file = state.path / name
         try:
@@ -276,11 +278,11 @@ def check_metadata_on_disk(state: ArchiveState) -> None:
         except FileNotFoundError:
             raise Damaged(f"{file} is missing; {VERIFY_ADVICE}") from None
         if data != expected:
-            raise Damaged(f"{file} is not what the specification makes; it was edited or damaged; {VERIFY_ADVICE}")
+            raise Damaged(f"{file} does not follow from the specification; it was edited or damaged; {VERIFY_ADVICE}")
 
 
 def check_sizes_on_disk(state: ArchiveState) -> None:
-    """Every file exists, is regular and has its size: checked once per machine and manifest. Reads check again."""
+    """Every file must exist, be regular and have its size. Checked once per machine and manifest; reads check again."""
     if state.id is None or _sizes_checked(state.id) in state.verified_files:
         return
     for name in state.files:
@@ -291,5 +293,5 @@ def check_sizes_on_disk(state: ArchiveState) -> None:
 
 
 def _sizes_checked(identity: str) -> HashedFile:
-    """The entry of an archive whose files had their sizes when this was checked on this machine."""
+    """The entry that records that all files of an archive had their committed sizes on this machine."""
     return HashedFile(WHOLE, FileEntry(0, identity), 0)

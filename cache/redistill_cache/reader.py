@@ -3,7 +3,7 @@
     archive = open_archive("teacher.redistill.zarr")
     archive.logits(view=0, rows=[3, 1, 4])        # float32 [3, classes]
 
-Every value that is returned was committed and checked. Anything else is an error, never a fill value.
+Every value that is returned was committed and checked; a missing or damaged one raises and is never filled in.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ def open_archive(path: str | Path, *, allow_partial: bool = False, verify: Liter
 
 
 def _reopen(path: Path, identity: str | None) -> Archive:
+    """Unpickle an archive, which must not have changed."""
     archive = open_archive(path, allow_partial=identity is None)
     if archive.id != identity:
         raise Damaged(f"{path} changed while it was open: expected id {identity}, found {archive.id}; open it again")
@@ -180,7 +181,7 @@ class Archive:
     # -- views --------------------------------------------------------------------------------------------------------
 
     def view_params(self, view: int, rows: object | None = None) -> dict[str, np.ndarray]:
-        """The stored parameters of one view, an integer array per name; by default of all rows, else in their order."""
+        """The stored parameters of one view, an integer array per name: of all rows, or of `rows` in that order."""
         view, checked = check_view(self.state, view), check_rows(self.state, rows)
         count = count_rows(self.state, checked)
         params = {}
@@ -238,6 +239,7 @@ class Archive:
         return self.teachers[name]
 
     def signal(self, teacher: str | None = None, signal: str = "logits") -> tuple[TeacherSpec, SignalSpec]:
+        """One signal by name, with its teacher."""
         teacher_spec = self.teacher(teacher)
         signal_spec = teacher_spec.signal(signal)
         if signal_spec is None:
@@ -266,7 +268,7 @@ class Archive:
         return codec
 
     def logits(self, view: int, rows: object | None = None, teacher: str | None = None) -> np.ndarray:
-        """float32 [n, classes], up to a constant per row (softmax ignores it), unless the codec keeps that."""
+        """float32 [n, classes], up to a constant per row (softmax ignores it) unless the codec keeps it."""
         return self._decode(view, rows, teacher, "logits")
 
     def features(self, view: int, rows: object | None = None, *, layer: str, teacher: str | None = None) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Rows of an archive: from row numbers to chunks, as they are stored ("packed") or decoded, and whole views in memory.
+"""Reading rows of an archive, as they are stored ("packed") or decoded, and loading whole views into memory.
 
 No file stays open between calls, so an archive can be pickled, forked and shared by threads. A file is checked before
 every use: it must have its committed size, and its SHA-256 must have been checked once on this machine. An epoch of
@@ -94,7 +94,7 @@ def read_rows(state: ArchiveState, part: str, array: ArrayLayout, view: int, row
 
 
 def _read_view(state: ArchiveState, part: str, array: ArrayLayout, view: int, out: np.ndarray) -> None:
-    """Every chunk is decoded straight into its place."""
+    """Decode every chunk directly into `out`."""
     scratch = Scratch()
     for index in range(state.spec.blocks_per_view):
         with _opened_block(state, part, array, view, index) as (block, shard):
@@ -115,17 +115,17 @@ def _read_some(
                 start = block.start + chunk * array.chunk_rows
                 count = min(array.chunk_rows, block.stop - start)
                 span = slice(in_block.start + in_chunk.start, in_block.start + in_chunk.stop)
-                wanted = rising[span]
-                if order is None and len(wanted) == count and np.array_equal(wanted, np.arange(start, start + count)):
-                    shard.read_chunk(chunk, scratch, out[span])  # a whole chunk to one place: no second copy
+                needed = rising[span]
+                if order is None and len(needed) == count and np.array_equal(needed, np.arange(start, start + count)):
+                    shard.read_chunk(chunk, scratch, out[span])  # a whole chunk in order needs no second copy
                     continue
                 piece = scratch.take("piece", count * array.row_bytes).view(array.dtype)
                 piece = piece.reshape(count, *array.row_shape)
                 shard.read_chunk(chunk, scratch, piece)
                 if order is None:
-                    piece.take(wanted - start, axis=0, out=out[span], mode="clip")  # no other mode writes directly
+                    piece.take(needed - start, axis=0, out=out[span], mode="clip")  # other modes copy
                 else:
-                    out[order[span]] = piece.take(wanted - start, axis=0)
+                    out[order[span]] = piece.take(needed - start, axis=0)
 
 
 @contextmanager
@@ -166,7 +166,7 @@ def read_whole(state: ArchiveState, array: ArrayLayout) -> np.ndarray:
 # -- packed rows of a signal ------------------------------------------------------------------------------------------
 
 Buffers = Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray]
-"""(shape, dtype) -> an array to fill: by default a new one, or memory that its owner provides."""
+"""(shape, dtype) -> an array to fill: by default a new one, or memory that the caller provides."""
 LoadView = Callable[[int, "PackedView | None"], "PackedView"]
 """(view, earlier view whose buffers may be reused) -> the view in memory."""
 
@@ -175,26 +175,27 @@ LoadView = Callable[[int, "PackedView | None"], "PackedView"]
 class PackedView:
     """The packed rows of one signal of one view.
 
-    `arrays` are whole, [N, ...]. `rare` has, for each array that few rows need, the position of every row (-1: the row
-    does not need it) and the rows at these positions.
+    `arrays` hold all rows, [N, ...]. `sparse` has, for each sparse array, the position of every row (-1: the row does
+    not need it) and the rows at these positions.
     """
 
     view: int
     codec: Codec = field(repr=False)
     arrays: Mapping[str, np.ndarray] = field(repr=False)
-    rare: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(repr=False)
+    sparse: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(repr=False)
 
     def __len__(self) -> int:
         return len(next(iter(self.arrays.values())))
 
     @property
     def nbytes(self) -> int:
-        return sum(a.nbytes for a in self.arrays.values()) + sum(p.nbytes + v.nbytes for p, v in self.rare.values())
+        return sum(a.nbytes for a in self.arrays.values()) + sum(p.nbytes + v.nbytes for p, v in self.sparse.values())
 
     def gather(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """The packed rows [n, ...] of these rows, ready for `codec.decode`, on the host or on a device."""
-        gathered = {name: array.take(rows, axis=0) for name, array in self.arrays.items()}  # thrice as fast as [rows]
-        for name, (positions, values) in self.rare.items():
+        # `take` is three times as fast as [rows].
+        gathered = {name: array.take(rows, axis=0) for name, array in self.arrays.items()}
+        for name, (positions, values) in self.sparse.items():
             needed = positions.take(rows)
             needed = needed[needed >= 0]
             if len(needed):
@@ -221,8 +222,8 @@ class StoredSignal:
         if not count:
             return np.zeros((0, self.signal.width), np.float32)
         require_memory(4 * count * self.signal.width, f"{self.state.path}: {count} rows of {self.signal.name}")
-        arrays, rare = self._read(view, rows, lambda _, shape, dtype: np.empty(shape, dtype))
-        return np.asarray(self.codec.decode(arrays | {name: values for name, (_, values) in rare.items()}))
+        arrays, sparse = self._read(view, rows, lambda _, shape, dtype: np.empty(shape, dtype))
+        return np.asarray(self.codec.decode(arrays | {name: values for name, (_, values) in sparse.items()}))
 
     def load(self, view: int, into: PackedView | None = None, buffers: Buffers = np.empty) -> PackedView:
         """A whole view; buffers of `into` that fit are reused, and `into` must not be used afterwards."""
@@ -231,9 +232,9 @@ class StoredSignal:
             old = None if into is None else into.arrays.get(name)
             return old if old is not None and old.shape == shape and old.dtype == dtype else buffers(shape, dtype)
 
-        arrays, rare = self._read(view, None, buffer)
+        arrays, sparse = self._read(view, None, buffer)
         located = {}
-        for name, (needing, values) in rare.items():
+        for name, (needing, values) in sparse.items():
             positions = np.full(self.state.spec.num_samples, -1, np.int32)
             positions[needing] = np.arange(len(needing), dtype=np.int32)
             located[name] = positions, values
@@ -242,14 +243,14 @@ class StoredSignal:
     def _read(
         self, view: int, rows: Rows, buffer: Callable[[str, tuple[int, ...], np.dtype[Any]], np.ndarray]
     ) -> tuple[dict[str, np.ndarray], dict[str, tuple[np.ndarray, np.ndarray]]]:
-        """The packed rows in arrays of `buffer(name, shape, dtype)`, and what they need of rare arrays.
+        """The packed rows in arrays of `buffer(name, shape, dtype)`, and the rows of sparse arrays that they need.
 
-        That is, for each rare array which any of the n rows need: their indices in [0, n), and its rows for them.
+        The latter are, for each sparse array that any of the n rows need, the indices of these rows and its values.
         """
         part, name = f"teachers/{self.teacher.name}", self.signal.name
-        of_teacher = layout.teacher_arrays(self.state.spec, self.teacher)
-        layouts = {array.name: of_teacher[f"{name}/{array.name}"] for array in self.signal.arrays}
-        common = {key: array for key, array in layouts.items() if key not in self.codec.rare}
+        teacher_layouts = layout.teacher_arrays(self.state.spec, self.teacher)
+        layouts = {array.name: teacher_layouts[f"{name}/{array.name}"] for array in self.signal.arrays}
+        common = {key: array for key, array in layouts.items() if key not in self.codec.sparse}
         count = count_rows(self.state, rows)
         row_bytes = sum(array.row_bytes for array in common.values())
         require_memory(count * row_bytes, f"{self.state.path}: {count} rows of {name}")
@@ -257,15 +258,15 @@ class StoredSignal:
         for key, array in common.items():
             arrays[key] = buffer(key, (count, *array.row_shape), np.dtype(array.dtype))
             read_rows(self.state, part, array, view, rows, arrays[key])
-        rare = {}
+        sparse = {}
         for key, needed in self.codec.rows_needing(arrays).items():
             if needed.any():
                 array, needing = layouts[key], np.flatnonzero(needed)
                 require_memory(len(needing) * array.row_bytes, f"{self.state.path}: {key} of {name}")
                 values = np.empty((len(needing), *array.row_shape), array.dtype)
                 read_rows(self.state, part, array, view, needing if rows is None else rows[needing], values)
-                rare[key] = needing, values
-        return arrays, rare
+                sparse[key] = needing, values
+        return arrays, sparse
 
 
 # -- views one after another ------------------------------------------------------------------------------------------
@@ -301,7 +302,7 @@ class _Load(threading.Thread):
 
 
 class ViewLoader:
-    """Views one after another: a thread loads the next one while this one is used. Two sets of buffers take turns.
+    """Views one after another: a thread loads the next one while this one is used. They share two sets of buffers.
 
     with archive.loader() as loader:
         view = loader.take(0, then=1)
@@ -324,7 +325,7 @@ class ViewLoader:
             self._next = None
 
     def take(self, view: int, then: int | None = None) -> PackedView:
-        """Return view number `view` and start to load `then`. The view taken before must not be used any more."""
+        """Return view number `view` and start to load `then`. The view taken before must not be used afterwards."""
         if self._current is None or self._current.view != view:
             self._spare, self._current = self._current, self._finish(view)
         if then is not None and then != view and (self._next is None or self._next.view != then):

@@ -1,7 +1,7 @@
 """One shard: encoded in memory by zarr, and read chunk by chunk without zarr.
 
-zarr-python takes about a millisecond per call and trusts what it reads; here a chunk takes its decompression only, and
-its size is checked before it is decompressed.
+zarr-python takes about a millisecond per call and trusts what it reads. Here, reading a chunk takes little longer than
+decompressing it, and its size is checked first.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def encode_shard(layout: ArrayLayout, rows: np.ndarray) -> bytes:
     metadata = canonical(layout.metadata((*lead, *rows.shape)))
     store: dict[str, Any] = {"zarr.json": default_buffer_prototype().buffer.from_bytes(metadata)}
     array = zarr.open_array(MemoryStore(store), mode="r+", zarr_format=3)
-    # By default zarr omits a chunk of zeros, which could then not be told from a lost one.
+    # By default zarr omits a chunk of zeros, which could then not be distinguished from a lost one.
     array = array.with_config({"write_empty_chunks": True})
     array[...] = rows.reshape(*lead, *rows.shape)
     del store["zarr.json"]
@@ -64,7 +64,7 @@ class Scratch:
 
 
 class ShardReader:
-    """Reads chunks of one open shard file. Not memory-mapped: a mapped file that is cut short kills the process."""
+    """Reads chunks of one open shard file. Not memory-mapped: truncating a mapped file kills the process."""
 
     def __init__(self, fd: int, size: int, layout: ArrayLayout, rows: int, where: str) -> None:
         """The first `rows` rows of the shard are data; `where` is its name in errors."""
@@ -86,7 +86,7 @@ class ShardReader:
             done += count
 
     def _read_index(self, size: int) -> np.ndarray:
-        """The end of each chunk. Chunks lie back to back from byte 0 to the index, so this locates all of them."""
+        """The end of each chunk. Chunks are back to back from byte 0 to the index, so this locates all of them."""
         layout = self._layout
         data_bytes = size - layout.index_bytes
         if data_bytes < 0:
@@ -102,7 +102,7 @@ class ShardReader:
         ends = np.cumsum(sizes, dtype=np.uint64)
         back_to_back = np.all(sizes <= data_bytes) and np.array_equal(offsets[1:], ends[:-1]) and offsets[0] == 0
         if not (back_to_back and int(ends[-1]) == data_bytes and np.all(entries[used:] == ABSENT)):
-            raise self._damaged("the chunks of its index do not lie back to back")
+            raise self._damaged("the chunks of its index are not back to back")
         if int(sizes.max()) > layout.chunk_bytes + layout.chunk_bytes // 16 + 1024:
             raise self._damaged(
                 f"a chunk of {int(sizes.max())} bytes, too many for the {layout.chunk_bytes} it decodes to"
@@ -143,7 +143,7 @@ class ShardReader:
             raise self._damaged(f"{where} {problem}")
         try:
             zstd.decompress(stored, out)
-        except (RuntimeError, ValueError) as error:  # libzstd: a checksum, a bad block, a wrong size
+        except (RuntimeError, ValueError) as error:  # libzstd: wrong checksum, block or size
             raise self._damaged(f"{where} does not decompress ({error})") from None
 
 

@@ -1,8 +1,8 @@
 """The specification of an archive as frozen, checked dataclasses.
 
-It determines every byte of metadata (layout.py turns it into zarr.json files), so it is all that a reader parses: zarr
-never sees a document that came with an archive. The same rules hold for a caller (`UsageError`) and for a file
-(`Refused`, see spec_files.py).
+It determines every byte of metadata (layout.py turns it into zarr.json files), so it is all that a reader parses: no
+metadata of an archive is passed to zarr. The same rules hold for a caller (`UsageError`) and for a file (`Refused`, see
+spec_files.py).
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def check_name(name: str, where: str) -> None:
 
 
 def check_signal_name(name: str, where: str) -> None:
-    """As `check_name`, but with dots: layers of networks have them in their names."""
+    """As `check_name`, but dots are allowed: names of network layers contain them."""
     fits = isinstance(name, str) and SIGNAL_NAME.fullmatch(name) and name not in RESERVED
     require(bool(fits), where, "1 to 64 of a-z, 0-9, '_', '-' and single dots inside", name)
 
@@ -83,7 +83,7 @@ def check_int(value: int, where: str, low: int, high: int) -> None:
 
 def check_text(value: str, where: str) -> None:
     fits = isinstance(value, str) and len(value) <= limits.MAX_TEXT and not SURROGATE.search(value)
-    require(fits, where, f"a text of at most {limits.MAX_TEXT} characters", value)
+    require(fits, where, f"a string of at most {limits.MAX_TEXT} characters", value)
 
 
 def check_unique(names: Iterable[str], where: str, most: int) -> None:
@@ -290,8 +290,8 @@ class TeacherSpec:
 class ArchiveSpec:
     """What all views of an archive share: samples, classes, recipe, and how rows are cut into blocks.
 
-    `recipe` and `source` are descriptions, never code, paths or URLs. `environment` (library versions) is recorded
-    only. `excluded` lists samples of the source that are not in the archive: {"key": ..., "reason": ...}.
+    `recipe` and `source` are descriptions, never code, paths or URLs. `environment` (library versions) is only
+    recorded. `excluded` lists samples of the source that are not in the archive: {"key": ..., "reason": ...}.
     """
 
     num_samples: int
@@ -397,5 +397,5 @@ def archive_identity(value: Mapping[str, Json]) -> str:
 
 
 def teacher_identity(archive: str, value: Mapping[str, Json]) -> str:
-    """The same for the records of one teacher; `archive` is the identity of the archive."""
+    """As `archive_identity`, for the records of one teacher; `archive` is the identity of the archive."""
     return hashlib.sha256(canonical([archive, dict(value)])).hexdigest()

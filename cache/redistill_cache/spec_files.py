@@ -1,6 +1,6 @@
-"""The documents of an archive that are parsed, its own zarr.json and one per teacher: untrusted, strictly validated.
+"""Parsing the untrusted specifications of an archive: its root zarr.json, and one zarr.json per teacher.
 
-Every other zarr.json is only compared with what the specification makes (layout.py).
+Every other zarr.json is only compared with the bytes that layout.py generates.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def parse_teacher_spec(value: Json, where: str, block_rows: int) -> TeacherSpec:
     return teacher
 
 
-# -- their files ------------------------------------------------------------------------------------------------------
+# -- files ------------------------------------------------------------------------------------------------------------
 
 EXPECTED = "expected a folder like name.redistill.zarr, written by 'redistill cache-teacher'"
 Spec = TypeVar("Spec", ArchiveSpec, TeacherSpec)
@@ -169,10 +169,10 @@ class Document(Generic[Spec]):
     spec: Spec
     identity: str
     data: bytes = field(repr=False)
-    newer: str | None  # the version, where its minor part is above ours: there may be members that we ignore
+    newer: str | None  # the version if its minor part is newer than VERSION: unknown members were ignored
 
     def require_writable(self, path: Path) -> None:
-        """`NewerFormat` when writing could lose members that this version does not know."""
+        """`NewerFormat` when writing could lose members that were ignored."""
         if self.newer:
             raise NewerFormat(
                 f"{path}: archive format {self.newer} can be read by this version of redistill, but not added to; "
@@ -193,7 +193,7 @@ def read_root(path: Path) -> Document[ArchiveSpec]:
     document = parse(data, cap=limits.MAX_ROOT_BYTES, where=where)
     attributes = document.get("attributes") if isinstance(document, dict) else None
     if not isinstance(attributes, dict) or "redistill" not in attributes:
-        raise NotAnArchive(f"{path} is not a redistill archive: its zarr.json is not that of one; {EXPECTED}")
+        raise NotAnArchive(f"{path} is not a redistill archive: its zarr.json has no attribute 'redistill'; {EXPECTED}")
     value = attributes["redistill"]
     spec = parse_archive_spec(value, where)
     try:
@@ -236,12 +236,12 @@ def _read_teacher(file: Path, name: str, root: Document[ArchiveSpec]) -> Documen
 
 
 def _check_bytes(data: bytes, expected: bytes, value: Json, where: str) -> str | None:
-    """`Damaged` unless the bytes follow from the content. A newer minor version is not checked, but returned."""
+    """`Damaged` unless the bytes follow from the content. A newer minor version is returned instead of checked."""
     major, minor = parse_version(Fields(value, where), where)
     if minor > VERSION[1]:
         return f"{major}.{minor}"
     if data != expected:
-        raise Damaged(f"{where}: not the canonical form of its own content; it was edited or damaged")
+        raise Damaged(f"{where}: not the canonical form of its content; it was edited or damaged")
     return None
 
 

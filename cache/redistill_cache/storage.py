@@ -1,12 +1,11 @@
-"""The local disk: the only place that changes it, and reading files that are not trusted.
+"""Local files: everything that changes them, and reading those that are not trusted.
 
-Everything the writer does to a file system goes through `Files`, so that tests can put a failing disk or a simulated
-power cut in its place while the code under test is exactly the code that ships. A file becomes visible whole or not at
-all:
+All changes that a writer makes go through `Files`, so that tests can substitute a failing disk or a simulated power cut
+without changing the code under test. A file becomes visible with all of its bytes or not at all:
 
     write temporary -> fsync file -> rename (or link, which fails when another writer was first) -> fsync directory
 
-Files of an archive may come from a stranger: links and pipes are refused, and no more bytes are read than expected.
+Files of an archive are untrusted: links and pipes are refused, and no more bytes are read than expected.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ PUBLISH_ATTEMPTS = 5
 
 
 class Files:
-    """Primitive operations on a local disk. Tests subclass it; nothing else does."""
+    """Operations on a local disk. Only tests subclass it."""
 
     def make_directory(self, path: Path) -> None:
         path.mkdir()
@@ -72,8 +71,6 @@ class Files:
     def remove(self, path: Path) -> None:
         path.unlink()
 
-    # -- compositions -------------------------------------------------------------------------------------------------
-
     def make_directories(self, path: Path) -> None:
         """Create `path` and its missing parents, each made durable in its parent."""
         if path.is_dir():
@@ -82,7 +79,7 @@ class Files:
         try:
             self.make_directory(path)
         except FileExistsError:
-            return  # another process created it between the two lines
+            return  # another process created it in the meantime
         self.sync_directory(path.parent)
 
     def publish(self, path: Path, data: bytes | memoryview, *, exclusive: bool = False) -> None:
@@ -113,10 +110,8 @@ class Files:
 
     def _discard(self, temporary: Path) -> None:
         """Best effort after a failure: readers ignore a leftover, and `seal` removes it."""
-        try:
+        with contextlib.suppress(OSError):
             self.remove(temporary)
-        except OSError:
-            return
 
 
 def is_leftover(path: Path) -> bool:
@@ -127,7 +122,7 @@ def is_leftover(path: Path) -> bool:
 LOCAL = Files()
 
 
-# -- errors of the disk -----------------------------------------------------------------------------------------------
+# -- disk errors ------------------------------------------------------------------------------------------------------
 
 # Advice for common errors; any other gets the general one.
 ADVICE = {
@@ -143,14 +138,14 @@ ADVICE = {
 
 @contextlib.contextmanager
 def disk_trouble(action: str, path: Path, after: str = "") -> Iterator[None]:
-    """Turn an OSError into one line with the path and what to do; `after` is added to the advice."""
+    """Turn an OSError into `Refused`: one line with the path and what to do. `after` is added to the advice."""
     try:
         yield
     except OSError as error:
         if isinstance(error, Refused):
             raise
         where = str(error.filename or path)
-        if not where.startswith(str(path)):  # a folder above it: name the path the user knows
+        if not where.startswith(str(path)):  # a parent folder: show the path that the user passed
             where = str(path)
         reason = error.strerror or str(error)
         advice = ADVICE.get(error.errno or 0, "check the disk and the path")

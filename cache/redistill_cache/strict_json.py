@@ -25,7 +25,7 @@ INT_LIMIT = 2**63
 
 
 def canonical(value: Json) -> bytes:
-    """The one byte string of a JSON value."""
+    """The canonical bytes of a JSON value."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode()
 
@@ -68,11 +68,11 @@ def parse(data: bytes, *, cap: int, where: str) -> Json:
         if b"\\u" in data:
             canonical(value)  # an escape may be half of a surrogate pair, which no UTF-8 can encode
         return value
-    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError and ours are ValueErrors
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise Refused(f"{where}: invalid JSON ({str(error)[:120]})") from None
 
 
-# A JSON string, or the start of one without an end. Possessive, so that no input causes backtracking.
+# A JSON string, or an unterminated one. Possessive, so that no input causes backtracking.
 TEXT = re.compile(rb'"(?:[^"\\]++|\\.?)*+(?:"|\Z)', re.DOTALL)
 STEP = np.zeros(256, np.int8)
 STEP[list(b"{[")], STEP[list(b"}]")] = 1, -1
@@ -116,10 +116,10 @@ def _bounded(text: str) -> int:
 
 
 class Fields:
-    """Typed access to an untrusted JSON object: the one validator of this project.
+    """Typed access to an untrusted JSON object; all untrusted values are validated with it.
 
     An invalid field raises `error` (`Refused`, `Damaged` or `UsageError`) with its name, what was expected and what was
-    found. After all expected fields were read, `done()` refuses any others.
+    found. After all expected fields have been read, `done()` refuses any others.
     """
 
     def __init__(self, value: Json, where: str, error: type[RedistillError] = Refused) -> None:

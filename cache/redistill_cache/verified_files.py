@@ -1,9 +1,9 @@
 """The user's cache folder, and in it the files of archives that were verified on this machine.
 
-A file whose SHA-256 was checked once is not hashed again until it changes. Per archive there is one small text file
-with a line per verified file: its SHA-256, size, modification time and path. A file that changed in any of them is
-hashed again. Lines are appended whole; a line that does not parse (after a crash or an edit) is ignored, so the worst
-that a bad cache file can do is cost time.
+A file whose SHA-256 was checked once is not hashed again until it changes. Each archive has one small text file with a
+line per verified file: its SHA-256, size, modification time and path. A file that changed in any of them is hashed
+again. Lines are appended whole; a line that does not parse (after a crash or an edit) is ignored, so a damaged cache
+file can only cost time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from redistill_cache.journal import FileEntry
 __all__ = ["HashedFile", "VerifiedFiles", "cache_folder"]
 
 LINE = re.compile(r"([0-9a-f]{64}) (\d{1,18}) (\d{1,20}) (\S+)")
-# Not a path of any archive: the line that records that the sizes of all files were checked against this manifest.
+# Path of the line that records that the sizes of all files were checked against this manifest; no file has this name.
 WHOLE = "*"
 
 
@@ -38,7 +38,7 @@ def cache_folder() -> Path:
 
 
 class HashedFile(NamedTuple):
-    """A file that had this hash when it was last modified at this time."""
+    """A file with the size and hash that it had at a modification time."""
 
     path: str
     entry: FileEntry
@@ -46,7 +46,7 @@ class HashedFile(NamedTuple):
 
 
 class VerifiedFiles:
-    """The verified files of one archive at one path. They can be lost, so errors of the cache folder are ignored."""
+    """The verified files of one archive at one path. They may be lost, so errors of the cache folder are ignored."""
 
     def __init__(self, archive: Path, identity: str) -> None:
         name = hashlib.sha256(f"{archive.resolve()}\n{identity}".encode()).hexdigest()

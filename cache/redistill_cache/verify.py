@@ -1,4 +1,4 @@
-"""Check every file of an archive, and move damaged blocks aside so that they are written again."""
+"""Check every file of an archive, and move damaged blocks aside so that they can be rewritten."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VerifyProgress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class DamagedFile:
-    """A file that is not the one that was committed. `block` is the block it belongs to, where there is one."""
+    """A file that differs from the committed one. `block` is the block that it belongs to, if any."""
 
     path: str
     block: str | None
@@ -55,7 +55,7 @@ def verify(path: str | Path, *, full: bool = False, progress: VerifyProgress | N
     with disk_trouble("read", path):
         try:
             state = read_state(path, allow_partial=True)
-            if state.id is None:  # no manifest has the hashes of the metadata
+            if state.id is None:  # only a manifest has the hashes of the metadata
                 check_metadata_on_disk(state)
         except Damaged as error:
             return VerifyReport(False, 0, (DamagedFile(str(path), None, str(error)),))
@@ -64,7 +64,7 @@ def verify(path: str | Path, *, full: bool = False, progress: VerifyProgress | N
 
 
 def damaged_files(state: ArchiveState, *, full: bool, progress: VerifyProgress | None = None) -> list[DamagedFile]:
-    """Every file that is missing, has another size or hash than was committed, or does not belong to the archive."""
+    """Every file that is missing, differs in size or hash from the committed one, or does not belong to the archive."""
     blocks = _blocks_by_file(state)
     damaged = []
     hashed: list[HashedFile] = []
@@ -92,7 +92,7 @@ def _blocks_by_file(state: ArchiveState) -> dict[str, str]:
 
 
 def _extra_files(state: ArchiveState) -> list[DamagedFile]:
-    """Files of a sealed archive that are not in its manifest, nor part of an unfinished addition."""
+    """Files of a sealed archive that are neither in its manifest nor part of an unfinished addition."""
     if state.id is None:
         return []
     known = state.files.keys() | {layout.MANIFEST}
@@ -104,14 +104,14 @@ def _extra_files(state: ArchiveState) -> list[DamagedFile]:
         unfinished = name.startswith(f"{layout.BLOCKS}/teachers.") or (
             name.startswith("teachers/") and not name.startswith(sealed)
         )
-        pending_view = state.num_views < state.spec.num_views  # a sealed prefix that is being continued
+        pending_view = state.num_views < state.spec.num_views  # a sealed prefix to which views are being added
         if not (advisory or unfinished or pending_view or is_leftover(Path(name))):
             extra.append(DamagedFile(name, None, "is not in the manifest; remove it"))
     return extra
 
 
 def quarantine(path: str | Path, damaged: tuple[DamagedFile, ...], *, files: Files = LOCAL) -> list[str]:
-    """Move damaged blocks aside, so that the command that wrote them writes them again. Returns the blocks moved.
+    """Move damaged blocks aside, so that running the command again rewrites them. Returns the names of the blocks.
 
     The archive is unsealed first. Files that belong to no block (metadata) are rewritten when the archive is resumed.
     """
@@ -130,7 +130,7 @@ def quarantine(path: str | Path, damaged: tuple[DamagedFile, ...], *, files: Fil
 
 
 def _set_aside(state: ArchiveState, block: Block, shards: list[str], files: Files) -> None:
-    """The record goes first: without it the block is not committed, whatever happens to its shards."""
+    """Move the files of a block. The record is moved first: without it the block is not committed."""
     folder = state.path / layout.QUARANTINE / Path(block.record_path).stem
     files.make_directories(folder)
     for name in [block.record_path, *shards]:

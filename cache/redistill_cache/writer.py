@@ -1,4 +1,4 @@
-"""Writing an archive: the same bytes whatever the number of processes and crashes.
+"""Writing an archive. Its bytes do not depend on the number of processes or on crashes.
 
     writer = ArchiveWriter.create(path, spec)            # or .resume(path, spec) after a crash, or to add to it
     writer.write_samples(keys, labels, digests, sizes)
@@ -7,7 +7,7 @@
         writer.write(block, arrays, stats)               # arrays: {"logits/q": int8 [n, 64], ...}
     archive_id = writer.seal()
 
-Every call is durable when it returns. How a block is committed, and why two writers cannot mix, is in commits.py.
+Every call is durable when it returns. commits.py explains how a block is committed, and why two writers cannot mix.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def check_unique_keys(keys: PackedKeys) -> None:
     if len(np.unique(keys.hashes())) == len(keys):
         return
     seen: set[str] = set()
-    for key in keys:  # rare, so this may be slow
+    for key in keys:  # duplicates are rare, so this may be slow
         if key in seen:
             raise UsageError(f"two samples have the key {key!r}; keys must be unique")
         seen.add(key)
@@ -224,7 +224,7 @@ class ArchiveWriter:
         return cls.resume(path, files=files)
 
     def _recover(self) -> None:
-        """Settle the commits of dead writers, and forget blocks whose files are missing or cut short."""
+        """Settle the commits of dead writers, and remove the records of blocks whose files are missing or truncated."""
         present = self._commits.names()
         for block, names in self._all_blocks(self.spec.num_views):
             if block.record_path in present and not self._commits.settle(self._load(block, names)):
@@ -253,7 +253,7 @@ class ArchiveWriter:
     def read_back(self) -> Archive:
         """The archive as committed by now, to check what was written or to continue with its codecs.
 
-        It includes blocks that another process is committing at the moment: this settles them.
+        Blocks that another process is committing at the moment are settled and included.
         """
         with disk_trouble("read", self.path):
             return Archive(read_committed(self.path, self._commits))
@@ -282,7 +282,7 @@ class ArchiveWriter:
     def write_samples(
         self, keys: Sequence[str] | PackedKeys, labels: np.ndarray, digests: np.ndarray, sizes: np.ndarray
     ) -> None:
-        """Write the sample index. Repeating it with the same data does nothing; other data is a `SpecMismatch`.
+        """Write the sample index. Repeating it with the same data does nothing; other data raises `SpecMismatch`.
 
         digests [N, 32] are SHA-256 of the encoded samples, sizes [N, 2] (height, width) of the decoded images.
         """
@@ -311,14 +311,16 @@ class ArchiveWriter:
     ) -> TeacherSpec:
         """Declare a teacher and write its side data: {signal: {name: array}}. No existing file changes.
 
-        Repeating it with the same specification and side data does nothing; others are a `SpecMismatch`.
+        Repeating it with the same specification and side data does nothing; others raise `SpecMismatch`.
         """
         teacher = teacher.resolved(self.spec.block_rows)
         self.spec.check_teacher(teacher)
         layout.check_extent(self.spec, self.teachers | {teacher.name: teacher})
         layouts = layout.side_arrays(teacher)
         arrays = {
-            f"{signal}/{name}": np.asarray(a) for signal, named in (side or {}).items() for name, a in named.items()
+            f"{signal}/{name}": np.asarray(array)
+            for signal, signal_arrays in (side or {}).items()
+            for name, array in signal_arrays.items()
         }
         check_names(arrays, layouts, f"side data of teacher {teacher.name!r}")
         for name, array in layouts.items():
@@ -329,7 +331,7 @@ class ArchiveWriter:
         with disk_trouble("write", path, RERUN):
             self._files.make_directories(path.parent)
             if not path.exists():
-                with contextlib.suppress(FileExistsError):  # another process was first; its specification is compared
+                with contextlib.suppress(FileExistsError):  # another process was first: compared below
                     self._files.publish(path, layout.teacher_metadata(teacher), exclusive=True)
             stored = read_teachers(self.path, [teacher.name], read_root(self.path))[teacher.name].spec
             refuse_difference(stored.to_json(), teacher.to_json(), f"{self.path}: teacher {teacher.name!r}")
@@ -339,15 +341,16 @@ class ArchiveWriter:
         return teacher
 
     def _write_once(self, block: Block, data: Mapping[str, bytes], what: str) -> None:
-        """Commit a block of which there is one in an archive; if it is committed already, it must be the same."""
+        """Commit a block that an archive has once; if it is committed already, it must have the same bytes."""
         with disk_trouble("write", self.path, RERUN):
-            mine = {path: FileEntry(len(content), sha256(content)) for path, content in data.items()}
+            entries = {path: FileEntry(len(content), sha256(content)) for path, content in data.items()}
             if not self.is_committed(block):
                 for path, content in data.items():
                     self._commits.stage(path, content)
-                if self._commits.commit(Record(block, self._identity_of(block), mine)):
+                if self._commits.commit(Record(block, self._identity_of(block), entries)):
                     return
-            differing = sorted(path for path, entry in self._load(block, mine).files.items() if mine.get(path) != entry)
+            committed = self._load(block, entries).files
+            differing = sorted(path for path, entry in committed.items() if entries.get(path) != entry)
         if differing:
             raise SpecMismatch(
                 f"{self.path}: {what} was written before and differs (in {differing[0]}), so the data or a library "
@@ -357,7 +360,7 @@ class ArchiveWriter:
     def write(
         self, block: Block, arrays: Mapping[str, np.ndarray], stats: Mapping[str, Json] | None = None
     ) -> Record | None:
-        """Commit one block and return its record; None when another writer committed it first, and its data is stored.
+        """Commit one block and return its record; None when another writer was first, whose data is then stored.
 
         `arrays` has every array of the part: "crop" for views, "row" and "pixels" for canaries, "<signal>/<array>" for
         a teacher, each [rows of the block, ...]. `stats`, per signal, is stored in the commit record.
@@ -380,7 +383,7 @@ class ArchiveWriter:
                 check_record(record)
                 return record if self._commits.commit(record) else None
             except FileNotFoundError:
-                # `seal` of another process removed the staged files: another writer had committed the block before.
+                # `seal` of another process removed the staged files, after another writer had committed the block.
                 if self.is_committed(block):
                     return None
                 raise
@@ -394,7 +397,7 @@ class ArchiveWriter:
             raise UsageError(f"{block} has rows {expected.start} to {expected.stop}; take blocks from missing()")
 
     def note(self, name: str, value: Mapping[str, Json]) -> None:
-        """Write an advisory note (seconds, machine): not part of the archive's identity, and never read back."""
+        """Write an advisory note (seconds, machine): not part of the archive's identity, never read."""
         data = canonical(dict(value))
         if not NOTE_NAME.fullmatch(name) or len(data) > limits.MAX_METADATA_BYTES:
             raise UsageError(
@@ -446,5 +449,5 @@ def _encode(layouts: Mapping[str, ArrayLayout], arrays: Mapping[str, np.ndarray]
 
 
 def _holds_files(path: Path) -> bool:
-    """Whether a folder holds anything but the partial file of a `create` that died."""
+    """Whether a folder holds anything but the partial file of a `create` that was killed."""
     return any(not is_leftover(inner) for inner in path.iterdir())

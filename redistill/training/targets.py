@@ -95,7 +95,7 @@ class SharedViews:
         self.spilled = needed > memory_gib * 2**30
         self._buffers = FileArrays(on_disk=self.spilled)
         # Copies of arrays that the loader allocates itself; needed until the other ranks have mapped them.
-        self._rare = FileArrays(on_disk=self.spilled)
+        self._sparse = FileArrays(on_disk=self.spilled)
         self._mapped: dict[FileArray, np.ndarray] = {}
         self._loaders: list[list[ViewLoader]] = []
         self._stack = ExitStack()
@@ -126,7 +126,7 @@ class SharedViews:
         if not self._loaders:
             loaded = self._map(views, of_ranks[self.world.rank.rank - self.world.rank.local_rank])
         self.world.barrier()
-        self._rare.close()
+        self._sparse.close()
         return loaded
 
     def close(self) -> None:
@@ -153,8 +153,8 @@ class SharedViews:
 
     def _export(self, view: PackedView) -> FileView:
         arrays = {name: self._buffers.file_of(array) for name, array in view.arrays.items()}
-        rare = {name: (self._rare.copy(at), self._rare.copy(rows)) for name, (at, rows) in view.rare.items()}
-        return FileView(arrays, rare)
+        sparse = {name: (self._sparse.copy(at), self._sparse.copy(rows)) for name, (at, rows) in view.sparse.items()}
+        return FileView(arrays, sparse)
 
     def _map(self, views: tuple[int, ...], exported: list[list[FileView]]) -> list[list[PackedView]]:
         return [
@@ -168,13 +168,13 @@ class SharedViews:
                 self._mapped[file] = file.open()
         arrays = {name: self._mapped[file] for name, file in files.arrays.items()}
         return PackedView(
-            view, codec, arrays, {name: (at.open(), rows.open()) for name, (at, rows) in files.rare.items()}
+            view, codec, arrays, {name: (at.open(), rows.open()) for name, (at, rows) in files.sparse.items()}
         )
 
 
 def row_bytes(codec: Codec) -> int:
     """Size of a packed row in memory."""
-    return sum(array.row_bytes for array in codec.arrays() if array.name not in codec.rare)
+    return sum(array.row_bytes for array in codec.arrays() if array.name not in codec.sparse)
 
 
 class FileArray(NamedTuple):
@@ -192,7 +192,7 @@ class FileView(NamedTuple):
     """A `PackedView` whose arrays are in files."""
 
     arrays: dict[str, FileArray]
-    rare: dict[str, tuple[FileArray, FileArray]]
+    sparse: dict[str, tuple[FileArray, FileArray]]
 
 
 class FileArrays:

@@ -17,7 +17,7 @@ __all__ = ["Array", "Backend", "backend_of", "to_numpy"]
 Array = Any  # a numpy array or a torch tensor; typing both would import torch
 
 # Rows are processed in tiles of this size, the last one padded. Every matrix product then has the same shape, and every
-# sum the same order, whatever the batch size.
+# sum the same order, for any batch size.
 TILE_ROWS_HOST = 256
 TILE_ROWS_DEVICE = 4096
 

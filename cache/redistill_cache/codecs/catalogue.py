@@ -1,4 +1,4 @@
-"""Codecs by name: opened from an archive, or fitted to a pilot, where "auto" tries several and takes the smallest."""
+"""Codecs by name: opened from an archive, or fitted to a pilot. "auto" tries several and chooses the smallest."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ WITHOUT_SIDE_DATA: Mapping[str, type[Float16Codec | Float32Codec | CompanderCode
     "compander": CompanderCodec,
     "topk": TopKCodec,
 }
-# Beyond this many classes the compander, which codes every logit on its own, is not worth trying.
+# Above this many classes the compander, which encodes every logit separately, is not worth trying.
 MAX_COMPANDER_WIDTH = 256
 
 
@@ -92,13 +92,13 @@ def fit_codec(
     head: tuple[Array, Array] | None = None,
     k: int = 10,
 ) -> Codec:
-    """A codec for rows like the pilot's (float32 [n, width]; a few times as many rows as values, or all there are).
+    """A codec for rows like the pilot's (float32 [n, width]; a few times as many rows as values, or all rows).
 
     `fidelity` bounds KL(exact || decoded) at T = 1 and at T = 4 (metric "kl", for logits), or the relative Euclidean
     error (metric "relative", for features): of every row if `certified`, else in the mean.
     `keep_shift` also stores the mean of a row of logits, which softmax does not depend on (for losses on raw logits).
     `rounding` is "shaped" (fewer bytes) or "plain" (a hundred times faster).
-    `head` is (weight [width, d], bias [width]) of the linear layer that outputs the logits, where it is known.
+    `head` is (weight [width, d], bias [width]) of the linear layer that outputs the logits, if known.
     `k` is for topk. The name "auto" tries several codecs; `explain_codec` also reports the reason of the choice.
     """
     options = CodecOptions(fidelity, certified, metric, keep_shift, rounding, head, k)
@@ -177,7 +177,7 @@ def _checked_head(head: tuple[Array, Array], width: int) -> tuple[np.ndarray, np
 # -- choosing by trial ------------------------------------------------------------------------------------------------
 
 TRIAL_ROWS = 2048
-# Side data is stored once; its bytes are shared by about this many views.
+# Side data is stored once, and counted as if about this many rows shared it.
 SIDE_DATA_VIEWS = 1_000_000
 # A simpler codec is chosen if it takes at most this factor more bytes.
 SIMPLER_FACTOR = 1.05

@@ -1,12 +1,14 @@
-"""The compander: every logit on its own, on a scale on which KL weighs all classes alike. No basis, no side data.
+"""The compander: every logit is quantized separately, on a scale on which all classes weigh equally in KL.
+
+It has no basis and no side data.
 
     v = exp((z - lse_T(z)) / (2 T)) = sqrt(softmax(z / T));   q = round(v / step),   z = 2 T log(q * step)
 
-To second order, KL at T is twice the squared error of v, so a uniform step in v spends bits where they count: it is the
-best scalar codec, and decoding is a table lookup. For teachers so confident that most probabilities become q = 0 it
-takes fewer bytes than the linear codec (bench/results/small_classes.json); for most others it takes more.
-A row has a level (its step is 2**(-level / 4)); values above 255 need a second byte, `q_high`; q = 0 decodes as a
-quarter of a step. Rows that miss the bound at every step are stored exactly.
+To second order, KL at T is twice the squared error of v, so a uniform step in v makes the best scalar quantizer, and
+decoding is a table lookup. For teachers so confident that most probabilities become q = 0 it takes fewer bytes than the
+linear codec (bench/results/small_classes.json); for most others it takes more. A row has a level (its step is
+2**(-level / 4)); values above 255 need a second byte, `q_high`; q = 0 decodes as a quarter of a step. Rows that miss
+the bound at every step are stored exactly.
 """
 
 from __future__ import annotations
@@ -33,13 +35,13 @@ STEPS = np.exp2(-np.arange(LEVEL_MASK + 1) / LEVELS_PER_OCTAVE)
 FIRST_LEVEL = 4
 ZERO_DECODES_AS = 0.25
 GRID = 2.0**-40
-# Another machine's logarithm may differ in the last digits: accept only rows that meet the bound there too.
+# The last digits of a logarithm differ between machines: accept only rows that meet the bound on all of them.
 MARGIN = 1.0 - 1e-3
 
 
 @dataclass(frozen=True)
 class CompanderCodec:
-    """See the module. Decoded rows are logits less their log-sum-exp at temperature `scale`."""
+    """The codec of this module. Decoded rows are logits less their log-sum-exp at temperature `scale`."""
 
     width: int
     fidelity: float
@@ -50,7 +52,7 @@ class CompanderCodec:
     keeps_shift = False
 
     @property
-    def rare(self) -> frozenset[str]:
+    def sparse(self) -> frozenset[str]:
         return frozenset({"q_high", "exact"})
 
     def config(self) -> dict[str, Json]:
@@ -78,7 +80,7 @@ class CompanderCodec:
         while len(active := search.next_rows()):
             search.quantize(active)
         exact = ~(search.worst() <= 1.0)
-        # A row stored exactly holds nothing else.
+        # Rows stored exactly are zero in all other arrays.
         q = backend.where(backend.constant(~exact)[:, None], search.q, search.q * 0)
         high = q // 256
         wide = to_numpy((high > 0).any(1))

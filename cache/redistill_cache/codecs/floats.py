@@ -30,7 +30,7 @@ class Float32Codec:
     keeps_shift = True
 
     @property
-    def rare(self) -> frozenset[str]:
+    def sparse(self) -> frozenset[str]:
         return frozenset()
 
     def config(self) -> dict[str, Json]:
@@ -63,7 +63,7 @@ class Float32Codec:
 class Float16Codec:
     """Logits less their row maximum (features as they are) in float16; rows that miss the bound in float32.
 
-    The largest value of a row becomes zero, so that float16 is finest where the probability is, whatever the offset.
+    The largest value of a row becomes zero, so that float16 is most precise where the probability is, for any offset.
     """
 
     width: int
@@ -79,7 +79,7 @@ class Float16Codec:
         return self.keep_shift or self.metric != "kl"
 
     @property
-    def rare(self) -> frozenset[str]:
+    def sparse(self) -> frozenset[str]:
         return frozenset({"exact"})
 
     def config(self) -> dict[str, Json]:

@@ -18,15 +18,16 @@ from redistill_cache.strict_json import Fields, Json
 
 __all__ = ["LinearCodec"]
 
-# Many rows to a chunk, so that the 128 KiB that share one Huffman table of zstd are few columns: at 8192 rows a
-# thousand classes take 4 % fewer bytes than at 2048. zstd level 3 takes 2 % more than level 19, which is spent once.
+# Chunks of many rows, so that the 128 KiB that share a Huffman table of zstd cover few columns: with 8192 rows a
+# thousand classes take 4 % fewer bytes than with 2048. zstd level 3 takes 2 % more bytes than level 19, whose time is
+# spent once.
 CHUNK_ROWS, CHUNK_BYTES = 8192, 1 << 22
 ZSTD_LEVEL = 19
 
 
 @dataclass(frozen=True)
 class LinearCodec:
-    """`source` is that of the basis: "svd" or "head"."""
+    """The codec of this module; `source` is the origin of its basis: "svd" or "head"."""
 
     decoder: LinearDecoder
     settings: LinearSettings
@@ -44,7 +45,7 @@ class LinearCodec:
         return self.settings.keep_shift or self.settings.metric != "kl"
 
     @property
-    def rare(self) -> frozenset[str]:
+    def sparse(self) -> frozenset[str]:
         return frozenset({"escape", "exact"})
 
     def config(self) -> dict[str, Json]:
@@ -130,7 +131,7 @@ class LinearCodec:
 
 
 def side_array(side: Mapping[str, np.ndarray], name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """An array of side data with exactly this dtype and shape, and finite. One without elements is not stored."""
+    """An array of side data: finite, and of exactly this dtype and shape. Arrays without elements are not stored."""
     array = side.get(name)
     if array is None and 0 in shape:
         return np.zeros(shape, dtype)
@@ -147,5 +148,5 @@ def side_array(side: Mapping[str, np.ndarray], name: str, dtype: str, shape: tup
 
 
 def _chunk_rows(row_bytes: int) -> int:
-    """Sparse arrays pass a multiple of their row size: one row that needs them should not cost megabytes."""
+    """Callers pass a multiple of the row size for sparse arrays: one row that needs them should not cost megabytes."""
     return max(1, min(CHUNK_ROWS, CHUNK_BYTES // row_bytes))

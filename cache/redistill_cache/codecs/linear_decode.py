@@ -15,8 +15,8 @@ that is nearly always zero would cost a bit, and columns of different spread wou
   `symbols[byte, rank]` is the number. Columns of bytes then have nearly the same distribution, and one Huffman table
   fits many.
 
-Whatever lies outside the digits goes to the escape of the row, in units of `reach` (the product of a coefficient's
-radices), an int16 that hardly any row needs: packing never clips a value.
+The part of a coefficient outside its digits is its escape, an int16 in units of `reach` (the product of the
+coefficient's radices). Few rows need escapes, and packing never clips a value.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ class Packing:
     low: np.ndarray  # int16 [slots]
     byte: np.ndarray  # uint16 [slots], from 0 in ascending order
     symbols: np.ndarray  # uint8 [width, 256]
-    # Per device; not an argument, so that `replace` starts without.
+    # Cached per device. Not an argument, so that `replace` starts with an empty cache.
     _constants: dict[str, dict[str, Array]] = field(init=False, default_factory=dict, repr=False)
 
     @classmethod
     def empty(cls, rank: int) -> Packing:
-        """Without digits: every nonzero coefficient escapes. Fitting starts from it."""
+        """Without digits, so every nonzero coefficient escapes. Fitting starts from it."""
         none = np.zeros(0, np.uint16)
         symbols = np.arange(256, dtype=np.uint8)[None]
         return cls(rank, none, none, none.astype(np.int16), none, symbols)
@@ -198,7 +198,7 @@ def packing_flaw(packing: Packing) -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class LinearDecoder:
-    """Side data of the codec as stored: all that decoding needs, and `spread`, which only the encoder reads."""
+    """Side data of the codec as stored: all that decoding needs, and `spread`, which only encoding needs."""
 
     integers: np.ndarray  # int16 [r, width]
     scale: np.ndarray  # float32 [r]: basis = integers * scale
@@ -206,7 +206,7 @@ class LinearDecoder:
     offset: np.ndarray  # float32 [width]
     spread: np.ndarray  # float32 [r]: mean size of coefficients, in steps of level 0
     packing: Packing
-    # Per device; not an argument, so that `replace` starts without.
+    # Cached per device. Not an argument, so that `replace` starts with an empty cache.
     _constants: dict[str, dict[str, Array]] = field(init=False, default_factory=dict, repr=False)
 
     @property

@@ -1,8 +1,8 @@
 """The encoder of the linear codec: project, round, decode, measure, and take finer steps until a row meets the bound.
 
-Encoded bytes depend on a row alone, not on the other rows nor on the number of threads: rows are processed in tiles of
-one shape, projections are made in float64 and put on a grid much coarser than the differences between orders of
-summation, and every decision about a row reads that row only.
+The bytes of a row depend on that row alone, not on other rows or on the number of threads: rows are processed in tiles
+of one shape, projections are made in float64 and put on a grid much coarser than the differences between orders of
+summation, and every decision about a row depends on that row only.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 ROUNDINGS = ("plain", "shaped")
-# Another machine's arithmetic may differ in the last digits: accept only rows that meet the bound there too.
+# The last digits of sums differ between machines: accept only rows that meet the bound on all of them.
 CERTIFIED_MARGIN = 1.0 - 1e-3
 # Without a certificate, a row this many times over the bound is still refined.
 UNCERTIFIED_LIMIT = 10.0
@@ -60,10 +60,10 @@ class LinearSettings:
     metric: Literal["kl", "relative"]
     fidelity: float
     certified: bool
-    level: int  # where a row starts
+    level: int  # at which the search of a row starts
     keep_shift: bool
     rounding: Literal["plain", "shaped"]
-    reference: float  # rows of this cost of errors start at `level`, others where a bit reduces the error as much
+    reference: float  # rows with this cost of errors start at `level`, others where a bit reduces the error equally
     weight: float  # of T = 1 relative to T = 4
 
     @classmethod
@@ -158,7 +158,7 @@ class Quantizer:
     def project(self, rows: Array) -> tuple[Array, np.ndarray]:
         """Coefficients in steps of level 0 on a grid, float64 [n, r]; and which rows are too large for any step.
 
-        The latter get zeros: float32 arithmetic overflows with them, and they are stored exactly.
+        The latter get zeros, since float32 arithmetic would overflow; they are stored exactly.
         """
         offset, projection = self._projection
         parts, flags = [], []
@@ -173,7 +173,7 @@ class Quantizer:
         return self.backend.concatenate(parts), np.concatenate(flags)
 
     def start_levels(self, rows: Array) -> np.ndarray:
-        """The level at which the search of every row starts: where a bit reduces the error as much as in any row."""
+        """The level at which the search of every row starts: where a bit reduces the error as much as in other rows."""
         parts = []
         for tile in self._tiles(len(rows)):
             cost = to_numpy(self._cost(self._padded(rows[tile])))[: tile.stop - tile.start]
@@ -245,7 +245,7 @@ class Quantizer:
         shift = self.backend.zeros((len(rows),), "float32")
         if self.settings.keep_shift:
             shift = self.backend.cast((self.backend.cast(rows, "float64") - ideal).mean(1), "float32")
-            # As float32 adds it: a large shift leaves few digits to what it is added to.
+            # Added in float32 as by the decoder: a large shift leaves few digits for the logits.
             ideal = self.backend.cast(self.backend.cast(ideal, "float32") + shift[:, None], "float64")
         errors = rounded_up(self._errors(rows, ideal, count))
         if decoded is not None:
@@ -317,14 +317,14 @@ def least_squares(matrix: np.ndarray) -> np.ndarray:
 
 # -- searching the level of every row ---------------------------------------------------------------------------------
 
-# Rows of a slab are searched together, so that tiles of rows that still need another step stay full.
+# The rows of a slab are searched together, so that tiles of the rows that still need another step stay full.
 TILES_OF_SLAB = 16
 # Trials of a coarser step for rows that passed. The second saves little at a loose bound, and more at a tight one.
 COARSER_TRIALS = 2
 
 
 def encode_linear(decoder: LinearDecoder, settings: LinearSettings, rows: Array) -> Encoded:
-    """See the module. Raises NotFinite."""
+    """Encode rows as described in the module docstring. Raises NotFinite."""
     check_finite(rows)
     quantizer = Quantizer(decoder, settings, backend_of(rows))
     size = quantizer.tile_rows * TILES_OF_SLAB
@@ -393,7 +393,7 @@ class _LevelSearch:
 
     def encoded(self) -> Encoded:
         backend, packing, exact = self.quantizer.backend, self.quantizer.decoder.packing, self.exact
-        # A row stored exactly holds nothing else.
+        # Rows stored exactly are zero in all other arrays.
         packed_rows = backend.constant(~exact)
         k = backend.where(packed_rows[:, None], self.best.k, self.best.k * 0.0)
         within, escape = packing.split(backend, k)
@@ -412,7 +412,7 @@ class _LevelSearch:
 
 
 def levels_of(ratio: np.ndarray, *, up: bool) -> np.ndarray:
-    """How many levels change the error by this factor (it goes with the square of the step); at least one."""
+    """How many levels change the error by this factor (the error grows with the square of the step); at least one."""
     levels = np.log2(np.clip(ratio, 1e-30, 1e30)) * (LEVELS_PER_OCTAVE / 2)
     whole: np.ndarray = np.maximum(np.ceil(levels) if up else np.floor(levels), 1).astype(np.int64)
     return whole

@@ -21,16 +21,16 @@ BASIS_NOISE = 0.01
 STEP_ROWS, PACKING_ROWS = 384, 1536
 STEP_ROUNDS = 7
 PACKING_ROUNDS = 2
-# The mean error aimed at on the pilot, in units of the bound, so that other rows meet it in the mean too.
-AIM_OF_MEAN, AIM_OF_CERTIFIED = 0.93, 0.8
+# The target of the mean error on the pilot, in units of the bound: below 1, so that other rows meet the bound too.
+MEAN_TARGET, CERTIFIED_TARGET = 0.93, 0.8
 MAX_FITTED_RANK = 2048
 # Weights of errors at T = 1 relative to those at T = 4.
 LEAST_WEIGHT, MOST_WEIGHT, CERTIFIED_WEIGHT = 0.15, 4.0, 0.4
 
 
 def fit_linear(rows: np.ndarray, settings: LinearSettings, head: tuple[np.ndarray, np.ndarray] | None) -> LinearCodec:
-    """A codec for rows like these (float32 [n, width], finite), and for a linear head (weight, bias) if given."""
-    # Rows with larger values are stored exactly whatever the basis.
+    """A codec for rows like these (float32 [n, width], finite); with a head (weight, bias), its axes are the basis."""
+    # Rows with larger values are stored exactly with any basis.
     rows = rows[np.abs(rows).max(1) <= LARGEST_VALUE / 4]
     if not len(rows):
         rows = np.zeros((1, rows.shape[1]), np.float32)
@@ -39,7 +39,7 @@ def fit_linear(rows: np.ndarray, settings: LinearSettings, head: tuple[np.ndarra
     if settings.metric == "relative":
         size = float(np.mean(rows.astype(np.float64) ** 2) * rows.shape[1])
         settings = replace(settings, reference=float(np.clip(1.0 / max(size, 1e-70), 1e-70, 1e30)))
-    # The step and the packing are chosen on rows that the basis was not fitted to, where there are enough.
+    # The step and the packing are chosen on rows that the basis was not fitted to, if there are enough.
     held_out = len(rows) // 4 if len(rows) >= 16 and head is None else 0
     basis_rows, other_rows = rows[: len(rows) - held_out], rows[len(rows) - held_out :] if held_out else rows
     basis = _basis(basis_rows, settings, head)
@@ -88,7 +88,7 @@ def _first_step(rows: np.ndarray, basis: Basis, settings: LinearSettings) -> flo
 def _unpacked_decoder(basis: Basis, step: float, settings: LinearSettings, rows: np.ndarray) -> LinearDecoder:
     """A decoder with an empty packing: every nonzero coefficient escapes. Its spread is that of `rows`."""
     rank = len(basis.rows)
-    integers, scale = quantize(basis, step * (BASIS_NOISE * rank / 12.0) ** 0.5)
+    integers, scale = quantize_basis(basis, step * (BASIS_NOISE * rank / 12.0) ** 0.5)
     steps = np.full(rank, step * 2.0 ** (START_LEVEL / LEVELS_PER_OCTAVE), np.float32)
     offset = basis.offset.astype(np.float32)
     bare = LinearDecoder(integers, scale, steps, offset, np.ones(rank, np.float32), Packing.empty(rank))
@@ -105,10 +105,10 @@ def _mean_errors(decoder: LinearDecoder, settings: LinearSettings, rows: np.ndar
 
 
 def _step_change(means: dict[str, float], settings: LinearSettings) -> float:
-    """The factor by which to change the step so that the mean errors reach the aim."""
-    aim = AIM_OF_CERTIFIED if settings.certified else AIM_OF_MEAN
+    """The factor by which to change the step so that the mean errors reach the target."""
+    target = CERTIFIED_TARGET if settings.certified else MEAN_TARGET
     power = 0.5 if settings.metric == "kl" else 1.0
-    return float(np.clip((aim * settings.fidelity / max(*means.values(), 1e-30)) ** power, 0.05, 20.0))
+    return float(np.clip((target * settings.fidelity / max(*means.values(), 1e-30)) ** power, 0.05, 20.0))
 
 
 def _reweighted(means: dict[str, float], settings: LinearSettings) -> LinearSettings:
@@ -131,8 +131,8 @@ def _spaced(rows: np.ndarray, count: int) -> np.ndarray:
 # -- basis ------------------------------------------------------------------------------------------------------------
 #
 # `svd`: the principal directions of the pilot's rows. With few rows and classes they are completed to all width - 1 (or
-# width) directions, so that no row lies outside. `head`: the rows of the teacher's last layer, if the caller passes it;
-# rectified features are sparse, and then their own axes need fewer bytes than the principal ones. Both are rows of unit
+# width) directions, so that they span every row. `head`: the rows of the teacher's last layer, if the caller passes it;
+# rectified features are sparse, and their axes then need fewer bytes than the principal ones. Both are rows of unit
 # length, stored as integer[k] * scale[k]; the scale of a row follows from how much the signal varies along it, so that
 # storing the basis adds a hundredth of the noise that rounding adds, in fewer bytes than float16.
 
@@ -162,9 +162,9 @@ def principal_basis(rows: np.ndarray, *, shift_free: bool, max_rank: int) -> Bas
     else:
         directions, spread = _principal(centred / largest)
         spread = spread * largest
-    whole = width - 1 if shift_free else width
+    full_rank = width - 1 if shift_free else width
     # Twice as many rows as values span every direction that a linear head can output; fewer may not.
-    if width <= MAX_COMPLETED_WIDTH and whole <= max_rank and len(rows) < 2 * width:
+    if width <= MAX_COMPLETED_WIDTH and full_rank <= max_rank and len(rows) < 2 * width:
         others = complete(directions, shift_free=shift_free)
         directions = np.concatenate([directions, others])
         spread = np.concatenate([spread, np.zeros(len(others))])
@@ -183,7 +183,7 @@ def _principal(centred: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         values, vectors = np.linalg.eigh(centred @ centred.T / count)
         directions = vectors.T @ centred
     order = np.argsort(-values, kind="stable")
-    # Half the digits of float64 survive the square; smaller values are noise of the product, not of the teacher.
+    # The square keeps half the digits of float64; smaller values are noise of the product, not of the teacher.
     order = order[values[order] > 1e-12 * values.max()]
     directions = directions[order]
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
@@ -218,7 +218,7 @@ def head_basis(weight: np.ndarray, bias: np.ndarray, rows: np.ndarray, *, shift_
     return Basis(axes[order], offset, spread[order])
 
 
-def quantize(basis: Basis, noise: float) -> tuple[np.ndarray, np.ndarray]:
+def quantize_basis(basis: Basis, noise: float) -> tuple[np.ndarray, np.ndarray]:
     """Integer rows and scales that add an error of rms norm `noise` to rows like the pilot's."""
     rank, width = basis.rows.shape
     largest = np.abs(basis.rows).max(1, initial=0.0)
@@ -232,7 +232,7 @@ def quantize(basis: Basis, noise: float) -> tuple[np.ndarray, np.ndarray]:
 
 # -- packing ----------------------------------------------------------------------------------------------------------
 
-# The share of the pilot's rows in which a coefficient may lie outside its digits. Narrow digits leave room for others
+# The share of the pilot's rows in which a coefficient may be outside its digits. Narrow digits leave room for others
 # in a byte, and the encoder avoids values outside, since it counts an escape as many bits. Above FEW_VALUES values, a
 # wider digit costs little, and rounding to values within a narrow one would add more error.
 OUTSIDE, OUTSIDE_OF_MANY = 0.03, 0.003

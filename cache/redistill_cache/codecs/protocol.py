@@ -20,8 +20,8 @@ __all__ = ["Codec", "Encoded", "absent", "exact_rows", "is_absent", "join_encode
 class Encoded:
     """Encoded rows, with the errors measured after decoding every one of them.
 
-    `arrays` has one entry per ArraySpec of the codec. Sparse arrays (those in `Codec.rare`) are on the host wherever
-    the rows were, and take no memory where no row needs them.
+    `arrays` has one entry per ArraySpec of the codec. Sparse arrays (those in `Codec.sparse`) are on the host even if
+    the rows were not, and take no memory if no row needs them.
     """
 
     arrays: Mapping[str, Array]
@@ -51,7 +51,7 @@ class Codec(Protocol):
         """Whether decoded logits include the constant of each row that softmax does not depend on."""
 
     @property
-    def rare(self) -> frozenset[str]:
+    def sparse(self) -> frozenset[str]:
         """The sparse arrays. `decode` takes each of them whole, or only the rows of `rows_needing`, or not at all."""
 
     def config(self) -> dict[str, Json]:
@@ -83,7 +83,7 @@ def join_encoded(parts: Sequence[Encoded]) -> Encoded:
 
 
 def join_parts(parts: Sequence[Encoded]) -> Encoded:
-    """Concatenate batches, every array on its own device."""
+    """Concatenate batches; every array stays on its device."""
     if len(parts) == 1:
         return parts[0]
     return Encoded(
@@ -137,9 +137,9 @@ def exact_rows(rows: Array, exact: np.ndarray) -> np.ndarray:
 def sparse_rows(
     backend: Backend, arrays: Mapping[str, Array], name: str, flags: Array, flag: int
 ) -> tuple[Array | None, Array | None]:
-    """(indices of the flagged rows, their rows of array `name`), or (None, None) where there are none.
+    """(indices of the flagged rows, their rows of array `name`), or (None, None) if there are none.
 
-    Without the array on a device, no row needs it; checking the flags there would cost a synchronisation.
+    On a device, rows need a sparse array only if it is passed: checking the flags would cost a synchronisation.
     """
     array = arrays.get(name)
     if array is None and not backend.on_host:

@@ -1,13 +1,14 @@
-"""Shaped rounding: coefficients are rounded jointly, so that the error hardly changes the softmax.
+"""Shaped rounding: coefficients are rounded jointly, so that the softmax changes as little as possible.
 
 To second order, KL(softmax(z / T) || softmax((z + e) / T)) = e' H e / 2 with H = (diag p - p p') / T**2. Plain rounding
 makes e white. Nearest-plane (Babai) rounding takes the coefficients one by one, those of least variance first, and
-moves every target to compensate for the errors made so far. Exactly, that takes a Cholesky factor of every row's H in
+moves every target to compensate for the errors made so far. The exact form needs a Cholesky factor of every row's H in
 the basis: r**3 / 3 operations, and r**2 * width more to form H.
 
-Nearly all of the shape of H is in the few classes with much of a row's probability, so here H = base * (I + U'U): the
-m classes of largest weight as rows of U, and one number for all others. With an orthonormal basis (any basis becomes
-one by a QR decomposition, whose triangle R joins the recursion) the compensation lives in m dimensions:
+The few classes with most of a row's probability determine nearly all of the shape of H, which is approximated by
+base * (I + U'U): the m classes of largest weight as rows of U, and one number for all others. With an orthonormal basis
+(any basis becomes one by a QR decomposition, whose triangle R joins the recursion), m dimensions are enough to compute
+the compensation:
 
     s = sum over rounded j of u_j y_j          y = R (k - x): errors in orthonormal coordinates
     best y_j = - u_j' S**-1 s,                 S = I + sum over j not yet rounded of u_j u_j'
@@ -16,8 +17,9 @@ S**-1 is updated by rank one per coefficient; in groups of eight, a row costs ab
 m = 32 this is fifteen times cheaper than the exact form at r = 512, and as good where m classes hold all but a few
 percent of the probability.
 
-The curvature left for a coefficient once the later ones can compensate (its pivot) also weighs its bits: a value nearer
-to zero is taken where it costs less than the bits it saves, at the exchange rate of a uniform quantizer.
+The curvature of a coefficient after compensation by the later ones (its pivot) also decides between error and bits: a
+value nearer to zero is chosen where its error costs less than the bits it saves, at the price of a bit in a uniform
+quantizer.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from redistill_cache.codecs.stats import TEMPERATURES, log_softmax
 
 __all__ = ["ShapingConstants", "remaining_cost", "round_shaped", "row_cost"]
 
-# Classes that the curvature of a row is made of.
+# Number of classes that represent the curvature of a row.
 CLASSES = 32
 # Coefficients between two updates of S**-1.
 GROUP = 8
@@ -68,21 +70,21 @@ class ShapingConstants:
         orthonormal, triangle = np.linalg.qr((matrix - matrix.mean(1, keepdims=True)).T)
         sign = np.where(np.diag(triangle) < 0, -1.0, 1.0)
         triangle = triangle * sign[:, None]
-        # Directions that depend on the others but for noise are rounded plainly.
+        # Directions that are linear combinations of the others, up to noise, are rounded plainly.
         weak = np.diag(triangle) < 1e-9 * np.abs(triangle).max(initial=1e-300)
         triangle[weak] = np.eye(len(triangle))[weak]
         orthonormal = orthonormal * sign * ~weak
-        first, following = bit_costs(decoder.spread[:count])
+        first_bit, next_bit = bit_costs(decoder.spread[:count])
         lowest = decoder.packing.lowest[:count].astype(np.float64)
         highest = lowest + decoder.packing.reach[:count] - 1
-        if not len(decoder.packing.coefficient):  # while fitting, before there are digits
+        if not len(decoder.packing.coefficient):  # while fitting, before digits are assigned
             lowest, highest = np.full_like(lowest, -np.inf), np.full_like(highest, np.inf)
         return cls(
             backend.constant(orthonormal),
             triangle,
             backend.constant(triangle),
-            backend.constant(first),
-            backend.constant(following),
+            backend.constant(first_bit),
+            backend.constant(next_bit),
             lowest,
             highest,
             BIT_PRICE * float(np.median(np.diag(triangle) ** 2)),
@@ -174,9 +176,10 @@ class GroupRounder:
 
     @classmethod
     def of(cls, backend: Backend, constants: ShapingConstants, x: Array, level: Array) -> GroupRounder:
-        first, following = (backend.lookup(table, level) for table in (constants.first_bit, constants.next_bit))
-        x, first, following = (backend.contiguous(part.T) for part in (x, first, following))
-        return cls(backend, constants, x, first, following, x * 0.0, x * 0.0)
+        tables = constants.first_bit, constants.next_bit
+        first_bit, next_bit = (backend.contiguous(backend.lookup(table, level).T) for table in tables)
+        x = backend.contiguous(x.T)
+        return cls(backend, constants, x, first_bit, next_bit, x * 0.0, x * 0.0)
 
     def round(self, start: int, stop: int, pull: Array, coupling: Array) -> tuple[Array, Array, Array]:
         """Round coefficients start to stop; returns their errors y in orthonormal coordinates, and the update of S**-1.
@@ -185,7 +188,7 @@ class GroupRounder:
         The update is gains G [j, i, n] and weights w [i, n] of (1 - coupling)**-1 = G diag(w) G'.
         """
         triangle, rows = self.constants.triangle, self.constants.triangle_rows
-        # The part of y that comes through the triangle from coefficients rounded before.
+        # The part of y that the triangle carries over from coefficients rounded before.
         carried = rows[start:stop, stop:] @ self.errors[stop:]
         y = pull * 0.0
         weights = pull * 0.0

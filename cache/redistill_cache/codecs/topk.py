@@ -33,7 +33,7 @@ class TopKCodec:
     keeps_shift = True
 
     @property
-    def rare(self) -> frozenset[str]:
+    def sparse(self) -> frozenset[str]:
         return frozenset()
 
     def config(self) -> dict[str, Json]:
@@ -93,7 +93,7 @@ class TopKCodec:
 
 
 def log_sum_exp(backend: Backend, rows: Array, temperature: float) -> Array:
-    """Of every row, in float64."""
+    """log(sum(exp(row / T))) of every row, float64."""
     scaled = backend.cast(rows, "float64") / temperature
     largest = backend.max_of_row(scaled)
     return (backend.log(backend.exp(scaled - largest).sum(1)[:, None]) + largest)[:, 0]

@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from redistill_cache.errors import Refused, UsageError
-from redistill_cache.verified_files import cache_folder
 
 import redistill
 from redistill.sources.base import Sample
@@ -127,14 +126,6 @@ def test_moved_data_and_a_damaged_or_unwritable_cache_only_cost_time(
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "below"))
     assert same(index_source(FolderSource(tmp_path / "elsewhere"), workers=0), first)
-
-
-def test_the_cache_folder_follows_xdg_cache_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "redistill"
-    for ignored in ("", "relative"):
-        monkeypatch.setenv("XDG_CACHE_HOME", ignored)
-        assert cache_folder() == Path.home() / ".cache" / "redistill"
 
 
 def test_the_index_does_not_depend_on_the_number_of_processes():
