@@ -21,9 +21,9 @@ def test_the_cache_folder_follows_xdg_cache_home(monkeypatch: pytest.MonkeyPatch
         assert cache_folder() == Path.home() / ".cache" / "redistill"
 
 
-def test_a_machine_without_a_home_hashes_every_time(made: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_machine_without_a_home_hashes_every_time(sealed: Path, monkeypatch: pytest.MonkeyPatch):
     for name in ("XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # no entry in the password file either
     assert cache_folder() == Path("/dev/null/redistill")
-    assert np.array_equal(open_archive(made).logits(0), stored_logits(0))
+    assert np.array_equal(open_archive(sealed).logits(0), stored_logits(0))
