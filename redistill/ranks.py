@@ -24,12 +24,14 @@ from torch import Tensor, nn
 from redistill.devices import pick_device
 from redistill.interrupts import StopRequest
 
-__all__ = ["Rank", "World", "joined_world"]
+__all__ = ["RANK_EXITED", "Rank", "World", "joined_world"]
 
 POLL_SECONDS = 0.25
 # Rank 0 may index a million images before the first step, while the others wait. This timeout need not detect a dead
 # process: torchrun and gloo notice that at once.
 CONTROL_TIMEOUT = timedelta(hours=24)
+
+RANK_EXITED = "another rank exited; see its error above, then run the same command again to resume from the checkpoint"
 
 T = TypeVar("T")
 
@@ -163,8 +165,6 @@ def joined_world(device: str) -> Iterator[World]:
     except RuntimeError as error:
         if "by peer" not in str(error):
             raise
-        raise Refused(
-            "another rank exited; see its error above, then run the same command again to resume from the checkpoint"
-        ) from error
+        raise Refused(RANK_EXITED) from error
     finally:
         dist.destroy_process_group()

@@ -19,7 +19,7 @@ from redistill_cache.wording import human_bytes
 from torch import Tensor
 
 from redistill.cached_teacher import decode_rows
-from redistill.ranks import World
+from redistill.ranks import RANK_EXITED, World
 from redistill.signals import LOGITS
 from redistill.teachers import Teacher
 from redistill.training.feed import BatchPlan
@@ -185,7 +185,10 @@ class FileArray(NamedTuple):
     shape: tuple[int, ...]
 
     def open(self) -> np.ndarray:
-        return np.memmap(self.path, self.dtype, "r", shape=self.shape)
+        try:
+            return np.memmap(self.path, self.dtype, "r", shape=self.shape)
+        except (FileNotFoundError, ProcessLookupError) as error:  # the files of a process end with it
+            raise Refused(RANK_EXITED) from error
 
 
 class FileView(NamedTuple):

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
+from redistill_cache.errors import Refused
 
 from redistill.training import TrainOptions
 from redistill.training.checkpoint import LAST
+from redistill.training.targets import FileArray
 from tests.redistill.training.runs import history, weights
 from tests.redistill.training.train_process import SECONDS, start, start_ranks
 from tests.small_archive import DATA
@@ -100,6 +104,13 @@ def test_every_rank_reports_damage_that_one_of_them_reads(tmp_path: Path, archiv
         assert code == 4
         assert len(lines) == 1
         assert "logits/q/c.1.0.0" in lines[0]
+
+
+def test_an_array_of_a_dead_process_is_reported_as_an_exited_rank():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    with pytest.raises(Refused, match="another rank exited"):
+        FileArray(f"/proc/{process.pid}/fd/3", "|u1", (1,)).open()
 
 
 @pytest.mark.slow
