@@ -10,8 +10,8 @@ INTERRUPTED = 130
 
 
 def main() -> None:
-    # numpy reads it on import, so it is set first. The encoder multiplies many small matrices beside the teacher:
-    # several threads take two to six times the processor time for it, and are often slower.
+    # Set before numpy is imported, which reads it. The encoder multiplies many small matrices while the teacher uses
+    # the cores: more threads cost it more processor time than they save.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     python_handles_sigint = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if python_handles_sigint:  # Ctrl-C while modules are imported: exit without a traceback, as nothing has started

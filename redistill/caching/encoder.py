@@ -158,7 +158,7 @@ class BlockEncoder:
             with refuse_out_of_memory(self._plan.options.batch_size, self._device):
                 rows = torch.cat(batches)
                 try:
-                    # numpy is several times faster than torch at the many small products of a row.
+                    # numpy is faster than torch at the many small products of a row.
                     part = self._codecs[name].encode(rows.numpy() if rows.device.type == "cpu" else rows)
                 except NotFinite as error:
                     row = piece.start + error.rows[0]

@@ -97,7 +97,7 @@ def fit_codec(
     `fidelity` bounds KL(exact || decoded) at T = 1 and at T = 4 (metric "kl", for logits), or the relative Euclidean
     error (metric "relative", for features): of every row if `certified`, else in the mean.
     `keep_shift` also stores the mean of a row of logits, which softmax does not depend on (for losses on raw logits).
-    `rounding` is "shaped" (fewer bytes) or "plain" (a hundred times faster).
+    `rounding` is "shaped" (fewer bytes) or "plain" (about ten times faster; bench/codecs.py).
     `head` is (weight [width, d], bias [width]) of the linear layer that outputs the logits, if known.
     `k` is for topk. The name "auto" tries several codecs; `explain_codec` also reports the reason of the choice.
     """
