@@ -158,6 +158,54 @@ def test_high_temperature_leaves_half_the_squared_distance_of_the_logits(tempera
     assert max(spread) < 5e-3
 
 
+# -- form=density -----------------------------------------------------------------------------------------------------
+
+
+def density(student, teacher, lam, order="teacher-first"):
+    return power_divergence(student, teacher, lam, 1.0, "density", order, reduction="none")
+
+
+@pytest.mark.parametrize("lam", [0.1, 2 / 3, 1.0, 2.5])
+def test_density_is_the_formula_of_basu_et_al(lam):
+    student, teacher = logits()
+    p, q = teacher.softmax(1).numpy(), student.softmax(1).numpy()
+    expected = (q ** (1 + lam) - (1 + 1 / lam) * p * q**lam + p ** (1 + lam) / lam).sum(1)
+    np.testing.assert_allclose(density(student, teacher, lam), expected, rtol=1e-9)
+    np.testing.assert_allclose(density(teacher, student, lam, "student-first"), expected, rtol=1e-9)
+    # the β-divergence is the member α = 1 of the alpha-beta family
+    ab = alpha_beta(student, teacher, alpha=1.0, beta=lam, temperature=1.0, reduction="none")
+    np.testing.assert_allclose(density(student, teacher, lam), (1 + lam) * ab, rtol=1e-9)
+
+
+@pytest.mark.parametrize("order", ["teacher-first", "student-first"])
+def test_density_is_kl_at_and_near_zero(order):
+    student, teacher = logits()
+    kl = power_divergence(student, teacher, 0.0, 1.0, "bounded", order, reduction="none")
+    torch.testing.assert_close(density(student, teacher, 0.0, order), kl)
+    torch.testing.assert_close(density(student, teacher, 1e-9, order), kl, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("order", ["teacher-first", "student-first"])
+@pytest.mark.parametrize("lam", [0.0, 1e-6, 0.3, 2 / 3, 2.0])
+def test_gradient_of_density_is_the_derivative(lam, order):
+    student, teacher = logits(rows=3, classes=5)
+
+    def rows(z):
+        return power_divergence(z, teacher, lam, 1.7, "density", order, reduction="none")
+
+    assert torch.autograd.gradcheck(rows, student.requires_grad_())
+
+
+def test_density_is_bounded_has_no_cap_and_refuses_a_negative_lam():
+    teacher = torch.tensor([[1e4, 0.0]])
+    assert density(-teacher, teacher, 2 / 3).item() == pytest.approx(1 + 1.5)
+    assert is_bounded(2 / 3, "density")
+    assert not is_bounded(0.0, "density")
+    assert capped_fraction(-teacher, teacher, 2 / 3, form="density", cap=0.01).item() == 0.0
+    with pytest.raises(UsageError, match="lam must be 0 or above for form=density"):
+        power_divergence(-teacher, teacher, -0.5, form="density")
+
+
 def test_reductions_and_scale():
     student, teacher = logits()
     rows = power_divergence(student, teacher, reduction="none")

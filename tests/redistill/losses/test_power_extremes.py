@@ -14,6 +14,7 @@ MEMBERS = [
     for form in ("bounded", "cressie-read")
     for order in ("teacher-first", "student-first")
 ]
+DENSITIES = [(lam, "density", order) for lam in (0.0, 1e-6, 2 / 3, 3.0) for order in ("teacher-first", "student-first")]
 
 
 def reference(student, teacher, k, temperature):
@@ -22,7 +23,58 @@ def reference(student, teacher, k, temperature):
     return (log_p.exp() * torch.expm1(k * (log_p - log_q))).sum(1) / (k * (k + 1))
 
 
-@pytest.mark.parametrize("member", MEMBERS)
+def nearly_agreeing(gap, classes=1000, rows=64):
+    generator = torch.Generator().manual_seed(0)
+    teacher = 3 * torch.randn(rows, classes, generator=generator)
+    return teacher + gap * torch.randn(rows, classes, generator=generator), teacher
+
+
+NEAR_LIMITS = [(lam, form, order) for lam in (1e-9, 1e-4, 0.999, 1.0001) for _, form, order in MEMBERS[:4]]
+
+
+@pytest.mark.parametrize(("gap", "tolerance"), [(1e-2, 1e-4), (1e-3, 1e-3), (1e-4, 1e-2)])
+@pytest.mark.parametrize("member", [*MEMBERS, *NEAR_LIMITS])
+def test_no_digits_cancel_where_student_and_teacher_nearly_agree(member, gap, tolerance):
+    """Every row in float32 against float64; the terms of a row nearly cancel where they are not written to be >= 0."""
+    lam, form, order = member
+    student, teacher = nearly_agreeing(gap)
+    log_p, log_q = (x.double().div(4).log_softmax(1) for x in (teacher, student))
+    first, second = (log_p, log_q) if order == "teacher-first" else (log_q, log_p)
+    k, ratio = (lam if form == "cressie-read" else -lam), first - second
+    if k in (0.0, -1.0):  # KL of the first from the second, or the reverse
+        exact = (first.exp() * ratio if k == 0.0 else -second.exp() * ratio).sum(1)
+    elif abs(k) < abs(1 + k):
+        exact = (first.exp() * torch.expm1(k * ratio)).sum(1) / (k * (1 + k))
+    else:
+        exact = (second.exp() * torch.expm1((1 + k) * ratio)).sum(1) / (k * (1 + k))
+    got = power_divergence(student, teacher, lam, 4.0, form, order, reduction="none")
+    torch.testing.assert_close(got.double(), 16 * exact, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("form", ["bounded", "cressie-read", "density"])
+@pytest.mark.parametrize("order", ["teacher-first", "student-first"])
+@pytest.mark.parametrize("lam", [0.0, 0.3, 2 / 3, 1.0])
+def test_rows_are_zero_at_the_teacher_and_not_negative_beside_it(form, order, lam):
+    student, teacher = nearly_agreeing(1e-6)
+    assert (power_divergence(teacher, teacher, lam, 4.0, form, order, "none") == 0).all()
+    assert (power_divergence(student, teacher, lam, 4.0, form, order, "none") >= 0).all()
+
+
+@pytest.mark.parametrize("lam", [0.0, 1e-3, 2 / 3, 1.0, 2.0])
+def test_teacher_probabilities_that_are_zero_in_float32_cost_what_the_formula_says(lam):
+    # p = (1/2, 1/2, 0, 0), q uniform: classes without teacher mass have the part Σ q/(1 - lam) of the bounded form
+    student, teacher = torch.zeros(1, 4), torch.tensor([[0.0, 0.0, -1e4, -1e4]])
+    rows = [power_divergence(student, teacher, lam, 1.0, form, reduction="none") for form in ("bounded", "density")]
+    kl = math.log(2)
+    bounded = {0.0: kl, 1.0: math.inf}.get(lam) or (1 - 0.5**lam) / (lam * (1 - lam))
+    density = 4 * 0.25 ** (1 + lam) - 0.25**lam if lam else kl
+    density += (2 * 0.5 ** (1 + lam) - 0.25**lam) / lam if lam else 0.0
+    if lam < 1:  # else a class of probability 0 has an unbounded value, where the cap applies
+        assert rows[0].item() == pytest.approx(bounded, rel=1e-5)
+    assert rows[1].item() == pytest.approx(density, rel=1e-5)
+
+
+@pytest.mark.parametrize("member", [*MEMBERS, *DENSITIES])
 @pytest.mark.parametrize("scale", [1e4, -1e4])
 @pytest.mark.parametrize("cap", [math.log(1e4), math.inf])
 def test_huge_logits_and_one_hot_teachers_stay_finite(member, scale, cap):
@@ -182,7 +234,8 @@ def test_bounded_members_drop_a_systematic_mistake_and_unbounded_ones_keep_it(la
 @pytest.mark.slow  # two to ten seconds of C++ compilation for each member
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(
-    ("lam", "form"), [(2 / 3, "bounded"), (0.0, "bounded"), (0.95, "bounded"), (1.0, "cressie-read")]
+    ("lam", "form"),
+    [(2 / 3, "bounded"), (0.0, "bounded"), (0.95, "bounded"), (1.0, "cressie-read"), (2 / 3, "density")],
 )
 def test_compiles_into_one_graph_with_the_same_gradient(lam, form):
     torch.compiler.reset()
@@ -195,4 +248,8 @@ def test_compiles_into_one_graph_with_the_same_gradient(lam, form):
     torch.testing.assert_close(compiled, eager)
     torch.testing.assert_close(
         torch.autograd.grad(compiled, student)[0], torch.autograd.grad(eager, student)[0], rtol=1e-5, atol=1e-6
+    )
+    student, teacher = nearly_agreeing(1e-3, classes=33, rows=7)
+    torch.testing.assert_close(
+        torch.compile(loss, fullgraph=True)(student, teacher), loss(student, teacher), rtol=1e-3, atol=0
     )
