@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from redistill.losses.catalogue import CATALOGUE, make_loss
-from redistill.losses.controls import cwtm, dkpp, label_smoothing, virtual_teacher
+from redistill.losses.controls import cwtm, dkpp, label_smoothing, tf_kd, virtual_teacher
 from redistill.losses.corrections import label_revision, rc, swap_kd
 from redistill.losses.curriculum import CurriculumTemperature, Schedule, Taid, TrainingProgress, taid
 from redistill.losses.decoupled import dkd, nkd, rld
@@ -21,7 +21,7 @@ from redistill.losses.hinton import bd_kd, kd, logit_mse, luminet, mld, standard
 from redistill.losses.objective import Mix, Needs, Objective
 from redistill.losses.power import capped_fraction, is_bounded, power_divergence
 from redistill.losses.ranking import pld, topkd
-from redistill.losses.relational import dist, mlkd_batch, mlkd_class, pearson, sinkhorn, spearman
+from redistill.losses.relational import dist, mlkd_batch, mlkd_class, pearson, r2kd, sinkhorn, spearman
 
 __all__ = [
     "CATALOGUE",
@@ -56,6 +56,7 @@ __all__ = [
     "pearson",
     "pld",
     "power_divergence",
+    "r2kd",
     "rc",
     "reverse_kl",
     "rld",
@@ -66,6 +67,7 @@ __all__ = [
     "standardize",
     "swap_kd",
     "taid",
+    "tf_kd",
     "topkd",
     "total_variation",
     "ttm",

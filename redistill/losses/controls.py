@@ -1,12 +1,10 @@
 """Controls, which show how much of a gain is not due to the teacher's full predictions.
 
-`label_smoothing` and `virtual_teacher` use no teacher at all: what they gain is regularisation. `cwtm` and `dkpp`, of
-Born-Again networks, use only the teacher's confidence and only the shape of its distribution.
+`label_smoothing`, `virtual_teacher` and `tf_kd` use no teacher at all: what they gain is regularisation. `cwtm` and
+`dkpp`, of Born-Again networks, use only the teacher's confidence and only the shape of its distribution.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from redistill_cache.errors import UsageError
@@ -16,7 +14,7 @@ from torch.nn import functional as F
 from redistill.losses.checks import check_labels, fraction, positive, prepare, reduce_rows
 from redistill.losses.divergences import kl_rows, log_probs
 
-__all__ = ["cwtm", "dkpp", "label_smoothing", "permute_others", "virtual_teacher"]
+__all__ = ["cwtm", "dkpp", "label_smoothing", "permute_others", "tf_kd", "virtual_teacher"]
 
 
 def label_smoothing(
@@ -52,20 +50,52 @@ def virtual_teacher(
     """KD from a constructed teacher that is always right: T² · KL(p_T || softmax(z/T)), p_y = a, p_k = (1 - a)/(C - 1).
 
     p_T is p softened to temperature T, that is softmax(log p / T). confidence = a = 1/C is the uniform teacher.
-    Yuan et al., CVPR 2020 (Tf-KD_reg, arXiv 1909.11723). The teacher's logits are checked and not used.
-    Assumed: a = 0.99 and T = 20 are recalled from the authors' code, which also differs in detail (it softens by
-    softmax(p / T) and keeps the student at T = 1); this is the formula of the paper.
+    Yuan et al., CVPR 2020 (arXiv 1909.11723): the formula of the paper, whose minimum is at s_y = a. The published
+    numbers are of `tf_kd`, the loss in the authors' code, which is another one. The teacher's logits are checked and
+    not used.
+    Published: a = 0.99, T = 20, weights 0.9 CE + 0.1.
     Needs: labels.
     """
     student, _ = prepare(student_logits, teacher_logits)
     labels = check_labels(labels, student)
-    if not 0 < confidence < 1:
-        raise UsageError(f"confidence must be between 0 and 1, both excluded, found {confidence}")
     temperature = positive("temperature", temperature)
-    others = math.log((1 - confidence) / (student.shape[1] - 1))
-    virtual = torch.full_like(student, others).scatter(1, labels[:, None], math.log(confidence))
+    virtual = virtual_probs(student, labels, confidence).log()
     rows = kl_rows(log_probs(virtual, temperature), log_probs(student, temperature))
     return reduce_rows(temperature**2 * rows, reduction)
+
+
+def tf_kd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    labels: Tensor,
+    confidence: float = 0.99,
+    temperature: float = 20.0,
+    multiplier: float = 100.0,
+    reduction: str = "batchmean",
+) -> Tensor:
+    """Tf-KD_reg as in its authors' code: (m / C) · KL(softmax(p / T) || softmax(z)), p_y = a, p_k = (1 - a)/(C - 1).
+
+    The probabilities p are divided by T, not their logarithms, so the target is nearly uniform: 0.0105 for the true
+    class of 100. It is label smoothing with a smoothing near 1; the student is at T = 1. The code takes the mean over
+    the classes too, hence m / C. Yuan et al., CVPR 2020 (arXiv 1909.11723). The teacher's logits are checked and not
+    used.
+    Published: a = 0.99, T = 20, m = `multiplier` = 100, weights 0.9 CE + 0.1 (CIFAR-100).
+    Needs: labels.
+    """
+    student, _ = prepare(student_logits, teacher_logits)
+    labels = check_labels(labels, student)
+    temperature, multiplier = positive("temperature", temperature), positive("multiplier", multiplier)
+    target = log_probs(virtual_probs(student, labels, confidence), temperature)
+    return reduce_rows(multiplier / student.shape[1] * kl_rows(target, log_probs(student)), reduction)
+
+
+def virtual_probs(like: Tensor, labels: Tensor, confidence: float) -> Tensor:
+    """[B, C]: `confidence` for the label, the rest in equal parts for the other classes."""
+    if not 0 < confidence < 1:
+        raise UsageError(f"confidence must be between 0 and 1, both excluded, found {confidence}")
+    others = torch.full_like(like, (1 - confidence) / (like.shape[1] - 1))
+    return others.scatter(1, labels[:, None], confidence)
 
 
 def cwtm(

@@ -54,12 +54,14 @@ def label_revision(
     """Label revision (LR): CE(y, s) + λ1 mean_k (z - v)² for rows where the teacher is right, λ2 mean_k (s - r)² where
     it is wrong, with the revised target r = β t + (1 - β) y, β = η / (max t - t_y + 1), s, t = softmax at T = 1.
 
-    β is the largest share of the teacher for which y is still the highest class of r. The loss contains the hard-label
-    term (only on rows where the teacher is right): use it with CE weight 0.
-    Lan et al. 2024 ("Improve KD via label revision and data selection", arXiv 2404.03693).
-    Published: η = 0.8, λ1 = `right` = 4, λ2 = `wrong` = 1 (as in RLD's code).
-    Assumed: the mean is over all rows of the batch, not over each of the two groups.
-    Needs: labels, full rows, logits with their shift.
+    The loss of a batch is the mean of the right rows plus the mean of the wrong rows, so that a few wrong rows pull as
+    much as many right ones; the value of a row is its share of that, times the number of rows. β is the largest share
+    of the teacher for which y is still the highest class of r. The loss contains the hard-label term (only on rows
+    where the teacher is right): use it with CE weight 0.
+    Lan et al. 2024 ("Improve KD via label revision and data selection", arXiv 2404.03693), as in the code of RLD, the
+    only one that is public.
+    Published there: η = 0.8, λ1 = `right` = 4, λ2 = `wrong` = 1.
+    Needs: labels, full rows, logits with their shift, batch statistics (the sizes of the two groups).
     """
     student, teacher = prepare(student_logits, teacher_logits)
     labels = check_labels(labels, student)
@@ -70,7 +72,10 @@ def label_revision(
     revised = teacher_share[:, None] * t + (1 - teacher_share)[:, None] * F.one_hot(labels, t.shape[1])
     right_rows = F.cross_entropy(student, labels, reduction="none") + right * (student - teacher).square().mean(1)
     wrong_rows = wrong * (s - revised).square().mean(1)
-    return reduce_rows(torch.where(best == labels, right_rows, wrong_rows), reduction)
+    is_right = best == labels
+    rows_of_group = torch.where(is_right, is_right.sum(), (~is_right).sum())
+    rows = torch.where(is_right, right_rows, wrong_rows) * (len(labels) / rows_of_group)
+    return reduce_rows(rows, reduction)
 
 
 def rc(
@@ -85,8 +90,7 @@ def rc(
     """RC: KD + w T² KL(r || s), r = softmax(z' / T), z' = the student's own logits with max_k z added to z_y.
 
     Moves the student towards the label and keeps its own relations between the other classes; z' carries no gradient.
-    Published (as in RLD's code): w = `own_weight` = 0.1, T = 4, CE 1.
-    Assumed: z' is detached, and both parts carry T². Where max z < 0 the formula lowers z_y; this is not changed.
+    Published (as in RLD's code): w = `own_weight` = 0.1, T = 4, CE 1. Where max z < 0 the formula lowers z_y.
     Needs: labels; the shift of the student's logits matters.
     """
     student, teacher = prepare(student_logits, teacher_logits)

@@ -97,7 +97,7 @@ class Taid(nn.Module):
         m <- momentum · m + (1 - momentum) · r
         mix <- min(end, max(start + (end - start) · progress, mix + rate · sigmoid(m) · (1 - mix)))
     Shing et al., ICLR 2025 (arXiv 2501.16937).
-    Published: start 0.4, end 1, momentum 0.99, rate 5e-4, T = 1.
+    Published: start 0.4, end 1, momentum 0.99, rate 5e-4, T = 1, without CE.
     Needs: state (mix, m, L_prev: buffers, saved with the module, updated in training mode only), full rows.
     """
 
@@ -156,8 +156,7 @@ class CurriculumTemperature(nn.Module):
     The gradient of θ is multiplied by λ = -(1 - cos(π min(epoch, ramp) / ramp)) / 2, from 0 to -1 over `ramp` epochs:
     θ ascends the loss that the student descends. θ must be among the parameters of the optimiser.
     Li et al., AAAI 2023 (arXiv 2211.16231), the global variant.
-    Published: weights 0.1 CE + 0.9 KD, ramp 10 epochs. Assumed: low 1, span 20 and the initial θ = 1 are recalled from
-    the authors' code; θ ascends the factor T² as well.
+    Published: weights 0.1 CE + 0.9 KD, ramp 10 epochs, low 1, span 20, initial θ = 1; θ ascends the factor T² as well.
     Needs: one trainable parameter.
     """
 

@@ -145,7 +145,8 @@ def luminet(
     h(x)_c = (x_c - μ_c) / sqrt(var_c + 1e-5), with the batch's own statistics, of student and teacher separately;
     α² replaces KD's T².
     Hossain et al. (arXiv 2310.03669).
-    Published: CIFAR T = 4 or 8, α between 33 and 75, CE 1 to 2; ImageNet T = 0.7, α = 2; warm-up over 20 epochs.
+    Published: CIFAR T = 4 or 8, α between 33 and 75, CE 1 to 2 (2 with α = 33); ImageNet T = 0.7, α = 2; warm-up over
+    20 epochs.
     Needs: batch statistics of both (in a batch of one row, value and gradient are 0).
     """
     student, teacher = prepare(student_logits, teacher_logits)
@@ -171,7 +172,7 @@ def logit_mse(
     """Squared error of the logits: mean over the classes of (z - v)².
 
     Ba and Caruana, NeurIPS 2014 (arXiv 1312.6184), in the per-element mean that Kim et al., IJCAI 2021
-    (arXiv 2105.08919) found to beat KL on clean teachers.
+    (arXiv 2105.08919) found to beat KL on clean teachers. Published without CE.
     centered=True removes the mean of each row from both first, so that the shift of the logits does not matter.
     Needs: logits with their shift, unless centered.
     """

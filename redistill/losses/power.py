@@ -40,8 +40,7 @@ ORDERS = ("teacher-first", "student-first")
 
 # The default cap on the exponent of unbounded members: a class may weigh at most 10,000 times more than under KL.
 CAP = math.log(1e4)
-# Fits float32 with room for the factors multiplied with it. In a bounded member an exponent this large belongs to a
-# probability below e^-120, which is 0, so that clamping here changes nothing.
+# Fits float32 with room for the factors multiplied with it.
 LARGEST_EXPONENT = 60.0
 # Closer to k = -1 than this, the gradient in terms of w would lose digits in float32.
 NEAR_REVERSE_KL = 0.2
@@ -292,7 +291,7 @@ def _half_g(x: Tensor, c: float) -> tuple[Tensor, float]:
 
 def _tanh(x: Tensor) -> Tensor:
     """tanh, exact to the last digits near 0; overwrites x."""
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() or x.dtype == torch.float64:
         return x.tanh_()
     # Compiled for a CPU, this takes a third of the time of torch.tanh: a series near 0, exp elsewhere.
     square = x * x

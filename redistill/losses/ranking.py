@@ -18,7 +18,7 @@ from redistill.losses.checks import (
 )
 from redistill.losses.divergences import log_probs
 
-__all__ = ["pld", "topkd"]
+__all__ = ["length", "pld", "topkd"]
 
 
 def pld(

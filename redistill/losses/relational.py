@@ -1,4 +1,4 @@
-"""Losses on relations between values: correlations (DIST, R2KD, CMKD), Gram matrices (MLKD), transport (Sinkhorn)."""
+"""Losses on relations between values: correlations (DIST, CMKD, R2KD), Gram matrices (MLKD), transport (Sinkhorn)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from redistill.losses.checks import (
 )
 from redistill.losses.divergences import log_probs
 from redistill.losses.hinton import spread, standardize
+from redistill.losses.ranking import length
 
-__all__ = ["dist", "mlkd_batch", "mlkd_class", "pearson", "sinkhorn", "spearman"]
+__all__ = ["dist", "mlkd_batch", "mlkd_class", "pearson", "r2kd", "sinkhorn", "spearman"]
 
 # Rows x classes x classes of a pairwise comparison: 2^28 float32 are 1 GiB, and a backward pass holds about four.
 MAX_PAIRS = 2**28
@@ -45,11 +46,10 @@ def pearson(
 ) -> Tensor:
     """Correlation distance of the rows: 1 - ρ(s, t), Pearson's ρ over the classes; times T² for probabilities.
 
-    of="probabilities": s, t = softmax(. / T), the inter-class term of DIST and the value term of R2KD
-    (Kim et al., arXiv 2311.13934); of="logits": the logits themselves (any T), as after CMKD's z-score
-    (Niu et al., arXiv 2410.06561).
-    Assumed: both papers add a rank term (`spearman`); their weights, and CMKD's weight by difficulty, were not
-    available to us. Choose the weights of the two terms yourself.
+    of="probabilities": s, t = softmax(. / T), the inter-class term of DIST; of="logits": the logits themselves (any T),
+    as after CMKD's z-score (Niu et al., arXiv 2410.06561). The value term of R2KD is another one: `r2kd`.
+    Assumed: CMKD adds a rank term (`spearman`); its weights, and its weight by difficulty, were not available to us.
+    Choose the weights of the two terms yourself.
     Needs: logits only, full rows.
     """
     student, teacher = prepare(student_logits, teacher_logits)
@@ -76,12 +76,13 @@ def spearman(
     top: int = 0,
     reduction: str = "batchmean",
 ) -> Tensor:
-    """Rank correlation distance of the rows: 1 - ρ(rank z, rank v), with soft ranks; the rank term of R2KD and CMKD.
+    """Rank correlation distance of the rows: 1 - ρ(rank z, rank v), with soft ranks, as in the rank term of CMKD.
 
     Ranks are those of standardised rows, so that `strength` (the gap below which two classes count as tied) means the
     same for every row and teacher. top = K compares only the teacher's K highest classes (0: all).
-    Kim et al. (arXiv 2311.13934), Niu et al. (arXiv 2410.06561).
-    Assumed: the differentiable rank of the papers was not available to us; this is the pairwise-sigmoid one, O(C²) in
+    Niu et al. (arXiv 2410.06561). In the code of R2KD (arXiv 2311.13934) the ranks are positions in a sorted row, which
+    have no gradient.
+    Assumed: the differentiable rank of the paper was not available to us; this is the pairwise-sigmoid one, O(C²) in
     time and memory (more than 2^28 pairs per batch are refused: use `top`), and strength is our choice.
     Needs: logits only, full rows (with top: the teacher's K highest).
     """
@@ -123,6 +124,34 @@ def dist(
     return reduce_batch(temperature**2 * (beta * inter + gamma * intra), student, reduction)
 
 
+def r2kd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 4.0,
+    reduction: str = "batchmean",
+) -> Tensor:
+    """R2KD's value term: T² · [(1 - mean_b |cos(s_b, t_b)|) + (1 - mean_c |cos(s_:c, t_:c)|)], s, t = softmax(. / T).
+
+    DIST with cosines in place of correlations: the means are not subtracted.
+    Kim et al., IEEE TKDE 2024 (arXiv 2311.13934), as in the authors' code.
+    Published: T = 4, weight 2, CE 1. Their rank term, weight 2, is a constant for training, since its ranks have no
+    gradient; it is not included, nor are the second teacher (a pruned one) and the second, augmented view.
+    Needs: batch statistics, full rows.
+    """
+    student, teacher = prepare(student_logits, teacher_logits)
+    check_reduction(reduction, per_row=False)
+    temperature = positive("temperature", temperature)
+    s, t = log_probs(student, temperature).exp(), log_probs(teacher, temperature).exp()
+    of_rows, of_columns = 1 - cosine(s, t).abs().mean(), 1 - cosine(s.T, t.T).abs().mean()
+    return reduce_batch(temperature**2 * (of_rows + of_columns), student, reduction)
+
+
+def cosine(x: Tensor, y: Tensor, eps: float = 1e-8) -> Tensor:
+    """Cosine of each row, eps added to the product of the lengths as in R2KD's code."""
+    return (x * y).sum(1) / (length(x) * length(y) + eps)
+
+
 def mlkd_class(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -132,8 +161,10 @@ def mlkd_class(
 ) -> Tensor:
     """MLKD's class term: ||tᵀt - sᵀs||² / C, the [C, C] Gram matrices of the batch's probabilities at T.
 
-    Jin et al., CVPR 2023. Published: the sum over T in {2, 3, 4, 5, 6} of KL + class + batch term, on a weak and a
-    strong view, CE 0.1, KD 0.9; the masks of the weak view and the second view itself are not implemented.
+    Jin et al., CVPR 2023. Published: CE 0.1, KD 0.9, on a weak and a strong view of each image. In the authors' code
+    the class and batch terms act on the weak view only, at T in {2, 3, 4, 5, 6}, as does KL there; KL on the strong
+    view is at T in {3, 4, 5}; the masks of the weak view are a constant 0.5. Only the two terms at one T are
+    implemented, without masks and second view.
     Needs: batch statistics, full rows.
 
     Never builds a [C, C] matrix: with d = t - s and m = t + s, tᵀt - sᵀs = (dᵀm + mᵀd) / 2, whose norm only needs
@@ -185,8 +216,7 @@ def sinkhorn(
     P comes from exp(-W / blur) by `rounds` rounds of normalising the rows, then the columns, to sum 1; in log space,
     so that a small blur does not underflow. The gradient goes through P as well.
     Cui et al., COLING 2024 / AAAI 2025 (SinKD, arXiv 2402.17110).
-    Published: T = 2, blur 0.1, 20 rounds, weight 0.001 (times 0.8), added to KL and CE.
-    Assumed: rows come first in a round, and the sum is over the whole batch, not its mean.
+    Published: T = 2, blur 0.1, 20 rounds, weight 0.001 (times 0.8), added to KL and CE; the sum is over the batch.
     Needs: batch statistics (for a batch of one row it is the L1 distance of the two), full rows.
     """
     student, teacher = prepare(student_logits, teacher_logits)

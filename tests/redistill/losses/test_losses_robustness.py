@@ -28,6 +28,7 @@ PLAIN = {
     "pearson of logits": partial(relational.pearson, of="logits"),
     "spearman": relational.spearman,
     "dist": relational.dist,
+    "r2kd": relational.r2kd,
     "mlkd_class": relational.mlkd_class,
     "mlkd_batch": relational.mlkd_batch,
     "sinkhorn": relational.sinkhorn,
@@ -48,6 +49,7 @@ LABELLED = {
     "cwtm": controls.cwtm,
     "label_smoothing": controls.label_smoothing,
     "virtual_teacher": controls.virtual_teacher,
+    "tf_kd": controls.tf_kd,
 }
 NAMES = [*PLAIN, *LABELLED]
 # What may not change: the order of the rows, the order of the classes, a constant added to every row.

@@ -58,14 +58,14 @@ def ref_dkd(z, v, y):
 
 
 def ref_nkd(z, v, y):
-    t, s = softmax(v, 2), softmax(z, 2)
+    t, s = softmax(v, 3), softmax(z, 3)
     rest = -sum(t[i] / (1 - t[y]) * math.log(s[i] / (1 - s[y])) for i in range(CLASSES) if i != y)
-    return -softmax(v)[y] * math.log(softmax(z)[y]) + 1.5 * 4 * rest
+    return -softmax(v)[y] * math.log(softmax(z)[y]) + 3.5 * 9 * rest
 
 
-def ref_rld(z, v, y):
-    t, s = softmax(v), softmax(z)
-    confidence = kl([max(t), 1 - max(t)], [s[y], 1 - s[y]])
+def ref_rld(z, v, y, confidence_temperature=4):
+    t, s = softmax(v, confidence_temperature), softmax(z, confidence_temperature)
+    confidence = confidence_temperature**2 * kl([max(t), 1 - max(t)], [s[y], 1 - s[y]])
     lower = [k for k in range(CLASSES) if v[k] < v[y]]
     rest = kl(softmax([v[k] for k in lower], 4), softmax([z[k] for k in lower], 4)) if lower else 0.0
     return confidence + 8 * 16 * rest
@@ -123,14 +123,6 @@ def ref_swap_kd(z, v, y):
     return ref_kd(z, v, y)
 
 
-def ref_label_revision(z, v, y):
-    t, s = softmax(v), softmax(z)
-    if t.index(max(t)) == y:
-        return -math.log(s[y]) + 4 * mean((a - b) ** 2 for a, b in zip(z, v, strict=True))
-    beta = 0.8 / (max(t) - t[y] + 1)
-    return mean((s[k] - beta * t[k] - (1 - beta) * (k == y)) ** 2 for k in range(CLASSES))
-
-
 def ref_rc(z, v, y):
     raised = list(z)
     raised[y] += max(z)
@@ -157,6 +149,11 @@ def ref_label_smoothing(z, v, y):
     return -sum(p * math.log(q) for p, q in zip(target, softmax(z), strict=True))
 
 
+def ref_tf_kd(z, v, y):
+    target = softmax([0.99 if k == y else 0.01 / (CLASSES - 1) for k in range(CLASSES)], 20)
+    return 100 * mean(p * math.log(p / q) for p, q in zip(target, softmax(z), strict=True))
+
+
 def ref_virtual_teacher(z, v, y):
     virtual = [math.log(0.99) if k == y else math.log(0.01 / (CLASSES - 1)) for k in range(CLASSES)]
     return 400 * kl(softmax(virtual, 20), softmax(z, 20))
@@ -165,8 +162,13 @@ def ref_virtual_teacher(z, v, y):
 PER_ROW = {
     "kd": (hinton.kd, {}, ref_kd),
     "dkd": (decoupled.dkd, {}, ref_dkd),
-    "nkd": (decoupled.nkd, {"temperature": 2.0}, ref_nkd),
+    "nkd": (decoupled.nkd, {}, ref_nkd),
     "rld": (decoupled.rld, {}, ref_rld),
+    "rld at T_a = 1": (
+        decoupled.rld,
+        {"confidence_temperature": 1.0},
+        lambda z, v, y: ref_rld(z, v, y, confidence_temperature=1),
+    ),
     "ttm": (hinton.ttm, {}, ref_ttm),
     "wttm": (hinton.wttm, {}, ref_wttm),
     "pld": (ranking.pld, {}, ref_pld),
@@ -176,15 +178,26 @@ PER_ROW = {
     "pearson of logits": (relational.pearson, {"of": "logits"}, ref_pearson_of_logits),
     "spearman": (relational.spearman, {}, ref_spearman),
     "swap_kd": (corrections.swap_kd, {}, ref_swap_kd),
-    "label_revision": (corrections.label_revision, {}, ref_label_revision),
     "rc": (corrections.rc, {}, ref_rc),
     "logit_mse": (hinton.logit_mse, {}, ref_logit_mse),
     "logit_mse centered": (hinton.logit_mse, {"centered": True}, ref_logit_mse_centered),
     "mld": (hinton.mld, {}, ref_mld),
     "label_smoothing": (controls.label_smoothing, {}, ref_label_smoothing),
     "virtual_teacher": (controls.virtual_teacher, {}, ref_virtual_teacher),
+    "tf_kd": (controls.tf_kd, {}, ref_tf_kd),
 }
-LABELLED = {"dkd", "nkd", "rld", "pld", "swap_kd", "label_revision", "rc", "label_smoothing", "virtual_teacher"}
+LABELLED = {
+    "dkd",
+    "nkd",
+    "rld",
+    "rld at T_a = 1",
+    "pld",
+    "swap_kd",
+    "rc",
+    "label_smoothing",
+    "virtual_teacher",
+    "tf_kd",
+}
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -264,6 +277,28 @@ def ref_sinkhorn(z, v, y):
     return sum(p * w for a, b in zip(plan, cost, strict=True) for p, w in zip(a, b, strict=True))
 
 
+def ref_label_revision(z, v, y):
+    right, wrong = [], []
+    for student, teacher, label in zip(z, v, y, strict=True):
+        t, s = softmax(teacher), softmax(student)
+        if t.index(max(t)) == label:
+            right.append(-math.log(s[label]) + 4 * mean((a - b) ** 2 for a, b in zip(student, teacher, strict=True)))
+        else:
+            beta = 0.8 / (max(t) - t[label] + 1)
+            wrong.append(mean((s[k] - beta * t[k] - (1 - beta) * (k == label)) ** 2 for k in range(CLASSES)))
+    return mean(right or [0.0]) + mean(wrong or [0.0])
+
+
+def ref_r2kd(z, v, y):
+    def cos(a, b):
+        size = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(x * x for x in b))
+        return abs(sum(p * q for p, q in zip(a, b, strict=True))) / (size + 1e-8)
+
+    s, t = probabilities(z, 4), probabilities(v, 4)
+    of_rows = 1 - mean(cos(a, b) for a, b in zip(s, t, strict=True))
+    return 16 * (of_rows + 1 - mean(cos(a, b) for a, b in zip(columns(s), columns(t), strict=True)))
+
+
 def ref_cwtm(z, v, y):
     confidence = [max(softmax(row)) for row in v]
     return sum(
@@ -304,17 +339,19 @@ PER_BATCH = {
     "sinkhorn": (relational.sinkhorn, {}, ref_sinkhorn),
     "luminet": (hinton.luminet, {}, ref_luminet),
     "cwtm": (controls.cwtm, {}, ref_cwtm),
+    "r2kd": (relational.r2kd, {}, ref_r2kd),
+    "label_revision": (corrections.label_revision, {}, ref_label_revision),
     "topkd": (ranking.topkd, SCALING, ref_topkd),
     "topkd unscaled": (ranking.topkd, {"k": 2}, lambda z, v, y: ref_topkd(z, v, y, gain=0, lift=0, wrong=0)),
 }
-STATISTICS = {"dist", "mlkd_class", "mlkd_batch", "sinkhorn", "topkd"}
+STATISTICS = {"dist", "r2kd", "mlkd_class", "mlkd_batch", "sinkhorn", "topkd"}
 
 
 @pytest.mark.parametrize("name", PER_BATCH)
 def test_batch_loss_is_its_formula(name, batch):
     loss, options, reference = PER_BATCH[name]
     student, teacher, labels = tensors(batch)
-    keywords = {**options, "labels": labels} if name.startswith(("cwtm", "topkd")) else options
+    keywords = {**options, "labels": labels} if name.startswith(("cwtm", "topkd", "label_revision")) else options
     expected = reference(*(a.tolist() for a in batch))
     assert loss(student, teacher, **keywords).item() == pytest.approx(expected, rel=1e-9)
     assert loss(student, teacher, **keywords, reduction="sum").item() == pytest.approx(ROWS * expected, rel=1e-9)
@@ -430,6 +467,36 @@ def test_swap_does_not_change_correct_rows(batch):
     swapped = corrections.swap(teacher, labels)
     assert (swapped.argmax(1) == labels).all()
     assert torch.equal(swapped[:2], teacher[:2])
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_label_revision_of_one_group_is_the_mean_of_its_rows(batch, right):
+    z, v, _ = batch
+    y = v.argmax(1) if right else v.argmin(1)
+    student, teacher, labels = tensors((z, v, y))
+    expected = ref_label_revision(z.tolist(), v.tolist(), y.tolist())
+    rows = corrections.label_revision(student, teacher, labels=labels, reduction="none")
+    assert rows.mean().item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_virtual_teacher_of_the_paper_and_that_of_its_code_have_their_minima_where_they_say(batch):
+    _, _, labels = tensors(batch)
+
+    def minimum(loss):
+        logits = torch.zeros(ROWS, 100, dtype=torch.float64, requires_grad=True)
+        optimiser = torch.optim.LBFGS([logits], max_iter=200, line_search_fn="strong_wolfe")
+
+        def step():
+            optimiser.zero_grad()
+            value = loss(logits, logits, labels=labels)
+            value.backward()
+            return value
+
+        optimiser.step(step)
+        return logits.detach().softmax(1)[torch.arange(ROWS), labels].tolist()
+
+    assert minimum(controls.virtual_teacher) == pytest.approx([0.99] * ROWS, abs=1e-3)
+    assert minimum(controls.tf_kd) == pytest.approx([0.0105] * ROWS, abs=1e-4)
 
 
 def test_a_uniform_virtual_teacher_is_kd_from_equal_logits(batch):

@@ -239,7 +239,8 @@ def test_a_top_k_archive_is_refused_by_losses_that_need_whole_rows():
 def test_needs_are_those_of_the_terms():
     for specs, teacher, labels in (
         (["ce"], False, True),
-        (["taid"], True, True),
+        (["taid"], True, False),
+        (["taid", "ce?weight=1"], True, True),
         (["ce?weight=0", "ctkd", "dist"], True, False),
         (["ce?weight=0", "dist", "dkd"], True, True),
     ):
