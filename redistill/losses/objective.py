@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from redistill.losses.catalogue import Entry, make_loss, read_options
 from redistill.losses.checks import check_labels, check_matrix
-from redistill.losses.curriculum import Schedule, TrainingProgress
+from redistill.losses.curriculum import Schedule, Taid, TrainingProgress
 from redistill.losses.hinton import standardize
 from redistill.specs import Spec, parse_spec
 
@@ -63,6 +63,11 @@ class Term(nn.Module):
         self.schedule = _read_schedule(spec, entry.warmup)
         self.standardize = spec.take("standardize", False)
         self.diagnostics = dict(entry.diagnostics(read_options(spec, entry)))
+
+    @property
+    def follows_the_end(self) -> bool:
+        """Whether the weight or the target depends on the planned number of epochs."""
+        return self.schedule.decay != "none" or isinstance(self.loss, Taid)
 
     @property
     def needs_shift(self) -> bool:
@@ -136,6 +141,11 @@ class Objective(nn.Module):
         """What the training loop must pass to `forward`."""
         terms = self._terms()
         return Needs(teacher=bool(terms), labels=self.ce_weight > 0 or any(term.entry.labels for term in terms))
+
+    @property
+    def follows_the_end(self) -> str | None:
+        """The first term whose weight or target depends on the planned number of epochs."""
+        return next((term.label for term in self._terms() if term.follows_the_end), None)
 
     def refuse_codec(self, codec: Codec) -> None:
         """Refuse an archive whose codec stores less of a row than a term needs."""

@@ -80,7 +80,12 @@ def load_checkpoint(
     path, state = newest
     if state["archive"] != archive:
         raise Refused(f"{path} was trained from archive {state['archive']}, --archive is {archive}; use another --out")
-    refuse_difference(out, state["options"], options)
+    saved = dict(state["options"])
+    if saved["epochs"] < options["epochs"]:
+        for member in members:
+            member.refuse_more_epochs(saved["epochs"], options["epochs"])
+        saved["epochs"] = options["epochs"]
+    refuse_difference(out, saved, options)
     epoch, batch = int(state["epoch"]), int(state["batch"])
     for member in members:
         member.load(state["members"][member.spec.name], epoch, batch)

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from redistill_cache.errors import Refused
+from redistill_cache.errors import Refused, SpecMismatch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -192,6 +192,20 @@ class Member:
             "sums": self.sums,
             "rows": self.rows,
         }
+
+    def refuse_more_epochs(self, saved: int, epochs: int) -> None:
+        """Refuse to go on to `epochs` where the epochs up to `saved` would have been trained in another way."""
+        term = self.objective.follows_the_end
+        if self.optim.sched == "cosine":
+            reason = "the learning rate of --sched cosine depends on the number of epochs"
+        elif term is not None:
+            reason = f"the loss {term!r} changes with the share of the epochs that is done"
+        else:
+            return
+        raise SpecMismatch(
+            f"{self.options.out} holds a run of {saved} epochs that cannot be continued to {epochs}: {reason}; use "
+            "another --out"
+        )
 
     def load(self, state: Mapping[str, Any], epoch: int, batch: int) -> None:
         """Restore the state that rank 0 saved after `batch` batches of `epoch`.

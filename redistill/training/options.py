@@ -76,7 +76,12 @@ class TrainOptions:
     )
     out: Path = field(metadata=option("Folder of the run. Several students, losses or seeds get a subfolder each."))
     val: str | Any | None = field(
-        default=None, metadata=option("Held-out images for validation after every epoch.", metavar="DATA")
+        default=None,
+        metadata=option(
+            "Held-out images for validation after every epoch; or a share of the training images, such as 0.1, that is "
+            "held out of every class, drawn by --order-seed.",
+            metavar="DATA|SHARE",
+        ),
     )
     val_archive: Path | None = field(
         default=None,
@@ -186,12 +191,29 @@ class TrainOptions:
         for name in ("students", "losses", "seeds"):
             if not getattr(self, name):
                 raise UsageError(f"expected at least one {options_of(TrainOptions)[name].flag}")
+        if isinstance(self.val, float):
+            object.__setattr__(self, "val", f"{self.val:g}")
+        if self.val_share is not None:
+            if not 0 < self.val_share < 1:
+                raise UsageError(
+                    f"--val as a share of the training images must be above 0 and below 1, found {self.val}"
+                )
+            if self.val_archive is not None:
+                raise UsageError(f"--val {self.val} holds out training images, for which there is no --val-archive")
         if self.val_archive is not None and self.val is None:
             raise UsageError(f"--val-archive {self.val_archive} needs the images it was made from; add --val")
         if self.archive.resolve() in (self.out.resolve(), *self.out.resolve().parents):
             raise UsageError(f"--out {self.out} is inside the archive {self.archive}; choose another folder")
         if len(set(self.teachers)) < len(self.teachers):
             raise UsageError(f"--teacher-names {','.join(self.teachers)} has a name twice; list each once")
+
+    @property
+    def val_share(self) -> float | None:
+        """`val` as a share of the training images; None where it names images of its own."""
+        try:
+            return float(self.val) if isinstance(self.val, str) else None
+        except ValueError:
+            return None
 
     # -- members ------------------------------------------------------------------------------------------------------
 
@@ -223,8 +245,9 @@ class TrainOptions:
         return plain | {name: value for name, value in self.optim.to_json().items() if value is not None}
 
     def fixed_on_resume(self) -> dict[str, Any]:
-        """Options that must be the same for a run to be resumed."""
-        return {name: value for name, value in self.to_json().items() if name not in FREE_ON_RESUME}
+        """Options that must be the same for a run to be resumed; `epochs` may grow where nothing depends on the end."""
+        fixed = {name: value for name, value in self.to_json().items() if name not in FREE_ON_RESUME}
+        return fixed if self.val_share is None else fixed | {"val": self.val}
 
     @classmethod
     def read(cls, values: Mapping[str, Any], *, preset_name: str | None = None) -> TrainOptions:

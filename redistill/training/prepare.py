@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from redistill_cache import Archive, open_archive
 from redistill_cache.errors import Refused, UsageError
@@ -63,7 +64,25 @@ def prepare(options: TrainOptions, world: World, progress: Progress) -> TrainSet
     workers = default_workers(world.rank.local_world_size) if options.workers is None else options.workers
     with world.local_first():
         dataset = open_dataset(options, archive, workers, progress)
-        validation = None if options.val is None else open_validation(options, archive, size, workers, world)
+        validation = None
+        if options.val_share is not None:
+            held_out = held_out_rows(archive, options.val_share, options.order_seed)
+            progress.info(
+                f"validation: {len(held_out):,} of {archive.num_samples:,} images are held out, the share "
+                f"{options.val} of every class, drawn with --order-seed {options.order_seed}"
+            )
+            validation = Validation.of_rows(
+                dataset,
+                held_out,
+                class_names=archive.class_names,
+                size=size,
+                workers=workers,
+                rank=world.rank.rank,
+                world_size=world.size,
+            )
+            dataset = dataset.without(held_out)
+        elif options.val is not None:
+            validation = open_validation(options, archive, size, workers, world)
     feed = Feed(
         dataset,
         epochs=options.optim.epochs,
@@ -172,6 +191,26 @@ def open_dataset(options: TrainOptions, archive: Archive, workers: int, progress
     else:
         progress.info(views.canaries.require().message)
     return views.dataset
+
+
+def held_out_rows(archive: Archive, share: float, seed: int) -> np.ndarray:
+    """The rows to validate on: this share of every class, a function of the archive's images and of the seed alone.
+
+    Rows of equal images are held out together. A class keeps at least one image to train on.
+    """
+    labels = np.asarray(archive.labels)
+    digests, rows_to_images = np.unique(np.asarray(archive.digests), axis=0, return_inverse=True)
+    images = rows_to_images.reshape(-1)
+    order = np.random.Generator(np.random.Philox(key=np.array([seed, 0], np.uint64))).permutation(len(digests))
+    held_out = np.zeros(len(digests), bool)
+    for label in np.unique(labels[labels >= 0]):
+        of_class = np.unique(images[labels == label])
+        count = min(round(share * len(of_class)), len(of_class) - 1)
+        held_out[of_class[np.argsort(order[of_class])[:count]]] = True
+    if not held_out.any():
+        raise Refused(f"--val {share:g}: this share of a class is less than one image; use a larger share")
+    rows: np.ndarray = np.flatnonzero(held_out[images])
+    return rows
 
 
 def open_validation(options: TrainOptions, archive: Archive, size: int, workers: int, world: World) -> Validation:

@@ -95,6 +95,8 @@ class RunFiles:
             "archive": {"id": archive.id, "samples": archive.num_samples, "views": archive.num_views},
             "versions": {name: version(name) for name in LIBRARIES},
         }
+        if self.setup.validation is not None:
+            facts["validation"] = {"images": int((self.setup.validation.labels >= 0).sum())}
         write_config(folder, self.options.to_json() | own, facts)
         return [open_log(kind, folder, first_epoch=first_epoch + 1) for kind in self.options.log]
 

@@ -16,6 +16,7 @@ from redistill.devices import refuse_out_of_memory
 from redistill.loading import BatchLoader
 from redistill.metrics import MetricSums, batch_sums
 from redistill.models.model_info import Normalise
+from redistill.sources.base import NO_LABEL
 from redistill.sources.index import SourceIndex, index_source
 from redistill.sources.open_source import open_source
 from redistill.training.feed import collate_views
@@ -87,6 +88,31 @@ class Validation:
             raise Refused(f"{data} has no labels; validation needs them")
         options = {"batch_size": batch_size, "workers": workers, "rank": rank, "world_size": world_size}
         return cls(dataset, labels, teacher_logits, class_names, **options)
+
+    @classmethod
+    def of_rows(
+        cls,
+        dataset: ViewDataset,
+        rows: np.ndarray,
+        *,
+        class_names: tuple[str, ...] | None,
+        size: int,
+        batch_size: int = 256,
+        workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Validation:
+        """The center crops of these rows of an archive's dataset, with the labels of the archive."""
+        index = index_source(dataset.source, workers=None if workers else 0)
+        source_rows = dataset.views.source_rows[rows]
+        present = source_rows >= 0
+        labels = np.full(len(index), NO_LABEL)
+        labels[np.searchsorted(index.rows, source_rows[present])] = dataset.views.labels[rows[present]]
+        if not (labels >= 0).any():
+            raise Refused(f"{dataset.source.spec} has none of the {len(rows)} images that are held out for validation")
+        crops = ViewDataset(dataset.source, DrawnViews(index, parse_recipe(f"center?size={size}"), seed=0, num_views=1))
+        options = {"batch_size": batch_size, "workers": workers, "rank": rank, "world_size": world_size}
+        return cls(crops, labels, None, class_names, **options)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -92,6 +93,13 @@ class ViewDataset(torch.utils.data.Dataset[RenderedView | MixedView]):
     def indices(self, view: int) -> Rows:
         """The indices of one view of every row that can be rendered, in order."""
         return view * self.num_rows + usable_rows(self.views, view)
+
+    def without(self, rows: Rows) -> ViewDataset:
+        """The dataset in which these rows cannot be rendered, nor the rows whose views are mixed with them."""
+        views = copy.copy(self.views)
+        views.source_rows = self.views.source_rows.copy()
+        views.source_rows[rows] = -1
+        return ViewDataset(self.source, views, size=self.size)
 
     def __getitem__(self, index: int) -> RenderedView | MixedView:
         return self.__getitems__([index])[0]

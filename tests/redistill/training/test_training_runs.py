@@ -144,3 +144,30 @@ def test_weights_that_the_last_step_ruined_are_not_saved(options):
     with pytest.raises(Diverged, match="weights are no longer finite at the end of epoch 1; no checkpoint was saved"):
         train(ruined)
     assert {path.name for path in ruined.out.iterdir()} == {"config.toml"}
+
+
+@pytest.mark.parametrize("schedule", [{"sched": "constant"}, {"sched": "multistep", "decay_milestones": (1.0, 3.0)}])
+def test_a_finished_run_goes_on_to_more_epochs_as_if_they_had_been_planned(options, tmp_path: Path, schedule):
+    train(options(out=tmp_path / "straight", epochs=4, val=VAL, **schedule))
+    train(options(out=tmp_path / "longer", epochs=2, val=VAL, **schedule))
+    result = train(options(out=tmp_path / "longer", epochs=4, val=VAL, **schedule))[0]
+    assert result.epochs == 4
+    assert weights(tmp_path / "longer") == weights(tmp_path / "straight")
+    assert history(tmp_path / "longer") == history(tmp_path / "straight")
+    with pytest.raises(SpecMismatch, match="epochs = 4, found epochs = 3"):
+        train(options(out=tmp_path / "longer", epochs=3, val=VAL, **schedule))
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({}, "the learning rate of --sched cosine depends on the number of epochs"),
+        ({"sched": "constant", "losses": ("kl?decay=linear",)}, "the loss 'kl' changes with the share of the epochs"),
+        ({"sched": "constant", "losses": ("taid",)}, "the loss 'taid' changes with the share of the epochs"),
+    ],
+)
+def test_a_run_planned_for_its_end_is_not_continued_beyond_it(options, changed, reason: str):
+    train(options(epochs=1, **changed))
+    with pytest.raises(SpecMismatch, match=f"a run of 1 epochs that cannot be continued to 2: {reason}") as refusal:
+        train(options(epochs=2, **changed))
+    assert "\n" not in str(refusal.value)
