@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from redistill_cache.errors import RedistillError, UsageError
-from redistill_cache.wording import harmless
+from redistill_cache.wording import harmless, human_bytes
 from rich.table import Table
 
 from redistill.optim import PRESETS
 from redistill.option_fields import options_of
 from redistill.training.options import TrainOptions, read_config
 from redistill_cli.options import collect, takes
-from redistill_cli.rendering import TerminalProgress, console, local_archive, print_json
+from redistill_cli.rendering import TerminalProgress, console, human_seconds, key_values, local_archive, print_json
 
 if TYPE_CHECKING:
-    from redistill.training import TrainResult
+    from redistill.training import DryRun, TrainResult
 
 
 @takes(TrainOptions, require=False)
@@ -30,6 +30,12 @@ def train(
         str | None,
         typer.Option("--preset", metavar="|".join(PRESETS), help="Settings of a recipe, used where no option is set."),
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Check everything and do one step; print steps, memory and disk; write nothing to --out."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
     **values: object,
 ) -> None:
@@ -38,6 +44,10 @@ def train(
     Run the same command again to resume after an interruption; on a CPU the
     resumed run is bit-exact. Several --student, --loss or --seed are trained
     in one pass over the images. Under torchrun the ranks share every batch.
+
+    A finished run goes on if --epochs is raised, where the learning rate
+    does not depend on the number of epochs (--sched constant, step or
+    multistep).
 
     Options come from the command line, then --config, then --preset.
 
@@ -59,10 +69,16 @@ def train(
         --config runs/losses/power-0/config.toml --out runs/again
     """
     from redistill.ranks import Rank
+    from redistill.training import dry_run as run_one_step
     from redistill.training import train as run
 
     options = read_options(collect(TrainOptions, values), config, preset)
     with TerminalProgress() as progress:
+        if dry_run:
+            needs = run_one_step(options, progress)
+            if Rank.from_environment().first:
+                print_json(needs.to_json()) if as_json else show_dry_run(needs)
+            return
         results = run(options, progress)
     if Rank.from_environment().first:
         show(results, as_json=as_json)
@@ -79,6 +95,25 @@ def read_options(values: Mapping[str, Any], config: Path | None, preset: str | N
         if name in merged:
             merged[name] = local_archive(str(merged[name]))
     return TrainOptions.read(merged | {"allow_python": config is None}, preset_name=preset)
+
+
+def show_dry_run(needs: DryRun) -> None:
+    rows_at = "a temporary file" if needs.teacher_rows_on_disk else "memory"
+    rows: list[tuple[str, object]] = [
+        ("steps", f"{needs.steps:,}: {needs.epochs} epochs of {needs.steps_per_epoch:,} with {needs.images:,} images"),
+        ("validation", "none" if needs.validation_images is None else f"{needs.validation_images:,} images"),
+        ("first step", f"{human_seconds(needs.step_seconds)} on {needs.device}, with the start of the workers"),
+        ("memory", f"{human_bytes(needs.peak_memory_bytes)} at most so far"),
+        ("teacher rows", f"{human_bytes(needs.teacher_rows_bytes)} in {rows_at}"),
+        ("disk", f"{human_bytes(needs.disk_bytes)} for checkpoints and weights, {human_bytes(needs.free_bytes)} free"),
+    ]
+    rows += [
+        (name, f"{needs.parameters[name]:,} parameters, loss {loss:.3f} before the first step")
+        for name, loss in needs.losses.items()
+    ]
+    if needs.resumes:
+        rows.append(("--out", "holds a run, which would be resumed"))
+    key_values(rows)
 
 
 def show(results: Sequence[TrainResult], *, as_json: bool) -> None:

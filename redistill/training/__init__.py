@@ -8,12 +8,18 @@ from typing import TYPE_CHECKING
 from redistill.training.options import TrainOptions
 
 if TYPE_CHECKING:
+    from redistill.training.first_step import DryRun, dry_run
     from redistill.training.loop import train
     from redistill.training.run_files import TrainResult
 
-__all__ = ["TrainOptions", "TrainResult", "train"]
+__all__ = ["DryRun", "TrainOptions", "TrainResult", "dry_run", "train"]
 
-LAZY = {"train": "redistill.training.loop", "TrainResult": "redistill.training.run_files"}
+LAZY = {
+    "DryRun": "redistill.training.first_step",
+    "TrainResult": "redistill.training.run_files",
+    "dry_run": "redistill.training.first_step",
+    "train": "redistill.training.loop",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -43,8 +43,7 @@ def train(options: TrainOptions, progress: Progress | None = None) -> list[Train
     with joined_world(options.device) as world, stop_on_signals(RESUME) as stop:
         if progress is None or not world.first:
             progress = NoProgress()
-        if options.resume == "never" and has_checkpoint(options.out):
-            raise Refused(f"{options.out} holds a run; choose another --out, or --resume auto to resume it")
+        refuse_earlier_run(options)
         setup = prepare(options, world, progress)
         with disk_trouble("write", options.out, "; then run the same command again"):
             epoch, batch = load_checkpoint(
@@ -56,6 +55,11 @@ def train(options: TrainOptions, progress: Progress | None = None) -> list[Train
                 progress.info(f"resuming at epoch {epoch + 1}, batch {batch + 1}")
             files = RunFiles(options, setup, first_epoch=epoch, writes=world.first)
             return files.finish(Training(options, world, setup, files, progress, stop).run(epoch, batch))
+
+
+def refuse_earlier_run(options: TrainOptions) -> None:
+    if options.resume == "never" and has_checkpoint(options.out):
+        raise Refused(f"{options.out} holds a run; choose another --out, or --resume auto to resume it")
 
 
 class Training:
@@ -100,6 +104,21 @@ class Training:
             if self.targets is not None:
                 self.targets.close()
         return metrics
+
+    def first_step(self) -> None:
+        """The first step of the run, and no more."""
+        batches = self.feed.start()
+        try:
+            item = next(batches)
+            self._begin_epoch(0)
+            self._step(item)
+            diverged = self.world.any(*(member.loss_diverged for member in self.members))
+            self._refuse_diverged(diverged, "loss is", "epoch 1, batch 1")
+            self._refuse_infinite_weights("epoch 1, batch 1")
+        finally:
+            batches.close()
+            if self.targets is not None:
+                self.targets.close()
 
     def _begin_epoch(self, epoch: int) -> None:
         if self.targets is not None:

@@ -171,6 +171,10 @@ class Member:
         """Running statistics of batch norms included."""
         return all(bool(tensor.isfinite().all()) for tensor in self.module.state_dict().values())
 
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
     # -- what is saved ------------------------------------------------------------------------------------------------
 
     @property

@@ -166,7 +166,7 @@ class RunFiles:
             **headline(metrics),
             images_per_second=images / seconds if seconds else 0.0,
             seconds=seconds,
-            parameters=sum(parameter.numel() for parameter in member.module.parameters()),
+            parameters=member.num_parameters,
             evaluation=None if metrics is None else metrics.to_json(),
         )
 

@@ -91,8 +91,8 @@ class SharedViews:
         self.world = world
         self.codecs = [archive.codec(teacher, LOGITS) for teacher in teachers]
         self.shared = world.rank.local_world_size > 1 and Path("/proc/self/fd").exists()
-        needed = 2 * views_per_image * archive.num_samples * sum(map(row_bytes, self.codecs))
-        self.spilled = needed > memory_gib * 2**30
+        self.needed_bytes = 2 * views_per_image * archive.num_samples * sum(map(row_bytes, self.codecs))
+        self.spilled = self.needed_bytes > memory_gib * 2**30
         self._buffers = FileArrays(on_disk=self.spilled)
         # Copies of arrays that the loader allocates itself; needed until the other ranks have mapped them.
         self._sparse = FileArrays(on_disk=self.spilled)

@@ -42,6 +42,32 @@ def run(tmp_path: Path):
 TRAIN = ("--student", "demo:tiny", "--epochs", "2", "--lr", "0.05", "--workers", "0", "--batch-size", "32")
 
 
+def test_a_dry_run_of_training_says_what_it_needs_and_writes_nothing(run, archive: Path, tmp_path: Path):
+    arguments = ("train", DATA, "--archive", archive, "--out", "runs/new", "--val", "0.1", *TRAIN, "--dry-run")
+    process = run(*arguments)
+    assert process.returncode == 0, process.stderr
+    assert "10: 2 epochs of 5 with 134 images" in process.stdout
+    assert "for checkpoints and weights" in process.stdout
+    assert "validation: 16 of 150 images are held out" in process.stderr
+    process = run(*arguments, "--json")
+    needs = json.loads(process.stdout)
+    assert (needs["steps"], needs["images"], needs["validation_images"]) == (10, 134, 16)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_finished_run_is_continued_or_one_line_says_why_not(run, archive: Path):
+    constant = ("train", DATA, "--archive", archive, "--out", "run", *TRAIN, "--sched", "constant", "--json")
+    assert run(*constant).returncode == 0
+    process = run(*constant, "--epochs", "3")
+    assert json.loads(process.stdout)["epochs"] == 3
+    assert "resuming at epoch 3, batch 1" in process.stderr
+    cosine = ("train", DATA, "--archive", archive, "--out", "cosine", *TRAIN)
+    assert run(*cosine).returncode == 0
+    process = run(*cosine, "--epochs", "3")
+    assert process.returncode == 3
+    assert "cannot be continued to 3: the learning rate of --sched cosine depends on" in process.stderr
+
+
 def test_from_a_teacher_to_a_page(run, tmp_path: Path):
     process = run(
         "cache-teacher", DATA, "--teacher", TEACHER, "--views", "2", "--out", "a.zarr", "--workers", "0", "--json"
