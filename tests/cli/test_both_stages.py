@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from redistill_cli.__main__ import main
 
+from tests.command_line import without
 from tests.small_archive import DATA, TEACHER, VAL, cache
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,9 +135,9 @@ def test_an_error_is_one_line(
 ):
     """In this process, as a new one takes seconds to start."""
     monkeypatch.chdir(tmp_path)
-    arguments = ["train", changed[0], "--archive", str(archive), "--out", "run", *TRAIN]
-    arguments += [argument.format(archive=archive) for argument in changed[1:]]
-    monkeypatch.setattr(sys, "argv", ["redistill", *arguments])
+    defaults = ("--archive", str(archive), "--out", "run", *TRAIN)
+    options = [argument.format(archive=archive) for argument in changed[1:]]
+    monkeypatch.setattr(sys, "argv", ["redistill", "train", changed[0], *without(defaults, *options), *options])
     with pytest.raises(SystemExit) as exit_:
         main()
     err = capsys.readouterr().err
@@ -158,7 +159,8 @@ def test_a_damaged_archive_is_exit_code_four(run, tmp_path: Path):
 
 
 def test_a_diverging_loss_stops_the_run(run, archive: Path):
-    process = run("train", DATA, "--archive", archive, "--out", "run", *TRAIN, "--lr", "1e30", "--loss", "ce")
+    diverging = ("--lr", "1e30", "--loss", "ce")
+    process = run("train", DATA, "--archive", archive, "--out", "run", *without(TRAIN, *diverging), *diverging)
     assert process.returncode == 1, process.stderr
     assert "no longer finite at epoch 1, batch" in process.stderr
 

@@ -14,6 +14,7 @@ from redistill_cache import open_archive
 from redistill_cache.verify import verify
 from redistill_cli.__main__ import main
 
+from tests.command_line import without
 from tests.stage1 import file_hashes, odd_teacher, read_note
 
 DATA, TEACHER = "synthetic?n=90&classes=5", "demo:small?num_classes=5&weights=random"
@@ -26,7 +27,8 @@ def cached(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path):
     monkeypatch.chdir(tmp_path)
 
     def call(*options: str, data: str = DATA, teacher: str = TEACHER, out: str = "a.zarr") -> tuple[int, str, str]:
-        command = ["redistill", "cache-teacher", data, "--teacher", teacher, "--out", out, *PLAIN, *options]
+        defaults = ("--teacher", teacher, "--out", out, *PLAIN)
+        command = ["redistill", "cache-teacher", data, *without(defaults, *options), *options]
         monkeypatch.setattr(sys, "argv", command)
         with pytest.raises(SystemExit) as exit_:
             main()

@@ -22,7 +22,18 @@ from redistill.optim import OptimConfig
 from redistill.training import TrainOptions
 from redistill.training.options import POWER
 
-COMMANDS = typer.main.get_command(app).commands
+
+
+def leaves(commands: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Every command by what is typed, those of groups included."""
+    found: dict[str, Any] = {}
+    for name, command in commands.items():
+        full = f"{path} {name}".strip()
+        found |= leaves(command.commands, full) if hasattr(command, "commands") else {full: command}
+    return found
+
+
+COMMANDS = leaves(typer.main.get_command(app).commands)
 REQUIRED = ("folder:images", "--archive", "a.zarr", "--student", "demo:tiny", "--out", "run")
 
 
@@ -92,6 +103,25 @@ def test_missing_options_are_named():
         train_options("folder:images")
     with pytest.raises(UsageError, match="train needs DATA, --archive"):
         train_options()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_repeated_option_is_refused_unless_it_takes_several_values(command: str):
+    for option in COMMANDS[command].params:
+        if option.param_type_name != "option" or option.is_eager:
+            continue
+        twice = [option.opts[0], *([] if option.is_flag else ["1"])] * 2
+        try:
+            COMMANDS[command].make_context(command, twice)
+            message = ""
+        except Exception as error:  # noqa: BLE001  an option that may be repeated fails later, on a missing argument
+            message = str(error)
+        assert ("is given 2 times and takes one value" in message) != option.multiple, option.opts
+
+
+def test_both_forms_of_a_switch_are_one_option():
+    with pytest.raises(UsageError, match="--amp/--no-amp is given 2 times and takes one value; give it once"):
+        train_options(*REQUIRED, "--amp", "--no-amp")
 
 
 @pytest.mark.parametrize("option", ["--cohort", "--ce-weight"])
