@@ -23,7 +23,6 @@ from redistill.training import TrainOptions
 from redistill.training.options import POWER
 
 
-
 def leaves(commands: dict[str, Any], path: str = "") -> dict[str, Any]:
     """Every command by what is typed, those of groups included."""
     found: dict[str, Any] = {}
