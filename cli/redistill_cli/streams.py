@@ -6,37 +6,33 @@ import io
 import os
 import select
 import sys
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 __all__ = ["Stream", "open_streams"]
 
 
-class Stream(io.RawIOBase):
+class Stream(io.FileIO):
     """A file descriptor whose writes do not fail. After the first error it is /dev/null, for child processes too."""
 
     def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
+        super().__init__(descriptor, "wb", closefd=False)
         self.error: OSError | None = None
         """Why output was lost."""
 
-    def writable(self) -> bool:
-        return True
-
-    def fileno(self) -> int:
-        return self.descriptor
-
-    def isatty(self) -> bool:
-        return os.isatty(self.descriptor)
-
-    def write(self, data: bytes) -> int:  # type: ignore[override]  any buffer
+    def write(self, data: ReadableBuffer, /) -> int:
         while True:
             try:
-                return os.write(self.descriptor, data)
-            except BlockingIOError:  # another process has set the pipe to non-blocking mode
-                select.select([], [self.descriptor], [])
+                written: int | None = super().write(data)
             except OSError as error:
                 self.error = error
-                redirect_to_null(self.descriptor)
+                redirect_to_null(self.fileno())
+                continue
+            if written is not None:
+                return written
+            select.select([], [self], [])  # another process has set the pipe to non-blocking mode
 
 
 def redirect_to_null(descriptor: int) -> None:

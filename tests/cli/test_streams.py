@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from redistill_cli.streams import Stream
 
 from tests.small_archive import DATA, TEACHER, cache
 
@@ -72,3 +76,14 @@ def test_a_character_that_the_encoding_lacks_is_escaped(shell: Shell, tmp_path: 
     process = shell("inspect é.zarr", PYTHONIOENCODING="ascii")
     assert process.returncode == 0, process.stderr
     assert "\\xe9.zarr" in process.stdout
+
+
+def test_a_slow_reader_of_a_pipe_in_non_blocking_mode_gets_everything():
+    """Another process that shares the pipe may have set the mode; the text is longer than a pipe holds."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with open(reading, "rb") as reader, ThreadPoolExecutor(1) as pool:  # noqa: PTH123  a descriptor
+        received = pool.submit(lambda: (time.sleep(0.2), reader.read())[1])
+        io.BufferedWriter(Stream(writing)).write(b"x" * 1_000_000)
+        os.close(writing)
+        assert len(received.result(60)) == 1_000_000
