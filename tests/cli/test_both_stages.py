@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from redistill_cache import open_archive
 from redistill_cli.__main__ import main
 
 from tests.command_line import without
@@ -145,6 +146,31 @@ def test_an_error_is_one_line(
     assert message in err
     assert len([line for line in err.splitlines() if line.startswith("redistill:")]) == 1
     assert not (tmp_path / "run" / "last.ckpt").exists()
+
+
+def test_train_prints_the_settings_in_effect_before_it_starts(run, archive: Path):
+    """Of the preset as well; the seed of the run, and a size that is not the archive's."""
+    process = run(
+        *("train", DATA, "--archive", archive, "--student", "demo:tiny", "--preset", "cifar-kd", "--epochs", "1"),
+        *("--sched", "constant", "--seed", "4", "--size", "24", "--workers", "0", "--out", "run", "--loss", "kl"),
+    )
+    assert process.returncode == 0, process.stderr
+    lines = [" ".join(line.split()) for line in process.stderr.splitlines()]
+    first = next(number for number, line in enumerate(lines) if line.startswith("archive "))
+    assert lines[first] == f"archive teacher.redistill.zarr ({open_archive(archive).id[:12]}), 150 samples, 3 views"
+    assert lines[first + 2].endswith("; 32 pixels, students at 24 pixels")
+    expected = [
+        "teacher small",
+        "validation none",
+        "student demo:tiny",
+        "loss kl",
+        "seed 4",
+        "optimizer sgd, lr 0.05, momentum 0.9, weight decay 0.0005",
+        "schedule 1 epoch, constant",
+        "batch 64, 1 view per image, 3 batches per epoch",
+    ]
+    assert [line for line in lines[first:] if line in expected] == expected
+    assert next(number for number, line in enumerate(lines) if line.startswith("epoch 1 ")) > first + len(expected)
 
 
 def test_a_damaged_archive_is_exit_code_four(run, tmp_path: Path):

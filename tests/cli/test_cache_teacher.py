@@ -75,6 +75,25 @@ def test_a_dry_run_estimates_and_writes_nothing(cached, tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_the_settings_in_effect_are_printed_before_the_teacher_runs(cached, dry: tuple[str, ...]):
+    code, _, err = cached("--views", "2", "--seed", "3", "--signals", "layer3", *dry)
+    assert code == 0, err
+    lines = [" ".join(line.split()) for line in err.splitlines()]
+    for line in (
+        f"data {DATA}, 90 images",
+        f"teacher {TEACHER}, named small",
+        "signals logits, layer3",
+        "views 2 per image, seed 3",
+        "codec auto, KL at most 0.001 in every row, relative error of features at most 0.02",
+        "batch 16, blocks of 32 rows, 0 rendering processes",
+    ):
+        assert line in lines, line
+    assert any(line.startswith("recipe ") and line.endswith("32 pixels") for line in lines)
+    for name in ("device", "normalisation mean"):
+        assert any(line.startswith(f"{name} ") for line in lines), name
+
+
 def test_secrets_are_masked_in_the_recorded_command(cached):
     code, _, err = cached("--citation", "https://me:hunter2@example.org/a?token=s3cr3t&x=1")
     assert code == 0, err

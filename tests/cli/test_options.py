@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ import tomli_w
 import typer.main
 from redistill_cache.errors import UsageError
 from redistill_cli.app import app
-from redistill_cli.options import collect
+from redistill_cli.options import collect, describe_default
 from redistill_cli.train import read_options
 
 from redistill.caching import CacheOptions
 from redistill.optim import OptimConfig
+from redistill.option_fields import options_of
 from redistill.training import TrainOptions
 from redistill.training.options import POWER
 
@@ -150,6 +152,28 @@ def test_every_option_has_a_help_text(command: str):
 )
 def test_help_shows_names_choices_and_defaults(text: str, monkeypatch: pytest.MonkeyPatch):
     assert text in re.sub(r"\s+", " ", help_text("train", monkeypatch))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_every_default(command: str, monkeypatch: pytest.MonkeyPatch):
+    """Text in brackets is not taken for markup; the default of a derived option is in its dataclass."""
+    help_ = re.sub(r"\s+", "", help_text(command, monkeypatch))
+    for parameter in COMMANDS[command].params:
+        texts = re.findall(r"\[default: .*?\]", parameter.help)
+        texts += [f"[default: {parameter.default}]"] if parameter.default not in (None, False, ()) else []
+        for text in texts:
+            assert parameter.help.replace(" ", "").partition("[default")[0] in help_
+            assert re.sub(r"\s+", "", text) in help_, parameter.name
+    derived = {"train": TrainOptions, "cache-teacher": CacheOptions}.get(command)
+    for option in options_of(derived).values() if derived is not None else ():
+        if option.help and option.default not in (None, False, MISSING, (), ""):
+            assert "[default: " in describe_default(option), option.field
+
+
+def test_help_in_a_pipe_has_the_defaults():
+    command = [sys.executable, "-m", "redistill_cli", "train", "--help"]
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Epochs of training. [default: 240]" in process.stdout
 
 
 @pytest.mark.parametrize("command", COMMANDS)
