@@ -22,7 +22,7 @@ from redistill.training.checkpoint import has_checkpoint, load_checkpoint, save_
 from redistill.training.feed import BatchPlan, TrainBatch
 from redistill.training.options import TrainOptions
 from redistill.training.prepare import TrainSetup, prepare
-from redistill.training.run_files import EpochTimes, RunFiles, TrainResult
+from redistill.training.run_files import EpochTimes, RunFiles, TrainResult, refuse_foreign_folder
 from redistill.training.settings import settings_in_effect
 
 __all__ = ["Diverged", "train"]
@@ -46,6 +46,7 @@ def train(options: TrainOptions, progress: Progress | None = None) -> list[Train
             progress = NoProgress()
         if options.resume == "never" and has_checkpoint(options.out):
             raise Refused(f"{options.out} holds a run; choose another --out, or --resume auto to resume it")
+        refuse_foreign_folder(options)
         setup = prepare(options, world, progress)
         progress.settings(settings_in_effect(options, setup, world))
         with disk_trouble("write", options.out, "; then run the same command again"):
