@@ -160,7 +160,7 @@ class TerminalProgress:
     def settings(self, settings: Mapping[str, str]) -> None:
         width = max(map(len, settings), default=0)
         for name, text in settings.items() if not self._brief else ():
-            self._write(f"{name:<{width}}  {harmless(text)}")
+            self.info(f"{name:<{width}}  {text}")
 
     def info(self, text: str) -> None:
         self._write(harmless(text))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, replace
+from dataclasses import MISSING
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -85,13 +85,12 @@ def read_options(
     missing = [option.flag for option in required if option.field not in merged]
     if missing:
         raise UsageError(f"train needs {', '.join(missing)}; see redistill train --help")
-    options = TrainOptions.read(merged | {"allow_python": config is None}, preset_name=preset)
-    val_archive = merged.get("val_archive")
-    return replace(
-        options,
-        archive=local_archive(str(merged["archive"])),
-        val_archive=local_archive(None if val_archive is None else str(val_archive)),
-    )
+    merged["allow_python"] = config is None
+    TrainOptions.read(merged, preset_name=preset)  # every option is checked before an archive is fetched
+    for name in ("archive", "val_archive"):
+        if name in merged:
+            merged[name] = local_archive(str(merged[name]))
+    return TrainOptions.read(merged, preset_name=preset)
 
 
 def settings_of(config: Path, values: Mapping[str, Any], *, trust: bool) -> dict[str, Any]:

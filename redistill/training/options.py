@@ -212,6 +212,7 @@ class TrainOptions:
             raise UsageError(f"--out {self.out} is inside the archive {self.archive}; choose another folder")
         if len(set(self.teachers)) < len(self.teachers):
             raise UsageError(f"--teacher-names {','.join(self.teachers)} has a name twice; list each once")
+        _ = self.members  # refuses malformed losses, and members that occur twice
 
     # -- members ------------------------------------------------------------------------------------------------------
 

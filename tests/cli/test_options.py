@@ -35,6 +35,7 @@ def leaves(commands: dict[str, Any], path: str = "") -> dict[str, Any]:
 
 
 COMMANDS = leaves(typer.main.get_command(app).commands)
+ADDRESS = "http://127.0.0.1:9/a.redistill.zarr"
 REQUIRED = ("folder:images", "--archive", "a.zarr", "--student", "demo:tiny", "--out", "run")
 
 
@@ -253,9 +254,16 @@ def test_help_loads_no_torch():
     ("arguments", "message"),
     [
         (("train", "--archve", "a"), "No such option: --archve"),
-        (("train", "d", "--archive", "a", "--student", "demo:tiny", "--out", "r", "--opt", "sdg"), "did you mean sgd"),
+        (
+            ("train", "d", "--archive", ADDRESS, "--student", "demo:tiny", "--out", "r", "--opt", "sdg"),
+            "did you mean sgd",
+        ),
         (("train", "d", "--archive", "a", "--student", "demo:tiny", "--out", "r", "--preset", "quik"), "mean quick?"),
         (("train", "d", "--archive", "a", "--out", "r"), "train needs --student"),
+        (
+            ("train", "d", "--archive", "a", "--student", "demo:tiny", "--out", "r", "--loss", "kl?weight"),
+            "expected key=value",
+        ),
         (("cache-teacher", "d", "--teacher", "t", "--out", "o", "--codec", "linaer"), "did you mean linear"),
         (("evaluat",), "No such command 'evaluat'"),
     ],
