@@ -121,7 +121,7 @@ def test_two_processes_train_on_the_same_batches(run, tmp_path: Path, archive: P
         ((DATA, "--out", "{archive}/run"), 2, "is inside the archive"),
         ((DATA, "--order-seed", "-1"), 2, "--order-seed must be at least 0"),
         ((DATA, "--seed", "99999999999999999999"), 2, "--seed must be at least 0 and at most"),
-        ((DATA, "--workers", "-1"), 2, "--workers must be at least 0, found -1"),
+        ((DATA, "--workers", "-1"), 2, "--workers must be at least 0 and at most 1024, found -1"),
         ((DATA, "--cache-memory", "nan"), 2, "--cache-memory must be at least 0, found nan"),
         ((DATA, "--checkpoint-minutes", "-1"), 2, "--checkpoint-minutes must be at least 0"),
         ((DATA, "--val-archive", "{archive}"), 2, "add --val"),
