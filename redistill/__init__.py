@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from redistill.sources.open_source import open_source
@@ -13,7 +14,9 @@ if TYPE_CHECKING:
     from redistill.models import open_model
     from redistill.views.dataset import ViewDataset, render
 
-__all__ = ["CachedTeacher", "ViewDataset", "losses", "open_model", "open_source", "render"]
+__version__: str
+
+__all__ = ["CachedTeacher", "ViewDataset", "__version__", "losses", "open_model", "open_source", "render"]
 
 # Loaded at first use: these need torch, and the processes that only read and hash images should not wait for it.
 LAZY = {
@@ -26,7 +29,13 @@ LAZY = {
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401  whatever the name stands for
+    if name == "__version__":
+        return version("redistill")
     if name not in LAZY:
         raise AttributeError(f"module 'redistill' has no attribute {name!r}")
     module = import_module(LAZY[name])
     return module if LAZY[name] == f"redistill.{name}" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

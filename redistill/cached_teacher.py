@@ -36,6 +36,9 @@ class CachedTeacher:
         self.name = archive.teacher(teacher).name
         self._loaders: dict[str, ViewLoader] = {}
 
+    def __repr__(self) -> str:
+        return f"<CachedTeacher {self.name} of {self.archive!r} on {self.device}>"
+
     def __call__(self, rows: Tensor | np.ndarray | Sequence[int], view: int) -> Tensor:
         return self._signal(LOGITS, rows, view)
 

@@ -27,7 +27,7 @@ __all__ = ["PRESETS", "OptimConfig", "Preset", "clip_gradients", "lr_at", "make_
 class OptimConfig:
     """Optimiser and learning rate schedule."""
 
-    epochs: int = field(default=240, metadata=option("Epochs of training.", at_least=1))
+    epochs: int = field(default=240, metadata=option("Epochs of training.", at_least=1, at_most=1_000_000))
     opt: Literal["sgd", "nesterov", "adam", "adamw"] = field(
         default="nesterov", metadata=option("Optimiser; nesterov is what timm calls sgd.")
     )

@@ -23,7 +23,7 @@ from redistill.specs import TYPE_NAMES, did_you_mean
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-__all__ = ["Option", "check_types", "check_values", "option", "options_of"]
+__all__ = ["Option", "check_types", "check_values", "option", "options_of", "shown"]
 
 LIMITS: Mapping[str, Callable[[Any, Any], bool]] = {
     "at_least": operator.ge,
@@ -70,6 +70,10 @@ class Option:
     positional: bool = False
     commas: bool = False
     """Several values are separated by commas; otherwise the option is repeated."""
+    location: bool = False
+    """A path or an address, which a file of others must not choose."""
+    most: int = 1000
+    """Of several values."""
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
@@ -84,11 +88,16 @@ class Option:
     def check(self, value: object) -> None:
         """Refuse a value outside the limits (NaN is outside any) or not among the choices."""
         if self.type.choices and value not in self.type.choices:
-            raise UsageError(f"{self.flag} {value!r} is not known; {did_you_mean(str(value), self.type.choices)}")
+            raise UsageError(f"{self.flag} {shown(value)} is not known; {did_you_mean(str(value), self.type.choices)}")
         limits = {name: limit for name in LIMITS if (limit := getattr(self, name)) is not None}
         if not all(LIMITS[name](value, limit) for name, limit in limits.items()):
             expected = " and ".join(f"{name.replace('_', ' ')} {limit}" for name, limit in limits.items())
-            raise UsageError(f"{self.flag} must be {expected}, found {value!r}")
+            raise UsageError(f"{self.flag} must be {expected}, found {shown(value)}")
+
+
+def shown(value: object) -> str:
+    """A value in an error message."""
+    return f"{value!r:.80}"
 
 
 @cache
@@ -122,7 +131,9 @@ def check_types(values: Mapping[str, Any], options: type) -> None:
         is_list = isinstance(value, list | tuple)
         items = value if is_list else [value]
         if is_list != several or not all(isinstance(i, types) and isinstance(i, bool) == (kind is bool) for i in items):
-            raise UsageError(f"{name} must be {f'a list, each {type_name}' if several else type_name}, found {value!r}")
+            raise UsageError(
+                f"{name} must be {f'a list, each {type_name}' if several else type_name}, found {shown(value)}"
+            )
 
 
 def check_values(options: DataclassInstance) -> None:
@@ -132,5 +143,9 @@ def check_values(options: DataclassInstance) -> None:
         value = getattr(options, field.name)
         if value is None or field.name not in known:
             continue
-        for item in value if isinstance(value, list | tuple) else (value,):
-            known[field.name].check(item)
+        items = value if isinstance(value, list | tuple) else (value,)
+        option = known[field.name]
+        if len(items) > option.most:
+            raise UsageError(f"{option.flag} takes at most {option.most:,} values, found {len(items):,}")
+        for item in items:
+            option.check(item)

@@ -27,6 +27,8 @@ MAY_IMPORT = {
     "redistill": {"redistill", "redistill_cache"},
     "redistill_cli": set(PACKAGES),
 }
+# `python -m redistill` starts the command line; nothing imports it.
+ENTRY_POINTS = {"redistill.__main__"}
 # All third parties of redistill_cache.
 CACHE_THIRD_PARTIES = {"numpy", "zarr", "numcodecs", "google_crc32c", "platformdirs"}
 RENDERERS = {"typer", "click", "rich", "tqdm"}
@@ -77,8 +79,14 @@ def test_modules_and_imports_are_found():
 def test_imports_run_one_way():
     for module, imported in IMPORTS.items():
         ours = {name for name in imported if name.split(".")[0] in PACKAGES}
+        if module in ENTRY_POINTS:
+            continue
         upward = {name for name in ours if name.split(".")[0] not in MAY_IMPORT[module.split(".")[0]]}
         assert not upward, f"{module} imports {sorted(upward)} from a layer above it"
+
+
+def test_nothing_imports_an_entry_point():
+    assert not [module for module, imported in IMPORTS.items() if imported & ENTRY_POINTS]
 
 
 def test_third_parties_of_the_archive_library():

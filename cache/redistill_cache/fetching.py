@@ -13,8 +13,10 @@ import fcntl
 import hashlib
 import http.client
 import io
+import os
 import re
 import shutil
+import stat
 import threading
 import urllib.error
 import urllib.request
@@ -239,6 +241,9 @@ def _fetch_small(address: str, cap: int) -> bytes:
 @contextmanager
 def _locked(lock: Path) -> Iterator[None]:
     """One process of this machine fetches an archive; the others wait for it."""
-    with lock.open("ab") as file:
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # opening a pipe does not wait
+    with os.fdopen(os.open(lock, flags, 0o666), "rb", buffering=0) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise Refused(f"{lock} is not a regular file; remove it")
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

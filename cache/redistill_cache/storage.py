@@ -168,7 +168,7 @@ def open_regular(path: Path) -> int:
         raise
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise Refused(f"{path} is not a regular file; archives hold regular files only")
+        raise Refused(f"{path} is not a regular file; expected one, not a folder, pipe or device")
     return fd
 
 

@@ -16,7 +16,10 @@ def main() -> None:
     python_handles_sigint = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if python_handles_sigint:  # Ctrl-C while modules are imported: exit without a traceback, as nothing has started
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from redistill_cache.errors import RedistillError
+    from redistill_cli.streams import open_streams
+
+    output = open_streams()
+    from redistill_cache.errors import RedistillError, Refused
     from redistill_cache.wording import harmless
 
     from redistill_cli.app import app
@@ -24,17 +27,19 @@ def main() -> None:
     if python_handles_sigint:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        app()
+        app()  # always ends with SystemExit or an error
     except RedistillError as error:
         print(f"redistill: {harmless(error)}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("redistill: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:
-        # The reader of our output (head, less) has exited: not an error, but stdout must not be flushed again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+    except SystemExit as end:
+        # The reader of our output (head, less) may have exited, which is not an error.
+        if output is not None and output.error is not None and not isinstance(output.error, BrokenPipeError):
+            print(f"redistill: standard output is incomplete: {output.error.strerror}", file=sys.stderr)
+            sys.exit(end.code or Refused.exit_code)
+        raise
 
 
 if __name__ == "__main__":

@@ -55,6 +55,8 @@ def cache_teacher(
         --teacher 'torchvision:resnet50?weights=DEFAULT' \\
         --out resnet50.redistill.zarr
     """
+    # Before torch is imported, which takes seconds.
+    options = CacheOptions(**collect(CacheOptions, values), allow_python=True, command=without_secrets(sys.argv[1:]))
     from redistill.caching import cache_teacher as run
     from redistill.caching import estimate_cache
     from redistill.ranks import Rank
@@ -62,7 +64,6 @@ def cache_teacher(
     first = Rank.from_environment().first
     if dry_run and not first:
         return
-    options = CacheOptions(**collect(CacheOptions, values), allow_python=True, command=without_secrets(sys.argv[1:]))
     with TerminalProgress() as progress:
         if dry_run:
             estimate = estimate_cache(options, progress)

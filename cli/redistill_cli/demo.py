@@ -32,7 +32,7 @@ def demo(
     """
     from redistill.demo import run_demo
 
-    with TerminalProgress(last_member_only=True) as progress:
+    with TerminalProgress(brief=True) as progress:
         summary = run_demo(out, progress)
     if as_json:
         print_json(summary.to_json())

@@ -26,7 +26,23 @@ __all__ = [
     "print_json",
 ]
 
-console = Console()
+WIDE = 1_000_000
+
+
+class Output(Console):
+    """Standard output: as wide as the terminal; elsewhere every row is one line, without padding at its end."""
+
+    def print(self, *objects: Any, **options: Any) -> None:  # noqa: ANN401  what rich can print
+        if self.file.isatty():
+            super().print(*objects, **options)
+            return
+        self.width = WIDE
+        with self.capture() as captured:
+            super().print(*objects, **options)
+        typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+console = Output()
 
 
 def print_json(value: Any) -> None:  # noqa: ANN401  anything JSON holds
@@ -122,10 +138,13 @@ class ProgressBar:
 
 
 class TerminalProgress:
-    """Progress of a run on stderr: messages, a bar for the current task, a line per epoch."""
+    """Progress of a run on stderr: messages, a bar for the current task, a line per epoch.
 
-    def __init__(self, *, last_member_only: bool = False) -> None:
-        self._last_member_only = last_member_only
+    `brief`: of the epochs of a cohort only the last member's, and no settings.
+    """
+
+    def __init__(self, *, brief: bool = False) -> None:
+        self._brief = brief
         self._bar: ProgressBar | None = None
 
     def __enter__(self) -> TerminalProgress:
@@ -137,6 +156,11 @@ class TerminalProgress:
     def stage(self, title: str) -> None:
         self._close()
         typer.echo(f"\n* {title}", err=True)
+
+    def settings(self, settings: Mapping[str, str]) -> None:
+        width = max(map(len, settings), default=0)
+        for name, text in settings.items() if not self._brief else ():
+            self.info(f"{name:<{width}}  {text}")
 
     def info(self, text: str) -> None:
         self._write(harmless(text))
@@ -152,7 +176,7 @@ class TerminalProgress:
 
     def epoch(self, rows: Sequence[Mapping[str, Any]]) -> None:
         width = max(len(row["name"]) for row in rows)
-        for row in rows[-1:] if self._last_member_only else rows:
+        for row in rows[-1:] if self._brief else rows:
             name = f"{row['name']:<{width}}  " if len(rows) > 1 else ""
             top1 = f"  top-1 {row['val_top1']:.2%}" if row["val_top1"] != "" else ""
             speed = f"{row['images_per_second']:.0f} images/s, {row['data_wait']:.0%} waiting for data"

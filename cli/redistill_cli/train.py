@@ -13,8 +13,8 @@ from redistill_cache.wording import harmless, human_bytes
 from rich.table import Table
 
 from redistill.optim import PRESETS
-from redistill.option_fields import options_of
-from redistill.training.options import TrainOptions, read_config
+from redistill.option_fields import options_of, shown
+from redistill.training.options import TrainOptions, locations, read_config
 from redistill_cli.options import collect, takes
 from redistill_cli.rendering import TerminalProgress, console, human_seconds, key_values, local_archive, print_json
 
@@ -25,7 +25,13 @@ if TYPE_CHECKING:
 @takes(TrainOptions, require=False)
 def train(
     *,
-    config: Annotated[Path | None, typer.Option("--config", help="Repeat a run from its config.toml.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", help="Take the settings of a run from its config.toml, without its paths."),
+    ] = None,
+    trust_config: Annotated[
+        bool, typer.Option("--trust-config", help="Take the paths and addresses in --config as well, except --out.")
+    ] = False,
     preset: Annotated[
         str | None,
         typer.Option("--preset", metavar="|".join(PRESETS), help="Settings of a recipe, used where no option is set."),
@@ -66,13 +72,15 @@ def train(
 
     \b
       torchrun --nproc-per-node=8 -m redistill_cli train \\
-        --config runs/losses/power-0/config.toml --out runs/again
+        --config runs/losses/power-0/config.toml --trust-config \\
+        --out runs/again
     """
+    # Before torch is imported, which takes seconds.
+    options = read_options(collect(TrainOptions, values), config, preset, trust_config=trust_config)
     from redistill.ranks import Rank
     from redistill.training import dry_run as run_one_step
     from redistill.training import train as run
 
-    options = read_options(collect(TrainOptions, values), config, preset)
     with TerminalProgress() as progress:
         if dry_run:
             needs = run_one_step(options, progress)
@@ -85,16 +93,31 @@ def train(
         write_run_report(options)
 
 
-def read_options(values: Mapping[str, Any], config: Path | None, preset: str | None) -> TrainOptions:
-    merged = {**({} if config is None else read_config(config)), **values}
+def read_options(
+    values: Mapping[str, Any], config: Path | None, preset: str | None, *, trust_config: bool = False
+) -> TrainOptions:
+    merged = {**({} if config is None else settings_of(config, values, trust=trust_config)), **values}
     required = [option for option in options_of(TrainOptions).values() if option.default is MISSING]
     missing = [option.flag for option in required if option.field not in merged]
     if missing:
-        raise UsageError(f"train needs {', '.join(missing)} (or --config RUN/config.toml); see redistill train --help")
+        raise UsageError(f"train needs {', '.join(missing)}; see redistill train --help")
+    merged["allow_python"] = config is None
+    TrainOptions.read(merged, preset_name=preset)  # every option is checked before an archive is fetched
     for name in ("archive", "val_archive"):
         if name in merged:
             merged[name] = local_archive(str(merged[name]))
-    return TrainOptions.read(merged | {"allow_python": config is None}, preset_name=preset)
+    return TrainOptions.read(merged, preset_name=preset)
+
+
+def settings_of(config: Path, values: Mapping[str, Any], *, trust: bool) -> dict[str, Any]:
+    """The options of a file that may be a stranger's: what it chooses to read must be repeated, or be trusted."""
+    stored = read_config(config)
+    stored.pop("out", None)
+    chosen = [name for name in locations(stored) if name not in values]
+    if chosen and not trust:
+        flags = ", ".join(f"{options_of(TrainOptions)[name].flag} {shown(stored[name])}" for name in chosen)
+        raise UsageError(f"{config} names {flags}: repeat it on the command line, or add --trust-config")
+    return stored
 
 
 def show_dry_run(needs: DryRun) -> None:

@@ -21,6 +21,7 @@ from redistill.sources.open_source import open_source
 from redistill.teachers import Teacher
 from redistill.views import DrawnViews, Recipe, ViewDataset, parse_recipe
 from redistill.views.canaries import CANARIES_PER_VIEW, view_environment
+from redistill.views.recipe_text import recipe_text
 
 __all__ = ["Plan", "make_plan", "use_stored_settings"]
 
@@ -68,6 +69,28 @@ class Plan:
     def part(self) -> str:
         """The part of the archive that holds this teacher's signals."""
         return f"teachers/{self.teacher_name}"
+
+    def settings_in_effect(self) -> dict[str, str]:
+        """Defaults, the archive's own settings and the command line together, as text."""
+        model, spec, options = self.model, self.spec, self.options
+        means, deviations = (
+            ", ".join(f"{x:.4g}" for x in v) for v in (self.teacher.model.mean, self.teacher.model.std)
+        )
+        codec = f"{options.codec}, KL at most {options.fidelity:g} in every row"
+        if options.layers:
+            codec += f", relative error of features at most {options.feature_fidelity:g}"
+        return {
+            "data": f"{options.data}, {spec.num_samples:,} images",
+            "teacher": f"{options.teacher}, named {self.teacher_name}",
+            "normalisation": f"mean {means}, std {deviations}",
+            "signals": ", ".join(options.signals) + (", with the mean of each row" if options.keep_shift else ""),
+            "views": f"{spec.num_views:,} per image, seed {spec.seed}",
+            "recipe": recipe_text(spec.recipe),
+            "codec": codec,
+            "batch": f"{options.batch_size:,}, blocks of {spec.block_rows:,} rows, {self.workers} rendering processes",
+            "device": f"{model['device']}, {model['precision']}"
+            + (f", {self.rank.world_size} processes" if self.rank.world_size > 1 else ""),
+        }
 
 
 def make_plan(options: CacheOptions, rank: Rank, progress: Callable[[int, int], None] | None = None) -> Plan:

@@ -90,6 +90,7 @@ def cache_teacher(options: CacheOptions, progress: Progress | None = None) -> Ca
         writer: ArchiveWriter | None = None
         if archive_exists(options):
             plan, writer = open_existing(plan)
+        progress.settings(plan.settings_in_effect())
         with TeacherRunner(plan, stop) as runner:
             if writer is None or not teacher_is_declared(plan):
                 writer = declare_teacher(runner, writer, stats, progress)
@@ -108,6 +109,7 @@ def estimate_cache(options: CacheOptions, progress: Progress | None = None) -> E
     progress = progress or NoProgress()
     with stop_on_signals() as stop:
         plan = make_plan(options, Rank.from_environment(), partial(progress.advance, "index"))
+        progress.settings(plan.settings_in_effect())
         with TeacherRunner(plan, stop) as runner:
             check_first_batch(runner)
             pilot = run_pilot(runner)

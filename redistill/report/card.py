@@ -14,6 +14,7 @@ from redistill_cache.wording import human_bytes
 
 from redistill.report.charts import BINS_PER_DECADE, Figure, histogram
 from redistill.report.runs import Group
+from redistill.views.recipe_text import recipe_text, settings_text
 
 __all__ = ["ArchiveCard", "archive_card"]
 
@@ -70,23 +71,6 @@ def archive_card(archive: Archive, groups: Sequence[Group]) -> ArchiveCard:
         codecs=tuple(codec_row(f"{teacher}, {name}", info["teachers"][teacher][name]) for teacher, name in signals),
         errors=tuple(chart for teacher, name in signals for chart in error_histograms(archive, teacher, name)),
     )
-
-
-def recipe_text(recipe: Mapping[str, Any]) -> str:
-    """The operations with their settings; the recipe may be any JSON."""
-    ops = recipe.get("ops", [])
-    parts = []
-    for op in ops if isinstance(ops, list) else [ops]:
-        if not isinstance(op, dict):
-            parts.append(str(op))
-            continue
-        settings = settings_text({name: value for name, value in op.items() if name != "op"})
-        parts.append(f"{op.get('op', '?')} ({settings})" if settings else str(op.get("op", "?")))
-    return f"{', then '.join(parts) or 'none'}; {recipe.get('size', '?')} pixels"
-
-
-def settings_text(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
 
 
 def codec_row(name: str, signal: Mapping[str, Any]) -> tuple[str, ...]:

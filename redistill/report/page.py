@@ -45,7 +45,7 @@ class WrittenReport:
     runs: int
     groups: int
     notes: tuple[str, ...]
-    """What it does not cover or compare, and why: unfinished runs, duplicate runs, another archive."""
+    """What it does not cover or compare, and why: unfinished and unreadable runs, duplicate runs, another archive."""
 
 
 def write_report(
@@ -60,7 +60,7 @@ def write_report(
     groups, duplicates = group_runs(run_list.finished)
     opened = None if archive is None else open_archive(archive)
     examples = find_examples(opened, data, groups) if opened is not None and data is not None else None
-    notes = [*map(str, run_list.unfinished), *duplicates, *comparison_notes(groups, opened)]
+    notes = [*map(str, (*run_list.unfinished, *run_list.unreadable)), *duplicates, *comparison_notes(groups, opened)]
     page = render(run_list, groups, opened, examples, notes)
     with disk_trouble("write", out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -294,4 +294,6 @@ def run_rows(run_list: RunList, groups: Sequence[Group]) -> list[tuple[str, ...]
     rows = [row(group, run) for group in groups for run in group.runs]
     for run in run_list.unfinished:
         rows.append(("not finished", "", "" if run.epochs is None else str(run.epochs), "", "", str(run.folder)))
+    for unreadable in run_list.unreadable:
+        rows.append(("not readable", "", "", "", "", str(unreadable.folder)))
     return rows

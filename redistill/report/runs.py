@@ -1,12 +1,13 @@
 """Finished runs, read from the folders that `redistill train` writes, and grouped by everything but the seed.
 
-The files are untrusted: a run that cannot be read is refused with one line that names its folder.
+The files are untrusted: a run that cannot be read is listed with the reason, and the others are shown.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,16 +16,29 @@ from pathlib import Path, PurePath
 from redistill_cache import strict_json
 from redistill_cache.errors import RedistillError, Refused
 from redistill_cache.limits import MAX_CLASSES, MAX_TEXT
+from redistill_cache.storage import read_small
 from redistill_cache.strict_json import Fields, Json
 
 from redistill.metrics import Bin
+from redistill.specs import listed
 from redistill.training.options import CONFIG, FREE_ON_RESUME, loss_name, read_config
 from redistill.training.run_files import RESULT
 
-__all__ = ["Group", "LineStyle", "RunList", "RunRecord", "Unfinished", "group_runs", "pooled_bins", "read_runs"]
+__all__ = [
+    "Group",
+    "LineStyle",
+    "RunList",
+    "RunRecord",
+    "Unfinished",
+    "Unreadable",
+    "group_runs",
+    "pooled_bins",
+    "read_runs",
+]
 
 METRICS = "metrics.csv"
 MAX_RESULT = 16 << 20
+MAX_HISTORY = 4 << 20  # ten thousand epochs
 MAX_COUNT = 2**63 - 1
 MAX_BINS = 10_000
 # Far above any metric, and sums and squares of such numbers are still finite.
@@ -82,11 +96,23 @@ class Unfinished:
 
 
 @dataclass(frozen=True)
+class Unreadable:
+    """A finished run whose files are damaged or hostile. The others are shown without it."""
+
+    folder: Path
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.folder} is not a readable run: {self.reason}; train it again or leave it out"
+
+
+@dataclass(frozen=True)
 class RunList:
     """The runs in the folders a user named, each folder once."""
 
     finished: tuple[RunRecord, ...]
     unfinished: tuple[Unfinished, ...]
+    unreadable: tuple[Unreadable, ...]
 
 
 @dataclass(frozen=True)
@@ -156,12 +182,16 @@ def read_runs(folders: Sequence[Path]) -> RunList:
             raise Refused(f"{folder} {problem}: expected a folder with {RESULT}, as redistill train writes it")
         for path in inner:
             members.setdefault(path.resolve(), path)
-    finished = tuple(read_run(path) for path in members.values() if (path / RESULT).is_file())
-    unfinished = tuple(read_unfinished(path) for path in members.values() if not (path / RESULT).is_file())
-    if not finished:
-        reason = "; ".join(map(str, unfinished)) or "no folder was passed"
+    read = [read_run(path) if (path / RESULT).is_file() else read_unfinished(path) for path in members.values()]
+    runs = RunList(
+        tuple(run for run in read if isinstance(run, RunRecord)),
+        tuple(run for run in read if isinstance(run, Unfinished)),
+        tuple(run for run in read if isinstance(run, Unreadable)),
+    )
+    if not runs.finished:
+        reason = listed(map(str, (*runs.unfinished, *runs.unreadable)), "; ") or "no folder was passed"
         raise Refused(f"a report needs at least one finished run: {reason}")
-    return RunList(finished, unfinished)
+    return runs
 
 
 def is_run(folder: Path) -> bool:
@@ -175,12 +205,17 @@ def subfolders(folder: Path) -> list[Path]:
         return []
 
 
-def read_run(folder: Path) -> RunRecord:
+def read_run(folder: Path) -> RunRecord | Unreadable:
     try:
-        result = strict_json.parse((folder / RESULT).read_bytes(), cap=MAX_RESULT, where=RESULT)
+        result = strict_json.parse(read_file(folder / RESULT, MAX_RESULT), cap=MAX_RESULT, where=RESULT)
         return make_record(folder, Fields(result, RESULT), read_config(folder / CONFIG), read_history(folder / METRICS))
     except (RedistillError, OSError, ValueError) as error:
-        raise Refused(f"{folder} is not a readable run: {error}; train it again or leave it out") from None
+        return Unreadable(folder, str(error))
+
+
+def read_file(path: Path, cap: int) -> bytes:
+    """A link to a file of another folder is the user's own doing."""
+    return read_small(Path(os.path.realpath(path)), cap)
 
 
 def make_record(
@@ -249,10 +284,10 @@ def read_bins(evaluation: Fields) -> tuple[Bin, ...]:
 
 def read_history(path: Path) -> tuple[Mapping[str, float], ...]:
     """The rows of metrics.csv, without the values that were not measured."""
-    if not path.is_file():
+    if not path.exists():
         return ()
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_file(path, MAX_HISTORY).decode()
         if not text.endswith("\n"):
             raise Refused(f"{METRICS} ends in the middle of a line")
         table = csv.DictReader(io.StringIO(text, newline=""), strict=True)

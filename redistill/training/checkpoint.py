@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import os
 import pickle
 import uuid
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from redistill_cache.errors import Damaged, Refused, SpecMismatch
-from redistill_cache.storage import LEFTOVER, LOCAL, disk_trouble, is_leftover
+from redistill_cache.storage import LEFTOVER, LOCAL, disk_trouble, is_leftover, open_regular
 
 from redistill.progress import Progress
 from redistill.specs import first_line
@@ -113,7 +114,8 @@ def read_state(path: Path) -> dict[str, Any] | None:
     """The saved state, after its digest was verified; None if the file does not exist."""
     with disk_trouble("read", path):
         try:
-            data = memoryview(path.read_bytes())
+            with os.fdopen(open_regular(Path(os.path.realpath(path))), "rb") as file:
+                data = memoryview(file.read())
         except FileNotFoundError:  # killed between two renames, or just renamed by another rank
             return None
     content, seal = data[: -len(SEAL) - 64], bytes(data[-len(SEAL) - 64 :])

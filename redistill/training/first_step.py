@@ -21,7 +21,8 @@ from redistill.training.loop import Training, refuse_earlier_run
 from redistill.training.member import Member
 from redistill.training.options import TrainOptions
 from redistill.training.prepare import prepare
-from redistill.training.run_files import RunFiles
+from redistill.training.run_files import RunFiles, refuse_foreign_folder
+from redistill.training.settings import settings_in_effect
 from redistill.training.targets import CachedTargets
 
 __all__ = ["DryRun", "dry_run"]
@@ -68,7 +69,9 @@ def dry_run(options: TrainOptions, progress: Progress | None = None) -> DryRun:
         if progress is None or not world.first:
             progress = NoProgress()
         refuse_earlier_run(options)
+        refuse_foreign_folder(options)
         setup = prepare(options, world, progress)
+        progress.settings(settings_in_effect(options, setup, world))
         files = RunFiles(options, setup, first_epoch=0, writes=False)
         training = Training(options, world, setup, files, progress, stop)
         started = time.perf_counter()

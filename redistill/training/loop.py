@@ -22,7 +22,8 @@ from redistill.training.checkpoint import has_checkpoint, load_checkpoint, save_
 from redistill.training.feed import BatchPlan, TrainBatch
 from redistill.training.options import TrainOptions
 from redistill.training.prepare import TrainSetup, prepare
-from redistill.training.run_files import EpochTimes, RunFiles, TrainResult
+from redistill.training.run_files import EpochTimes, RunFiles, TrainResult, refuse_foreign_folder
+from redistill.training.settings import settings_in_effect
 
 __all__ = ["Diverged", "train"]
 
@@ -44,7 +45,9 @@ def train(options: TrainOptions, progress: Progress | None = None) -> list[Train
         if progress is None or not world.first:
             progress = NoProgress()
         refuse_earlier_run(options)
+        refuse_foreign_folder(options)
         setup = prepare(options, world, progress)
+        progress.settings(settings_in_effect(options, setup, world))
         with disk_trouble("write", options.out, "; then run the same command again"):
             epoch, batch = load_checkpoint(
                 options.out, setup.members, options.fixed_on_resume(), setup.archive.id, progress

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -12,11 +11,13 @@ from typing import Any, Literal
 
 import tomli_w
 from redistill_cache.errors import UsageError
+from redistill_cache.limits import MAX_VIEWS
 from redistill_cache.storage import LOCAL
 
 from redistill.optim import OptimConfig, preset
-from redistill.option_fields import check_types, check_values, option, options_of
+from redistill.option_fields import check_types, check_values, option, options_of, shown
 from redistill.specs import did_you_mean, parse_spec
+from redistill.strict_toml import read_toml
 
 __all__ = [
     "CONFIG",
@@ -24,6 +25,7 @@ __all__ = [
     "POWER",
     "MemberSpec",
     "TrainOptions",
+    "locations",
     "loss_name",
     "read_config",
     "write_config",
@@ -31,6 +33,8 @@ __all__ = [
 
 POWER = "power?lam=0.6667&temperature=4"
 LARGEST_SEED = 2**63 - 1
+MAX_MEMBERS = 1000
+MAX_TERMS = 32  # of a loss
 LISTS = ("students", "losses", "seeds", "teachers", "log")
 PATHS = ("archive", "out", "val_archive")
 # These do not change the result, so they may differ when a run is resumed.
@@ -63,10 +67,12 @@ class TrainOptions:
     """Options of `train`. Every combination of students, losses and seeds is trained, in one pass over the images."""
 
     data: str | Any = field(
-        metadata=option("Images the archive was made from: folder:PATH, cifar100:PATH, ...", positional=True)
+        metadata=option(
+            "Images the archive was made from: folder:PATH, cifar100:PATH, ...", positional=True, location=True
+        )
     )
     """From Python also any object that `open_source` takes; so is `val`."""
-    archive: Path = field(metadata=option("Archive that cache-teacher wrote.", metavar="PATH|URL"))
+    archive: Path = field(metadata=option("Archive that cache-teacher wrote.", metavar="PATH|URL", location=True))
     students: tuple[str, ...] = field(
         metadata=option(
             "Student network: torchvision:resnet18, cifar:resnet8x4, ... May be repeated.",
@@ -74,13 +80,16 @@ class TrainOptions:
             metavar="MODEL",
         )
     )
-    out: Path = field(metadata=option("Folder of the run. Several students, losses or seeds get a subfolder each."))
+    out: Path = field(
+        metadata=option("Folder of the run. Several students, losses or seeds get a subfolder each.", location=True)
+    )
     val: str | Any | None = field(
         default=None,
         metadata=option(
             "Held-out images for validation after every epoch; or a share of the training images, such as 0.1, that is "
             "held out of every class, drawn by --order-seed.",
             metavar="DATA|SHARE",
+            location=True,
         ),
     )
     val_archive: Path | None = field(
@@ -88,6 +97,7 @@ class TrainOptions:
         metadata=option(
             "Archive of the --val images, for agreement with and KL to the teacher on held-out views.",
             metavar="PATH|URL",
+            location=True,
         ),
     )
     losses: tuple[str, ...] = field(
@@ -108,17 +118,20 @@ class TrainOptions:
         ),
     )
     optim: OptimConfig = field(default_factory=OptimConfig)
-    batch_size: int = field(default=128, metadata=option("Batch size over all processes.", at_least=1))
+    batch_size: int = field(default=128, metadata=option("Batch size over all processes.", at_least=1, at_most=2**24))
     """Batches of an epoch differ by one row at most, so that none is tiny."""
     grad_accum: int = field(
         default=1,
-        metadata=option("Parts in which each process computes its share of a batch, to save memory.", at_least=1),
+        metadata=option(
+            "Parts in which each process computes its share of a batch, to save memory.", at_least=1, at_most=2**24
+        ),
     )
     views_per_image: int = field(
         default=1,
         metadata=option(
             "Views per image in one batch; the image is decoded once. An epoch contains each image this many times.",
             at_least=1,
+            at_most=MAX_VIEWS,
         ),
     )
     teachers: tuple[str, ...] = field(
@@ -139,7 +152,8 @@ class TrainOptions:
         default=0, metadata=option("Seed for the order of images.", at_least=0, at_most=LARGEST_SEED)
     )
     size: int | None = field(
-        default=None, metadata=option("Side of a view in pixels.", default_text="as in the archive", at_least=2)
+        default=None,
+        metadata=option("Side of a view in pixels.", default_text="as in the archive", at_least=2, at_most=4096),
     )
     device: str = field(default="auto", metadata=option("Device: auto, cpu, cuda, cuda:N or mps."))
     amp: bool | None = field(default=None, metadata=option("Train in bfloat16.", default_text="on CUDA only"))
@@ -155,7 +169,8 @@ class TrainOptions:
         ),
     )
     workers: int | None = field(
-        default=None, metadata=option("Rendering processes.", default_text="one per CPU core", at_least=0)
+        default=None,
+        metadata=option("Rendering processes.", default_text="one per CPU core", at_least=0, at_most=1024),
     )
     cache_memory: float = field(
         default=4.0,
@@ -200,12 +215,18 @@ class TrainOptions:
                 )
             if self.val_archive is not None:
                 raise UsageError(f"--val {self.val} holds out training images, for which there is no --val-archive")
+        members = len(self.students) * len(self.losses) * len(self.seeds)
+        if members > MAX_MEMBERS:
+            raise UsageError(f"a run trains at most {MAX_MEMBERS:,} students, found {members:,}; start several runs")
+        if any(loss.count("+") >= MAX_TERMS for loss in self.losses):
+            raise UsageError(f"--loss takes at most {MAX_TERMS} terms, joined by '+'")
         if self.val_archive is not None and self.val is None:
             raise UsageError(f"--val-archive {self.val_archive} needs the images it was made from; add --val")
         if self.archive.resolve() in (self.out.resolve(), *self.out.resolve().parents):
             raise UsageError(f"--out {self.out} is inside the archive {self.archive}; choose another folder")
         if len(set(self.teachers)) < len(self.teachers):
             raise UsageError(f"--teacher-names {','.join(self.teachers)} has a name twice; list each once")
+        _ = self.members  # refuses malformed losses, and members that occur twice
 
     @property
     def val_share(self) -> float | None:
@@ -257,7 +278,7 @@ class TrainOptions:
             if name == "ce_weight":
                 raise UsageError(replace_ce_weight(values))
             if name not in known:
-                raise UsageError(f"unknown option {name!r}; {did_you_mean(name, known)}")
+                raise UsageError(f"unknown option {shown(name)}; {did_you_mean(name[:80], known)}")
         check_types(values, cls)
         optim = {name: value for name, value in values.items() if name in options_of(OptimConfig)}
         own = {name: value for name, value in values.items() if name not in optim}
@@ -324,13 +345,25 @@ def write_config(folder: Path, options: Mapping[str, Any], facts: Mapping[str, M
 
 def read_config(path: Path) -> dict[str, Any]:
     """The options in a config.toml."""
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"no configuration at {path}; expected the {CONFIG} of a run") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"{path} is not readable TOML: {error}") from None
+    tables = read_toml(path, f"configuration (the {CONFIG} of a run)")
     options = tables.get("options")
     if not isinstance(options, dict):
         raise UsageError(f"{path}: expected a table [options], as in the {CONFIG} of a run")
     return options
+
+
+def locations(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those options of a config.toml that choose what is read or written: paths, addresses, and weights in files."""
+    known = {name for name, option in options_of(TrainOptions).items() if option.location}
+    for name in ("students", "online_teacher"):
+        value = options.get(name)
+        models = value if isinstance(value, list) else [value]
+        if any(names_a_file(model) for model in models if isinstance(model, str)):  # other types are refused later
+            known.add(name)
+    return {name: value for name, value in options.items() if name in known}
+
+
+def names_a_file(model: str) -> bool:
+    """Whether a model is, or has weights, elsewhere than in a library under a plain name."""
+    spec = parse_spec(model)
+    return re.search(r"[/\\:]", spec.name) is not None or re.search(r"\W", spec.options.get("weights", "")) is not None

@@ -20,24 +20,48 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from redistill_cache.errors import UsageError
-from redistill_cache.storage import LOCAL
+from redistill_cache.errors import Refused, UsageError
+from redistill_cache.storage import LOCAL, disk_trouble, is_leftover, read_small
 
 from redistill.metrics import Metrics
 from redistill.models.weights import save_weights
 from redistill.optim import lr_at
-from redistill.training.checkpoint import remove_partial_files
+from redistill.training.checkpoint import has_checkpoint, remove_partial_files
 from redistill.training.member import Member
-from redistill.training.options import TrainOptions, write_config
+from redistill.training.options import CONFIG, TrainOptions, read_config, write_config
 from redistill.training.prepare import TrainSetup
 
-__all__ = ["BEST", "RESULT", "STUDENT", "EpochTimes", "RunFiles", "TrainResult", "headline"]
+__all__ = ["BEST", "RESULT", "STUDENT", "EpochTimes", "RunFiles", "TrainResult", "headline", "refuse_foreign_folder"]
 
 RESULT = "result.json"
 STUDENT = "student.safetensors"
 BEST = "best.safetensors"
 
 LIBRARIES = ("redistill", "torch", "torchvision", "numpy", "zarr")
+
+
+def refuse_foreign_folder(options: TrainOptions) -> None:
+    """Refuse to replace files of others: `out` must be new, a run, or what a killed start leaves."""
+    out = options.out
+    if not out.is_dir():
+        return
+    with disk_trouble("read", out):
+        children = sorted(out.iterdir())
+        folders = [out, *(path for path in children if path.is_dir())]
+        if has_checkpoint(out) or any(map(is_run, folders)):
+            return
+        for folder in folders:
+            for path in sorted(folder.iterdir()):
+                if not is_leftover(path) and (folder != out or not path.is_dir()):
+                    raise Refused(f"--out {out} is not a run and holds {path.relative_to(out)}; choose a new folder")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether `train` has written the config.toml in this folder."""
+    try:
+        return {"students", "archive"} <= read_config(folder / CONFIG).keys()
+    except UsageError:
+        return False
 
 
 class EpochTimes(NamedTuple):
@@ -246,6 +270,8 @@ class TensorBoardLog:
 
 
 class WandbLog:
+    MAX_ID = 64
+
     def __init__(self, folder: Path) -> None:
         try:
             import wandb
@@ -254,7 +280,7 @@ class WandbLog:
         id_file = folder / "wandb-id.txt"  # a resumed run is the same run on the server
         if not id_file.exists():
             LOCAL.publish(id_file, uuid.uuid4().hex.encode())
-        run_id = id_file.read_text()
+        run_id = read_small(id_file, self.MAX_ID).decode(errors="replace")
         self.run = wandb.init(project="redistill", name=folder.name, dir=str(folder), id=run_id, resume="allow")
 
     def epoch(self, history: History) -> None:

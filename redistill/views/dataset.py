@@ -83,6 +83,9 @@ class ViewDataset(torch.utils.data.Dataset[RenderedView | MixedView]):
         self.size = views.recipe.size if size is None else size
         self.num_rows = len(views.source_rows)
 
+    def __repr__(self) -> str:
+        return f"<ViewDataset: {self.num_rows} rows, {self.views.num_views} views of {self.size} pixels>"
+
     def __len__(self) -> int:
         return self.views.num_views * self.num_rows
 

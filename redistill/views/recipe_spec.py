@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from urllib.parse import quote
 from redistill_cache.errors import UsageError
 
 from redistill.specs import Spec, did_you_mean, parse_spec
+from redistill.strict_toml import read_toml
 from redistill.views.recipe import (
     RECIPE_VERSION,
     CenterCrop,
@@ -68,12 +68,7 @@ def parse_recipe(text: str) -> Recipe:
 
 
 def _from_toml(path: Path) -> Recipe:
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"recipe file {path} does not exist") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"recipe file {path} is not valid TOML: {error}") from None
+    data = read_toml(path, "recipe file")
     if "ops" in data:
         return Recipe.from_json({"version": RECIPE_VERSION, "interpolation": "bilinear", "antialias": True, **data})
     name = data.pop("recipe", None)

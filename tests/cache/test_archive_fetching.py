@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,21 @@ def test_a_url_is_fetched_once_and_whole(shared: Path, serve: Serve, tmp_path: P
     assert fetch_archive(f"{address}/{NAME}", progress=lambda *step: steps.append(step)) == copy.path
     assert requests[before:] == [f"/{NAME}/_redistill/manifest.json"]
     assert not steps
+
+
+@pytest.mark.parametrize("target", [None, "/dev/zero"])
+def test_a_lock_that_is_a_pipe_or_a_link_is_refused_without_waiting(
+    shared: Path, serve: Serve, tmp_path: Path, target: str | None
+):
+    address, _ = serve(shared)
+    lock = fetch_archive(f"{address}/{NAME}").parent / "lock"
+    lock.unlink()
+    if target is None:
+        os.mkfifo(lock)
+    else:
+        lock.symlink_to(target)
+    with pytest.raises(Refused, match=r"lock.*(not a regular file|Too many levels of symbolic links)"):
+        fetch_archive(f"{address}/{NAME}")
 
 
 def test_an_interrupted_fetch_is_continued(shared: Path, serve: Serve, tmp_path: Path):

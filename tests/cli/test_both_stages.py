@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from redistill_cache import open_archive
 from redistill_cli.__main__ import main
 
+from tests.command_line import without
 from tests.small_archive import DATA, TEACHER, VAL, cache
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,7 +103,7 @@ def test_a_run_is_repeated_from_its_config(run, tmp_path: Path, archive: Path):
     first = run("train", DATA, "--archive", archive, "--out", "one", *TRAIN)
     assert first.returncode == 0, first.stderr
     (tmp_path / "two" / "report.html").mkdir(parents=True)  # a page that cannot be written must not fail the run
-    again = run("train", "--config", "one/config.toml", "--out", "two")
+    again = run("train", "--config", "one/config.toml", "--trust-config", "--out", "two")
     assert again.returncode == 0, again.stderr
     assert "training is finished, but two/report.html was not written" in again.stderr
     assert (tmp_path / "one/student.safetensors").read_bytes() == (tmp_path / "two/student.safetensors").read_bytes()
@@ -145,7 +147,7 @@ def test_two_processes_train_on_the_same_batches(run, tmp_path: Path, archive: P
         ((DATA, "--out", "{archive}/run"), 2, "is inside the archive"),
         ((DATA, "--order-seed", "-1"), 2, "--order-seed must be at least 0"),
         ((DATA, "--seed", "99999999999999999999"), 2, "--seed must be at least 0 and at most"),
-        ((DATA, "--workers", "-1"), 2, "--workers must be at least 0, found -1"),
+        ((DATA, "--workers", "-1"), 2, "--workers must be at least 0 and at most 1024, found -1"),
         ((DATA, "--cache-memory", "nan"), 2, "--cache-memory must be at least 0, found nan"),
         ((DATA, "--checkpoint-minutes", "-1"), 2, "--checkpoint-minutes must be at least 0"),
         ((DATA, "--val-archive", "{archive}"), 2, "add --val"),
@@ -160,9 +162,9 @@ def test_an_error_is_one_line(
 ):
     """In this process, as a new one takes seconds to start."""
     monkeypatch.chdir(tmp_path)
-    arguments = ["train", changed[0], "--archive", str(archive), "--out", "run", *TRAIN]
-    arguments += [argument.format(archive=archive) for argument in changed[1:]]
-    monkeypatch.setattr(sys, "argv", ["redistill", *arguments])
+    defaults = ("--archive", str(archive), "--out", "run", *TRAIN)
+    options = [argument.format(archive=archive) for argument in changed[1:]]
+    monkeypatch.setattr(sys, "argv", ["redistill", "train", changed[0], *without(defaults, *options), *options])
     with pytest.raises(SystemExit) as exit_:
         main()
     err = capsys.readouterr().err
@@ -170,6 +172,31 @@ def test_an_error_is_one_line(
     assert message in err
     assert len([line for line in err.splitlines() if line.startswith("redistill:")]) == 1
     assert not (tmp_path / "run" / "last.ckpt").exists()
+
+
+def test_train_prints_the_settings_in_effect_before_it_starts(run, archive: Path):
+    """Of the preset as well; the seed of the run, and a size that is not the archive's."""
+    process = run(
+        *("train", DATA, "--archive", archive, "--student", "demo:tiny", "--preset", "cifar-kd", "--epochs", "1"),
+        *("--sched", "constant", "--seed", "4", "--size", "24", "--workers", "0", "--out", "run", "--loss", "kl"),
+    )
+    assert process.returncode == 0, process.stderr
+    lines = [" ".join(line.split()) for line in process.stderr.splitlines()]
+    first = next(number for number, line in enumerate(lines) if line.startswith("archive "))
+    assert lines[first] == f"archive teacher.redistill.zarr ({open_archive(archive).id[:12]}), 150 samples, 3 views"
+    assert lines[first + 2].endswith("; 32 pixels, students at 24 pixels")
+    expected = [
+        "teacher small",
+        "validation none",
+        "student demo:tiny",
+        "loss kl",
+        "seed 4",
+        "optimizer sgd, lr 0.05, momentum 0.9, weight decay 0.0005",
+        "schedule 1 epoch, constant",
+        "batch 64, 1 view per image, 3 batches per epoch",
+    ]
+    assert [line for line in lines[first:] if line in expected] == expected
+    assert next(number for number, line in enumerate(lines) if line.startswith("epoch 1 ")) > first + len(expected)
 
 
 def test_a_damaged_archive_is_exit_code_four(run, tmp_path: Path):
@@ -184,7 +211,8 @@ def test_a_damaged_archive_is_exit_code_four(run, tmp_path: Path):
 
 
 def test_a_diverging_loss_stops_the_run(run, archive: Path):
-    process = run("train", DATA, "--archive", archive, "--out", "run", *TRAIN, "--lr", "1e30", "--loss", "ce")
+    diverging = ("--lr", "1e30", "--loss", "ce")
+    process = run("train", DATA, "--archive", archive, "--out", "run", *without(TRAIN, *diverging), *diverging)
     assert process.returncode == 1, process.stderr
     assert "no longer finite at epoch 1, batch" in process.stderr
 

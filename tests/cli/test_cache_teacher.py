@@ -14,6 +14,7 @@ from redistill_cache import open_archive
 from redistill_cache.verify import verify
 from redistill_cli.__main__ import main
 
+from tests.command_line import without
 from tests.stage1 import file_hashes, odd_teacher, read_note
 
 DATA, TEACHER = "synthetic?n=90&classes=5", "demo:small?num_classes=5&weights=random"
@@ -26,7 +27,8 @@ def cached(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path):
     monkeypatch.chdir(tmp_path)
 
     def call(*options: str, data: str = DATA, teacher: str = TEACHER, out: str = "a.zarr") -> tuple[int, str, str]:
-        command = ["redistill", "cache-teacher", data, "--teacher", teacher, "--out", out, *PLAIN, *options]
+        defaults = ("--teacher", teacher, "--out", out, *PLAIN)
+        command = ["redistill", "cache-teacher", data, *without(defaults, *options), *options]
         monkeypatch.setattr(sys, "argv", command)
         with pytest.raises(SystemExit) as exit_:
             main()
@@ -71,6 +73,25 @@ def test_a_dry_run_estimates_and_writes_nothing(cached, tmp_path: Path):
     for name in ("samples", "size", "free", "speed", "time", "break-even", "codec of logits"):
         assert name in out
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_the_settings_in_effect_are_printed_before_the_teacher_runs(cached, dry: tuple[str, ...]):
+    code, _, err = cached("--views", "2", "--seed", "3", "--signals", "layer3", *dry)
+    assert code == 0, err
+    lines = [" ".join(line.split()) for line in err.splitlines()]
+    for line in (
+        f"data {DATA}, 90 images",
+        f"teacher {TEACHER}, named small",
+        "signals logits, layer3",
+        "views 2 per image, seed 3",
+        "codec auto, KL at most 0.001 in every row, relative error of features at most 0.02",
+        "batch 16, blocks of 32 rows, 0 rendering processes",
+    ):
+        assert line in lines, line
+    assert any(line.startswith("recipe ") and line.endswith("32 pixels") for line in lines)
+    for name in ("device", "normalisation mean"):
+        assert any(line.startswith(f"{name} ") for line in lines), name
 
 
 def test_secrets_are_masked_in_the_recorded_command(cached):

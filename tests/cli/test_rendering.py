@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 from redistill_cli import rendering
-from redistill_cli.rendering import ProgressBar, TerminalProgress
+from redistill_cli.rendering import ProgressBar, TerminalProgress, console, key_values
+from rich.table import Table
 
 
 @pytest.fixture
@@ -52,3 +53,23 @@ def test_bytes_have_units(lines):
 def test_messages_are_harmless(lines):
     TerminalProgress().warning("\x1b[31mred")
     assert lines() == ["warning: \\x1b[31mred"]
+
+
+def test_settings_are_lines_of_names_and_values(lines):
+    TerminalProgress().settings({"loss": "kl", "optimizer": "adam\x07"})
+    TerminalProgress(brief=True).settings({"loss": "kl"})
+    assert lines() == ["loss       kl", "optimizer  adam\\x07"]
+
+
+def test_piped_output_has_a_line_for_every_row_however_long(capsys):
+    key_values([("citation", "word " * 100 + "end"), ("id", "x" * 300)])
+    table = Table(box=None)
+    table.add_column("name")
+    table.add_row("long " * 60 + "end")
+    table.add_row("short")
+    console.print(table)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    assert lines[0].endswith("word end")
+    assert lines[1].endswith("x" * 300)
+    assert lines == [line.rstrip() for line in lines]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,14 @@ from redistill_cache.errors import Refused
 
 from redistill.report import write_report
 from redistill.report.runs import group_runs, read_runs
+from tests.attacks.test_hostile_config import ATTACKS as HOSTILE
+
+HOSTILE_NAMES = (
+    "key of 50,000 parts",
+    "arrays of depth 2,000",
+    "a hexadecimal integer that cannot be printed",
+    "a pipe",
+)
 
 
 def copy_run(run: Path, to: Path, *changes: tuple[str, str]) -> Path:
@@ -99,7 +109,7 @@ BIN = {"low": 0.0, "high": 1.0, "rows": 3, "confidence": 0.5, "accuracy": 0.5}
         (set_evaluation(reliability=[BIN | {"rows": -1}]), "reliability 0: 'rows' must be an integer from 0"),
     ],
 )
-def test_a_damaged_run_is_refused_by_name(cohort: Path, tmp_path: Path, damage, message: str):
+def test_a_damaged_run_is_listed_by_name_and_the_others_are_shown(cohort: Path, tmp_path: Path, damage, message: str):
     run = tmp_path / "run"
     shutil.copytree(cohort / "ce-0", run)
     (run / "last.ckpt").write_bytes(b"")
@@ -109,6 +119,43 @@ def test_a_damaged_run_is_refused_by_name(cohort: Path, tmp_path: Path, damage, 
     assert str(run) in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "p.html").exists()
+    written = write_report([cohort, run], tmp_path / "p.html")
+    assert (written.runs, written.groups) == (4, 2)
+    (note,) = written.notes
+    assert note.startswith(f"{run} is not ")
+    assert re.search(message, note)
+    assert "not readable" in (tmp_path / "p.html").read_text() or "not finished" in note
+
+
+@pytest.mark.parametrize("hostile", [HOSTILE[name] for name in HOSTILE_NAMES], ids=HOSTILE_NAMES)
+def test_a_hostile_config_does_not_prevent_the_report_of_the_other_runs(cohort: Path, tmp_path: Path, hostile):
+    run = tmp_path / "run"
+    shutil.copytree(cohort / "ce-0", run)
+    (run / "config.toml").unlink()
+    attack, message = hostile
+    attack(run / "config.toml")
+    written = write_report([cohort, run], tmp_path / "p.html")
+    assert written.runs == 4
+    (note,) = written.notes
+    assert re.search(f"{run} is not a readable run: .*{message}", note)
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "result.json"])
+def test_a_pipe_in_a_run_does_not_wait(cohort: Path, tmp_path: Path, name: str):
+    run = tmp_path / "run"
+    shutil.copytree(cohort / "ce-0", run)
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    (note,) = write_report([cohort, run], tmp_path / "p.html").notes
+    assert note.startswith(f"{run} is not ")
+
+
+def test_a_damaged_config_of_an_unfinished_run_has_a_reason(cohort: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.toml").write_text("options = [")
+    (note,) = write_report([cohort, run], tmp_path / "p.html").notes
+    assert note.startswith(f"{run} is not finished, and its files cannot be read")
 
 
 def test_metrics_that_were_not_measured_are_left_out(cohort: Path, tmp_path: Path):

@@ -11,6 +11,7 @@ import tomli_w
 from redistill_cache.errors import UsageError
 
 from redistill.optim import preset
+from redistill.option_fields import options_of
 from redistill.training import TrainOptions
 from redistill.training.options import POWER, read_config, write_config
 
@@ -72,6 +73,13 @@ def read(tmp_path: Path, **options: object) -> TrainOptions:
         ({"log": ["csv", "paper"]}, "--log 'paper' is not known"),
         ({"seeds": [0, -1]}, "--seed must be at least 0 and at most 9223372036854775807, found -1"),
         ({"ema": 1.0}, "--ema must be above 0 and below 1, found 1.0"),
+        ({"epochs": 10**18}, "--epochs must be at least 1 and at most 1000000, found 1000000000000000000"),
+        ({"seeds": list(range(5000))}, "--seed takes at most 1,000 values, found 5,000"),
+        ({"seeds": list(range(600)), "losses": ["kl", "ce"]}, "a run trains at most 1,000 students, found 1,200"),
+        ({"losses": ["+".join(["ce"] * 50)]}, "--loss takes at most 32 terms"),
+        ({"x" * 100_000: 1}, "unknown option 'xxx"),
+        ({"opt": "x" * 100_000}, "--opt 'xxx"),
+        ({"batch_size": "x" * 100_000}, "batch_size must be an integer, found 'xxx"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(tmp_path: Path, options: dict[str, Any], message: str):
@@ -79,6 +87,12 @@ def test_a_wrong_value_is_refused_by_name(tmp_path: Path, options: dict[str, Any
         read(tmp_path, **options)
     assert message in str(refusal.value)
     assert "\n" not in str(refusal.value)
+    assert len(str(refusal.value)) < 1000
+
+
+def test_every_integer_has_a_largest_value():
+    for option in options_of(TrainOptions).values():
+        assert option.type.kind is not int or option.at_most is not None, option.field
 
 
 @pytest.mark.parametrize(

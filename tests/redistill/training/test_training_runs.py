@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
-from redistill_cache.errors import SpecMismatch
+from redistill_cache.errors import Refused, SpecMismatch
 from safetensors.torch import load_file
 
 from redistill.interrupts import Interrupted
@@ -14,6 +15,7 @@ from redistill.models import open_model, open_weights
 from redistill.training import TrainOptions, train
 from redistill.training.loop import Diverged
 from redistill.training.options import read_config
+from redistill.training.run_files import refuse_foreign_folder
 from tests.redistill.training.runs import InterruptAt, history, weights
 from tests.small_archive import TEACHER, VAL
 
@@ -171,3 +173,41 @@ def test_a_run_planned_for_its_end_is_not_continued_beyond_it(options, changed, 
     with pytest.raises(SpecMismatch, match=f"a run of 1 epochs that cannot be continued to 2: {reason}") as refusal:
         train(options(epochs=2, **changed))
     assert "\n" not in str(refusal.value)
+
+
+def foreign_file(out: Path, name: str) -> None:
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    (out / name).write_text("[options]\nmine = 1\n")
+
+
+@pytest.mark.parametrize("name", ["config.toml", "report.html", "metrics.csv", "notes/result.json", ".hidden"])
+def test_a_folder_with_files_of_others_is_refused_and_not_touched(options, name: str):
+    run = options()
+    foreign_file(run.out, name)
+    with pytest.raises(Refused, match=r"is not a run and holds .*; choose a new folder") as refusal:
+        train(run)
+    assert name in str(refusal.value)
+    assert [path for path in run.out.rglob("*") if path.is_file()] == [run.out / name]
+    assert (run.out / name).read_text() == "[options]\nmine = 1\n"
+
+
+@pytest.mark.parametrize("name", ["config.toml", "last.ckpt", "metrics.csv"])
+def test_a_pipe_in_the_folder_is_refused_without_waiting(options, name: str):
+    run = options()
+    run.out.mkdir()
+    os.mkfifo(run.out / name)
+    with pytest.raises(Refused, match=r"is not a run|is not a regular file"):
+        train(run)
+
+
+def test_what_a_killed_start_leaves_is_no_obstacle(options):
+    """Folders of members, a temporary file, a member whose config.toml is written, a file that a user added later."""
+    run = options(losses=("kl", "ce"), epochs=1)
+    (run.out / "kl-0").mkdir(parents=True)
+    (run.out / "config.toml.0123.partial").write_text("")
+    (run.out / "kl-0" / "config.toml.0123.partial").write_text("")
+    refuse_foreign_folder(run)
+    train(run)
+    (run.out / "last.ckpt").unlink()
+    foreign_file(run.out, "notes.txt")
+    refuse_foreign_folder(run)

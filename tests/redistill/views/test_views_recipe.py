@@ -119,7 +119,7 @@ def test_toml_with_ops_in_another_order(tmp_path):
         ("rrc?reprob=0.5&revalue=300", "levels"),
         ("center?crop_pct=0", "crop_pct"),
         ("cifar?padding_mode=edge", "constant or reflect"),
-        ("nowhere.toml", "does not exist"),
+        ("nowhere.toml", "no recipe file at nowhere.toml"),
     ],
 )
 def test_misspelt_or_invalid_options_are_named(text, part):
