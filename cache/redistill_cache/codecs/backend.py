@@ -77,6 +77,9 @@ class Backend:
     def log(self, x: Array) -> Array:
         return np.log(x) if self.torch is None else self.torch.log(x)
 
+    def log1p(self, x: Array) -> Array:
+        return np.log1p(x) if self.torch is None else self.torch.log1p(x)
+
     def log2(self, x: Array) -> Array:
         return np.log2(x) if self.torch is None else self.torch.log2(x)
 
@@ -96,7 +99,11 @@ class Backend:
         return np.clip(x, low, high) if self.torch is None else self.torch.clamp(x, low, high)
 
     def minimum(self, x: Array, y: Array) -> Array:
-        return np.minimum(x, y) if self.torch is None else self.torch.minimum(x, y)
+        """The smaller of an array and an array or a number."""
+        return np.minimum(x, y) if self.torch is None else self.torch.clamp(x, max=y)
+
+    def maximum(self, x: Array, y: Array) -> Array:
+        return np.maximum(x, y) if self.torch is None else self.torch.clamp(x, min=y)
 
     def max_of_row(self, x: Array) -> Array:
         """[n, k] -> [n, 1]."""
@@ -106,10 +113,14 @@ class Backend:
         return x.argmax(axis=1) if self.torch is None else x.argmax(1)
 
     def largest(self, x: Array, k: int) -> Array:
-        """Column indices of the k largest values of every row, [n, k], unordered."""
-        if self.torch is None:
-            return np.argpartition(x, x.shape[1] - k, axis=1)[:, x.shape[1] - k :]
-        return self.torch.topk(x, k, dim=1, sorted=False)[1]
+        """Columns of the k largest values of every row, int64 [n, k]; of equal values, the first columns."""
+        if self.torch is not None:
+            return self.torch.sort(x, dim=1, descending=True, stable=True)[1][:, :k]
+        smallest = np.partition(x, x.shape[1] - k, axis=1)[:, x.shape[1] - k, None]
+        above, equal = x > smallest, x == smallest
+        room = k - above.sum(1, keepdims=True)
+        chosen = above | (equal & (np.cumsum(equal, axis=1) <= room))
+        return np.nonzero(chosen)[1].reshape(len(x), k)
 
     def take(self, x: Array, index: Array) -> Array:
         """x[row, index[row, j]]."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from redistill_cache.codecs.backend import Array
+from redistill_cache.codecs.backend import Array, Backend, backend_of, to_numpy
 from redistill_cache.codecs.linear_decode import ESCAPED, EXACT, LinearDecoder, Packing, packing_flaw
-from redistill_cache.codecs.linear_encode import LinearSettings, encode_linear
+from redistill_cache.codecs.linear_encode import LinearSettings, Quantizer, encode_linear
 from redistill_cache.codecs.protocol import Encoded
 from redistill_cache.errors import Damaged
 from redistill_cache.limits import MAX_RANK
@@ -33,6 +33,8 @@ class LinearCodec:
     settings: LinearSettings
     source: str
     name: str = "linear"
+    # Cached per device: the encoder's constants take seconds for wide rows.
+    _quantizers: dict[str, Quantizer] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     full_rows = True
 
@@ -88,7 +90,12 @@ class LinearCodec:
         return {"escape": (level & ESCAPED) != 0, "exact": (level & EXACT) != 0}
 
     def encode(self, rows: Array) -> Encoded:
-        return encode_linear(self.decoder, self.settings, rows)
+        backend = backend_of(rows)
+        if backend.on_host or backend.device.type == "mps":  # numpy is faster than torch there, and MPS has no float64
+            rows, backend = to_numpy(rows), Backend()
+        if backend.key not in self._quantizers:
+            self._quantizers[backend.key] = Quantizer(self.decoder, self.settings, backend)
+        return encode_linear(self._quantizers[backend.key], rows)
 
     def decode(self, arrays: Mapping[str, Array]) -> Array:
         return self.decoder.decode(arrays)

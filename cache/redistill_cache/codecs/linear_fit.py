@@ -53,7 +53,7 @@ def fit_linear(rows: np.ndarray, settings: LinearSettings, head: tuple[np.ndarra
         if abs(np.log2(change)) < 0.02:
             break
     decoder = _unpacked_decoder(basis, step, settings, other_rows)
-    k = search_coefficients(decoder, settings, _spaced(other_rows, PACKING_ROWS))
+    k = search_coefficients(Quantizer(decoder, settings, Backend()), _spaced(other_rows, PACKING_ROWS))
     decoder = replace(decoder, packing=fit_packing(k))
     for _ in range(PACKING_ROUNDS):
         # Digits are narrow, and rounding to values within them adds a little error.
@@ -99,9 +99,12 @@ def _unpacked_decoder(basis: Basis, step: float, settings: LinearSettings, rows:
 def _mean_errors(decoder: LinearDecoder, settings: LinearSettings, rows: np.ndarray) -> dict[str, float]:
     """Mean errors of rows at their starting levels, those of single rows capped at a hundred times the bound."""
     quantizer = Quantizer(decoder, settings, Backend())
-    x, _ = quantizer.project(rows)
-    quantized = quantizer.quantize(rows, x, quantizer.start_levels(rows), np.arange(len(rows)))
-    return {name: float(np.minimum(e, 100 * settings.fidelity).mean()) for name, e in quantized.errors.items()}
+    errors: dict[str, list[np.ndarray]] = {}
+    for start in range(0, len(rows), quantizer.slab_rows):
+        slab = quantizer.prepare(rows[start : start + quantizer.slab_rows])
+        for name, values in quantizer.quantize(slab, slab.start, np.arange(len(slab))).errors.items():
+            errors.setdefault(name, []).append(np.minimum(values, 100 * settings.fidelity))
+    return {name: float(np.concatenate(parts).mean()) for name, parts in errors.items()}
 
 
 def _step_change(means: dict[str, float], settings: LinearSettings) -> float:
