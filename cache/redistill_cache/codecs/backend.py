@@ -143,7 +143,16 @@ class Backend:
         """table[index], for an index of a small unsigned integer type."""
         if self.torch is None:
             return table.take(index, axis=0)
-        return table[index if index.dtype == self.torch.int64 else index.to(self.torch.int32)]
+        index = index if index.dtype == self.torch.int64 else index.to(self.torch.int32)
+        return table.index_select(0, index.reshape(-1)).reshape(*index.shape, *table.shape[1:])
+
+    def affine(self, x: Array, matrix: Array, offset: Array) -> Array:
+        """x @ matrix + offset."""
+        if self.torch is not None:
+            return self.torch.addmm(offset, x, matrix)
+        y = x @ matrix
+        y += offset
+        return y
 
     def running_sum(self, x: Array) -> Array:
         """Cumulative sum along the rows of an int32 array, as int32."""

@@ -29,6 +29,7 @@ from redistill_cache.codecs.protocol import Encoded, absent, exact_rows, join_pa
 from redistill_cache.codecs.rounding import (
     CLASSES,
     ArraySweeps,
+    Factors,
     ShapingConstants,
     Sweeps,
     curvature,
@@ -161,8 +162,13 @@ class Quantized:
 class Quantizer:
     """The arithmetic of the encoder on one device: projection, and rounding with the errors that it causes."""
 
-    def __init__(self, decoder: LinearDecoder, settings: LinearSettings, backend: Backend) -> None:
+    def __init__(
+        self, decoder: LinearDecoder, settings: LinearSettings, backend: Backend, factors: Factors | None = None
+    ) -> None:
+        """`factors` are those of another quantizer with the same matrix and metric."""
         self.decoder, self.settings, self.backend = decoder, settings, backend
+        if factors is not None:
+            self.factors = factors
         self._loops = compiled_loops() if backend.torch is None else None
         self._sweeps: Sweeps = self._loops.CompiledSweeps() if self._loops else ArraySweeps(backend)
 
@@ -324,7 +330,13 @@ class Quantizer:
 
     @cached_property
     def _shaping(self) -> ShapingConstants:
-        return ShapingConstants.of(self.decoder, self.backend, self.settings.level, self.settings.weight)
+        settings = self.settings
+        return ShapingConstants.of(self.decoder, self.factors, self.backend, settings.level, settings.weight)
+
+    @cached_property
+    def factors(self) -> Factors:
+        matrix = self.decoder.matrix.astype(np.float64)
+        return Factors.of(matrix - matrix.mean(1, keepdims=True) if self.settings.metric == "kl" else matrix)
 
     @cached_property
     def _packable(self) -> tuple[Array, Array]:
@@ -336,11 +348,10 @@ class Quantizer:
     @cached_property
     def _projection(self) -> tuple[Array, Array]:
         """The offset, and the matrix [width, r] that finds the nearest point of the span (least squares)."""
-        matrix = self.decoder.matrix.astype(np.float64)
         offset = self.decoder.offset.astype(np.float64)
         if self.settings.metric == "kl":
-            matrix, offset = matrix - matrix.mean(1, keepdims=True), offset - offset.mean()
-        return self.backend.constant(offset, "float64"), self.backend.constant(least_squares(matrix), "float64")
+            offset = offset - offset.mean()
+        return self.backend.constant(offset), self.backend.constant(self.factors.inverse)
 
 
 @cache
@@ -351,15 +362,6 @@ def compiled_loops() -> ModuleType | None:
     except (ImportError, RuntimeError):
         return None
     return compiled
-
-
-def least_squares(matrix: np.ndarray) -> np.ndarray:
-    """The pseudo-inverse [width, r] of nearly orthogonal rows [r, width]."""
-    size = np.abs(matrix).max(initial=0.0)
-    if size == 0.0:
-        return np.zeros(matrix.T.shape)
-    scaled = matrix / size
-    return np.ascontiguousarray((np.linalg.pinv(scaled @ scaled.T, rcond=1e-11, hermitian=True) @ scaled).T / size)
 
 
 # -- searching the level of every row ---------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ import numpy as np
 from redistill_cache.codecs.backend import Array, Backend
 from redistill_cache.codecs.linear_decode import LinearDecoder, multipliers
 
-__all__ = ["CLASSES", "ArraySweeps", "Curvature", "ShapingConstants", "Sweeps", "curvature", "remaining_cost"]
+__all__ = ["CLASSES", "ArraySweeps", "Curvature", "Factors", "ShapingConstants", "Sweeps", "curvature", "remaining_cost"]
 
 # Number of classes that represent the curvature of a row.
 CLASSES = 32
@@ -46,10 +46,41 @@ CLASSES = 32
 GROUP = 8
 # A coefficient of smaller mean size, in steps of the usual starting level, is rounded plainly.
 LEAST_SIZE = 0.02
+# Rows of a matrix whose pivots differ by more than this are factored by QR, which keeps twice the digits.
+LEAST_PIVOT = 1e-4
 # The price of a bit in units of base * step**2; a uniform quantizer's slope is 2 ln 2 / 12 = 0.116.
 BIT_PRICE = 0.12
 # The cost of a coefficient outside its digits.
 ESCAPE_BITS = 24.0
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """A matrix [r, width] as (orthonormal @ triangle)', and its pseudo-inverse: all on the host."""
+
+    orthonormal: np.ndarray  # float64 [width, r]
+    triangle: np.ndarray  # float64 [r, r], upper, of positive diagonal
+    inverse: np.ndarray  # float64 [width, r]
+
+    @classmethod
+    def of(cls, matrix: np.ndarray) -> Factors:
+        """By Cholesky factors of the Gram matrix: several times faster than QR for wide rows."""
+        size = float(np.abs(matrix).max(initial=0.0)) or 1.0
+        scaled = matrix / size
+        gram = scaled @ scaled.T
+        try:
+            lower = np.linalg.cholesky(gram)
+        except np.linalg.LinAlgError:
+            lower = np.zeros_like(gram)
+        diagonal = np.diag(lower)
+        if diagonal.min() <= LEAST_PIVOT * diagonal.max():  # nearly dependent rows
+            orthonormal, triangle = np.linalg.qr(scaled.T)
+            sign = np.where(np.diag(triangle) < 0, -1.0, 1.0)
+            inverse = (np.linalg.pinv(gram, rcond=1e-11, hermitian=True) @ scaled).T
+            return cls(orthonormal * sign, triangle * (size * sign[:, None]), np.ascontiguousarray(inverse / size))
+        lower_inverse = np.linalg.inv(lower)
+        orthonormal = scaled.T @ lower_inverse.T
+        return cls(orthonormal, lower.T * size, orthonormal @ (lower_inverse / size))
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,19 +103,18 @@ class ShapingConstants:
         return len(self.diagonal)
 
     @classmethod
-    def of(cls, decoder: LinearDecoder, backend: Backend, level: int, weight: float) -> ShapingConstants:
-        """For rows that start at `level`."""
+    def of(
+        cls, decoder: LinearDecoder, factors: Factors, backend: Backend, level: int, weight: float
+    ) -> ShapingConstants:
+        """For rows that start at `level`; `factors` are those of the decoder's matrix, centred."""
         # Coefficients that are nearly always zero are rounded plainly; they come last.
         large = decoder.spread > LEAST_SIZE * multipliers()[level]
         count = int(np.flatnonzero(large)[-1]) + 1 if large.any() else 1
-        matrix = decoder.matrix[:count].astype(np.float64)
-        orthonormal, triangle = np.linalg.qr((matrix - matrix.mean(1, keepdims=True)).T)
-        sign = np.where(np.diag(triangle) < 0, -1.0, 1.0)
-        triangle = triangle * sign[:, None]
+        orthonormal, triangle = factors.orthonormal[:, :count], factors.triangle[:count, :count].copy()
         # Directions that are linear combinations of the others, up to noise, are rounded plainly.
         weak = np.diag(triangle) < 1e-9 * np.abs(triangle).max(initial=1e-300)
         triangle[weak] = np.eye(len(triangle))[weak]
-        orthonormal = orthonormal * sign * ~weak
+        orthonormal = orthonormal * ~weak
         first_bit, next_bit = bit_costs(decoder.spread[:count])
         lowest = decoder.packing.lowest[:count].astype(np.float64)
         highest = lowest + decoder.packing.reach[:count] - 1
