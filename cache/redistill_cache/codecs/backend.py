@@ -7,6 +7,7 @@ already, so the module is taken from sys.modules. Everything runs on the device 
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,10 @@ class Backend:
     @property
     def tile_rows(self) -> int:
         return TILE_ROWS_HOST if self.on_host else TILE_ROWS_DEVICE
+
+    def without_autocast(self) -> AbstractContextManager[object]:
+        """Products in the types of their operands, also where the caller trains in mixed precision."""
+        return nullcontext() if self.torch is None else self.torch.autocast(self.device.type, enabled=False)
 
     def constant(self, values: np.ndarray, dtype: str | None = None) -> Array:
         """A numpy array, copied to the device."""

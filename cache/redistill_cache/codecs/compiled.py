@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 
 from redistill_cache.codecs.divergence import COEFFICIENTS, DOUBLINGS, LARGEST_EXPONENT, SMALL
-from redistill_cache.codecs.rounding import CLASSES, ESCAPE_BITS, Curvature, ShapingConstants
+from redistill_cache.codecs.rounding import CLASSES, ESCAPE_BITS, Curvature, ShapingConstants, Swept
 
 __all__ = ["CompiledSweeps", "divergences", "heaviest"]
 
@@ -30,23 +30,23 @@ OPTIONS: dict[str, Any] = {
 class CompiledSweeps:
     """`rounding.Sweeps` on the host."""
 
-    def forward(self, constants: ShapingConstants, of: Curvature) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def forward(self, constants: ShapingConstants, of: Curvature) -> Swept:
         shape = (len(of.chosen), constants.count)
         u, g, free = np.empty((*shape, CLASSES)), np.empty((*shape, CLASSES)), np.empty(shape)
         _forward(constants.orthonormal, of.chosen, of.sharp, of.scale, u, g, free)
         return u, g, free
 
     def backward(
-        self, constants: ShapingConstants, state: Any, index: np.ndarray, steps: np.ndarray, level: np.ndarray
+        self, constants: ShapingConstants, swept: Swept, index: np.ndarray, steps: np.ndarray, level: np.ndarray
     ) -> np.ndarray:
         k = np.empty(steps.shape)
         tables = constants.columns, constants.first_bit, constants.next_bit, constants.lowest, constants.highest
-        _backward(*state, index, steps, level, *tables, constants.bit_price, k)
+        _backward(*swept, index, steps, level, *tables, constants.bit_price, k)
         return k
 
 
 @njit(**OPTIONS)
-def _forward(orthonormal, chosen, sharp, scale, u, g, free):  # type: ignore[no-untyped-def]
+def _forward(orthonormal, chosen, sharp, scale, u, g, free):
     rows, count = free.shape
     inverse = np.empty((CLASSES, CLASSES))
     v, w = np.empty((GROUP, CLASSES)), np.empty((GROUP, CLASSES))
@@ -79,7 +79,8 @@ def _forward(orthonormal, chosen, sharp, scale, u, g, free):  # type: ignore[no-
                     a4, a5, a6, a7 = x[i + 4], x[i + 5], x[i + 6], x[i + 7]
                     for m in range(CLASSES):
                         vector[m] += (
-                            (inverse[i, m] * a0 + inverse[i + 1, m] * a1) + (inverse[i + 2, m] * a2 + inverse[i + 3, m] * a3)
+                            (inverse[i, m] * a0 + inverse[i + 1, m] * a1)
+                            + (inverse[i + 2, m] * a2 + inverse[i + 3, m] * a3)
                         ) + (
                             (inverse[i + 4, m] * a4 + inverse[i + 5, m] * a5)
                             + (inverse[i + 6, m] * a6 + inverse[i + 7, m] * a7)
@@ -105,7 +106,7 @@ def _forward(orthonormal, chosen, sharp, scale, u, g, free):  # type: ignore[no-
 
 
 @njit(**OPTIONS)
-def _backward(u, g, free, index, steps, level, columns, first_bit, next_bit, lowest, highest, bit_price, k):  # type: ignore[no-untyped-def]
+def _backward(u, g, free, index, steps, level, columns, first_bit, next_bit, lowest, highest, bit_price, k):
     count = steps.shape[1]
     carried, s = np.empty(count), np.empty(CLASSES)
     for at in range(len(index)):
@@ -139,7 +140,7 @@ def _backward(u, g, free, index, steps, level, columns, first_bit, next_bit, low
 
 
 @njit(**OPTIONS)
-def heaviest(rows, count):  # type: ignore[no-untyped-def]
+def heaviest(rows, count):
     """The columns of the `count` largest values of every row, int64 [n, count]; of equal values, the first columns."""
     chosen = np.empty((len(rows), count), np.int64)
     values = np.empty(count, rows.dtype)
@@ -162,14 +163,14 @@ def heaviest(rows, count):  # type: ignore[no-untyped-def]
 
 
 @njit(**OPTIONS)
-def divergences(weights, total_sharp, total_soft, index, errors):  # type: ignore[no-untyped-def]
+def divergences(weights, total_sharp, total_soft, index, errors):
     """`divergence.Softmax.divergences`: [2, m], at T = 1 and T = 4."""
     result = np.empty((2, len(index)))
     for at in range(len(index)):
         row, e = weights[index[at]], errors[at]
         sharp_mean, soft_mean, low, high = 0.0, 0.0, e[0], e[0]
         for c in range(len(e)):
-            sharp_mean += row[c] ** 4 * e[c]
+            sharp_mean += (row[c] * row[c]) ** 2 * e[c]
             soft_mean += row[c] * e[c]
         for c in range(len(e)):
             low, high = min(low, e[c]), max(high, e[c])
@@ -183,19 +184,18 @@ def divergences(weights, total_sharp, total_soft, index, errors):  # type: ignor
 
 
 @njit(**OPTIONS)
-def _excess(weights, e, mean, temperature, largest):  # type: ignore[no-untyped-def]
+def _excess(weights, e, mean, temperature, largest):
     """The sum of w (exp(x) - 1 - x), with w**4 at T = 1."""
     total = 0.0
     if largest > LARGEST_EXPONENT:
         return np.nan
+    scale = 1.0 / (temperature * 2.0**DOUBLINGS)
     if largest > SMALL:
         for c in range(len(e)):
             x = (e[c] - mean) / temperature
-            weight = weights[c] ** 4 if temperature == 1.0 else weights[c]
-            total += weight * (np.exp(x) - 1.0 - x)
-        return total
-    scale = 1.0 / (temperature * 2.0**DOUBLINGS)
-    if temperature == 1.0:
+            weight = (weights[c] * weights[c]) ** 2 if temperature == 1.0 else weights[c]
+            total += weight * (np.exp(x) - 1.0 - x if abs(x) > SMALL else _small_excess((e[c] - mean) * scale))
+    elif temperature == 1.0:
         for c in range(len(e)):
             total += (weights[c] * weights[c]) ** 2 * _small_excess((e[c] - mean) * scale)
     else:
@@ -205,7 +205,7 @@ def _excess(weights, e, mean, temperature, largest):  # type: ignore[no-untyped-
 
 
 @njit(**OPTIONS)
-def _small_excess(t):  # type: ignore[no-untyped-def]
+def _small_excess(t):
     """exp(8 t) - 1 - 8 t for |t| <= 1/2."""
     h = C13
     h = h * t + C12

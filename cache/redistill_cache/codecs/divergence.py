@@ -62,7 +62,8 @@ def _fourth_power(x: Array) -> Array:
 
 def _divergence(backend: Backend, p: Array, errors: Array, temperature: float) -> Array:
     x = (errors - (p * errors).sum(1)[:, None]) / temperature
-    largest = backend.max_of_row(backend.abs(x))
+    size = backend.abs(x)
+    largest = backend.max_of_row(size)
     limited = backend.minimum(backend.maximum(x, -SMALL), SMALL)
     t = limited / 2.0**DOUBLINGS
     value = t * 0.0
@@ -74,6 +75,6 @@ def _divergence(backend: Backend, p: Array, errors: Array, temperature: float) -
         t = 2.0 * t
     if bool((largest > SMALL).any()):
         within = backend.minimum(backend.maximum(x, -LARGEST_EXPONENT), LARGEST_EXPONENT)
-        value = backend.where(largest > SMALL, backend.exp(within) - 1.0 - within, value)
+        value = backend.where(size > SMALL, backend.exp(within) - 1.0 - within, value)
     result = backend.log1p((p * value).sum(1))
     return backend.where(largest[:, 0] > LARGEST_EXPONENT, result * math.nan, result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -23,6 +24,7 @@ __all__ = ["LinearCodec"]
 # spent once.
 CHUNK_ROWS, CHUNK_BYTES = 8192, 1 << 22
 ZSTD_LEVEL = 19
+PREPARING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -93,12 +95,15 @@ class LinearCodec:
         backend = backend_of(rows)
         if backend.on_host or backend.device.type == "mps":  # numpy is faster than torch there, and MPS has no float64
             rows, backend = to_numpy(rows), Backend()
-        if backend.key not in self._quantizers:
-            self._quantizers[backend.key] = Quantizer(self.decoder, self.settings, backend)
-        return encode_linear(self._quantizers[backend.key], rows)
+        with PREPARING:  # threads share the constants of the first one
+            if backend.key not in self._quantizers:
+                self._quantizers[backend.key] = Quantizer(self.decoder, self.settings, backend).prepared()
+        with backend.without_autocast():
+            return encode_linear(self._quantizers[backend.key], rows)
 
     def decode(self, arrays: Mapping[str, Array]) -> Array:
-        return self.decoder.decode(arrays)
+        with backend_of(arrays["q"]).without_autocast():
+            return self.decoder.decode(arrays)
 
     @classmethod
     def open(cls, width: int, config: Fields, side: Mapping[str, np.ndarray]) -> LinearCodec:

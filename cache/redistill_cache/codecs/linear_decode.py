@@ -232,14 +232,14 @@ class LinearDecoder:
         multiplier = backend.lookup(constants["multiplier"], level & LEVEL_MASK)[:, None]
         digits = self.packing.digits(backend, packed)
         escaped, escape = sparse_rows(backend, arrays, "escape", level, ESCAPED)
-        if escaped is not None:
+        if escaped is not None and escape is not None:
             # An escape is more of the first digit of its coefficient; coefficients without digits follow below.
             escape = backend.cast(escape, "float32") * constants["reach"]
             digits[escaped[:, None], constants["first_slots"]] += escape[:, constants["with_slots"]]
         digits *= multiplier
         # By slot, not by coefficient: the rows of the matrix are in the order in which `digits` returns slots.
         rows = backend.affine(digits, constants["slots"], constants["offset"])
-        if escaped is not None and len(constants["without_slots"]):
+        if escaped is not None and escape is not None and len(constants["without_slots"]):
             others = escape[:, constants["without_slots"]] * multiplier[escaped]
             rows[escaped] += others @ constants["matrix_without_slots"]
         if "shift" in arrays:

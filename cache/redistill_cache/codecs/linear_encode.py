@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from types import ModuleType
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import numpy as np
 
@@ -32,6 +32,7 @@ from redistill_cache.codecs.rounding import (
     Factors,
     ShapingConstants,
     Sweeps,
+    Swept,
     curvature,
     remaining_cost,
 )
@@ -130,7 +131,7 @@ class Slab:
     projected: Array  # float64 [n, width]: the errors of decoding x itself, which no step reduces
     start: np.ndarray  # int64 [n]: the level at which the search starts
     softmax: Softmax | None  # None: the metric is not the KL divergence
-    sweep: Any  # of shaped rounding
+    swept: Swept | None  # None: plain rounding
 
     def __len__(self) -> int:
         return len(self.too_large)
@@ -170,7 +171,14 @@ class Quantizer:
         if factors is not None:
             self.factors = factors
         self._loops = compiled_loops() if backend.torch is None else None
-        self._sweeps: Sweeps = self._loops.CompiledSweeps() if self._loops else ArraySweeps(backend)
+        self._sweeps: Sweeps = self._loops.CompiledSweeps() if self._loops else sweeps_of(backend)
+
+    def prepared(self) -> Quantizer:
+        """With all constants computed: they take seconds for wide rows."""
+        _ = self._matrix, self._offset, self._packable, self._projection
+        if self.settings.rounding == "shaped":
+            _ = self._shaping
+        return self
 
     @property
     def tile_rows(self) -> int:
@@ -182,7 +190,9 @@ class Quantizer:
         host = self.backend.on_host
         shaped = self._shaping.count if self.settings.rounding == "shaped" else 0
         row = 8 * (5 * self.decoder.width + 4 * self.decoder.rank + 2 * CLASSES * shaped)
-        rows = min((SLAB_BYTES_HOST if host else SLAB_BYTES_DEVICE) // row, SLAB_ROWS_HOST if host else SLAB_ROWS_DEVICE)
+        rows = min(
+            (SLAB_BYTES_HOST if host else SLAB_BYTES_DEVICE) // row, SLAB_ROWS_HOST if host else SLAB_ROWS_DEVICE
+        )
         return max(rows // self.tile_rows, 1) * self.tile_rows
 
     def prepare(self, rows: Array) -> Slab:
@@ -204,8 +214,8 @@ class Quantizer:
         sharp, soft = softmax.probabilities(self.backend, chosen)
         cost = remaining_cost(self.settings.weight, sharp.sum(1), soft.sum(1))
         shape = curvature(self.backend, self.settings.weight, self.decoder.width, chosen, sharp, soft)
-        sweep = self._sweeps.forward(self._shaping, shape)
-        return Slab(rows, x, too_large, projected, self._start_levels(cost), softmax, sweep)
+        swept = self._sweeps.forward(self._shaping, shape)
+        return Slab(rows, x, too_large, projected, self._start_levels(cost), softmax, swept)
 
     def project(self, rows: Array) -> tuple[Array, np.ndarray]:
         """Coefficients in steps of level 0 on a grid, float64 [n, r]; and which rows are too large for any step.
@@ -242,11 +252,11 @@ class Quantizer:
         x = slab.x[at]
         steps = x / multiplier
         k = self.backend.rint(steps)
-        if slab.sweep is not None:
+        if slab.swept is not None:
             count = self._shaping.count
             tile_level = self.backend.constant(level[index], "uint8")
             head = self.backend.contiguous(steps[:, :count])
-            k[:, :count] = self._sweeps.backward(self._shaping, slab.sweep, at, head, tile_level)
+            k[:, :count] = self._sweeps.backward(self._shaping, slab.swept, at, head, tile_level)
         least, most = self._packable
         fits = ((k >= least) & (k <= most)).all(1)
         k = self.backend.where(fits[:, None], k, k * 0.0)
@@ -272,12 +282,16 @@ class Quantizer:
             errors = self.backend.cast(decoded, "float64") - rows
         return Quantized(k, shift, rounded_up(self._errors(slab, at, errors)), top1_kept(rows, rows + errors))
 
-    def decoded_errors(self, slab: Slab, quantized: Quantized, index: np.ndarray, level: np.ndarray) -> dict[str, np.ndarray]:
+    def decoded_errors(
+        self, slab: Slab, quantized: Quantized, index: np.ndarray, level: np.ndarray
+    ) -> dict[str, np.ndarray]:
         """The errors of rows `index` in the arithmetic of the decoder, float32 and with the digits as stored."""
         at = self.backend.constant(index, "int64")
         packing, parts = self.decoder.packing, []
         within, escape = packing.split(self.backend, quantized.k[at])
-        flags = self.backend.constant(level[index], "uint8") | self.backend.cast((escape != 0).any(1), "uint8") * ESCAPED
+        flags = (
+            self.backend.constant(level[index], "uint8") | self.backend.cast((escape != 0).any(1), "uint8") * ESCAPED
+        )
         arrays = {"q": packing.pack(self.backend, within), "level": flags, "escape": self.backend.cast(escape, "int16")}
         for tile in self._tiles(len(index)):
             padded = {name: self._padded(array[tile]) for name, array in arrays.items()}
@@ -354,6 +368,17 @@ class Quantizer:
         return self.backend.constant(offset), self.backend.constant(self.factors.inverse)
 
 
+def sweeps_of(backend: Backend) -> Sweeps:
+    """Triton's on CUDA where it is installed."""
+    if not backend.on_host and backend.device.type == "cuda":
+        try:
+            from redistill_cache.codecs.triton_sweeps import TritonSweeps
+        except ImportError:
+            return ArraySweeps(backend)
+        return TritonSweeps()
+    return ArraySweeps(backend)
+
+
 @cache
 def compiled_loops() -> ModuleType | None:
     """The loops compiled by numba; None where it is missing or does not support this Python or numpy."""
@@ -382,7 +407,7 @@ def search_coefficients(quantizer: Quantizer, rows: np.ndarray) -> np.ndarray:
     """The integers that encoding chooses for these rows, int64 [n, r], without the rows that are stored exactly."""
     size = quantizer.slab_rows
     searches = (_LevelSearch(quantizer, rows[start : start + size]) for start in range(0, len(rows), size))
-    k: np.ndarray = np.concatenate([search.best.k[~search.exact] for search in searches]).astype(np.int64)
+    k: np.ndarray = np.concatenate([search.best.k[~search.exact].astype(np.int64) for search in searches])
     return k if len(k) else np.zeros((1, quantizer.decoder.rank), np.int64)
 
 

@@ -31,14 +31,24 @@ compiled loop per row; float64 sums in another order differ by 1e-16, which chan
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from redistill_cache.codecs.backend import Array, Backend
 from redistill_cache.codecs.linear_decode import LinearDecoder, multipliers
 
-__all__ = ["CLASSES", "ArraySweeps", "Curvature", "Factors", "ShapingConstants", "Sweeps", "curvature", "remaining_cost"]
+__all__ = [
+    "CLASSES",
+    "ArraySweeps",
+    "Curvature",
+    "Factors",
+    "ShapingConstants",
+    "Sweeps",
+    "Swept",
+    "curvature",
+    "remaining_cost",
+]
 
 # Number of classes that represent the curvature of a row.
 CLASSES = 32
@@ -176,15 +186,18 @@ def curvature(backend: Backend, weight: float, width: int, chosen: Array, sharp:
 
 # -- the sweeps -------------------------------------------------------------------------------------------------------
 
+# u, g and free of many rows, in the layout of the form that made them.
+Swept = tuple[Array, Array, Array]
+
 
 class Sweeps(Protocol):
     """The two sweeps on one device."""
 
-    def forward(self, constants: ShapingConstants, of: Curvature) -> Any:
+    def forward(self, constants: ShapingConstants, of: Curvature) -> Swept:
         """What `backward` needs of every row, whatever its step."""
 
-    def backward(self, constants: ShapingConstants, state: Any, index: Array, steps: Array, level: Array) -> Array:
-        """Integers near `steps` (float64 [m, count], in steps of each row's level) for rows `index` of `state`."""
+    def backward(self, constants: ShapingConstants, swept: Swept, index: Array, steps: Array, level: Array) -> Array:
+        """Integers near `steps` (float64 [m, count], in steps of each row's level) for rows `index` of `swept`."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +206,7 @@ class ArraySweeps:
 
     backend: Backend
 
-    def forward(self, constants: ShapingConstants, of: Curvature) -> tuple[Array, Array, Array]:
+    def forward(self, constants: ShapingConstants, of: Curvature) -> Swept:
         """U and G [count, n, m], free [count, n]."""
         backend, count, rows = self.backend, constants.count, len(of.chosen)
         vectors = constants.orthonormal[of.chosen]  # [n, m, count]
@@ -221,9 +234,9 @@ class ArraySweeps:
             )
         return backend.contiguous(u.swapaxes(0, 1)), g, free
 
-    def backward(self, constants: ShapingConstants, state: Any, index: Array, steps: Array, level: Array) -> Array:
+    def backward(self, constants: ShapingConstants, swept: Swept, index: Array, steps: Array, level: Array) -> Array:
         backend, count = self.backend, constants.count
-        u, g, free = (part[:, index] for part in state)
+        u, g, free = (part[:, index] for part in swept)
         x = backend.contiguous(steps.swapaxes(0, 1))
         tables = (constants.first_bit, constants.next_bit)
         first, following = (backend.contiguous(backend.lookup(table, level).swapaxes(0, 1)) for table in tables)
