@@ -391,9 +391,6 @@ def compiled_loops() -> ModuleType | None:
 
 # -- searching the level of every row ---------------------------------------------------------------------------------
 
-# Trials of a coarser step for rows that passed. The second saves little at a loose bound, and more at a tight one.
-COARSER_TRIALS = 2
-
 
 def encode_linear(quantizer: Quantizer, rows: Array) -> Encoded:
     """Encode rows as described in the module docstring. Raises NotFinite."""
@@ -420,7 +417,6 @@ class _LevelSearch:
         self.slab = quantizer.prepare(rows)
         self.exact = self.slab.too_large.copy()
         self.level = self.slab.start.copy()
-        self.finest_failed = np.full(len(rows), -1)
         everything = np.arange(len(rows))
         self.best = quantizer.quantize(self.slab, self.level, everything)
         if len(rows):
@@ -441,7 +437,6 @@ class _LevelSearch:
         self.exact[active[~(projected.worst(self.limit) <= 1.0)]] = True
         while len(active := self._failing()):
             ratio = self.best.worst(self.limit)[active]
-            self.finest_failed[active] = self.level[active]
             hopeless = (self.level[active] >= LEVEL_MASK) | ~np.isfinite(ratio)
             self.exact[active[hopeless]] = True
             active, ratio = active[~hopeless], ratio[~hopeless]
@@ -449,22 +444,27 @@ class _LevelSearch:
             if len(active):
                 quantized = self.quantizer.quantize(self.slab, self.level, active)
                 self.best.replace_rows(active, quantized, np.arange(len(active)))
-        return failed[~self.exact[failed]]
+        again: np.ndarray = failed[~self.exact[failed]]
+        return again
 
     def _coarsen(self) -> None:
-        """Try a coarser step for rows far below the limit, and take it where they pass."""
-        for _ in range(COARSER_TRIALS):
-            down = levels_of(1.0 / np.maximum(self.best.worst(self.limit), 1e-12), up=False)
-            target = np.maximum(self.level - down, self.finest_failed + 1)
-            active = np.flatnonzero(~self.exact & (target < self.level))
-            if not len(active):
-                return
-            quantized = self.quantizer.quantize(self.slab, target, active)
-            passed = quantized.worst(self.limit) <= 1.0
-            better, worse = active[passed], active[~passed]
-            self.best.replace_rows(better, quantized, np.flatnonzero(passed))
-            self.level[better] = target[better]
-            self.finest_failed[worse] = target[worse]
+        """Try the expected coarser step, then the finest other one.
+
+        Errors change with the step by chance as well, so a coarser step may pass where a finer one failed.
+        """
+        expected = self.level - levels_of(1.0 / np.maximum(self.best.worst(self.limit), 1e-12), up=False)
+        before = self.level.copy()
+        self._try_coarser(np.maximum(expected, 0))
+        self._try_coarser(np.where((self.level == before) & (expected == before - 1), before - 2, self.level - 1))
+
+    def _try_coarser(self, target: np.ndarray) -> None:
+        """Take these levels where they are coarser and pass."""
+        active = np.flatnonzero(~self.exact & (target < self.level) & (target >= 0))
+        quantized = self.quantizer.quantize(self.slab, target, active)
+        passed = quantized.worst(self.limit) <= 1.0
+        better = active[passed]
+        self.best.replace_rows(better, quantized, np.flatnonzero(passed))
+        self.level[better] = target[better]
 
     def _check_decoded(self, index: np.ndarray) -> None:
         """Rows must be within the limit in the arithmetic of the decoder too; the others get a finer step."""
