@@ -31,6 +31,12 @@ MAY_IMPORT = {
 ENTRY_POINTS = {"redistill.__main__"}
 # All third parties of redistill_cache.
 CACHE_THIRD_PARTIES = {"numpy", "zarr", "numcodecs", "google_crc32c", "platformdirs"}
+# Modules that are imported only where they are needed: by an address, by an encoder, by an encoder on CUDA.
+CACHE_LAZY_THIRD_PARTIES = {
+    "redistill_cache.fetching": {"fsspec"},
+    "redistill_cache.codecs.compiled": {"numba"},
+    "redistill_cache.codecs.triton_sweeps": {"torch", "triton"},
+}
 RENDERERS = {"typer", "click", "rich", "tqdm"}
 
 
@@ -92,8 +98,8 @@ def test_nothing_imports_an_entry_point():
 def test_third_parties_of_the_archive_library():
     allowed = CACHE_THIRD_PARTIES | sys.stdlib_module_names | {"redistill_cache"}
     for module in module_files("redistill_cache"):
-        optional = {"fsspec"} if module == "redistill_cache.fetching" else set()  # only when a URL needs it
-        foreign = {name for name in IMPORTS[module] if name.split(".")[0] not in allowed | optional}
+        lazy = CACHE_LAZY_THIRD_PARTIES.get(module, set())
+        foreign = {name for name in IMPORTS[module] if name.split(".")[0] not in allowed | lazy}
         assert not foreign, f"{module} imports {sorted(foreign)}; redistill_cache may use {CACHE_THIRD_PARTIES}"
 
 

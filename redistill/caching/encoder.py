@@ -1,4 +1,8 @@
-"""Encode signals and commit blocks in a thread, while the teacher computes the next batches."""
+"""Encode signals and commit blocks in threads, while the teacher computes the next batches.
+
+One thread takes pieces from a queue; on a CPU it shares their rows among more threads. Another compresses and commits
+complete blocks, since that takes a core for about as long as encoding does.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -14,8 +19,10 @@ from types import TracebackType
 import numpy as np
 import torch
 from redistill_cache import ArchiveWriter
-from redistill_cache.codecs import BlockStats, Encoded, NotFinite, join_encoded
+from redistill_cache.codecs import BlockStats, Codec, Encoded, NotFinite, join_encoded
+from redistill_cache.codecs.stats import check_finite
 from redistill_cache.layout import Block
+from redistill_cache.machine import usable_cores
 from torch import Tensor
 
 from redistill.caching.open_archive import write_view_params
@@ -33,6 +40,8 @@ __all__ = ["BlockEncoder", "RunStats"]
 PIECE_ROWS = {"cpu": 4096, "cuda": 16384}
 MIN_PIECE_ROWS = 1024
 MAX_PIECE_VALUES = 1 << 24
+# Rows that a thread encodes at a time.
+THREAD_ROWS = 512
 # Pieces waiting for the thread: more would only take memory.
 QUEUE_SIZE = 2
 
@@ -101,6 +110,8 @@ class BlockEncoder:
         self._piece: Piece | None = None
         self._queue: queue.Queue[Piece | None] = queue.Queue(QUEUE_SIZE)
         self._error: BaseException | None = None
+        # Half of the cores: the teacher's forward pass, or the workers that render for a GPU, need the others.
+        self._threads = max(1, usable_cores() // plan.rank.local_world_size // 2) if self._device.type == "cpu" else 1
         self._thread = threading.Thread(target=self._run, name="encode and write", daemon=True)
 
     def __enter__(self) -> BlockEncoder:
@@ -132,18 +143,27 @@ class BlockEncoder:
     def _run(self) -> None:
         encoded: list[dict[str, Encoded]] = []
         predictions: list[np.ndarray] = []
-        while (piece := self._queue.get()) is not None:
-            if self._error is not None:
-                continue  # drain the queue, so that `add` never blocks
+        written: Future[None] | None = None
+        with ThreadPoolExecutor(self._threads, "encode") as encoders, ThreadPoolExecutor(1, "write") as writers:
+            while (piece := self._queue.get()) is not None:
+                if self._error is not None:
+                    continue  # drain the queue, so that `add` never blocks
+                try:
+                    with self._on_own_stream(piece):
+                        predictions.append(torch.cat([rows.argmax(1) for rows in piece.signals[LOGITS]]).cpu().numpy())
+                        encoded.append(self._encode(piece, encoders))
+                    if piece.stop == piece.block.stop:
+                        if written is not None:
+                            written.result()  # at most one block is encoded and waits to be written
+                        written = writers.submit(self._write, piece.block, encoded, np.concatenate(predictions))
+                        encoded, predictions = [], []
+                except BaseException as error:  # noqa: BLE001  raised in the main thread
+                    self._error = error
             try:
-                with self._on_own_stream(piece):
-                    predictions.append(torch.cat([rows.argmax(1) for rows in piece.signals[LOGITS]]).cpu().numpy())
-                    encoded.append(self._encode(piece))
-                if piece.stop == piece.block.stop:
-                    self._write(piece.block, encoded, np.concatenate(predictions))
-                    encoded, predictions = [], []
-            except BaseException as error:  # noqa: BLE001  raised in the main thread
-                self._error = error
+                if written is not None:
+                    written.result()
+            except BaseException as error:  # noqa: BLE001  as above
+                self._error = self._error or error
 
     def _on_own_stream(self, piece: Piece) -> AbstractContextManager[object]:
         """The encoder's stream, once the teacher's stream has computed the piece; nothing to do on a CPU."""
@@ -152,18 +172,18 @@ class BlockEncoder:
         self._stream.wait_event(piece.computed)
         return torch.cuda.stream(self._stream)
 
-    def _encode(self, piece: Piece) -> dict[str, Encoded]:
+    def _encode(self, piece: Piece, encoders: ThreadPoolExecutor) -> dict[str, Encoded]:
         encoded = {}
         for name, batches in piece.signals.items():
             with refuse_out_of_memory(self._plan.options.batch_size, self._device):
                 rows = torch.cat(batches)
                 try:
-                    # numpy is faster than torch at the many small products of a row.
-                    part = self._codecs[name].encode(rows.numpy() if rows.device.type == "cpu" else rows)
+                    check_finite(rows)
+                    parts = encode_in_threads(self._codecs[name], rows, encoders)
                 except NotFinite as error:
                     row = piece.start + error.rows[0]
                     raise not_finite_error(self._plan, name, piece.block.view, row) from error
-                encoded[name] = join_encoded([part])  # moves it to the host, so all work on the device is done
+                encoded[name] = join_encoded(parts)  # moves it to the host, so all work on the device is done
         return encoded
 
     def _write(self, block: Block, pieces: list[dict[str, Encoded]], predictions: np.ndarray) -> None:
@@ -182,6 +202,14 @@ class BlockEncoder:
         stats.labelled += int((labels >= 0).sum())
         stats.correct += int(((labels == predictions) & (labels >= 0)).sum())
         stats.blocks += 1
+
+
+def encode_in_threads(codec: Codec, rows: Tensor, encoders: ThreadPoolExecutor) -> list[Encoded]:
+    """The bytes of a row depend on that row alone, so its thread does not matter. A device encodes all rows at once."""
+    if rows.device.type != "cpu":
+        return [codec.encode(rows)]
+    host = rows.numpy()
+    return list(encoders.map(codec.encode, (host[at : at + THREAD_ROWS] for at in range(0, len(host), THREAD_ROWS))))
 
 
 def max_piece_rows(device: torch.device, width: int) -> int:

@@ -7,6 +7,7 @@ already, so the module is taken from sys.modules. Everything runs on the device 
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,10 @@ class Backend:
     @property
     def tile_rows(self) -> int:
         return TILE_ROWS_HOST if self.on_host else TILE_ROWS_DEVICE
+
+    def without_autocast(self) -> AbstractContextManager[object]:
+        """Products in the types of their operands, also where the caller trains in mixed precision."""
+        return nullcontext() if self.torch is None else self.torch.autocast(self.device.type, enabled=False)
 
     def constant(self, values: np.ndarray, dtype: str | None = None) -> Array:
         """A numpy array, copied to the device."""
@@ -77,6 +82,9 @@ class Backend:
     def log(self, x: Array) -> Array:
         return np.log(x) if self.torch is None else self.torch.log(x)
 
+    def log1p(self, x: Array) -> Array:
+        return np.log1p(x) if self.torch is None else self.torch.log1p(x)
+
     def log2(self, x: Array) -> Array:
         return np.log2(x) if self.torch is None else self.torch.log2(x)
 
@@ -96,7 +104,11 @@ class Backend:
         return np.clip(x, low, high) if self.torch is None else self.torch.clamp(x, low, high)
 
     def minimum(self, x: Array, y: Array) -> Array:
-        return np.minimum(x, y) if self.torch is None else self.torch.minimum(x, y)
+        """The smaller of an array and an array or a number."""
+        return np.minimum(x, y) if self.torch is None else self.torch.clamp(x, max=y)
+
+    def maximum(self, x: Array, y: Array) -> Array:
+        return np.maximum(x, y) if self.torch is None else self.torch.clamp(x, min=y)
 
     def max_of_row(self, x: Array) -> Array:
         """[n, k] -> [n, 1]."""
@@ -106,10 +118,14 @@ class Backend:
         return x.argmax(axis=1) if self.torch is None else x.argmax(1)
 
     def largest(self, x: Array, k: int) -> Array:
-        """Column indices of the k largest values of every row, [n, k], unordered."""
-        if self.torch is None:
-            return np.argpartition(x, x.shape[1] - k, axis=1)[:, x.shape[1] - k :]
-        return self.torch.topk(x, k, dim=1, sorted=False)[1]
+        """Columns of the k largest values of every row, int64 [n, k]; of equal values, the first columns."""
+        if self.torch is not None:
+            return self.torch.sort(x, dim=1, descending=True, stable=True)[1][:, :k]
+        smallest = np.partition(x, x.shape[1] - k, axis=1)[:, x.shape[1] - k, None]
+        above, equal = x > smallest, x == smallest
+        room = k - above.sum(1, keepdims=True)
+        chosen = above | (equal & (np.cumsum(equal, axis=1) <= room))
+        return np.nonzero(chosen)[1].reshape(len(x), k)
 
     def take(self, x: Array, index: Array) -> Array:
         """x[row, index[row, j]]."""
@@ -132,7 +148,16 @@ class Backend:
         """table[index], for an index of a small unsigned integer type."""
         if self.torch is None:
             return table.take(index, axis=0)
-        return table[index if index.dtype == self.torch.int64 else index.to(self.torch.int32)]
+        index = index if index.dtype == self.torch.int64 else index.to(self.torch.int32)
+        return table.index_select(0, index.reshape(-1)).reshape(*index.shape, *table.shape[1:])
+
+    def affine(self, x: Array, matrix: Array, offset: Array) -> Array:
+        """x @ matrix + offset."""
+        if self.torch is not None:
+            return self.torch.addmm(offset, x, matrix)
+        y = x @ matrix
+        y += offset
+        return y
 
     def running_sum(self, x: Array) -> Array:
         """Cumulative sum along the rows of an int32 array, as int32."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from redistill_cache.codecs.backend import Array
+from redistill_cache.codecs.backend import Array, Backend, backend_of, to_numpy
 from redistill_cache.codecs.linear_decode import ESCAPED, EXACT, LinearDecoder, Packing, packing_flaw
-from redistill_cache.codecs.linear_encode import LinearSettings, encode_linear
+from redistill_cache.codecs.linear_encode import LinearSettings, Quantizer, encode_linear
 from redistill_cache.codecs.protocol import Encoded
 from redistill_cache.errors import Damaged
 from redistill_cache.limits import MAX_RANK
@@ -23,6 +24,7 @@ __all__ = ["LinearCodec"]
 # spent once.
 CHUNK_ROWS, CHUNK_BYTES = 8192, 1 << 22
 ZSTD_LEVEL = 19
+PREPARING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class LinearCodec:
     settings: LinearSettings
     source: str
     name: str = "linear"
+    # Cached per device: the encoder's constants take seconds for wide rows.
+    _quantizers: dict[str, Quantizer] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     full_rows = True
 
@@ -88,10 +92,18 @@ class LinearCodec:
         return {"escape": (level & ESCAPED) != 0, "exact": (level & EXACT) != 0}
 
     def encode(self, rows: Array) -> Encoded:
-        return encode_linear(self.decoder, self.settings, rows)
+        backend = backend_of(rows)
+        if backend.on_host or backend.device.type == "mps":  # numpy is faster than torch there, and MPS has no float64
+            rows, backend = to_numpy(rows), Backend()
+        with PREPARING:  # threads share the constants of the first one
+            if backend.key not in self._quantizers:
+                self._quantizers[backend.key] = Quantizer(self.decoder, self.settings, backend).prepared()
+        with backend.without_autocast():
+            return encode_linear(self._quantizers[backend.key], rows)
 
     def decode(self, arrays: Mapping[str, Array]) -> Array:
-        return self.decoder.decode(arrays)
+        with backend_of(arrays["q"]).without_autocast():
+            return self.decoder.decode(arrays)
 
     @classmethod
     def open(cls, width: int, config: Fields, side: Mapping[str, np.ndarray]) -> LinearCodec:

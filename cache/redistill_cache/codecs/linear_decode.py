@@ -231,14 +231,17 @@ class LinearDecoder:
         constants = self._on(backend)
         multiplier = backend.lookup(constants["multiplier"], level & LEVEL_MASK)[:, None]
         digits = self.packing.digits(backend, packed)
+        escaped, escape = sparse_rows(backend, arrays, "escape", level, ESCAPED)
+        if escaped is not None and escape is not None:
+            # An escape is more of the first digit of its coefficient; coefficients without digits follow below.
+            escape = backend.cast(escape, "float32") * constants["reach"]
+            digits[escaped[:, None], constants["first_slots"]] += escape[:, constants["with_slots"]]
         digits *= multiplier
         # By slot, not by coefficient: the rows of the matrix are in the order in which `digits` returns slots.
-        rows = digits @ constants["slots"]
-        escaped, escape = sparse_rows(backend, arrays, "escape", level, ESCAPED)
-        if escaped is not None:
-            escaped_part = backend.cast(escape, "float32") * constants["reach"] * multiplier[escaped]
-            rows[escaped] += escaped_part @ constants["matrix"]
-        rows += constants["offset"]
+        rows = backend.affine(digits, constants["slots"], constants["offset"])
+        if escaped is not None and escape is not None and len(constants["without_slots"]):
+            others = escape[:, constants["without_slots"]] * multiplier[escaped]
+            rows[escaped] += others @ constants["matrix_without_slots"]
         if "shift" in arrays:
             rows += arrays["shift"][:, None]
         exact, exact_rows = sparse_rows(backend, arrays, "exact", level, EXACT)
@@ -251,12 +254,18 @@ class LinearDecoder:
         if backend.key not in self._constants:
             packing = self.packing
             slots = packing.weight[:, None].astype(np.float32) * self.matrix[packing.coefficient]
+            # The position of the first slot of every coefficient that has slots, in the order of `digits`.
+            with_slots, first = np.unique(packing.coefficient, return_index=True)
+            without_slots = np.setdiff1d(np.arange(self.rank), with_slots)
             self._constants[backend.key] = {
-                "matrix": backend.constant(self.matrix, "float32"),
                 "slots": backend.constant(slots[packing.decoded_slots], "float32"),
                 "offset": backend.constant(self.offset, "float32"),
                 "multiplier": backend.constant(multipliers(), "float32"),
                 "reach": backend.constant(packing.reach, "float32"),
+                "with_slots": backend.constant(with_slots, "int64"),
+                "first_slots": backend.constant(np.argsort(packing.decoded_slots)[first], "int64"),
+                "without_slots": backend.constant(without_slots, "int64"),
+                "matrix_without_slots": backend.constant(self.matrix[without_slots], "float32"),
             }
         return self._constants[backend.key]
 

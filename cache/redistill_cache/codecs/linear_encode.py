@@ -8,12 +8,14 @@ summation, and every decision about a row depends on that row only.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from types import ModuleType
 from typing import Literal, cast
 
 import numpy as np
 
-from redistill_cache.codecs.backend import Array, Backend, backend_of, to_numpy
+from redistill_cache.codecs.backend import Array, Backend, to_numpy
+from redistill_cache.codecs.divergence import Softmax
 from redistill_cache.codecs.linear_decode import (
     ESCAPE_LIMIT,
     ESCAPED,
@@ -24,16 +26,17 @@ from redistill_cache.codecs.linear_decode import (
     multipliers,
 )
 from redistill_cache.codecs.protocol import Encoded, absent, exact_rows, join_parts
-from redistill_cache.codecs.rounding import ShapingConstants, remaining_cost, round_shaped, row_cost
-from redistill_cache.codecs.stats import (
-    METRICS,
-    TEMPERATURES,
-    check_finite,
-    log_softmax,
-    rounded_up,
-    row_errors,
-    top1_kept,
+from redistill_cache.codecs.rounding import (
+    CLASSES,
+    ArraySweeps,
+    Factors,
+    ShapingConstants,
+    Sweeps,
+    Swept,
+    curvature,
+    remaining_cost,
 )
+from redistill_cache.codecs.stats import METRICS, check_finite, error_names, rounded_up, row_errors, top1_kept
 from redistill_cache.strict_json import Fields, Json
 
 __all__ = [
@@ -111,8 +114,27 @@ class LinearSettings:
 GRID = 2.0**-20
 # A row with a coefficient or value beyond these is stored exactly.
 LARGEST_COEFFICIENT, LARGEST_VALUE = 2.0**36, 1e30
-# Values of one float64 working array: tiles of wide rows have fewer rows.
-TILE_VALUES_HOST, TILE_VALUES_DEVICE = 1 << 20, 1 << 23
+# Matrix products are made in tiles of one shape, so that their sums have one order for any number of rows.
+TILE_ROWS_HOST, TILE_ROWS_DEVICE = 64, 1024
+# Rows are searched in slabs of at most this many rows, and of about this many bytes.
+SLAB_ROWS_HOST, SLAB_ROWS_DEVICE = 256, 16384
+SLAB_BYTES_HOST, SLAB_BYTES_DEVICE = 1 << 27, 1 << 32
+
+
+@dataclass(frozen=True, eq=False)
+class Slab:
+    """Rows with all that their trials share: it does not depend on the steps that are tried."""
+
+    rows: Array  # float32 [n, width]
+    x: Array  # float64 [n, r]: coefficients in steps of level 0, on a grid
+    too_large: np.ndarray  # for any step; their coefficients are zero, and they are stored exactly
+    projected: Array  # float64 [n, width]: the errors of decoding x itself, which no step reduces
+    start: np.ndarray  # int64 [n]: the level at which the search starts
+    softmax: Softmax | None  # None: the metric is not the KL divergence
+    swept: Swept | None  # None: plain rounding
+
+    def __len__(self) -> int:
+        return len(self.too_large)
 
 
 @dataclass
@@ -138,22 +160,62 @@ class Quantized:
             self.errors[name][index] = values[chosen]
 
 
-@dataclass(frozen=True)
 class Quantizer:
     """The arithmetic of the encoder on one device: projection, and rounding with the errors that it causes."""
 
-    decoder: LinearDecoder
-    settings: LinearSettings
-    backend: Backend
+    def __init__(
+        self, decoder: LinearDecoder, settings: LinearSettings, backend: Backend, factors: Factors | None = None
+    ) -> None:
+        """`factors` are those of another quantizer with the same matrix and metric."""
+        self.decoder, self.settings, self.backend = decoder, settings, backend
+        if factors is not None:
+            self.factors = factors
+        self._loops = compiled_loops() if backend.torch is None else None
+        self._sweeps: Sweeps = self._loops.CompiledSweeps() if self._loops else sweeps_of(backend)
+
+    def prepared(self) -> Quantizer:
+        """With all constants computed: they take seconds for wide rows."""
+        _ = self._matrix, self._offset, self._packable, self._projection
+        if self.settings.rounding == "shaped":
+            _ = self._shaping
+        return self
 
     @property
     def tile_rows(self) -> int:
-        """A power of two that depends on the codec and the kind of device only."""
-        rows = self.backend.tile_rows
-        values = TILE_VALUES_HOST if self.backend.on_host else TILE_VALUES_DEVICE
-        while rows > 16 and rows * self.decoder.width > values:
-            rows //= 2
-        return rows
+        return TILE_ROWS_HOST if self.backend.on_host else TILE_ROWS_DEVICE
+
+    @property
+    def slab_rows(self) -> int:
+        """A multiple of `tile_rows` that depends on the codec and the kind of device only."""
+        host = self.backend.on_host
+        shaped = self._shaping.count if self.settings.rounding == "shaped" else 0
+        row = 8 * (5 * self.decoder.width + 4 * self.decoder.rank + 2 * CLASSES * shaped)
+        rows = min(
+            (SLAB_BYTES_HOST if host else SLAB_BYTES_DEVICE) // row, SLAB_ROWS_HOST if host else SLAB_ROWS_DEVICE
+        )
+        return max(rows // self.tile_rows, 1) * self.tile_rows
+
+    def prepare(self, rows: Array) -> Slab:
+        """At most `slab_rows` rows of the backend."""
+        rows = self.backend.cast(rows, "float32")
+        x, too_large = self.project(rows)
+        projected = self._product(x, self._matrix) + self._offset - rows
+        if self.settings.metric != "kl":
+            return Slab(rows, x, too_large, projected, self._start_levels(self._relative_cost(rows)), None, None)
+        softmax = Softmax.of(self.backend, rows)
+        if not self.settings.keep_shift:
+            projected = projected - projected.mean(1)[:, None]
+        if self.settings.rounding == "plain":
+            every = softmax.weights / softmax.total_soft[:, None]
+            sharp = (softmax.weights**8).sum(1) / softmax.total_sharp**2
+            cost = remaining_cost(self.settings.weight, sharp, (every**2).sum(1))
+            return Slab(rows, x, too_large, projected, self._start_levels(cost), softmax, None)
+        chosen = self._heaviest(rows)
+        sharp, soft = softmax.probabilities(self.backend, chosen)
+        cost = remaining_cost(self.settings.weight, sharp.sum(1), soft.sum(1))
+        shape = curvature(self.backend, self.settings.weight, self.decoder.width, chosen, sharp, soft)
+        swept = self._sweeps.forward(self._shaping, shape)
+        return Slab(rows, x, too_large, projected, self._start_levels(cost), softmax, swept)
 
     def project(self, rows: Array) -> tuple[Array, np.ndarray]:
         """Coefficients in steps of level 0 on a grid, float64 [n, r]; and which rows are too large for any step.
@@ -161,112 +223,108 @@ class Quantizer:
         The latter get zeros, since float32 arithmetic would overflow; they are stored exactly.
         """
         offset, projection = self._projection
-        parts, flags = [], []
-        for tile in self._tiles(len(rows)):
-            centred = self._centred(self._padded(rows[tile])) - offset
-            x = self.backend.rint((centred @ projection) / GRID) * GRID
-            too_large = (self.backend.abs(x) > LARGEST_COEFFICIENT).any(1)
-            too_large = too_large | (self.backend.abs(centred) > LARGEST_VALUE).any(1)
-            count = tile.stop - tile.start
-            parts.append(self.backend.where(too_large[:, None], x * 0.0, x)[:count])
-            flags.append(to_numpy(too_large)[:count])
-        return self.backend.concatenate(parts), np.concatenate(flags)
+        values = self.backend.cast(rows, "float64")
+        if self.settings.metric == "kl":
+            values = values - values.mean(1)[:, None]
+        centred = values - offset
+        x = self.backend.rint(self._product(centred, projection) / GRID) * GRID
+        too_large = (self.backend.abs(x) > LARGEST_COEFFICIENT).any(1)
+        too_large = too_large | (self.backend.abs(centred) > LARGEST_VALUE).any(1)
+        return self.backend.where(too_large[:, None], x * 0.0, x), to_numpy(too_large)
 
-    def start_levels(self, rows: Array) -> np.ndarray:
-        """The level at which the search of every row starts: where a bit reduces the error as much as in other rows."""
-        parts = []
-        for tile in self._tiles(len(rows)):
-            cost = to_numpy(self._cost(self._padded(rows[tile])))[: tile.stop - tile.start]
-            finer = LEVELS_PER_OCTAVE / 2 * np.log2(np.maximum(cost, 1e-30) / self.settings.reference)
-            parts.append(np.rint(self.settings.level + finer))
-        level: np.ndarray = np.clip(np.concatenate(parts), 0, LEVEL_MASK).astype(np.int64)
+    def _start_levels(self, cost: Array) -> np.ndarray:
+        """The level at which the search of every row starts: where a bit reduces the error as much as in other rows.
+
+        `cost` is that of an error of unit size in each row.
+        """
+        finer = LEVELS_PER_OCTAVE / 2 * np.log2(np.maximum(to_numpy(cost), 1e-30) / self.settings.reference)
+        level: np.ndarray = np.clip(np.rint(self.settings.level + finer), 0, LEVEL_MASK).astype(np.int64)
         return level
 
-    def _cost(self, rows: Array) -> Array:
-        """The cost of an error of unit size in each row of a tile."""
-        if self.settings.metric == "relative":
-            # The allowed error is proportional to the norm of the row, its square to the squared norm.
-            return 1.0 / self.backend.clip((self.backend.cast(rows, "float64") ** 2).sum(1), 1e-30, None)
-        if self.settings.rounding == "shaped":
-            return row_cost(self.backend, rows, self.settings.weight)
-        sharp, soft = (self.backend.exp(log_softmax(self.backend, rows, t)) for t in TEMPERATURES)
-        return remaining_cost(self.settings.weight, (sharp**2).sum(1), (soft**2).sum(1))
+    def _relative_cost(self, rows: Array) -> Array:
+        # The allowed error is proportional to the norm of the row, its square to the squared norm.
+        return 1.0 / self.backend.clip((self.backend.cast(rows, "float64") ** 2).sum(1), 1e-30, None)
 
-    def quantize(self, rows: Array, x: Array, level: np.ndarray, index: np.ndarray) -> Quantized:
-        """Rows `index` of (rows, projections x), each at its level."""
-        parts = []
-        for tile in self._tiles(len(index)):
-            chosen = self.backend.constant(index[tile], "int64")
-            multiplier = self.backend.constant(multipliers()[level[index[tile]]], "float64")
-            tile_level = self.backend.constant(level[index[tile]], "uint8")
-            tile_rows, steps = rows[chosen], x[chosen] / multiplier[:, None]
-            if self.settings.rounding == "plain":
-                k = self.backend.rint(steps)
-            else:
-                padded = self._padded(tile_rows), self._padded(steps), self._padded(tile_level)
-                k = round_shaped(self.backend, self._shaping, *padded)[: len(steps)]
-            parts.append(self._decode_and_measure(tile_rows, k, tile_level))
-        return self._joined(parts)
-
-    def project_only(self, rows: Array, x: Array, index: np.ndarray) -> Quantized:
-        """Rows `index` without rounding: their errors are those of the projection, which no step reduces."""
-        parts = []
-        for tile in self._tiles(len(index)):
-            chosen = self.backend.constant(index[tile], "int64")
-            parts.append(self._measured(rows[chosen], x[chosen], x[chosen], None))
-        return self._joined(parts)
-
-    def _decode_and_measure(self, rows: Array, k: Array, level: Array) -> Quantized:
-        packing = self.decoder.packing
-        _, escape = packing.split(self.backend, k)
-        fits = (self.backend.abs(escape) <= ESCAPE_LIMIT).all(1)
+    def quantize(self, slab: Slab, level: np.ndarray, index: np.ndarray) -> Quantized:
+        """Rows `index` of the slab, each at its level."""
+        at = self.backend.constant(index, "int64")
+        multiplier = self.backend.constant(multipliers()[level[index]], "float64")[:, None]
+        x = slab.x[at]
+        steps = x / multiplier
+        k = self.backend.rint(steps)
+        if slab.swept is not None:
+            count = self._shaping.count
+            tile_level = self.backend.constant(level[index], "uint8")
+            head = self.backend.contiguous(steps[:, :count])
+            k[:, :count] = self._sweeps.backward(self._shaping, slab.swept, at, head, tile_level)
+        least, most = self._packable
+        fits = ((k >= least) & (k <= most)).all(1)
         k = self.backend.where(fits[:, None], k, k * 0.0)
-        within, escape = packing.split(self.backend, k)
-        arrays = {
-            "q": self._padded(packing.pack(self.backend, within)),
-            "level": self._padded(level | self.backend.cast((escape != 0).any(1), "uint8") * ESCAPED),
-            "escape": self._padded(self.backend.cast(escape, "int16")),
-        }
-        multiplier = self.backend.lookup(self._multipliers, level)[:, None]
-        quantized = self._measured(rows, k, k * multiplier, self.decoder.decode(arrays))
+        errors = self._product(k * multiplier - x, self._matrix) + slab.projected[at]
+        quantized = self._measured(slab, at, k, errors)
         for values in quantized.errors.values():
             values[~to_numpy(fits)] = np.inf
         return quantized
 
-    def _measured(self, rows: Array, k: Array, steps: Array, decoded: Array | None) -> Quantized:
-        """The errors of rows decoded from `steps` of level 0 (float64), exactly and in the arithmetic of the decoder.
+    def project_only(self, slab: Slab, index: np.ndarray) -> Quantized:
+        """Rows `index` without rounding: their errors are those of the projection, which no step reduces."""
+        at = self.backend.constant(index, "int64")
+        return self._measured(slab, at, slab.x[at], slab.projected[at])
 
-        The former are reported, rounded up a little: the last digits of float32 products depend on the number of
-        threads. The latter must be within the limit too.
-        """
-        count = len(rows)
-        rows = self._padded(rows)
-        ideal = self._padded(steps) @ self._matrix + self._offset
+    def _measured(self, slab: Slab, at: Array, k: Array, errors: Array) -> Quantized:
+        """The exact errors of rows, rounded up a little: the last digits of sums depend on their order."""
+        rows = slab.rows[at]
         shift = self.backend.zeros((len(rows),), "float32")
         if self.settings.keep_shift:
-            shift = self.backend.cast((self.backend.cast(rows, "float64") - ideal).mean(1), "float32")
+            shift = self.backend.cast(-errors.mean(1), "float32")
             # Added in float32 as by the decoder: a large shift leaves few digits for the logits.
-            ideal = self.backend.cast(self.backend.cast(ideal, "float32") + shift[:, None], "float64")
-        errors = rounded_up(self._errors(rows, ideal, count))
-        if decoded is not None:
-            if self.settings.keep_shift:
-                decoded = decoded + shift[:, None]
-            for name, values in self._errors(rows, decoded, count).items():
-                missed = ~(values <= self.settings.limit) & (errors[name] <= self.settings.limit)
-                errors[name][missed] = values[missed]
-        return Quantized(k, shift[:count], errors, top1_kept(rows, ideal)[:count])
+            decoded = self.backend.cast(rows + errors, "float32") + shift[:, None]
+            errors = self.backend.cast(decoded, "float64") - rows
+        return Quantized(k, shift, rounded_up(self._errors(slab, at, errors)), top1_kept(rows, rows + errors))
 
-    def _errors(self, rows: Array, decoded: Array, count: int) -> dict[str, np.ndarray]:
-        return {name: values[:count] for name, values in row_errors(rows, decoded, self.settings.metric).items()}
+    def decoded_errors(
+        self, slab: Slab, quantized: Quantized, index: np.ndarray, level: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """The errors of rows `index` in the arithmetic of the decoder, float32 and with the digits as stored."""
+        at = self.backend.constant(index, "int64")
+        packing, parts = self.decoder.packing, []
+        within, escape = packing.split(self.backend, quantized.k[at])
+        flags = (
+            self.backend.constant(level[index], "uint8") | self.backend.cast((escape != 0).any(1), "uint8") * ESCAPED
+        )
+        arrays = {"q": packing.pack(self.backend, within), "level": flags, "escape": self.backend.cast(escape, "int16")}
+        for tile in self._tiles(len(index)):
+            padded = {name: self._padded(array[tile]) for name, array in arrays.items()}
+            parts.append(self.decoder.decode(padded)[: tile.stop - tile.start])
+        decoded = self.backend.concatenate(parts)
+        if self.settings.keep_shift:
+            decoded = decoded + quantized.shift[at][:, None]
+        return self._errors(slab, at, self.backend.cast(decoded, "float64") - slab.rows[at])
 
-    def _joined(self, parts: list[Quantized]) -> Quantized:
-        if len(parts) == 1:
-            return parts[0]
-        return Quantized(
-            self.backend.concatenate([part.k for part in parts]),
-            self.backend.concatenate([part.shift for part in parts]),
-            {name: np.concatenate([part.errors[name] for part in parts]) for name in parts[0].errors},
-            np.concatenate([part.top1_kept for part in parts]),
+    def _errors(self, slab: Slab, at: Array, errors: Array) -> dict[str, np.ndarray]:
+        """The errors in the metric of rows whose values have these errors."""
+        rows = slab.rows[at]
+        if slab.softmax is None:
+            return row_errors(rows, rows + errors, self.settings.metric)
+        softmax = slab.softmax
+        if self._loops:
+            sharp, soft = self._loops.divergences(softmax.weights, softmax.total_sharp, softmax.total_soft, at, errors)
+        else:
+            sharp, soft = softmax.divergences(self.backend, at, errors)
+        beyond = np.flatnonzero(np.isnan(sharp) | np.isnan(soft))
+        if len(beyond):
+            chosen = self.backend.constant(beyond, "int64")
+            values = row_errors(rows[chosen], rows[chosen] + errors[chosen], "kl")
+            sharp[beyond], soft[beyond] = (values[name] for name in error_names("kl"))
+        return dict(zip(error_names("kl"), (sharp, soft), strict=True))
+
+    def _heaviest(self, rows: Array) -> Array:
+        count = min(CLASSES, self.decoder.width)
+        return self._loops.heaviest(rows, count) if self._loops else self.backend.largest(rows, count)
+
+    def _product(self, x: Array, matrix: Array) -> Array:
+        return self.backend.concatenate(
+            [(self._padded(x[tile]) @ matrix)[: tile.stop - tile.start] for tile in self._tiles(len(x))]
         )
 
     def _tiles(self, count: int) -> list[slice]:
@@ -275,10 +333,6 @@ class Quantizer:
 
     def _padded(self, x: Array) -> Array:
         return self.backend.pad_rows(x, self.tile_rows)
-
-    def _centred(self, rows: Array) -> Array:
-        rows = self.backend.cast(rows, "float64")
-        return rows - rows.mean(1)[:, None] if self.settings.metric == "kl" else rows
 
     @cached_property
     def _matrix(self) -> Array:
@@ -289,54 +343,69 @@ class Quantizer:
         return self.backend.constant(self.decoder.offset, "float64")
 
     @cached_property
-    def _multipliers(self) -> Array:
-        return self.backend.constant(multipliers(), "float64")
+    def _shaping(self) -> ShapingConstants:
+        settings = self.settings
+        return ShapingConstants.of(self.decoder, self.factors, self.backend, settings.level, settings.weight)
 
     @cached_property
-    def _shaping(self) -> ShapingConstants:
-        return ShapingConstants.of(self.decoder, self.backend, self.settings.level, self.settings.weight)
+    def factors(self) -> Factors:
+        matrix = self.decoder.matrix.astype(np.float64)
+        return Factors.of(matrix - matrix.mean(1, keepdims=True) if self.settings.metric == "kl" else matrix)
+
+    @cached_property
+    def _packable(self) -> tuple[Array, Array]:
+        """The least and the largest integer of every coefficient whose escape fits its type."""
+        lowest, reach = (part.astype(np.float64) for part in (self.decoder.packing.lowest, self.decoder.packing.reach))
+        least, most = lowest - ESCAPE_LIMIT * reach, lowest + (ESCAPE_LIMIT + 1) * reach - 1
+        return self.backend.constant(least), self.backend.constant(most)
 
     @cached_property
     def _projection(self) -> tuple[Array, Array]:
         """The offset, and the matrix [width, r] that finds the nearest point of the span (least squares)."""
-        matrix = self.decoder.matrix.astype(np.float64)
         offset = self.decoder.offset.astype(np.float64)
         if self.settings.metric == "kl":
-            matrix, offset = matrix - matrix.mean(1, keepdims=True), offset - offset.mean()
-        return self.backend.constant(offset, "float64"), self.backend.constant(least_squares(matrix), "float64")
+            offset = offset - offset.mean()
+        return self.backend.constant(offset), self.backend.constant(self.factors.inverse)
 
 
-def least_squares(matrix: np.ndarray) -> np.ndarray:
-    """The pseudo-inverse [width, r] of nearly orthogonal rows [r, width]."""
-    size = np.abs(matrix).max(initial=0.0)
-    if size == 0.0:
-        return np.zeros(matrix.T.shape)
-    scaled = matrix / size
-    return np.ascontiguousarray((np.linalg.pinv(scaled @ scaled.T, rcond=1e-11, hermitian=True) @ scaled).T / size)
+def sweeps_of(backend: Backend) -> Sweeps:
+    """Triton's on CUDA where it is installed."""
+    if not backend.on_host and backend.device.type == "cuda":
+        try:
+            from redistill_cache.codecs.triton_sweeps import TritonSweeps
+        except ImportError:
+            return ArraySweeps(backend)
+        return TritonSweeps()
+    return ArraySweeps(backend)
+
+
+@cache
+def compiled_loops() -> ModuleType | None:
+    """The loops compiled by numba; None where it is missing or does not support this Python or numpy."""
+    try:
+        from redistill_cache.codecs import compiled
+    except (ImportError, RuntimeError):
+        return None
+    return compiled
 
 
 # -- searching the level of every row ---------------------------------------------------------------------------------
 
-# The rows of a slab are searched together, so that tiles of the rows that still need another step stay full.
-TILES_OF_SLAB = 16
-# Trials of a coarser step for rows that passed. The second saves little at a loose bound, and more at a tight one.
-COARSER_TRIALS = 2
 
-
-def encode_linear(decoder: LinearDecoder, settings: LinearSettings, rows: Array) -> Encoded:
+def encode_linear(quantizer: Quantizer, rows: Array) -> Encoded:
     """Encode rows as described in the module docstring. Raises NotFinite."""
     check_finite(rows)
-    quantizer = Quantizer(decoder, settings, backend_of(rows))
-    size = quantizer.tile_rows * TILES_OF_SLAB
+    size = quantizer.slab_rows
     starts = range(0, max(len(rows), 1), size)
     return join_parts([_LevelSearch(quantizer, rows[start : start + size]).encoded() for start in starts])
 
 
-def search_coefficients(decoder: LinearDecoder, settings: LinearSettings, rows: np.ndarray) -> np.ndarray:
+def search_coefficients(quantizer: Quantizer, rows: np.ndarray) -> np.ndarray:
     """The integers that encoding chooses for these rows, int64 [n, r], without the rows that are stored exactly."""
-    search = _LevelSearch(Quantizer(decoder, settings, backend_of(rows)), rows)
-    k: np.ndarray = search.best.k[~search.exact].astype(np.int64)
-    return k if len(k) else np.zeros((1, decoder.rank), np.int64)
+    size = quantizer.slab_rows
+    searches = (_LevelSearch(quantizer, rows[start : start + size]) for start in range(0, len(rows), size))
+    k: np.ndarray = np.concatenate([search.best.k[~search.exact].astype(np.int64) for search in searches])
+    return k if len(k) else np.zeros((1, quantizer.decoder.rank), np.int64)
 
 
 class _LevelSearch:
@@ -345,51 +414,65 @@ class _LevelSearch:
     def __init__(self, quantizer: Quantizer, rows: Array) -> None:
         self.quantizer = quantizer
         self.limit = quantizer.settings.limit
-        self.rows = quantizer.backend.cast(rows, "float32")
-        self.x, self.exact = quantizer.project(self.rows)
-        self.level = quantizer.start_levels(self.rows)
-        self.finest_failed = np.full(len(rows), -1)
-        self.best = quantizer.quantize(self.rows, self.x, self.level, np.arange(len(rows)))
+        self.slab = quantizer.prepare(rows)
+        self.exact = self.slab.too_large.copy()
+        self.level = self.slab.start.copy()
+        everything = np.arange(len(rows))
+        self.best = quantizer.quantize(self.slab, self.level, everything)
         if len(rows):
             self._refine()
             if quantizer.settings.certified:
                 self._coarsen()
+            self._check_decoded(np.flatnonzero(~self.exact))
 
     def _failing(self) -> np.ndarray:
         return np.flatnonzero(~(self.best.worst(self.limit) <= 1.0) & ~self.exact)
 
-    def _refine(self) -> None:
-        """Take finer steps until rows pass or are stored exactly."""
-        active = self._failing()
+    def _refine(self) -> np.ndarray:
+        """Take finer steps until rows pass or are stored exactly; returns the rows that got another step."""
+        failed = active = self._failing()
         if not len(active):
-            return
-        projected = self.quantizer.project_only(self.rows, self.x, active)
+            return active
+        projected = self.quantizer.project_only(self.slab, active)
         self.exact[active[~(projected.worst(self.limit) <= 1.0)]] = True
         while len(active := self._failing()):
             ratio = self.best.worst(self.limit)[active]
-            self.finest_failed[active] = self.level[active]
             hopeless = (self.level[active] >= LEVEL_MASK) | ~np.isfinite(ratio)
             self.exact[active[hopeless]] = True
             active, ratio = active[~hopeless], ratio[~hopeless]
             self.level[active] = np.minimum(self.level[active] + levels_of(ratio, up=True), LEVEL_MASK)
             if len(active):
-                quantized = self.quantizer.quantize(self.rows, self.x, self.level, active)
+                quantized = self.quantizer.quantize(self.slab, self.level, active)
                 self.best.replace_rows(active, quantized, np.arange(len(active)))
+        again: np.ndarray = failed[~self.exact[failed]]
+        return again
 
     def _coarsen(self) -> None:
-        """Try a coarser step for rows far below the limit, and take it where they pass."""
-        for _ in range(COARSER_TRIALS):
-            down = levels_of(1.0 / np.maximum(self.best.worst(self.limit), 1e-12), up=False)
-            target = np.maximum(self.level - down, self.finest_failed + 1)
-            active = np.flatnonzero(~self.exact & (target < self.level))
-            if not len(active):
-                return
-            quantized = self.quantizer.quantize(self.rows, self.x, target, active)
-            passed = quantized.worst(self.limit) <= 1.0
-            better, worse = active[passed], active[~passed]
-            self.best.replace_rows(better, quantized, np.flatnonzero(passed))
-            self.level[better] = target[better]
-            self.finest_failed[worse] = target[worse]
+        """Try the expected coarser step, then the finest other one.
+
+        Errors change with the step by chance as well, so a coarser step may pass where a finer one failed.
+        """
+        expected = self.level - levels_of(1.0 / np.maximum(self.best.worst(self.limit), 1e-12), up=False)
+        before = self.level.copy()
+        self._try_coarser(np.maximum(expected, 0))
+        self._try_coarser(np.where((self.level == before) & (expected == before - 1), before - 2, self.level - 1))
+
+    def _try_coarser(self, target: np.ndarray) -> None:
+        """Take these levels where they are coarser and pass."""
+        active = np.flatnonzero(~self.exact & (target < self.level) & (target >= 0))
+        quantized = self.quantizer.quantize(self.slab, target, active)
+        passed = quantized.worst(self.limit) <= 1.0
+        better = active[passed]
+        self.best.replace_rows(better, quantized, np.flatnonzero(passed))
+        self.level[better] = target[better]
+
+    def _check_decoded(self, index: np.ndarray) -> None:
+        """Rows must be within the limit in the arithmetic of the decoder too; the others get a finer step."""
+        while len(index):
+            for name, values in self.quantizer.decoded_errors(self.slab, self.best, index, self.level).items():
+                missed = ~(values <= self.limit)
+                self.best.errors[name][index[missed]] = values[missed]
+            index = self._refine()
 
     def encoded(self) -> Encoded:
         backend, packing, exact = self.quantizer.backend, self.quantizer.decoder.packing, self.exact
@@ -403,7 +486,7 @@ class _LevelSearch:
             "q": packing.pack(backend, within),
             "level": backend.constant(level),
             "escape": to_numpy(escape).astype(np.int16) if escaped.any() else absent(tuple(k.shape), "int16"),
-            "exact": exact_rows(self.rows, exact),
+            "exact": exact_rows(self.slab.rows, exact),
         }
         if self.quantizer.settings.keep_shift:
             arrays["shift"] = backend.where(packed_rows, self.best.shift, self.best.shift * 0.0)

@@ -10,6 +10,7 @@ from redistill_cache.codecs.backend import Backend
 from redistill_cache.codecs.linear import LinearCodec
 from redistill_cache.codecs.linear_decode import LEVELS_PER_OCTAVE, LinearDecoder, Packing
 from redistill_cache.codecs.linear_encode import LARGEST_VALUE, LinearSettings, Quantizer, search_coefficients
+from redistill_cache.codecs.rounding import Factors
 
 __all__ = ["fit_linear", "fit_packing"]
 
@@ -46,18 +47,19 @@ def fit_linear(rows: np.ndarray, settings: LinearSettings, head: tuple[np.ndarra
     step_rows = _spaced(other_rows, STEP_ROWS)
     step = _first_step(step_rows, basis, settings)
     for _ in range(STEP_ROUNDS):
-        means = _mean_errors(_unpacked_decoder(basis, step, settings, step_rows), settings, step_rows)
+        means = _mean_errors(_unpacked(basis, step, settings, step_rows), step_rows)
         change = _step_change(means, settings)
         step *= change
         settings = _reweighted(means, settings)
         if abs(np.log2(change)) < 0.02:
             break
-    decoder = _unpacked_decoder(basis, step, settings, other_rows)
-    k = search_coefficients(decoder, settings, _spaced(other_rows, PACKING_ROWS))
-    decoder = replace(decoder, packing=fit_packing(k))
+    packing_rows = _spaced(other_rows, PACKING_ROWS)
+    unpacked = _unpacked(basis, step, settings, packing_rows)
+    decoder = replace(unpacked.decoder, packing=fit_packing(search_coefficients(unpacked, packing_rows)))
     for _ in range(PACKING_ROUNDS):
         # Digits are narrow, and rounding to values within them adds a little error.
-        decoder = _rescaled(decoder, _step_change(_mean_errors(decoder, settings, step_rows), settings))
+        means = _mean_errors(Quantizer(decoder, settings, Backend()), step_rows)
+        decoder = _rescaled(decoder, _step_change(means, settings))
     return LinearCodec(decoder, settings, "svd" if head is None else "head")
 
 
@@ -85,23 +87,28 @@ def _first_step(rows: np.ndarray, basis: Basis, settings: LinearSettings) -> flo
     return float(np.clip(np.sqrt(12.0 * noise / len(basis.rows)), 1e-20, 1e20))
 
 
-def _unpacked_decoder(basis: Basis, step: float, settings: LinearSettings, rows: np.ndarray) -> LinearDecoder:
-    """A decoder with an empty packing: every nonzero coefficient escapes. Its spread is that of `rows`."""
+def _unpacked(basis: Basis, step: float, settings: LinearSettings, rows: np.ndarray) -> Quantizer:
+    """A quantizer with an empty packing: every nonzero coefficient escapes. Its spread is that of `rows`."""
     rank = len(basis.rows)
     integers, scale = quantize_basis(basis, step * (BASIS_NOISE * rank / 12.0) ** 0.5)
     steps = np.full(rank, step * 2.0 ** (START_LEVEL / LEVELS_PER_OCTAVE), np.float32)
     offset = basis.offset.astype(np.float32)
     bare = LinearDecoder(integers, scale, steps, offset, np.ones(rank, np.float32), Packing.empty(rank))
-    x, _ = Quantizer(bare, settings, Backend()).project(rows)
-    return replace(bare, spread=np.abs(x).mean(0).astype(np.float32))
-
-
-def _mean_errors(decoder: LinearDecoder, settings: LinearSettings, rows: np.ndarray) -> dict[str, float]:
-    """Mean errors of rows at their starting levels, those of single rows capped at a hundred times the bound."""
-    quantizer = Quantizer(decoder, settings, Backend())
+    quantizer = Quantizer(bare, settings, Backend())
     x, _ = quantizer.project(rows)
-    quantized = quantizer.quantize(rows, x, quantizer.start_levels(rows), np.arange(len(rows)))
-    return {name: float(np.minimum(e, 100 * settings.fidelity).mean()) for name, e in quantized.errors.items()}
+    decoder = replace(bare, spread=np.abs(x).mean(0).astype(np.float32))
+    return Quantizer(decoder, settings, Backend(), quantizer.factors)
+
+
+def _mean_errors(quantizer: Quantizer, rows: np.ndarray) -> dict[str, float]:
+    """Mean errors of rows at their starting levels, those of single rows capped at a hundred times the bound."""
+    most = 100 * quantizer.settings.fidelity
+    errors: dict[str, list[np.ndarray]] = {}
+    for start in range(0, len(rows), quantizer.slab_rows):
+        slab = quantizer.prepare(rows[start : start + quantizer.slab_rows])
+        for name, values in quantizer.quantize(slab, slab.start, np.arange(len(slab))).errors.items():
+            errors.setdefault(name, []).append(np.minimum(values, most))
+    return {name: float(np.concatenate(parts).mean()) for name, parts in errors.items()}
 
 
 def _step_change(means: dict[str, float], settings: LinearSettings) -> float:
@@ -212,8 +219,8 @@ def head_basis(weight: np.ndarray, bias: np.ndarray, rows: np.ndarray, *, shift_
         offset = offset - offset.mean()
     norms = np.linalg.norm(axes, axis=1, keepdims=True)
     axes = axes[norms[:, 0] > 0] / norms[norms[:, 0] > 0]
-    coefficients = np.linalg.lstsq(axes.T, (rows - offset).T, rcond=None)[0]
-    spread = np.sqrt((coefficients**2).mean(1))
+    coefficients = (rows - offset) @ Factors.of(axes).inverse
+    spread = np.sqrt((coefficients**2).mean(0))
     order = np.argsort(-spread, kind="stable")
     return Basis(axes[order], offset, spread[order])
 

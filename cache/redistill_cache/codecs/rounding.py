@@ -11,28 +11,44 @@ base * (I + U'U): the m classes of largest weight as rows of U, and one number f
 the compensation:
 
     s = sum over rounded j of u_j y_j          y = R (k - x): errors in orthonormal coordinates
-    best y_j = - u_j' S**-1 s,                 S = I + sum over j not yet rounded of u_j u_j'
+    best y_j = - u_j' S_j**-1 s,               S_j = I + sum over i <= j of u_i u_i'
 
-S**-1 is updated by rank one per coefficient; in groups of eight, a row costs about 4 r m**2 + r**2 operations. At
-m = 32 this is fifteen times cheaper than the exact form at r = 512, and as good where m classes hold all but a few
-percent of the probability.
+u_j' S_j**-1 depends on the probabilities of the row and not on its step. So there are two sweeps:
 
-The curvature of a coefficient after compensation by the later ones (its pivot) also decides between error and bits: a
-value nearer to zero is chosen where its error costs less than the bits it saves, at the price of a bit in a uniform
-quantizer.
+* forward, once for a row, from the first coefficient to the last: S_j**-1 is updated by rank one, and
+  g_j = S_j**-1 u_j and free_j = 1 + u_j' S_(j-1)**-1 u_j are kept, about 4 r m**2 operations;
+* backward, once for every step that is tried, from the last coefficient to the first: the target of a coefficient is
+  x_j - (g_j's + what the triangle carries over) / R_jj, about r**2 + 4 r m operations.
+
+free_j R_jj**2, the curvature of a coefficient after compensation by the later ones, also decides between error and
+bits: a value nearer to zero is chosen where its error costs less than the bits it saves, at the price of a bit in a
+uniform quantizer.
+
+The sweeps are here for arrays of numpy and torch. `compiled` and `triton_sweeps` have the same arithmetic as one
+compiled loop per row; float64 sums in another order differ by 1e-16, which changes no integer in practice.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from redistill_cache.codecs.backend import Array, Backend
 from redistill_cache.codecs.linear_decode import LinearDecoder, multipliers
-from redistill_cache.codecs.stats import TEMPERATURES, log_softmax
 
-__all__ = ["ShapingConstants", "remaining_cost", "round_shaped", "row_cost"]
+__all__ = [
+    "CLASSES",
+    "ArraySweeps",
+    "Curvature",
+    "Factors",
+    "ShapingConstants",
+    "Sweeps",
+    "Swept",
+    "curvature",
+    "remaining_cost",
+]
 
 # Number of classes that represent the curvature of a row.
 CLASSES = 32
@@ -40,6 +56,8 @@ CLASSES = 32
 GROUP = 8
 # A coefficient of smaller mean size, in steps of the usual starting level, is rounded plainly.
 LEAST_SIZE = 0.02
+# Rows of a matrix whose pivots differ by more than this are factored by QR, which keeps twice the digits.
+LEAST_PIVOT = 1e-4
 # The price of a bit in units of base * step**2; a uniform quantizer's slope is 2 ln 2 / 12 = 0.116.
 BIT_PRICE = 0.12
 # The cost of a coefficient outside its digits.
@@ -47,33 +65,66 @@ ESCAPE_BITS = 24.0
 
 
 @dataclass(frozen=True, eq=False)
+class Factors:
+    """A matrix [r, width] as (orthonormal @ triangle)', and its pseudo-inverse: all on the host."""
+
+    orthonormal: np.ndarray  # float64 [width, r]
+    triangle: np.ndarray  # float64 [r, r], upper, of positive diagonal
+    inverse: np.ndarray  # float64 [width, r]
+
+    @classmethod
+    def of(cls, matrix: np.ndarray) -> Factors:
+        """By Cholesky factors of the Gram matrix: several times faster than QR for wide rows."""
+        size = float(np.abs(matrix).max(initial=0.0)) or 1.0
+        scaled = matrix / size
+        gram = scaled @ scaled.T
+        try:
+            lower = np.linalg.cholesky(gram)
+        except np.linalg.LinAlgError:
+            lower = np.zeros_like(gram)
+        diagonal = np.diag(lower)
+        if diagonal.min() <= LEAST_PIVOT * diagonal.max():  # nearly dependent rows
+            orthonormal, triangle = np.linalg.qr(scaled.T)
+            sign = np.where(np.diag(triangle) < 0, -1.0, 1.0)
+            inverse = (np.linalg.pinv(gram, rcond=1e-11, hermitian=True) @ scaled).T
+            return cls(orthonormal * sign, triangle * (size * sign[:, None]), np.ascontiguousarray(inverse / size))
+        lower_inverse = np.linalg.inv(lower)
+        orthonormal = scaled.T @ lower_inverse.T
+        return cls(orthonormal, lower.T * size, orthonormal @ (lower_inverse / size))
+
+
+@dataclass(frozen=True, eq=False)
 class ShapingConstants:
     """Constants of shaped rounding for one decoder on one device."""
 
     orthonormal: Array  # float64 [width, shaped]: steps of level 0 times the basis, transposed = orthonormal @ triangle
-    triangle: np.ndarray  # float64 [shaped, shaped], upper, positive diagonal
-    triangle_rows: Array  # the same on the device
+    columns: Array  # float64 [shaped, shaped]: the columns of the upper triangle, whose diagonal is positive
+    diagonal: np.ndarray  # of the triangle
     first_bit: Array  # float64 [levels, shaped]: bits from 0 to 1
     next_bit: Array  # float64 [levels, shaped]: bits from n to n + 1
-    lowest: np.ndarray  # the range of the digits
-    highest: np.ndarray
+    lowest: Array  # float64 [shaped]: the range of the digits, infinite before they are fitted
+    highest: Array
     bit_price: float
     weight: float  # of T = 1 relative to T = 4
 
+    @property
+    def count(self) -> int:
+        """Coefficients that are rounded jointly; those after them are rounded plainly."""
+        return len(self.diagonal)
+
     @classmethod
-    def of(cls, decoder: LinearDecoder, backend: Backend, level: int, weight: float) -> ShapingConstants:
-        """For rows that start at `level`."""
+    def of(
+        cls, decoder: LinearDecoder, factors: Factors, backend: Backend, level: int, weight: float
+    ) -> ShapingConstants:
+        """For rows that start at `level`; `factors` are those of the decoder's matrix, centred."""
         # Coefficients that are nearly always zero are rounded plainly; they come last.
         large = decoder.spread > LEAST_SIZE * multipliers()[level]
         count = int(np.flatnonzero(large)[-1]) + 1 if large.any() else 1
-        matrix = decoder.matrix[:count].astype(np.float64)
-        orthonormal, triangle = np.linalg.qr((matrix - matrix.mean(1, keepdims=True)).T)
-        sign = np.where(np.diag(triangle) < 0, -1.0, 1.0)
-        triangle = triangle * sign[:, None]
+        orthonormal, triangle = factors.orthonormal[:, :count], factors.triangle[:count, :count].copy()
         # Directions that are linear combinations of the others, up to noise, are rounded plainly.
         weak = np.diag(triangle) < 1e-9 * np.abs(triangle).max(initial=1e-300)
         triangle[weak] = np.eye(len(triangle))[weak]
-        orthonormal = orthonormal * sign * ~weak
+        orthonormal = orthonormal * ~weak
         first_bit, next_bit = bit_costs(decoder.spread[:count])
         lowest = decoder.packing.lowest[:count].astype(np.float64)
         highest = lowest + decoder.packing.reach[:count] - 1
@@ -81,12 +132,12 @@ class ShapingConstants:
             lowest, highest = np.full_like(lowest, -np.inf), np.full_like(highest, np.inf)
         return cls(
             backend.constant(orthonormal),
-            triangle,
-            backend.constant(triangle),
+            backend.constant(triangle.T),
+            np.diag(triangle).copy(),
             backend.constant(first_bit),
             backend.constant(next_bit),
-            lowest,
-            highest,
+            backend.constant(lowest),
+            backend.constant(highest),
             BIT_PRICE * float(np.median(np.diag(triangle) ** 2)),
             weight,
         )
@@ -102,50 +153,16 @@ def bit_costs(spread: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(first, 0.0, ESCAPE_BITS), np.minimum(decay / np.log(2.0), ESCAPE_BITS)
 
 
-def round_shaped(backend: Backend, constants: ShapingConstants, rows: Array, x: Array, level: Array) -> Array:
-    """Integers near x (float64 [n, r], in steps of each row's level) for rows [n, width]."""
-    count = constants.triangle.shape[0]
-    plain, x = backend.rint(x[:, count:]), x[:, :count]
-    directions = curvature(backend, constants, rows)
-    rounder = GroupRounder.of(backend, constants, x, level)
-    inverse = backend.inverse(backend.identity(directions.shape[2]) + directions.swapaxes(1, 2) @ directions)  # S**-1
-    s = directions[:, 0] * 0.0
-    for stop in range(count, 0, -GROUP):
-        start = max(0, stop - GROUP)
-        group = backend.contiguous(directions[:, start:stop])
-        weighted = group @ inverse
-        pull, coupling = (weighted @ s[:, :, None])[:, :, 0], weighted @ group.swapaxes(1, 2)
-        rounded = rounder.round(start, stop, backend.contiguous(pull.T), backend.contiguous(coupling.swapaxes(0, 2)))
-        y, gains, weights = (part.swapaxes(0, -1) for part in rounded)
-        s = s + (y[:, None, :] @ group)[:, 0]
-        if start:
-            update = gains @ weighted
-            inverse += update.swapaxes(1, 2) @ (update * weights[:, :, None])
-    return backend.concatenate([rounder.k.T, plain], 1)
+# -- the curvature of a row -------------------------------------------------------------------------------------------
 
 
-def curvature(backend: Backend, constants: ShapingConstants, rows: Array) -> Array:
-    """U of every row, [n, r, m], of curvature base * (I + U'U) at T = 1 and T = 4 together."""
-    weight, width = constants.weight, rows.shape[1]
-    chosen, sharp, soft = heaviest_classes(backend, rows, weight)
-    rest = backend.clip(remaining_cost(weight, sharp.sum(1), soft.sum(1)), 0.0, None)
-    base = (rest / max(width - min(CLASSES, width), 1) + 1e-9)[:, None]
-    extra = backend.clip(class_weight(weight, sharp, soft) - base, 0.0, None)
-    vectors = constants.orthonormal[chosen]  # [n, m, r]
-    centre = (sharp[:, None, :] @ vectors)[:, 0]
-    return ((vectors - centre[:, None]) * backend.sqrt(extra / base)[:, :, None]).swapaxes(1, 2)
+@dataclass(frozen=True, eq=False)
+class Curvature:
+    """The heaviest classes of every row: U of the row is (their rows of the basis - `sharp`-weighted sum) * `scale`."""
 
-
-def heaviest_classes(backend: Backend, rows: Array, weight: float) -> tuple[Array, Array, Array]:
-    """The classes of largest weight of every row, with their probabilities at T = 1 and T = 4, each [n, m]."""
-    sharp, soft = (backend.exp(log_softmax(backend, rows, t)) for t in TEMPERATURES)
-    chosen = backend.largest(class_weight(weight, sharp, soft), min(CLASSES, rows.shape[1]))
-    return chosen, backend.take(sharp, chosen), backend.take(soft, chosen)
-
-
-def class_weight(weight: float, sharp: Array, soft: Array) -> Array:
-    """The diagonal of the curvature at classes of these probabilities at T = 1 and T = 4."""
-    return weight * sharp + soft / 16.0
+    chosen: Array  # int64 [n, CLASSES]
+    sharp: Array  # float64, their probabilities at T = 1
+    scale: Array  # float64
 
 
 def remaining_cost(weight: float, sharp: Array, soft: Array) -> Array:
@@ -153,77 +170,100 @@ def remaining_cost(weight: float, sharp: Array, soft: Array) -> Array:
     return weight * (1.0 - sharp) + (1.0 - soft) / 16.0
 
 
-def row_cost(backend: Backend, rows: Array, weight: float) -> Array:
-    """The cost of errors of every row outside of its heaviest classes."""
-    _, sharp, soft = heaviest_classes(backend, rows, weight)
-    return remaining_cost(weight, sharp.sum(1), soft.sum(1))
+def curvature(backend: Backend, weight: float, width: int, chosen: Array, sharp: Array, soft: Array) -> Curvature:
+    """Of rows with these heaviest classes and probabilities [n, m]; base * (I + U'U) at T = 1 and T = 4 together."""
+    rest = backend.clip(remaining_cost(weight, sharp.sum(1), soft.sum(1)), 0.0, None)
+    base = (rest / max(width - sharp.shape[1], 1) + 1e-9)[:, None]
+    extra = backend.clip(weight * sharp + soft / 16.0 - base, 0.0, None)
+    scale = backend.sqrt(extra / base)
+    missing = CLASSES - sharp.shape[1]
+    if missing:  # few classes: the others get no weight, so every array has one shape
+        nothing = backend.zeros((len(sharp), missing), "float64")
+        chosen = backend.concatenate([chosen, backend.zeros((len(sharp), missing), "int64")], 1)
+        sharp, scale = (backend.concatenate([part, nothing], 1) for part in (sharp, scale))
+    return Curvature(chosen, sharp, scale)
 
 
-@dataclass
-class GroupRounder:
-    """Rounds a group of coefficients at a time, the last ones first.
+# -- the sweeps -------------------------------------------------------------------------------------------------------
 
-    Arrays are [..., n], a row of the tile in each column: the few operations per coefficient run on long vectors.
-    """
+# u, g and free of many rows, in the layout of the form that made them.
+Swept = tuple[Array, Array, Array]
+
+
+class Sweeps(Protocol):
+    """The two sweeps on one device."""
+
+    def forward(self, constants: ShapingConstants, of: Curvature) -> Swept:
+        """What `backward` needs of every row, whatever its step."""
+
+    def backward(self, constants: ShapingConstants, swept: Swept, index: Array, steps: Array, level: Array) -> Array:
+        """Integers near `steps` (float64 [m, count], in steps of each row's level) for rows `index` of `swept`."""
+
+
+@dataclass(frozen=True)
+class ArraySweeps:
+    """The sweeps of many rows at once by operations on arrays, [..., n]: few of them, on long vectors."""
 
     backend: Backend
-    constants: ShapingConstants
-    x: Array
-    first_bit: Array
-    next_bit: Array
-    k: Array
-    errors: Array
 
-    @classmethod
-    def of(cls, backend: Backend, constants: ShapingConstants, x: Array, level: Array) -> GroupRounder:
-        tables = constants.first_bit, constants.next_bit
-        first_bit, next_bit = (backend.contiguous(backend.lookup(table, level).T) for table in tables)
-        x = backend.contiguous(x.T)
-        return cls(backend, constants, x, first_bit, next_bit, x * 0.0, x * 0.0)
+    def forward(self, constants: ShapingConstants, of: Curvature) -> Swept:
+        """U and G [count, n, m], free [count, n]."""
+        backend, count, rows = self.backend, constants.count, len(of.chosen)
+        vectors = constants.orthonormal[of.chosen]  # [n, m, count]
+        centre = (of.sharp[:, None, :] @ vectors)[:, 0]
+        directions = (vectors - centre[:, None]) * of.scale[:, :, None]
+        inverse = backend.zeros((rows, CLASSES, CLASSES), "float64") + backend.identity(CLASSES)
+        u = backend.contiguous(directions.swapaxes(1, 2))  # [n, count, m]
+        g = backend.zeros((count, rows, CLASSES), "float64")
+        free = backend.zeros((count, rows), "float64")
+        for start in range(0, count, GROUP):
+            stop = min(start + GROUP, count)
+            group = backend.contiguous(u[:, start:stop])
+            weighted = group @ inverse  # of S before the group; corrected below for the rows of the group itself
+            coupling = backend.contiguous((weighted @ group.swapaxes(1, 2)).swapaxes(0, 2))  # [j, i, n], symmetric
+            parts = backend.contiguous(weighted.swapaxes(0, 1))  # [j, n, m]
+            for j in range(stop - start):
+                free[start + j] = 1.0 + coupling[j, j]
+                g[start + j] = parts[j] / free[start + j][:, None]
+                for i in range(j + 1, stop - start):
+                    share = coupling[i, j] / free[start + j]
+                    parts[i] -= parts[j] * share[:, None]
+                    coupling[i, j + 1 : i + 1] -= coupling[j + 1 : i + 1, j] * share
+            inverse = inverse - backend.contiguous(parts.swapaxes(0, 1)).swapaxes(1, 2) @ backend.contiguous(
+                g[start:stop].swapaxes(0, 1)
+            )
+        return backend.contiguous(u.swapaxes(0, 1)), g, free
 
-    def round(self, start: int, stop: int, pull: Array, coupling: Array) -> tuple[Array, Array, Array]:
-        """Round coefficients start to stop; returns their errors y in orthonormal coordinates, and the update of S**-1.
+    def backward(self, constants: ShapingConstants, swept: Swept, index: Array, steps: Array, level: Array) -> Array:
+        backend, count = self.backend, constants.count
+        u, g, free = (part[:, index] for part in swept)
+        x = backend.contiguous(steps.swapaxes(0, 1))
+        tables = (constants.first_bit, constants.next_bit)
+        first, following = (backend.contiguous(backend.lookup(table, level).swapaxes(0, 1)) for table in tables)
+        k, errors = x * 0.0, x * 0.0
+        s = u[0] * 0.0
+        for stop in range(count, 0, -GROUP):
+            start = max(0, stop - GROUP)
+            # What the triangle carries over from coefficients rounded before.
+            carried = constants.columns[stop:, start:stop].swapaxes(0, 1) @ errors[stop:]
+            for at in range(stop - 1, start - 1, -1):
+                scale = float(constants.diagonal[at])
+                target = x[at] - ((g[at] * s).sum(1) + carried[at - start]) / scale
+                price = constants.bit_price / (2.0 * free[at] * scale**2)
+                low, high = constants.lowest[at], constants.highest[at]
+                k[at] = self._nearest(target, price, first[at], following[at], low, high)
+                errors[at] = k[at] - x[at]
+                s = s + u[at] * (scale * errors[at] + carried[at - start])[:, None]
+                carried[: at - start] += constants.columns[at, start:at][:, None] * errors[at]
+        return backend.contiguous(k.swapaxes(0, 1))
 
-        `pull` is u_j' S**-1 s of each, `coupling` u_i' S**-1 u_j; both are updated in place after every coefficient.
-        The update is gains G [j, i, n] and weights w [i, n] of (1 - coupling)**-1 = G diag(w) G'.
-        """
-        triangle, rows = self.constants.triangle, self.constants.triangle_rows
-        # The part of y that the triangle carries over from coefficients rounded before.
-        carried = rows[start:stop, stop:] @ self.errors[stop:]
-        y = pull * 0.0
-        weights = pull * 0.0
-        gains = coupling * 0.0
-        for j in range(stop - start):
-            gains[j, j] += 1.0
-        for j in range(stop - start - 1, -1, -1):
-            at = start + j
-            weights[j] = free = 1.0 / (1.0 - coupling[j, j])
-            scale = float(triangle[at, at])
-            target = self.x[at] - (pull[j] + carried[j]) / scale
-            k = self._nearest(at, target, free * scale**2)
-            error = k - self.x[at]
-            self.k[at], self.errors[at] = k, error
-            y[j] = scale * error + carried[j]
-            if j:
-                carried[:j] += rows[start:at, at][:, None] * error
-                column = coupling[:j, j]
-                scaled = column * free
-                pull[:j] += column * (y[j] + free * (pull[j] + coupling[j, j] * y[j]))
-                coupling[:j, :j] += column[:, None] * scaled
-                gains[:, :j] += gains[:, j, None] * scaled
-        return y, gains, weights
-
-    def _nearest(self, at: int, target: Array, pivot: Array) -> Array:
+    def _nearest(self, target: Array, price: Array, first: Array, following: Array, low: Array, high: Array) -> Array:
         """The integer of least cost: squared distance times the pivot, plus bits."""
-        backend, constants = self.backend, self.constants
-        price = constants.bit_price / (2.0 * pivot)
+        backend = self.backend
         size = backend.abs(target)
-        k = backend.floor(size + 0.5 - backend.clip(price * self.next_bit[at], 0.0, 0.5))
-        k = backend.where((k == 1.0) & (size < 0.5 + price * self.first_bit[at]), k * 0.0, k)
+        k = backend.floor(size + 0.5 - backend.clip(price * following, 0.0, 0.5))
+        k = backend.where((k == 1.0) & (size < 0.5 + price * first), k * 0.0, k)
         k = backend.where(target < 0, -k, k)
-        low, high = float(constants.lowest[at]), float(constants.highest[at])
-        if low == -np.inf:
-            return k
-        inside = backend.clip(k, low, high)
+        inside = backend.minimum(backend.maximum(k, low), high)
         extra = (inside - target) ** 2 - (k - target) ** 2
         return backend.where(extra < price * (2.0 * ESCAPE_BITS), inside, k)
