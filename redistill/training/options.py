@@ -231,10 +231,7 @@ class TrainOptions:
     @property
     def val_share(self) -> float | None:
         """`val` as a share of the training images; None where it names images of its own."""
-        try:
-            return float(self.val) if isinstance(self.val, str) else None
-        except ValueError:
-            return None
+        return parse_share(self.val)
 
     # -- members ------------------------------------------------------------------------------------------------------
 
@@ -360,7 +357,17 @@ def locations(options: Mapping[str, Any]) -> dict[str, Any]:
         models = value if isinstance(value, list) else [value]
         if any(names_a_file(model) for model in models if isinstance(model, str)):  # other types are refused later
             known.add(name)
+    if parse_share(options.get("val")) is not None:
+        known.discard("val")
     return {name: value for name, value in options.items() if name in known}
+
+
+def parse_share(val: object) -> float | None:
+    """`--val 0.1` as a number; None for anything else."""
+    try:
+        return float(val) if isinstance(val, str) else None
+    except ValueError:
+        return None
 
 
 def names_a_file(model: str) -> bool:
