@@ -7,25 +7,29 @@
     demo:large?num_classes=10                             small networks for 32 px images
     python:module:callable                                your own code, from the command line only
 
-Options: num_classes=, size=, norm=imagenet|cifar100|cifar10|half or mean=r,g,b&std=r,g,b, weights=, seed=.
+Options: num_classes=, size=, norm=imagenet|cifar100|cifar10|half or mean=r,g,b&std=r,g,b, seed=, weights=, and key= for
+the part of a weights file that holds several (`key=state_dict_ema`).
 """
 
 from __future__ import annotations
 
+import tomllib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from redistill_cache import strict_json
 from redistill_cache.errors import Refused, UsageError
+from redistill_cache.storage import read_small
 from redistill_cache.strict_json import Fields
 from torch import Tensor, nn
 
 from redistill.models import cifar, demo, libraries
-from redistill.models.model_info import OPTIONS, Blueprint, ModelInfo, OpenedModel, portable
+from redistill.models.model_info import LOCAL_OPTIONS, OPTIONS, Blueprint, ModelInfo, OpenedModel, portable
 from redistill.models.weights import header_of, load_into, read_weights, refuse_misfit, state_digest
-from redistill.specs import Spec, did_you_mean, parse_spec
+from redistill.specs import Spec, did_you_mean, first_line, parse_spec
 
 __all__ = ["open_model", "open_weights"]
 
@@ -38,6 +42,7 @@ FAMILIES = {
 }
 RANDOM = "random"
 MAX_SPEC = 4096
+MAX_RUN_FILE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ def open_model(text: str, *, num_classes: int | None = None, seed: int = 0, allo
     blueprint = find_blueprint(spec, allow_python=allow_python)
     spec.refuse_unknown(OPTIONS)
     requested = ModelInfo.from_options(spec)
-    weights = choose_weights(spec, blueprint)
+    weights = choose_weights(spec, blueprint, requested)
     classes = count_classes(spec, blueprint, requested, weights, num_classes)
     fallback = (blueprint.file_info if weights.source == "file" else blueprint.fresh_info)(classes)
     info = replace(requested, num_classes=classes).or_else(weights.info).or_else(fallback)
@@ -90,6 +95,9 @@ def open_model(text: str, *, num_classes: int | None = None, seed: int = 0, allo
         interpolation=info.interpolation,
         resize=info.resize,
         portable_spec=portable(spec.scheme, spec.name, {**spec.options, "num_classes": str(classes)}),
+        trained_size=None if requested.input_size is not None else info.trained_size,
+        top1=info.top1,
+        class_names=info.class_names,
     )
 
 
@@ -100,8 +108,10 @@ def open_weights(path: Path) -> OpenedModel:
         raise Refused(f"the header of {str(path)!r} does not name its network; open it as MODEL?weights={path}")
     # The header is untrusted: it may name an architecture and its options, and no other file.
     spec = parse_spec(Fields(metadata, header_of(path)).text("spec", MAX_SPEC))
-    spec.refuse_unknown(OPTIONS - {"weights", "seed"})
-    options = "&".join([*(f"{key}={value}" for key, value in spec.options.items()), f"weights={quoted(path)}"])
+    spec.refuse_unknown(OPTIONS - LOCAL_OPTIONS)
+    # The header repeats the size in a field of its own; as an option, it would override the size of the training.
+    kept = {key: value for key, value in spec.options.items() if key != "size" or "input_size" not in metadata}
+    options = "&".join([*(f"{key}={value}" for key, value in kept.items()), f"weights={quoted(path)}"])
     return open_model(f"{spec.scheme}:{spec.name}?{options}")
 
 
@@ -121,16 +131,18 @@ def find_blueprint(spec: Spec, *, allow_python: bool) -> Blueprint:
     return FAMILIES[spec.scheme](spec)
 
 
-def choose_weights(spec: Spec, blueprint: Blueprint) -> Weights:
+def choose_weights(spec: Spec, blueprint: Blueprint, requested: ModelInfo) -> Weights:
     """The weights that the option weights= names: published, from a file, or random."""
     value = spec.options.get("weights")
+    if "key" in spec.options and (value in (None, RANDOM) or value in blueprint.published_names):
+        raise UsageError(f"{spec.text!r}: key= names a part of a weights file; add weights=PATH")
     if value is None:
         return Weights("python" if blueprint.has_weights else None, ModelInfo())
     if value == RANDOM:
         return Weights(RANDOM, ModelInfo())
     if value in blueprint.published_names:
         assert blueprint.published is not None
-        published = blueprint.published(value)
+        published = blueprint.published(value, requested.input_size)
         return Weights(published.source, published.info, published.state, published.source)
     path = Path(value).expanduser()
     if not path.exists() and "/" not in value and not path.suffix:
@@ -138,8 +150,28 @@ def choose_weights(spec: Spec, blueprint: Blueprint) -> Weights:
         raise UsageError(
             f"{spec.text!r}: weights={value!r} is neither a file nor the name of published weights; {hint}"
         )
-    file = read_weights(path)
-    return Weights("file", ModelInfo.from_json(file.metadata, header_of(path)), file.state, repr(str(path)))
+    file = read_weights(path, spec.options.get("key"))
+    info = ModelInfo.from_json(file.metadata, header_of(path))
+    if info.class_names is not None and len(info.class_names) != info.num_classes:
+        raise Refused(f"{header_of(path)}: {len(info.class_names)} class names for {info.num_classes} classes")
+    if file.metadata and info.trained_size is None:
+        info = info.or_else(info_of_old_run(path.parent))
+    return Weights("file", info, file.state, repr(str(path)))
+
+
+def info_of_old_run(folder: Path) -> ModelInfo:
+    """What runs of earlier versions wrote beside their weights only: the size, if it was set, and the accuracy."""
+    config, result = folder / "config.toml", folder / "result.json"
+    if not (config.is_file() and result.is_file()):
+        return ModelInfo()
+    try:
+        options = tomllib.loads(read_small(config, MAX_RUN_FILE).decode()).get("options")
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise Refused(f"{config} is not readable TOML: {first_line(error)}") from None
+    results = strict_json.parse(read_small(result, MAX_RUN_FILE), cap=MAX_RUN_FILE, where=str(result))
+    known = {"trained_size": (options, "size"), "top1": (results, "top1")}
+    values = {name: value.get(key) for name, (value, key) in known.items() if isinstance(value, dict)}
+    return ModelInfo.from_json(values, f"{config} and {result.name}")
 
 
 def count_classes(spec: Spec, blueprint: Blueprint, requested: ModelInfo, weights: Weights, default: int | None) -> int:
@@ -156,7 +188,8 @@ def count_classes(spec: Spec, blueprint: Blueprint, requested: ModelInfo, weight
     if declared is None:
         declared = default
     if declared is None:
-        raise UsageError(f"{spec.text!r}: the number of classes is not known; add num_classes=N")
+        hint = "" if weights.source else "weights=PATH for trained weights, or "
+        raise UsageError(f"{spec.text!r}: the number of classes is not known; add {hint}num_classes=N")
     return declared
 
 

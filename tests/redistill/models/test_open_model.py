@@ -92,7 +92,9 @@ def test_torchvision_weights_come_with_their_preprocessing():
     from redistill.models.libraries import torchvision_info
 
     info = torchvision_info(get_model_weights("resnet50")["IMAGENET1K_V2"])
-    assert info == ModelInfo(num_classes=1000, input_size=224, norm=IMAGENET, interpolation="bilinear", resize=232)
+    assert info == ModelInfo(
+        num_classes=1000, input_size=224, norm=IMAGENET, interpolation="bilinear", resize=232, top1=0.80858
+    )
     assert torchvision_info(get_model_weights("vit_b_16")["IMAGENET1K_SWAG_E2E_V1"]).input_size == 384
 
 
@@ -136,7 +138,7 @@ def test_published_weights_are_read_from_torchs_own_cache(monkeypatch: pytest.Mo
         ("torchvision:fcn_resnet50?num_classes=3", "unknown network"),
         ("cifar:resnet21?num_classes=3", "did you mean"),
         ("demo:huge?num_classes=3", "known: large, small, tiny"),
-        ("demo:tiny", "add num_classes="),
+        ("demo:tiny", "add weights=PATH for trained weights, or num_classes=N"),
         ("demo:tiny?num_clases=3", "did you mean num_classes"),
         ("demo:tiny?num_classes=0", "from 1 to"),
         ("demo:tiny?num_classes=-2", "from 1 to"),
