@@ -72,7 +72,10 @@ class Plan:
 
 def make_plan(options: CacheOptions, rank: Rank, progress: Callable[[int, int], None] | None = None) -> Plan:
     """Open data and teacher, and check that they fit each other. Nothing is written."""
-    model = open_model(options.teacher, allow_python=options.allow_python)
+    if isinstance(options.teacher, OpenedModel):
+        model = options.teacher
+    else:
+        model = open_model(options.teacher, allow_python=options.allow_python)
     recipe = choose_recipe(options, model)
     device = pick_device(options.device, local_rank=rank.local_rank)
     teacher = Teacher(

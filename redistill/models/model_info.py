@@ -208,6 +208,9 @@ class OpenedModel:
     top1: float | None = None
     class_names: tuple[str, ...] | None = None
 
+    def __str__(self) -> str:
+        return self.spec
+
     @property
     def view_size(self) -> int | None:
         """Side of the views the network is used on: that of its training, else the size it is built for."""

@@ -13,9 +13,9 @@ the part of a weights file that holds several (`key=state_dict_ema`).
 
 from __future__ import annotations
 
-import tomllib
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from redistill.models import cifar, demo, libraries
 from redistill.models.model_info import LOCAL_OPTIONS, OPTIONS, Blueprint, ModelInfo, OpenedModel, portable
 from redistill.models.weights import header_of, load_into, read_weights, refuse_misfit, state_digest
-from redistill.specs import Spec, did_you_mean, first_line, parse_spec
+from redistill.specs import Spec, did_you_mean, parse_spec
 
 __all__ = ["open_model", "open_weights"]
 
@@ -43,6 +43,8 @@ FAMILIES = {
 RANDOM = "random"
 MAX_SPEC = 4096
 MAX_RUN_FILE = 1 << 20
+# As `train` writes it. A search, since parsing TOML of a stranger takes memory without a limit.
+SIZE_IN_CONFIG = re.compile(rb"^size = ([0-9]{1,9})$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -55,14 +57,49 @@ class Weights:
     label: str = ""
 
 
-def open_model(text: str, *, num_classes: int | None = None, seed: int = 0, allow_python: bool = False) -> OpenedModel:
-    """The network of a spec string, with its weights.
+def open_model(
+    model: str | nn.Module,
+    *,
+    num_classes: int | None = None,
+    size: int | None = None,
+    norm: str | tuple[Sequence[float], Sequence[float]] | None = None,
+    seed: int = 0,
+    allow_python: bool = False,
+) -> OpenedModel:
+    """The network of a spec string with its weights, or a network of your own with the weights it has.
 
     `num_classes` (the archive's) is used if neither the spec nor the weights determine it; fresh weights depend on
-    `seed` and not on torch's global generator. Only the command line may set `allow_python`.
+    `seed` and not on torch's global generator. Only the command line may set `allow_python`. A network of your own
+    needs `num_classes` and `norm`, the name of a normalisation or (mean, std); a spec string has them as options.
     """
-    spec = parse_spec(text)
-    blueprint = find_blueprint(spec, allow_python=allow_python)
+    if isinstance(model, nn.Module):
+        return open_spec(*own_network(model, num_classes, size, norm), num_classes, seed)
+    if size is not None or norm is not None:
+        raise UsageError(f"{model!r}: give size and norm as options of the spec: {model.partition('?')[0]}?size=...")
+    spec = parse_spec(model)
+    return open_spec(spec, find_blueprint(spec, allow_python=allow_python), num_classes, seed)
+
+
+def own_network(
+    module: nn.Module,
+    num_classes: int | None,
+    size: int | None,
+    norm: str | tuple[Sequence[float], Sequence[float]] | None,
+) -> tuple[Spec, Blueprint]:
+    """A module in the form of a `python:` spec, named after its class."""
+    name = f"{type(module).__module__}:{type(module).__qualname__}"
+    options: dict[str, object] = {"num_classes": num_classes, "size": size}
+    if norm is None or isinstance(norm, str):
+        options["norm"] = norm
+    else:
+        options |= {key: ",".join(map(repr, values)) for key, values in zip(("mean", "std"), norm, strict=True)}
+    given = {key: str(value) for key, value in options.items() if value is not None}
+    blueprint = Blueprint(name=name.replace(":", "."), build=lambda _classes, _size: module, has_weights=True)
+    return Spec("python", name, given, f"python:{name}"), blueprint
+
+
+def open_spec(spec: Spec, blueprint: Blueprint, num_classes: int | None, seed: int) -> OpenedModel:
+    text = spec.text
     spec.refuse_unknown(OPTIONS)
     requested = ModelInfo.from_options(spec)
     weights = choose_weights(spec, blueprint, requested)
@@ -164,14 +201,10 @@ def info_of_old_run(folder: Path) -> ModelInfo:
     config, result = folder / "config.toml", folder / "result.json"
     if not (config.is_file() and result.is_file()):
         return ModelInfo()
-    try:
-        options = tomllib.loads(read_small(config, MAX_RUN_FILE).decode()).get("options")
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise Refused(f"{config} is not readable TOML: {first_line(error)}") from None
+    size = SIZE_IN_CONFIG.search(read_small(config, MAX_RUN_FILE))
     results = strict_json.parse(read_small(result, MAX_RUN_FILE), cap=MAX_RUN_FILE, where=str(result))
-    known = {"trained_size": (options, "size"), "top1": (results, "top1")}
-    values = {name: value.get(key) for name, (value, key) in known.items() if isinstance(value, dict)}
-    return ModelInfo.from_json(values, f"{config} and {result.name}")
+    values = {"top1": results.get("top1")} if isinstance(results, dict) else {}
+    return ModelInfo.from_json(values | ({"trained_size": int(size[1])} if size else {}), str(result))
 
 
 def count_classes(spec: Spec, blueprint: Blueprint, requested: ModelInfo, weights: Weights, default: int | None) -> int:
