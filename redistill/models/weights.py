@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import os
 import pickle
 import stat
 import warnings
@@ -57,6 +58,8 @@ MAX_HEADER = 1 << 20
 # Of what describes the tensors of a file: a hundred bytes each, and no network has a hundred thousand of them.
 MAX_DIRECTORY = 4 << 20
 MAX_NESTING = 8
+# The fixed part, the longest comment, and what 64-bit lengths add.
+LONGEST_ZIP_END = 22 + 65535 + 76
 ZEROS = b"bytearray"
 
 
@@ -146,12 +149,7 @@ def refuse_expanding(path: Path) -> None:
     """
     try:
         if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                entries = archive.infolist()
-                pickles = [entry for entry in entries if entry.filename.endswith(".pkl")]
-                described = sum(entry.file_size for entry in pickles)
-                expands = sum(entry.file_size for entry in entries) > path.stat().st_size or described > MAX_DIRECTORY
-                expands = expands or any(ZEROS in archive.read(entry) for entry in pickles)
+            expands = directory_bytes(path) > MAX_DIRECTORY or zip_expands(path)
         else:  # a pickle, as torch wrote them before 1.6
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 expands = data.find(ZEROS) >= 0
@@ -162,6 +160,28 @@ def refuse_expanding(path: Path) -> None:
             f"{str(path)!r} would take more memory than its size, as no file of torch.save does, or describes its "
             f"tensors in more than {MAX_DIRECTORY} bytes; not read. If you trust it, save its state_dict again"
         )
+
+
+def directory_bytes(path: Path) -> int:
+    """The length of a zip archive's directory, from the record at its end; `zipfile` reads all of it at once."""
+    with path.open("rb") as file:
+        file.seek(-min(path.stat().st_size, LONGEST_ZIP_END), os.SEEK_END)
+        end = file.read()
+    at = end.rfind(b"PK\5\6")
+    # A record with 64-bit lengths, if any, precedes this one and a locator of 20 bytes.
+    is_long = end[max(at - 76, 0) :].startswith(b"PK\6\6")
+    return int.from_bytes(end[at - 36 : at - 28] if is_long else end[at + 12 : at + 16], "little")
+
+
+def zip_expands(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        pickles = [entry for entry in entries if entry.filename.endswith(".pkl")]
+        if sum(entry.file_size for entry in entries) > path.stat().st_size:
+            return True
+        if sum(entry.file_size for entry in pickles) > MAX_DIRECTORY:
+            return True
+        return any(ZEROS in archive.read(entry) for entry in pickles)
 
 
 def unwrap(value: object, path: Path, key: str | None) -> tuple[dict[str, Tensor], str | None]:

@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 import stat
+import struct
 import subprocess
 import sys
 import zipfile
@@ -231,6 +232,16 @@ def empty_tensors(path: Path) -> None:
     path.write_bytes(len(header).to_bytes(8, "little") + header)
 
 
+def zip_entries(path: Path) -> None:
+    """A directory of a million empty entries, with 64-bit lengths."""
+    entry = struct.pack("<4s4B4HL2L5H2L", b"PK\1\2", 20, 3, 20, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0) + b"ab"
+    directory = entry * 1_000_000
+    end = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, 1_000_000, 1_000_000, len(directory), 0)
+    end += struct.pack("<4sLQL", b"PK\6\7", 0, len(directory), 1)
+    end += struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+    path.write_bytes(directory + end)
+
+
 COSTLY = {
     "compressed": (compressed_file, "would take more memory than its size"),
     "zeros": (lambda path: torch.save({"w": Zeros()}, path), "would take more memory than its size"),
@@ -243,6 +254,7 @@ COSTLY = {
         lambda path: torch.save({str(i): torch.zeros(0) for i in range(60_000)}, path),
         "describes its tensors in more than",
     ),
+    "zip entries": (zip_entries, "describes its tensors in more than"),
     "pipe": (os.mkfifo, "not a regular file"),
     "device": (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
 }
