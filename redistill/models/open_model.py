@@ -31,7 +31,7 @@ from redistill.models.model_info import LOCAL_OPTIONS, OPTIONS, Blueprint, Model
 from redistill.models.weights import header_of, load_into, read_weights, refuse_misfit, state_digest
 from redistill.specs import Spec, did_you_mean, parse_spec
 
-__all__ = ["open_model", "open_weights"]
+__all__ = ["open_model", "open_weights", "quoted"]
 
 FAMILIES = {
     "torchvision": libraries.torchvision_blueprint,

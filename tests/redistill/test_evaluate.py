@@ -53,9 +53,18 @@ def test_the_teachers_own_weights_agree_with_the_archive_within_its_fidelity(wei
     assert source.reads < 2.5 * len(source), "indexed once, rendered once, and the canaries"
 
 
+def test_a_file_with_any_name_is_evaluated_as_the_network_that_is_named(weights: Path, tmp_path: Path):
+    """Characters that separate options in a spec string."""
+    odd = tmp_path / "a&b%20=c.safetensors"
+    shutil.copy(weights, odd)
+    assert evaluate(odd, DATA, student="demo:small", size=32, workers=0).metrics.rows == 150
+
+
 def test_mismatched_inputs_are_refused(weights: Path, archive: Path, tmp_path: Path):
     with pytest.raises(Refused, match="does not exist"):
         evaluate(tmp_path / "nothing", DATA)
+    with pytest.raises(UsageError, match="size"):
+        evaluate(weights, DATA, size=0, workers=0)
     with pytest.raises(UsageError, match="both name weights"):
         evaluate(weights, DATA, student="demo:small?weights=other.pt")
     with pytest.raises(Refused, match="the data has 6 classes, the student 8"):
