@@ -15,6 +15,7 @@ from redistill.devices import pick_amp, pick_device
 from redistill.loading import default_workers
 from redistill.metrics import Metrics
 from redistill.models import OpenedModel, open_model, open_weights
+from redistill.models.open_model import quoted
 from redistill.training.run_files import STUDENT, headline
 from redistill.training.validate import Validation
 from redistill.views import archive_recipe
@@ -60,8 +61,9 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate the student of a run folder or of a weights file on `data`.
 
-    `student` names the network if the weights file does not. With `archive`, an archive of the same images, the
-    archive's view 0 is rendered and the student is also compared with the teacher.
+    `student` names the network if the weights file does not. Images are cropped to the size the student was trained
+    at, and classes are matched by name, as in the validation of `train`. With `archive`, an archive of the same images,
+    the archive's view 0 is rendered and the student is also compared with the teacher.
     """
     path = run_or_weights / STUDENT if run_or_weights.is_dir() else run_or_weights
     if not path.exists():
@@ -69,13 +71,20 @@ def evaluate(
     model = open_student(path, student, allow_python)
     teacher = None if archive is None else open_archive(archive)
     if size is None:
-        size = model.input_size if teacher is None else archive_recipe(teacher).size
+        size = model.trained_size or (None if teacher is None else archive_recipe(teacher).size)
+    if size is None and run_or_weights.is_dir():
+        raise UsageError(
+            f"{run_or_weights} is a run of an earlier version that did not record the size of its views; add --size N, "
+            "as shown by redistill inspect for its archive"
+        )
+    if size is None:
+        size = model.input_size
     if size is None:
         raise UsageError(f"the size of the views is not known for {model.spec!r}; add --size")
     torch_device = pick_device(device)
     validation = Validation.open(
         data,
-        class_names=None if teacher is None else teacher.class_names,
+        class_names=model.class_names if teacher is None else teacher.class_names,
         num_classes=model.num_classes,
         size=size,
         archive=teacher,
@@ -100,4 +109,4 @@ def open_student(path: Path, student: str | None, allow_python: bool) -> OpenedM
         return open_weights(path)
     if "weights=" in student:
         raise UsageError(f"{student!r} and {str(path)!r} both name weights; use only one of them")
-    return open_model(f"{student}{'&' if '?' in student else '?'}weights={path}", allow_python=allow_python)
+    return open_model(f"{student}{'&' if '?' in student else '?'}weights={quoted(path)}", allow_python=allow_python)

@@ -6,7 +6,7 @@ the final linear layer. Maps are averaged over space, tokens over the sequence: 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,9 +15,9 @@ from redistill_cache.spec import LOGITS
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from redistill.specs import did_you_mean, first_line
+from redistill.specs import did_you_mean, first_line, listed
 
-__all__ = ["LOGITS", "PENULTIMATE", "Head", "Signals", "find_head", "pool"]
+__all__ = ["LOGITS", "PENULTIMATE", "Head", "Signals", "find_head", "logits_of", "pool"]
 
 PENULTIMATE = "penultimate"
 
@@ -49,11 +49,22 @@ class Signals(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         output = self.network(x)
-        outputs: dict[str, Tensor] = dict(output) if self.has_inner else {self.end: output}
+        outputs: dict[str, Tensor] = dict(output) if self.has_inner else {self.end: logits_of(output)}
         if self.head is not None:
             outputs[LOGITS] = self.head(outputs[PENULTIMATE])
         rows = {LOGITS: outputs[LOGITS].float()}
         return rows | {layer: pool(outputs[layer].float(), layer) for layer in self.layers if layer != LOGITS}
+
+
+def logits_of(output: object) -> Tensor:
+    """The logits in the output of a network: a tensor, or in `logits` of a dictionary or of an object."""
+    logits = output.get(LOGITS) if isinstance(output, Mapping) else getattr(output, LOGITS, output)
+    if isinstance(logits, Tensor):
+        return logits
+    found = type(output).__name__
+    if isinstance(output, Mapping):
+        found += f" with the keys {listed(map(str, output))}"
+    raise Refused(f"expected a network that returns a tensor, or one in .logits or ['logits'], found {found}")
 
 
 def extractor(network: nn.Module, layers: Sequence[str], end: str) -> nn.Module:
@@ -107,11 +118,11 @@ def find_head(network: nn.Module, num_classes: int, probe: Tensor) -> str | None
 
     hooks = [module.register_forward_hook(record) for module in linears]
     try:
-        logits = network(probe)
+        logits = logits_of(network(probe))
     finally:
         for hook in hooks:
             hook.remove()
     for name, (features, output) in calls.items():
-        if features.ndim == 2 and isinstance(logits, Tensor) and torch.equal(output, logits):
+        if features.ndim == 2 and torch.equal(output, logits):
             return name
     return None

@@ -52,6 +52,8 @@ class Teacher:
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.normalise = model.normalise().to(device)
         model.module.eval().requires_grad_(False)
+        if {*layers} - {LOGITS, PENULTIMATE} and not isinstance(model.module(self._noise()), Tensor):
+            raise Refused(f"layers of {model.spec!r} cannot be stored: it does not return a tensor; use penultimate")
         head = self.head_name if PENULTIMATE in layers else None
         self._removed_head = None if head is None else model.module.get_submodule(head)
         with refuse_out_of_memory(1, device):
@@ -66,10 +68,13 @@ class Teacher:
     @cached_property
     def head_name(self) -> str | None:
         """The name of the final linear layer, if its output is the logits."""
+        return find_head(self.model.module, self.model.num_classes, self._noise())
+
+    def _noise(self) -> Tensor:
+        """Two inputs of a size that the network accepts, on its device."""
         side = self.model.input_size or PROBE_SIZE
         own = next(iter(self.model.module.parameters()), torch.empty(0))
-        noise = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)).to(own.device)
-        return find_head(self.model.module, self.model.num_classes, noise)
+        return torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)).to(own.device)
 
     def head(self) -> Head | None:
         """Weight and bias of the final linear layer, on the CPU; None if its output is not the logits."""

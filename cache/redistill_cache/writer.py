@@ -50,7 +50,8 @@ def refuse_difference(stored: Json, requested: Json, where: str, free: Sequence[
     )
     if difference:
         field, old, new = difference
-        hint = "use extend_views (--extend-views)" if field == "num_views" else "use the same setting"
+        more_views = field == "num_views" and new > old
+        hint = "use extend_views (--extend-views)" if more_views else "use the same setting"
         raise SpecMismatch(
             f"{where} was started with {field} = {_show(old)}, now it is {_show(new)}; {hint}, or start a new archive"
         )

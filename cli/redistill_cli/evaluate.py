@@ -50,7 +50,7 @@ def evaluate(
         ),
     ] = None,
     size: Annotated[
-        int | None, typer.Option("--size", help="Side of a view in pixels. [default: the network's input size]")
+        int | None, typer.Option("--size", help="Side of a view in pixels. [default: as in the student's training]")
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Batch size.")] = 256,
     workers: Annotated[

@@ -27,7 +27,10 @@ class CacheOptions:
         metadata=option("Images: folder:PATH, cifar100:PATH, wds:PATTERN, ..., or a path.", positional=True)
     )
     """From Python also any object that `open_source` takes."""
-    teacher: str = field(metadata=option("Teacher model: torchvision:resnet50?weights=DEFAULT, ...", metavar="MODEL"))
+    teacher: str | Any = field(
+        metadata=option("Teacher model: torchvision:resnet50?weights=DEFAULT, ...", metavar="MODEL")
+    )
+    """From Python also a model from `open_model`."""
     out: Path = field(metadata=option("Archive to write or resume."))
     views: int = field(
         default=1, metadata=option("Augmented views per image; each epoch of training reads one.", at_least=1)

@@ -98,7 +98,7 @@ def check_first_batch(runner: TeacherRunner) -> TeacherCheck:
         size, input_size = plan.recipe.size, plan.teacher.model.input_size
         hint = f"--size {input_size}" if input_size not in (None, size) else "another --size or --recipe"
         raise Refused(
-            f"the teacher {plan.options.teacher!r} fails on views of {size} px: {first_line(error)}; use {hint}"
+            f"the teacher {plan.teacher.model.spec!r} fails on views of {size} px: {first_line(error)}; use {hint}"
         ) from error
 
 

@@ -95,7 +95,10 @@ class Plan:
 
 def make_plan(options: CacheOptions, rank: Rank, progress: Callable[[int, int], None] | None = None) -> Plan:
     """Open data and teacher, and check that they fit each other. Nothing is written."""
-    model = open_model(options.teacher, allow_python=options.allow_python)
+    if isinstance(options.teacher, OpenedModel):
+        model = options.teacher
+    else:
+        model = open_model(options.teacher, allow_python=options.allow_python)
     recipe = choose_recipe(options, model)
     device = pick_device(options.device, local_rank=rank.local_rank)
     teacher = Teacher(
@@ -129,13 +132,13 @@ def make_plan(options: CacheOptions, rank: Rank, progress: Callable[[int, int], 
 
 def choose_recipe(options: CacheOptions, model: OpenedModel) -> Recipe:
     """The requested recipe and view size; where one is not set, the default for this teacher."""
-    is_small = model.input_size is not None and model.input_size < SMALL_INPUT
+    is_small = model.view_size is not None and model.view_size < SMALL_INPUT
     text = options.recipe or ("cifar" if is_small else "rrc")
     name, _, parameters = text.partition("?")
     sets_size = name.endswith(".toml") or any(pair.startswith("size=") for pair in parameters.split("&"))
     if options.size is not None and sets_size:
         raise UsageError(f"--size {options.size} and the recipe {text!r} both set the size of the views; drop one")
-    size = options.size or model.input_size
+    size = options.size or model.view_size
     if not sets_size and size is not None:
         text = f"{text}{'&' if parameters else '?'}size={size}"
     return parse_recipe(text)

@@ -37,12 +37,13 @@ from redistill.caching.open_archive import (
     write_view_params,
 )
 from redistill.caching.options import CacheOptions
-from redistill.caching.pilot import TeacherRunner, check_first_batch, fit_codecs, run_pilot, stack_pixels
+from redistill.caching.pilot import Pilot, TeacherRunner, check_first_batch, fit_codecs, run_pilot, stack_pixels
 from redistill.caching.plan import Plan, make_plan
 from redistill.interrupts import StopRequest, stop_on_signals
 from redistill.progress import NoProgress, Progress
 from redistill.ranks import Rank
 from redistill.signals import LOGITS
+from redistill.teachers import TeacherCheck
 from redistill.views import ViewDataset, join_archive
 
 __all__ = ["CacheResult", "cache_teacher", "declare_teacher", "estimate_cache", "teacher_batches", "write_teacher"]
@@ -53,6 +54,8 @@ REPEAT_TOLERANCE = {"cpu": 1e-6, "cuda": 1e-3, "mps": 1e-3}
 # fraction of the way from chance to 1.
 MIN_TIMES_CHANCE, MIN_ABOVE_CHANCE = 2.0, 0.25
 MIN_LABELLED = 256
+# So is an accuracy below this share of the known one: augmentation costs a good teacher less.
+MIN_OF_KNOWN = 0.5
 
 
 @dataclass(frozen=True)
@@ -111,8 +114,7 @@ def estimate_cache(options: CacheOptions, progress: Progress | None = None) -> E
         plan = make_plan(options, Rank.from_environment(), partial(progress.advance, "index"))
         progress.settings(plan.settings_in_effect())
         with TeacherRunner(plan, stop) as runner:
-            check_first_batch(runner)
-            pilot = run_pilot(runner)
+            _, pilot = checked_pilot(runner, progress)
         return estimate(plan, pilot, fit_codecs(plan, pilot))
 
 
@@ -141,9 +143,7 @@ def declare_teacher(
 ) -> ArchiveWriter:
     """Check a new teacher, fit its codecs, estimate the cost, and add it to the archive, which is created if needed."""
     plan = runner.plan
-    stats.check = check_first_batch(runner)
-    pilot = run_pilot(runner)
-    warn_of_chance_accuracy(plan, pilot.correct, pilot.labelled, progress)
+    stats.check, pilot = checked_pilot(runner, progress)
     choices = fit_codecs(plan, pilot)
     cost = estimate(plan, pilot, choices)
     refuse_small_disk(plan.options.out, cost.total_bytes if writer is None else cost.signal_bytes)
@@ -160,15 +160,39 @@ def declare_teacher(
     return writer
 
 
-def warn_of_chance_accuracy(plan: Plan, correct: int, labelled: int, progress: Progress) -> None:
+def checked_pilot(runner: TeacherRunner, progress: Progress) -> tuple[TeacherCheck, Pilot]:
+    """The teacher's signals for the pilot's views, with a warning if its accuracy on them is suspicious."""
+    plan = runner.plan
+    check, pilot = check_first_batch(runner), run_pilot(runner)
+    if not warn_of_chance_accuracy(plan, pilot.correct, pilot.labelled, progress):
+        warn_of_lost_accuracy(plan, pilot.correct, pilot.labelled, progress)
+    return check, pilot
+
+
+def warn_of_lost_accuracy(plan: Plan, correct: int, labelled: int, progress: Progress) -> None:
+    """Views of a size or a normalisation that the teacher was not trained at cost it accuracy, and raise no error."""
+    known = plan.teacher.model.top1
+    # Of mixed images, about half show more of their partner than of the image whose label counts.
+    share = MIN_OF_KNOWN / 2 if plan.recipe.mixes else MIN_OF_KNOWN
+    if known is not None and labelled >= MIN_LABELLED and correct < share * known * labelled:
+        progress.warning(
+            f"the teacher's accuracy is {correct / labelled:.1%} on {labelled:,} views of {plan.recipe.size} px, and "
+            f"{known:.1%} where it was published or trained; check the size of the views, its normalisation and the "
+            "order of its classes"
+        )
+
+
+def warn_of_chance_accuracy(plan: Plan, correct: int, labelled: int, progress: Progress) -> bool:
     """Train mode, wrong preprocessing and another class order all give an accuracy near chance."""
     chance = 1 / plan.spec.num_classes
     lowest = min(MIN_TIMES_CHANCE * chance, chance + MIN_ABOVE_CHANCE * (1 - chance))
-    if labelled >= MIN_LABELLED and correct < lowest * labelled:
+    is_low = labelled >= MIN_LABELLED and correct < lowest * labelled
+    if is_low:
         progress.warning(
             f"the teacher's accuracy is {correct / labelled:.1%} on {labelled:,} views, chance is {chance:.1%}; check "
             "its weights, its normalisation and the order of its classes"
         )
+    return is_low
 
 
 def write_teacher(runner: TeacherRunner, writer: ArchiveWriter, stats: RunStats, progress: Progress) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -44,10 +44,18 @@ def torchvision_info(weights: Any) -> ModelInfo:  # noqa: ANN401  # a member of 
         norm=Norm(tuple(preset.mean), tuple(preset.std)),
         interpolation=interpolation.value if isinstance(interpolation, InterpolationMode) else None,
         resize=preset.resize_size[0],
+        top1=published_top1(weights.meta),
     )
 
 
-def fetch_torchvision(name: str, label: str) -> Published:
+def published_top1(meta: Mapping[str, Any]) -> float | None:
+    """On ImageNet, for which all of torchvision's classifiers are trained."""
+    percent = meta.get("_metrics", {}).get("ImageNet-1K", {}).get("acc@1")
+    return None if percent is None else round(percent / 100, 6)
+
+
+def fetch_torchvision(name: str, label: str, size: int | None = None) -> Published:
+    del size  # they have the size they were trained at
     weights = get_model_weights(name)[label]
     try:
         state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
@@ -104,16 +112,26 @@ def timm_info(config: dict[str, Any]) -> ModelInfo:
     )
 
 
+def timm_size(name: str, size: int | None) -> dict[str, Any]:
+    """The argument for networks whose size is part of the network; the others accept images of any size."""
+    config = load_timm().get_pretrained_cfg(name)
+    is_fixed = config is not None and config.fixed_input_size
+    return {"img_size": size} if is_fixed and size is not None and size != config.input_size[-1] else {}
+
+
 def build_timm(name: str, num_classes: int, input_size: int | None = None) -> nn.Module:
-    del input_size  # the configuration of a timm model determines its size
-    return load_timm().create_model(name, pretrained=False, num_classes=num_classes)  # type: ignore[no-any-return]
+    extra = timm_size(name, input_size)
+    return load_timm().create_model(name, pretrained=False, num_classes=num_classes, **extra)  # type: ignore[no-any-return]
 
 
-def fetch_timm(name: str, label: str) -> Published:
-    """All labels mean the same weights: which ones is part of a timm name (`resnet50.a1_in1k`)."""
+def fetch_timm(name: str, label: str, size: int | None = None) -> Published:
+    """All labels mean the same weights: which ones is part of a timm name (`resnet50.a1_in1k`).
+
+    timm resamples position embeddings where `size` is another one than the weights were trained at.
+    """
     del label
     try:
-        model = load_timm().create_model(name, pretrained=True)
+        model = load_timm().create_model(name, pretrained=True, **timm_size(name, size))
     except Exception as error:  # the hub's client raises its own errors and those of its transport
         raise Refused(
             f"cannot download the weights of timm:{name} ({first_line(error)}); download them elsewhere and pass "

@@ -9,7 +9,7 @@ its logits are wrong.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ __all__ = [
     "CIFAR100",
     "HALF",
     "IMAGENET",
+    "LOCAL_OPTIONS",
     "NORMS",
     "OPTIONS",
     "Blueprint",
@@ -52,7 +53,9 @@ HALF = Norm((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 NORMS = {"imagenet": IMAGENET, "cifar100": CIFAR100, "cifar10": CIFAR10, "half": HALF}
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "random")
 
-OPTIONS = frozenset({"num_classes", "size", "mean", "std", "norm", "weights", "seed"})
+OPTIONS = frozenset({"num_classes", "size", "mean", "std", "norm", "weights", "key", "seed"})
+# These belong to one machine or run, and not to an architecture.
+LOCAL_OPTIONS = frozenset({"weights", "key", "seed"})
 
 MAX_CLASSES, MAX_SIZE = 1 << 20, 1 << 14
 
@@ -69,6 +72,12 @@ class ModelInfo:
     """How the authors resize for evaluation: a hint for recipes."""
     resize: int | None = None
     """The shorter side before the authors' centre crop: a hint for recipes."""
+    trained_size: int | None = None
+    """Side of the views in training, where that may differ from the size the network is built for."""
+    top1: float | None = None
+    """Share of the validation images that are classified correctly, as its authors or the run that trained it say."""
+    class_names: tuple[str, ...] | None = None
+    """In the order of the logits."""
 
     def or_else(self, other: ModelInfo) -> ModelInfo:
         """This, with unknown fields taken from `other`."""
@@ -109,6 +118,9 @@ class ModelInfo:
             norm=_norm(values),
             interpolation=None if _unknown(values, "interpolation") else values.choice("interpolation", INTERPOLATIONS),
             resize=_integer(values, "resize", MAX_SIZE),
+            trained_size=_integer(values, "trained_size", MAX_SIZE),
+            top1=None if _unknown(values, "top1") else values.number("top1", 0.0, 1.0),
+            class_names=None if _unknown(values, "class_names") else values.texts("class_names", MAX_CLASSES),
         )
 
 
@@ -160,8 +172,8 @@ class Blueprint:
     name: str
     build: Callable[[int, int | None], nn.Module]
     """(num_classes, input_size) -> the network with fresh weights."""
-    published: Callable[[str], Published] | None = None
-    """weights=NAME -> the weights published under that name; None if the family publishes none for this member."""
+    published: Callable[[str, int | None], Published] | None = None
+    """(weights=NAME, the size requested) -> the weights published under that name; None if there are none."""
     published_names: tuple[str, ...] = ()
     fresh_info: Callable[[int], ModelInfo] = unknown_info
     """num_classes -> the family's convention, for a network with fresh weights."""
@@ -192,6 +204,17 @@ class OpenedModel:
     resize: int | None = None
     portable_spec: str = ""
     """The spec without paths: it opens the same architecture on any machine."""
+    trained_size: int | None = None
+    top1: float | None = None
+    class_names: tuple[str, ...] | None = None
+
+    def __str__(self) -> str:
+        return self.spec
+
+    @property
+    def view_size(self) -> int | None:
+        """Side of the views the network is used on: that of its training, else the size it is built for."""
+        return self.trained_size or self.input_size
 
     @property
     def info(self) -> ModelInfo:
@@ -201,6 +224,9 @@ class OpenedModel:
             norm=Norm(self.mean, self.std),
             interpolation=self.interpolation,
             resize=self.resize,
+            trained_size=self.trained_size,
+            top1=self.top1,
+            class_names=self.class_names,
         )
 
     def metadata(self) -> dict[str, Any]:
@@ -213,7 +239,7 @@ class OpenedModel:
             "name": self.name,
             "weights_digest": self.weights_digest,
             "weights_source": self.weights_source,
-            **self.metadata(),
+            **replace(self, top1=None, class_names=None).metadata(),
         }
 
     def normalise(self) -> Normalise:
@@ -240,6 +266,6 @@ class Normalise(nn.Module):
 
 
 def portable(scheme: str, name: str, options: Mapping[str, str]) -> str:
-    """The spec string of an architecture: without the options weights and seed, which belong to one machine or run."""
-    portable_options = "&".join(f"{k}={v}" for k, v in sorted(options.items()) if k not in ("weights", "seed"))
+    """The spec string of an architecture: without the options that belong to one machine or run."""
+    portable_options = "&".join(f"{k}={v}" for k, v in sorted(options.items()) if k not in LOCAL_OPTIONS)
     return f"{scheme}:{name}" + (f"?{portable_options}" if portable_options else "")

@@ -7,27 +7,31 @@
     demo:large?num_classes=10                             small networks for 32 px images
     python:module:callable                                your own code, from the command line only
 
-Options: num_classes=, size=, norm=imagenet|cifar100|cifar10|half or mean=r,g,b&std=r,g,b, weights=, seed=.
+Options: num_classes=, size=, norm=imagenet|cifar100|cifar10|half or mean=r,g,b&std=r,g,b, seed=, weights=, and key= for
+the part of a weights file that holds several (`key=state_dict_ema`).
 """
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from redistill_cache import strict_json
 from redistill_cache.errors import Refused, UsageError
+from redistill_cache.storage import read_small
 from redistill_cache.strict_json import Fields
 from torch import Tensor, nn
 
 from redistill.models import cifar, demo, libraries
-from redistill.models.model_info import OPTIONS, Blueprint, ModelInfo, OpenedModel, portable
+from redistill.models.model_info import LOCAL_OPTIONS, OPTIONS, Blueprint, ModelInfo, OpenedModel, portable
 from redistill.models.weights import header_of, load_into, read_weights, refuse_misfit, state_digest
 from redistill.specs import Spec, did_you_mean, parse_spec
 
-__all__ = ["open_model", "open_weights"]
+__all__ = ["open_model", "open_weights", "quoted"]
 
 FAMILIES = {
     "torchvision": libraries.torchvision_blueprint,
@@ -38,6 +42,9 @@ FAMILIES = {
 }
 RANDOM = "random"
 MAX_SPEC = 4096
+MAX_RUN_FILE = 1 << 20
+# As `train` writes it. A search, since parsing TOML of a stranger takes memory without a limit.
+SIZE_IN_CONFIG = re.compile(rb"^size = ([0-9]{1,9})$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -50,17 +57,52 @@ class Weights:
     label: str = ""
 
 
-def open_model(text: str, *, num_classes: int | None = None, seed: int = 0, allow_python: bool = False) -> OpenedModel:
-    """The network of a spec string, with its weights.
+def open_model(
+    model: str | nn.Module,
+    *,
+    num_classes: int | None = None,
+    size: int | None = None,
+    norm: str | tuple[Sequence[float], Sequence[float]] | None = None,
+    seed: int = 0,
+    allow_python: bool = False,
+) -> OpenedModel:
+    """The network of a spec string with its weights, or a network of your own with the weights it has.
 
     `num_classes` (the archive's) is used if neither the spec nor the weights determine it; fresh weights depend on
-    `seed` and not on torch's global generator. Only the command line may set `allow_python`.
+    `seed` and not on torch's global generator. Only the command line may set `allow_python`. A network of your own
+    needs `num_classes` and `norm`, the name of a normalisation or (mean, std); a spec string has them as options.
     """
-    spec = parse_spec(text)
-    blueprint = find_blueprint(spec, allow_python=allow_python)
+    if isinstance(model, nn.Module):
+        return open_spec(*own_network(model, num_classes, size, norm), num_classes, seed)
+    if size is not None or norm is not None:
+        raise UsageError(f"{model!r}: give size and norm as options of the spec: {model.partition('?')[0]}?size=...")
+    spec = parse_spec(model)
+    return open_spec(spec, find_blueprint(spec, allow_python=allow_python), num_classes, seed)
+
+
+def own_network(
+    module: nn.Module,
+    num_classes: int | None,
+    size: int | None,
+    norm: str | tuple[Sequence[float], Sequence[float]] | None,
+) -> tuple[Spec, Blueprint]:
+    """A module in the form of a `python:` spec, named after its class."""
+    name = f"{type(module).__module__}:{type(module).__qualname__}"
+    options: dict[str, object] = {"num_classes": num_classes, "size": size}
+    if norm is None or isinstance(norm, str):
+        options["norm"] = norm
+    else:
+        options |= {key: ",".join(map(repr, values)) for key, values in zip(("mean", "std"), norm, strict=True)}
+    given = {key: str(value) for key, value in options.items() if value is not None}
+    blueprint = Blueprint(name=name.replace(":", "."), build=lambda _classes, _size: module, has_weights=True)
+    return Spec("python", name, given, f"python:{name}"), blueprint
+
+
+def open_spec(spec: Spec, blueprint: Blueprint, num_classes: int | None, seed: int) -> OpenedModel:
+    text = spec.text
     spec.refuse_unknown(OPTIONS)
     requested = ModelInfo.from_options(spec)
-    weights = choose_weights(spec, blueprint)
+    weights = choose_weights(spec, blueprint, requested)
     classes = count_classes(spec, blueprint, requested, weights, num_classes)
     fallback = (blueprint.file_info if weights.source == "file" else blueprint.fresh_info)(classes)
     info = replace(requested, num_classes=classes).or_else(weights.info).or_else(fallback)
@@ -90,6 +132,9 @@ def open_model(text: str, *, num_classes: int | None = None, seed: int = 0, allo
         interpolation=info.interpolation,
         resize=info.resize,
         portable_spec=portable(spec.scheme, spec.name, {**spec.options, "num_classes": str(classes)}),
+        trained_size=None if requested.input_size is not None else info.trained_size,
+        top1=info.top1,
+        class_names=info.class_names,
     )
 
 
@@ -100,8 +145,10 @@ def open_weights(path: Path) -> OpenedModel:
         raise Refused(f"the header of {str(path)!r} does not name its network; open it as MODEL?weights={path}")
     # The header is untrusted: it may name an architecture and its options, and no other file.
     spec = parse_spec(Fields(metadata, header_of(path)).text("spec", MAX_SPEC))
-    spec.refuse_unknown(OPTIONS - {"weights", "seed"})
-    options = "&".join([*(f"{key}={value}" for key, value in spec.options.items()), f"weights={quoted(path)}"])
+    spec.refuse_unknown(OPTIONS - LOCAL_OPTIONS)
+    # The header repeats the size in a field of its own; as an option, it would override the size of the training.
+    kept = {key: value for key, value in spec.options.items() if key != "size" or "input_size" not in metadata}
+    options = "&".join([*(f"{key}={value}" for key, value in kept.items()), f"weights={quoted(path)}"])
     return open_model(f"{spec.scheme}:{spec.name}?{options}")
 
 
@@ -121,16 +168,18 @@ def find_blueprint(spec: Spec, *, allow_python: bool) -> Blueprint:
     return FAMILIES[spec.scheme](spec)
 
 
-def choose_weights(spec: Spec, blueprint: Blueprint) -> Weights:
+def choose_weights(spec: Spec, blueprint: Blueprint, requested: ModelInfo) -> Weights:
     """The weights that the option weights= names: published, from a file, or random."""
     value = spec.options.get("weights")
+    if "key" in spec.options and (value in (None, RANDOM) or value in blueprint.published_names):
+        raise UsageError(f"{spec.text!r}: key= names a part of a weights file; add weights=PATH")
     if value is None:
         return Weights("python" if blueprint.has_weights else None, ModelInfo())
     if value == RANDOM:
         return Weights(RANDOM, ModelInfo())
     if value in blueprint.published_names:
         assert blueprint.published is not None
-        published = blueprint.published(value)
+        published = blueprint.published(value, requested.input_size)
         return Weights(published.source, published.info, published.state, published.source)
     path = Path(value).expanduser()
     if not path.exists() and "/" not in value and not path.suffix:
@@ -138,8 +187,24 @@ def choose_weights(spec: Spec, blueprint: Blueprint) -> Weights:
         raise UsageError(
             f"{spec.text!r}: weights={value!r} is neither a file nor the name of published weights; {hint}"
         )
-    file = read_weights(path)
-    return Weights("file", ModelInfo.from_json(file.metadata, header_of(path)), file.state, repr(str(path)))
+    file = read_weights(path, spec.options.get("key"))
+    info = ModelInfo.from_json(file.metadata, header_of(path))
+    if info.class_names is not None and len(info.class_names) != info.num_classes:
+        raise Refused(f"{header_of(path)}: {len(info.class_names)} class names for {info.num_classes} classes")
+    if file.metadata and info.trained_size is None:
+        info = info.or_else(info_of_old_run(path.parent))
+    return Weights("file", info, file.state, repr(str(path)))
+
+
+def info_of_old_run(folder: Path) -> ModelInfo:
+    """What runs of earlier versions wrote beside their weights only: the size, if it was set, and the accuracy."""
+    config, result = folder / "config.toml", folder / "result.json"
+    if not (config.is_file() and result.is_file()):
+        return ModelInfo()
+    size = SIZE_IN_CONFIG.search(read_small(config, MAX_RUN_FILE))
+    results = strict_json.parse(read_small(result, MAX_RUN_FILE), cap=MAX_RUN_FILE, where=str(result))
+    values = {"top1": results.get("top1")} if isinstance(results, dict) else {}
+    return ModelInfo.from_json(values | ({"trained_size": int(size[1])} if size else {}), str(result))
 
 
 def count_classes(spec: Spec, blueprint: Blueprint, requested: ModelInfo, weights: Weights, default: int | None) -> int:
@@ -156,7 +221,8 @@ def count_classes(spec: Spec, blueprint: Blueprint, requested: ModelInfo, weight
     if declared is None:
         declared = default
     if declared is None:
-        raise UsageError(f"{spec.text!r}: the number of classes is not known; add num_classes=N")
+        hint = "" if weights.source else "weights=PATH for trained weights, or "
+        raise UsageError(f"{spec.text!r}: the number of classes is not known; add {hint}num_classes=N")
     return declared
 
 

@@ -6,13 +6,14 @@ Checks that take no time come first: a typo in a loss is reported before a milli
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import torch
 from redistill_cache import Archive, open_archive
 from redistill_cache.errors import Refused, UsageError
+from torch import Tensor
 
 from redistill.devices import pick_amp
 from redistill.loading import default_workers
@@ -27,7 +28,7 @@ from redistill.training.feed import Feed
 from redistill.training.member import Member
 from redistill.training.options import MemberSpec, TrainOptions
 from redistill.training.targets import CachedTargets, OnlineTargets, SharedViews
-from redistill.training.validate import Validation
+from redistill.training.validate import Validation, validation_recipe
 from redistill.views import ViewDataset, archive_recipe
 from redistill.views.aligned import aligned_views
 
@@ -162,16 +163,28 @@ def open_student(spec: MemberSpec, archive: Archive, size: int, options: TrainOp
         )
     try:
         with torch.no_grad():
-            shape = tuple(opened.module.eval()(torch.zeros(1, 3, size, size)).shape)
+            output = opened.module.eval()(torch.zeros(1, 3, size, size))
     except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:  # from inside the network
         raise Refused(
-            f"the student {spec.student!r} cannot process views of {size} px: {first_line(error)}; use --size"
+            f"the student {spec.student!r} cannot process views of {size} px: {first_line(error)}; use --size, or "
+            f"size={size} in its spec where the size is part of the network"
         ) from error
-    if shape != (1, archive.num_classes):
+    if not isinstance(output, Tensor):
+        raise Refused(f"the student {spec.student!r} returns {type(output).__name__}, expected a tensor of logits")
+    if output.shape != (1, archive.num_classes):
         raise Refused(
-            f"the student {spec.student!r} has outputs of shape {shape[1:]}, expected {archive.num_classes} logits"
+            f"the student {spec.student!r} has outputs of shape {tuple(output.shape)[1:]}, expected "
+            f"{archive.num_classes} logits"
         )
-    return opened
+    # The header of the weights file has what this training uses, in place of what the authors of the network used.
+    return replace(
+        opened,
+        trained_size=size,
+        interpolation=validation_recipe(size).interpolation,
+        resize=None,
+        top1=None,
+        class_names=archive.class_names,
+    )
 
 
 def open_dataset(options: TrainOptions, archive: Archive, workers: int, progress: Progress) -> ViewDataset:

@@ -15,7 +15,7 @@ import io
 import json
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -132,7 +132,7 @@ class RunFiles:
             rows.append({"name": member.spec.name, **member.history[-1]})
             if of_member is not None and of_member.top1 > member.best:
                 member.best, member.best_epoch = of_member.top1, epoch + 1
-                self._save_weights(member, BEST)
+                self._save_weights(member, BEST, of_member)
         for member, logs in zip(self.setup.members, self.logs, strict=False):
             for log in logs:
                 log.epoch(member.history)
@@ -154,9 +154,10 @@ class RunFiles:
         row["val_kl_t1"] = "" if metrics is None or metrics.teacher is None else metrics.teacher.kl_t1
         return row
 
-    def _save_weights(self, member: Member, name: str) -> None:
+    def _save_weights(self, member: Member, name: str, metrics: Metrics | None) -> None:
         if self.writes:
-            save_weights(member.student, self.options.folder(member.spec) / name, member.opened.metadata())
+            model = replace(member.opened, top1=None if metrics is None else metrics.top1)
+            save_weights(member.student, self.options.folder(member.spec) / name, model.metadata())
 
     def finish(self, metrics: Sequence[Metrics | None]) -> list[TrainResult]:
         """Write weights and results, from the metrics of the last epoch."""
@@ -164,7 +165,7 @@ class RunFiles:
         for member, of_member in zip(self.setup.members, metrics, strict=True):
             result = self._result(member, of_member)
             results.append(result)
-            self._save_weights(member, STUDENT)
+            self._save_weights(member, STUDENT, of_member)
             if self.writes:
                 text = json.dumps(result.to_json(), indent=1) + "\n"
                 LOCAL.publish(self.options.folder(member.spec) / RESULT, text.encode())

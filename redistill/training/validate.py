@@ -20,10 +20,10 @@ from redistill.sources.base import NO_LABEL
 from redistill.sources.index import SourceIndex, index_source
 from redistill.sources.open_source import open_source
 from redistill.training.feed import collate_views
-from redistill.views import DrawnViews, ViewDataset, parse_recipe
+from redistill.views import DrawnViews, Recipe, ViewDataset, parse_recipe
 from redistill.views.aligned import aligned_views
 
-__all__ = ["Validation"]
+__all__ = ["Validation", "validation_recipe"]
 
 # Pixels up to this size stay in memory after the first pass.
 CACHED_BYTES = 1 << 29
@@ -73,7 +73,7 @@ class Validation:
             index = index_source(source, workers=indexing)
             labels = labels_by_name(index, class_names, num_classes, str(data))
             class_names = index.class_names if class_names is None else class_names
-            dataset = ViewDataset(source, DrawnViews(index, parse_recipe(f"center?size={size}"), seed=0, num_views=1))
+            dataset = ViewDataset(source, DrawnViews(index, validation_recipe(size), seed=0, num_views=1))
         else:
             if (archive.class_names, archive.num_classes) != (class_names, num_classes):
                 raise Refused(
@@ -157,6 +157,11 @@ class Validation:
                 cached.append((rows, images.pixels))
             yield rows, images.pixels
         self._cached = cached
+
+
+def validation_recipe(size: int) -> Recipe:
+    """A centre crop: the views on which students are validated without an archive of the validation images."""
+    return parse_recipe(f"center?size={size}")
 
 
 def labels_by_name(index: SourceIndex, class_names: tuple[str, ...] | None, num_classes: int, data: str) -> np.ndarray:

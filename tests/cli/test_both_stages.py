@@ -99,6 +99,20 @@ def test_from_a_teacher_to_a_page(run, tmp_path: Path):
     assert page.count("data:image/png") == 12
 
 
+@pytest.mark.parametrize("option", ["students", "online_teacher"])
+def test_a_config_names_no_code(run, tmp_path: Path, archive: Path, option: str):
+    """Not even one that says that it may: code comes from the command line only."""
+    spec = "python:marks:build?norm=half&size=32"
+    (tmp_path / "marks.py").write_text("open('ran', 'w').close()\n")
+    value = f'["{spec}"]' if option == "students" else f'"{spec}"'
+    (tmp_path / "c.toml").write_text(f"[options]\n{option} = {value}\nallow_python = true\n")
+    own = ("--student", "demo:tiny") if option == "online_teacher" else ()
+    process = run("train", DATA, "--archive", archive, "--out", "one", "--config", "c.toml", "--workers", "0", *own)
+    assert process.returncode in (2, 3), process.stderr
+    assert process.stderr.count("\n") == 1, process.stderr
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_run_is_repeated_from_its_config(run, tmp_path: Path, archive: Path):
     first = run("train", DATA, "--archive", archive, "--out", "one", *TRAIN)
     assert first.returncode == 0, first.stderr

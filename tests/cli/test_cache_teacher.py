@@ -179,6 +179,19 @@ def test_every_option_that_affects_content_is_refused_by_name(cached):
     assert verify("a.zarr", full=True).ok
 
 
+def test_fewer_views_than_the_archive_has_are_not_advised_to_extend_it(cached):
+    assert cached("--views", "3")[0] == 0
+    code, _, err = cached("--views", "2")
+    assert code == 3
+    assert "num_views = 3, now it is 2; use the same setting" in error_line(err)
+
+
+def test_a_teacher_without_weights_is_told_so(cached):
+    code, _, err = cached(teacher="demo:small")
+    assert code == 2
+    assert "add weights=PATH for trained weights, or num_classes=N" in error_line(err)
+
+
 def test_a_full_disk_is_one_line_and_the_run_can_be_resumed(cached, tmp_path: Path):
     """The kernel lets no file grow beyond a few KiB."""
     assert cached("--views", "3", out="whole.zarr")[0] == 0

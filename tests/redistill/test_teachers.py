@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -122,6 +124,51 @@ def test_penultimate_and_head_give_the_logits(layers: tuple[str, ...]):
     assert head is not None
     torch.testing.assert_close(outputs["penultimate"] @ head.weight.T + head.bias, outputs["logits"])
     assert torch.equal(outputs["logits"], teacher(opened("cifar:resnet8"))(images())["logits"])
+
+
+class Returns(nn.Module):
+    """A network whose output is wrapped."""
+
+    def __init__(self, wrap: Callable[[torch.Tensor], object]) -> None:
+        super().__init__()
+        self.inner, self.wrap = opened().module, wrap
+
+    def forward(self, x: torch.Tensor) -> object:
+        return self.wrap(self.inner(x))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda logits: {"loss": None, "logits": logits, "aux": 2 * logits},
+        lambda logits: SimpleNamespace(logits=logits, hidden_states=None),
+        lambda logits: UserDict(logits=logits),
+    ],
+    ids=["dict", "object", "mapping"],
+)
+def test_logits_are_taken_from_the_outputs_of_other_libraries(wrap: Callable[[torch.Tensor], object]):
+    """Hugging Face's models return an object that is a mapping with attributes."""
+    plain = teacher(opened())
+    one = teacher(of_module(Returns(wrap)), layers=("penultimate",))
+    assert torch.equal(one(images())["logits"], plain(images())["logits"])
+    head = one.head()
+    assert head is not None
+    assert torch.equal(head.weight, opened().module.get_parameter("fc.weight"))
+    with pytest.raises(Refused, match="does not return a tensor; use penultimate"):
+        teacher(of_module(Returns(wrap)), layers=("inner.layer2",))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "found"),
+    [
+        (lambda logits: {"out": logits, "aux": logits}, "found dict with the keys out, aux"),
+        (lambda logits: (logits, logits), "found tuple"),
+        (lambda logits: SimpleNamespace(logits=[logits]), "found SimpleNamespace"),
+    ],
+)
+def test_other_outputs_are_refused_in_one_line(wrap: Callable[[torch.Tensor], object], found: str):
+    with pytest.raises(Refused, match=found):
+        teacher(of_module(Returns(wrap)))(images())
 
 
 def test_a_head_is_found_only_if_its_output_is_the_logits():

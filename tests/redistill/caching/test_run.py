@@ -16,10 +16,11 @@ from redistill_cache.inspect import describe
 from redistill_cache.verify import verify
 
 import redistill
-from redistill.caching import cache_teacher
+from redistill.caching import cache_teacher, estimate_cache
 from redistill.caching.run import MIN_LABELLED
-from redistill.demo.run import DIFFICULTY
-from redistill.models import open_model
+from redistill.demo.run import DIFFICULTY, TEACHER_NETWORK
+from redistill.models import open_model, save_weights
+from redistill.models.demo import NORM
 from redistill.progress import NoProgress
 from redistill.sources.base import Sample
 from redistill.teachers import Teacher
@@ -188,6 +189,40 @@ def test_a_teacher_at_chance_accuracy_gives_a_warning(tmp_path: Path):
         cache_teacher(options, progress)
         assert len(progress.warnings) == warnings
         assert all("chance is 10.0%" in text for text in progress.warnings)
+
+
+def warnings_about(out: Path, teacher: object, **changes: object) -> list[str]:
+    """Of an estimate and of a run, which must be the same."""
+    data = f"synthetic?{DIFFICULTY}&n={MIN_LABELLED}"
+    options = five_class_options(out, data=data, teacher=teacher, views=1, batch_size=64, recipe="center", **changes)
+    estimated, ran = RecordWarnings(), RecordWarnings()
+    estimate_cache(options, estimated)
+    cache_teacher(options, ran)
+    assert estimated.warnings == ran.warnings
+    return ran.warnings
+
+
+def test_an_accuracy_below_half_of_the_known_one_gives_a_warning(tmp_path: Path):
+    """A good teacher, on views of its own size and on those of another size or normalisation."""
+    model = replace(open_model(TEACHER), top1=0.945)
+    save_weights(model.module, tmp_path / "w.safetensors", model.metadata())
+    teacher = f"{TEACHER_NETWORK}&weights={tmp_path / 'w.safetensors'}"
+    assert warnings_about(tmp_path / "a.zarr", teacher) == []
+    [warning] = warnings_about(tmp_path / "b.zarr", teacher, size=56)
+    assert "views of 56 px, and 94.5% where it was published or trained" in warning
+    [warning] = warnings_about(tmp_path / "c.zarr", f"{teacher}&mean=0.9,0.9,0.9&std=0.03,0.03,0.03")
+    assert "check" in warning
+
+
+def test_a_model_that_is_already_open_can_be_the_teacher(tmp_path: Path):
+    module = open_model(TEACHER).module
+    opened = open_model(module, num_classes=10, size=32, norm=(NORM.mean, NORM.std))
+    options = {name: cache_options(tmp_path / name, teacher=t) for name, t in (("a", opened), ("b", TEACHER))}
+    logits = {}
+    for name, each in options.items():
+        cache_teacher(each)
+        logits[name] = redistill_cache.open_archive(each.out).logits(0)
+    assert np.array_equal(logits["a"], logits["b"])
 
 
 def test_nan_in_the_pilot_is_located(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import urllib.error
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from redistill_cache.errors import RedistillError, Refused, UsageError
+from torch import nn
 
-from redistill.models import open_model, save_weights, state_digest
+import redistill
+from redistill.models import open_model, open_weights, save_weights, state_digest
 from redistill.models.model_info import CIFAR10, CIFAR100, IMAGENET, ModelInfo
 
 
@@ -92,7 +95,9 @@ def test_torchvision_weights_come_with_their_preprocessing():
     from redistill.models.libraries import torchvision_info
 
     info = torchvision_info(get_model_weights("resnet50")["IMAGENET1K_V2"])
-    assert info == ModelInfo(num_classes=1000, input_size=224, norm=IMAGENET, interpolation="bilinear", resize=232)
+    assert info == ModelInfo(
+        num_classes=1000, input_size=224, norm=IMAGENET, interpolation="bilinear", resize=232, top1=0.80858
+    )
     assert torchvision_info(get_model_weights("vit_b_16")["IMAGENET1K_SWAG_E2E_V1"]).input_size == 384
 
 
@@ -136,7 +141,7 @@ def test_published_weights_are_read_from_torchs_own_cache(monkeypatch: pytest.Mo
         ("torchvision:fcn_resnet50?num_classes=3", "unknown network"),
         ("cifar:resnet21?num_classes=3", "did you mean"),
         ("demo:huge?num_classes=3", "known: large, small, tiny"),
-        ("demo:tiny", "add num_classes="),
+        ("demo:tiny", "add weights=PATH for trained weights, or num_classes=N"),
         ("demo:tiny?num_clases=3", "did you mean num_classes"),
         ("demo:tiny?num_classes=0", "from 1 to"),
         ("demo:tiny?num_classes=-2", "from 1 to"),
@@ -187,6 +192,22 @@ def test_python_models_run_only_when_allowed(monkeypatch: pytest.MonkeyPatch, tm
     assert "module:callable" in refusal("python:mine_for_redistill", allow_python=True)
 
 
+def test_a_network_of_your_own_opens_with_its_weights():
+    module = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
+    opened = redistill.open_model(module, num_classes=4, size=2, norm="half")
+    assert opened.module is module
+    assert (opened.input_size, opened.mean, opened.weights_source) == (2, (0.5, 0.5, 0.5), "python")
+    assert opened.weights_digest == state_digest(module.state_dict())
+    by_numbers = redistill.open_model(module, num_classes=4, norm=((0.1, 0.2, 0.3), (1, 2, 3)))
+    assert (by_numbers.mean, by_numbers.std) == ((0.1, 0.2, 0.3), (1, 2, 3))
+    with pytest.raises(UsageError, match="normalisation these weights were trained with is not known; add norm="):
+        redistill.open_model(module, num_classes=4)
+    with pytest.raises(UsageError, match="number of classes is not known; add num_classes=N"):
+        redistill.open_model(module, norm="half")
+    with pytest.raises(UsageError, match="as options of the spec"):
+        redistill.open_model("demo:tiny?num_classes=3", norm="half")
+
+
 def test_the_error_without_timm_names_the_extra(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "timm", None)  # makes the import fail as if timm were not installed
     with pytest.raises(UsageError, match=r"pip install 'redistill\[timm\]'"):
@@ -203,6 +224,43 @@ def test_timm_models_open_when_timm_is_installed(tmp_path: Path):
     assert "unknown network" in refusal("timm:hf-hub:someone/model?num_classes=3")
     assert "did you mean" in refusal("timm:resnett18?num_classes=3")
     assert "did you mean resnet18.a1_in1k" in refusal("timm:resnet18.a1_in2k?num_classes=3")
+
+
+def test_timm_builds_vision_transformers_for_another_size(tmp_path: Path):
+    """Their position embedding has the size; timm resamples it where weights are loaded at another one."""
+    timm = pytest.importorskip("timm", reason="the extra `timm` is not installed")
+    opened = open_model("timm:vit_tiny_patch16_224?num_classes=3&size=64")
+    assert opened.input_size == 64
+    assert opened.module.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
+    assert (opened.mean, opened.std, opened.interpolation) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic")
+    save_weights(opened.module, tmp_path / "w.safetensors", opened.metadata())
+    again = open_weights(tmp_path / "w.safetensors")
+    assert (again.input_size, again.module.eval()(torch.zeros(1, 3, 64, 64)).shape) == (64, (1, 3))
+    native = open_model("timm:vit_tiny_patch16_224?num_classes=3").module
+    assert native.eval()(torch.zeros(1, 3, 224, 224)).shape == (1, 3)
+    assert open_model("timm:resnet18?num_classes=3&size=64").module.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
+    assert timm.is_model("vit_tiny_patch16_224")
+
+
+def test_training_checkpoints_that_timm_writes_open(tmp_path: Path):
+    """Of timm's own CheckpointSaver, with an average of the weights beside them."""
+    pytest.importorskip("timm", reason="the extra `timm` is not installed")
+    from timm.utils import CheckpointSaver, ModelEmaV2
+
+    module = open_model("timm:resnet18?num_classes=3").module
+    saver = CheckpointSaver(
+        model=module,
+        optimizer=torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9),
+        args=argparse.Namespace(model="resnet18", mean=None, scale=[0.08, 1.0]),
+        model_ema=ModelEmaV2(module),
+        checkpoint_dir=str(tmp_path),
+        recovery_dir=str(tmp_path),
+    )
+    saver.save_checkpoint(1, metric=50.0)
+    text = f"timm:resnet18?weights={tmp_path / 'last.pth.tar'}"
+    assert "several networks: state_dict, state_dict_ema" in refusal(text)
+    for key in ("state_dict", "state_dict_ema"):
+        assert open_model(f"{text}&key={key}").weights_digest == state_digest(module.state_dict())
 
 
 def test_describe_contains_no_path(tmp_path: Path):

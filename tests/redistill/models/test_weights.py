@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pickle
+import re
+import shutil
 import stat
+import struct
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from redistill_cache.errors import Refused
+from redistill_cache.errors import Refused, UsageError
 from torch import nn
 
 from redistill.models import demo, open_model, open_weights, read_weights, save_weights, state_digest
@@ -128,7 +135,7 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path, kind: str):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("header", ["[]", "{", '{"a":NaN}', "[" * 5000, '{"x":"' + "y" * (1 << 17) + '"}'])
+@pytest.mark.parametrize("header", ["[]", "{", '{"a":NaN}', "[" * 5000, '{"x":"' + "y" * (1 << 21) + '"}'])
 def test_a_hostile_header_is_refused(tmp_path: Path, header: str):
     safetensors.torch.save_file(network().state_dict(), tmp_path / "w.safetensors", metadata={"redistill": header})
     with pytest.raises(Refused, match="header"):
@@ -195,3 +202,176 @@ def test_saving_replaces_the_file_atomically(tmp_path: Path):
     assert state_digest(read_weights(path).state) == state_digest(saved.state_dict())
     assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
     assert stat.S_ISREG(path.lstat().st_mode)
+
+
+# -- files that cost more than their size, or wait --------------------------------------------------------------------
+
+
+class Zeros:
+    """A pickle of a hundred bytes that asks for 256 MiB of zeros; torch allows the name."""
+
+    def __reduce__(self):
+        return bytearray, (1 << 28,)
+
+
+def compressed_file(path: Path) -> None:
+    """256 MiB of zeros in a megabyte: torch reads compressed entries and never writes them."""
+    torch.save({"w": torch.zeros(1 << 26)}, path)
+    data = path.with_name("deflated")
+    with zipfile.ZipFile(path) as stored, zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as small:
+        for entry in stored.infolist():
+            with stored.open(entry) as source, small.open(entry.filename, "w", force_zip64=True) as target:
+                shutil.copyfileobj(source, target, 1 << 20)
+    data.replace(path)
+
+
+def empty_tensors(path: Path) -> None:
+    """A million tensors without elements, in a file that is a header alone."""
+    entry = '"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    header = ("{" + ",".join(entry % i for i in range(1_000_000)) + "}").encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+def zip_entries(path: Path) -> None:
+    """A directory of a million empty entries, with 64-bit lengths."""
+    entry = struct.pack("<4s4B4HL2L5H2L", b"PK\1\2", 20, 3, 20, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0) + b"ab"
+    directory = entry * 1_000_000
+    end = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, 1_000_000, 1_000_000, len(directory), 0)
+    end += struct.pack("<4sLQL", b"PK\6\7", 0, len(directory), 1)
+    end += struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+    path.write_bytes(directory + end)
+
+
+COSTLY = {
+    "compressed": (compressed_file, "would take more memory than its size"),
+    "zeros": (lambda path: torch.save({"w": Zeros()}, path), "would take more memory than its size"),
+    "legacy zeros": (
+        lambda path: torch.save({"w": Zeros()}, path, _use_new_zipfile_serialization=False),
+        "would take more memory than its size",
+    ),
+    "empty tensors": (empty_tensors, "a header of .* more than the limit"),
+    "many tensors": (
+        lambda path: torch.save({str(i): torch.zeros(0) for i in range(60_000)}, path),
+        "describes its tensors in more than",
+    ),
+    "zip entries": (zip_entries, "describes its tensors in more than"),
+    "pipe": (os.mkfifo, "not a regular file"),
+    "device": (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
+}
+
+READ = """
+import json, resource, sys
+from pathlib import Path
+from redistill.models import read_weights
+from redistill_cache.errors import Refused
+for path in sys.argv[1:]:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        read_weights(Path(path))
+    except Refused as error:
+        print(Path(path).name, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, error, sep="|", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+    """For each costly file that was refused in a process of its own: how much memory it took in KiB, and the error."""
+    folder = tmp_path_factory.mktemp("costly")
+    for kind, (build, _) in COSTLY.items():
+        build(folder / kind)
+    command = [sys.executable, "-c", READ, *(str(folder / kind) for kind in COSTLY)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    lines = (line.split("|", 2) for line in result.stdout.splitlines())
+    return {kind: (int(kilobytes), error) for kind, kilobytes, error in lines}
+
+
+@pytest.mark.parametrize("kind", COSTLY)
+def test_a_file_that_costs_more_than_its_size_is_refused_before_it_is_read(
+    refusals: dict[str, tuple[int, str]], kind: str
+):
+    kilobytes, error = refusals[kind]
+    assert re.search(COSTLY[kind][1], error)
+    assert kilobytes < 100_000
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        lambda: torch.eye(3).to_sparse(),
+        lambda: torch.eye(3).to_sparse_csr(),
+        lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
+        lambda: torch.empty(3, device="meta"),
+        lambda: torch.zeros(3, dtype=torch.complex64),
+        lambda: torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8),
+    ],
+    ids=["coo", "csr", "nested", "meta", "complex", "quantized"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_that_are_not_dense_real_numbers_are_refused(tmp_path: Path, tensor):
+    torch.save(network().state_dict() | {"fc.bias": tensor()}, tmp_path / "w.pth")
+    with pytest.raises(Refused, match=r"expected dense tensors .*: fc.bias$"):
+        open_model(f"demo:tiny?weights={tmp_path / 'w.pth'}")
+
+
+# -- checkpoints of timm and Lightning, files with several networks ---------------------------------------------------
+
+
+def test_a_training_checkpoint_of_timm_opens(tmp_path: Path):
+    """The layout of timm.utils.CheckpointSaver, whose arguments are an argparse.Namespace."""
+    saved, average = network(), network()
+    checkpoint = {
+        "epoch": 3,
+        "arch": "resnet18",
+        "state_dict": saved.state_dict(),
+        "optimizer": {"state": {0: {"momentum_buffer": torch.zeros(2)}}, "param_groups": [{"lr": 0.1}]},
+        "version": 2,
+        "args": argparse.Namespace(model="resnet18", mean=None, scale=[0.08, 1.0]),
+        "metric": 71.3,
+    }
+    torch.save(checkpoint, tmp_path / "w.pth.tar")
+    text = f"demo:tiny?weights={tmp_path / 'w.pth.tar'}"
+    assert same(open_model(text).module, saved)
+    torch.save(checkpoint | {"state_dict_ema": average.state_dict()}, tmp_path / "w.pth.tar")
+    with pytest.raises(Refused, match="several networks: state_dict, state_dict_ema; choose one with key=NAME"):
+        open_model(text)
+    assert same(open_model(f"{text}&key=state_dict").module, saved)
+    assert same(open_model(f"{text}&key=state_dict_ema").module, average)
+    assert "key" not in open_model(f"{text}&key=state_dict_ema").portable_spec
+
+
+def test_a_namespace_may_hold_no_code(tmp_path: Path):
+    torch.save(
+        {"args": argparse.Namespace(x=RunsCode(tmp_path / "ran")), "model": network().state_dict()}, tmp_path / "w"
+    )
+    with pytest.raises(Refused, match="Python objects besides tensors"):
+        read_weights(tmp_path / "w")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_lightning_module_with_several_networks_needs_the_name_of_one(tmp_path: Path):
+    student, teacher = network(), network()
+    parts = {"student": student, "teacher": teacher}
+    state = {f"{part}.{name}": v for part, module in parts.items() for name, v in module.state_dict().items()}
+    torch.save({"state_dict": state, "pytorch-lightning_version": "2.5", "hyper_parameters": {"lr": 1}}, tmp_path / "w")
+    text = f"demo:tiny?num_classes=5&weights={tmp_path / 'w'}"
+    with pytest.raises(Refused, match="choose one of its parts with key=student or key=teacher"):
+        open_model(text)
+    assert same(open_model(f"{text}&key=teacher").module, teacher)
+    with pytest.raises(Refused, match="has no part 'model'; its names begin with student, teacher"):
+        open_model(f"{text}&key=model")
+    with pytest.raises(UsageError, match="key= names a part of a weights file"):
+        open_model("demo:tiny?num_classes=5&weights=random&key=teacher")
+
+
+def test_settings_beside_the_weights_are_no_network(tmp_path: Path):
+    saved = network()
+    torch.save({"model": {"depth": 8}, "state_dict": saved.state_dict()}, tmp_path / "w")
+    assert same(open_model(f"demo:tiny?weights={tmp_path / 'w'}").module, saved)
+
+
+def test_a_mapping_that_contains_itself_is_refused(tmp_path: Path):
+    loop: dict[str, object] = {}
+    loop["model"] = loop
+    torch.save(loop, tmp_path / "w")
+    with pytest.raises(Refused, match="found also model"):
+        read_weights(tmp_path / "w")
