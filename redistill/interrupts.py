@@ -11,7 +11,7 @@ from typing import Any
 
 from redistill_cache.errors import RedistillError
 
-__all__ = ["Interrupted", "StopRequest", "stop_on_signals"]
+__all__ = ["Interrupted", "StopRequest", "interrupts_blocked", "stop_on_signals"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 RERUN = "run the same command again to continue; finished work is not repeated"
@@ -69,3 +69,16 @@ def stop_on_signals(advice: str = RERUN) -> Iterator[StopRequest]:
             signal.signal(number, previous[number])
     if request.number is not None:
         signal.raise_signal(request.number)  # the block ended without checking it; leave it to the outer handler
+
+
+@contextmanager
+def interrupts_blocked() -> Iterator[None]:
+    """Processes started within the block never receive Ctrl-C, which a terminal sends to all processes of a command.
+
+    Here, a Ctrl-C within the block takes effect at its end.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -5,7 +5,7 @@ Which rows form which batch depends on (seed, epoch) alone, for any number of ra
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple
@@ -96,8 +96,8 @@ class Feed:
             raise Refused(f"--batch-size {self.batch_size} is too small for {self.world_size} ranks")
         return batches
 
-    def start(self, epoch: int = 0, batch: int = 0) -> Iterator[TrainBatch]:
-        """Every batch from this one to the end of the run. The workers live for all epochs."""
+    def start(self, epoch: int = 0, batch: int = 0) -> Generator[TrainBatch, None, None]:
+        """Every batch from this one to the end of the run. The workers live for all epochs, or until it is closed."""
 
         def plans() -> Iterator[tuple[BatchPlan, list[int]]]:
             for current in range(epoch, self.epochs):
@@ -107,9 +107,9 @@ class Feed:
                     plan = BatchPlan(current, i, len(batches), views, rows, len(batches[i]) * len(views))
                     yield plan, [self.dataset.index(view, row) for row in rows.tolist() for view in views]
 
-        loader = BatchLoader(self.dataset, workers=self.workers, collate=collate_views, pin=self.pin)
-        for plan, images in loader.load(plans()):
-            yield TrainBatch(plan, images)
+        with BatchLoader(self.dataset, workers=self.workers, collate=collate_views, pin=self.pin) as loader:
+            for plan, images in loader.load(plans()):
+                yield TrainBatch(plan, images)
 
 
 def epoch_batches(seed: int, epoch: int, rows: Rows, batch_size: int) -> list[Rows]:
