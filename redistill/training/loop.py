@@ -13,7 +13,7 @@ from contextlib import closing
 from redistill_cache.errors import RedistillError, Refused
 from redistill_cache.storage import disk_trouble
 
-from redistill.interrupts import StopRequest, stop_on_signals
+from redistill.interrupts import StopRequest, raise_on_signals, stop_on_signals
 from redistill.losses.curriculum import TrainingProgress
 from redistill.losses.objective import Mix
 from redistill.metrics import Metrics
@@ -46,7 +46,8 @@ def train(options: TrainOptions, progress: Progress | None = None) -> list[Train
             progress = NoProgress()
         if options.resume == "never" and has_checkpoint(options.out):
             raise Refused(f"{options.out} holds a run; choose another --out, or --resume auto to resume it")
-        setup = prepare(options, world, progress)
+        with raise_on_signals(RESUME):
+            setup = prepare(options, world, progress)
         with disk_trouble("write", options.out, "; then run the same command again"):
             epoch, batch = load_checkpoint(
                 options.out, setup.members, options.fixed_on_resume(), setup.archive.id, progress

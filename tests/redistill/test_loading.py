@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -130,3 +131,43 @@ def test_both_stages_run_with_a_small_shm(tmp_path: Path):
     trained = small_shm("train", DATA, "--archive", archive, *plain, *common, "--out", run)
     assert (trained.returncode, "Traceback" in trained.stderr) == (0, False), trained.stderr
     assert np.isfinite(float((run / "metrics.csv").read_text().splitlines()[1].split(",")[2]) or 0)
+
+
+def has_child(pid: int, mark: str) -> bool:
+    """Whether a process has a child with this text in its command line."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return any(mark in Path(f"/proc/{child}/cmdline").read_text() for child in children)
+    except FileNotFoundError:  # ended meanwhile
+        return False
+
+
+CACHE = ["cache-teacher", "synthetic?classes=4&n=20000&size=32", "--teacher", MODEL, "--views", "2"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="lists processes as Linux does")
+@pytest.mark.parametrize("mark", ["spawn_main", "forkserver"])
+def test_one_ctrl_c_ends_every_process_while_they_start(mark: str, tmp_path: Path):
+    """Those that index images (spawned), or the server of the workers: all receive the signal, as in a terminal."""
+    command = [*CACHE, "--workers", "2"] if mark == "spawn_main" else [*CACHE[:1], DATA, *CACHE[2:], "--workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "redistill_cli", *command, "--out", tmp_path / "a.zarr"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        while process.poll() is None and not has_child(process.pid, mark):
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)
+        output = process.communicate(timeout=SECONDS)[0]  # until all processes have closed it
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert "redistill: interrupted by SIGINT; run the same command again" in output
+    assert "Traceback" not in output
+    assert process.returncode == 130

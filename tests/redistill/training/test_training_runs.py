@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from redistill_cache.errors import SpecMismatch
+from redistill_cache.errors import Damaged, SpecMismatch
 from safetensors.torch import load_file
 
 from redistill.interrupts import Interrupted
@@ -15,7 +19,7 @@ from redistill.training import TrainOptions, train
 from redistill.training.loop import Diverged
 from redistill.training.options import read_config
 from tests.redistill.training.runs import InterruptAt, history, weights
-from tests.small_archive import TEACHER, VAL
+from tests.small_archive import DATA, TEACHER, VAL
 
 
 def test_a_run_leaves_everything_a_user_needs(options, val_archive: Path):
@@ -144,3 +148,31 @@ def test_weights_that_the_last_step_ruined_are_not_saved(options):
     with pytest.raises(Diverged, match="weights are no longer finite at the end of epoch 1; no checkpoint was saved"):
         train(ruined)
     assert {path.name for path in ruined.out.iterdir()} == {"config.toml"}
+
+
+def test_an_error_after_the_workers_have_started_stops_them(options, tmp_path: Path):
+    """Left to the end of the interpreter, each of them would take seconds."""
+    damaged = shutil.copytree(options().archive, tmp_path / "damaged.redistill.zarr")
+    shard = next(path for path in damaged.glob("teachers/*/logits/*/c.0.0*") if path.stat().st_size > 20)
+    shard.chmod(0o644)
+    shard.write_bytes(bytes(shard.stat().st_size))
+    with pytest.raises(Damaged) as caught:  # holds the traceback, and with it all frames
+        train(options(archive=damaged, workers=2))
+    assert "SHA-256" in str(caught.value)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_an_unfinished_archive_is_refused_and_the_command_ends(options, tmp_path: Path):
+    unfinished = shutil.copytree(options().archive, tmp_path / "unfinished.redistill.zarr")
+    (unfinished / "_redistill" / "manifest.json").unlink()
+    command = ["train", DATA, "--archive", str(unfinished), "--student", "demo:tiny", "--out", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-m", "redistill_cli", *command, "--workers", "8"],
+        capture_output=True,  # returns when every process has closed the pipe
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 3
+    assert "is not finished" in done.stderr.splitlines()[-1]
