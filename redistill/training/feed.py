@@ -5,7 +5,7 @@ Which rows form which batch depends on (seed, epoch) alone, for any number of ra
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple
@@ -96,8 +96,8 @@ class Feed:
             raise Refused(f"--batch-size {self.batch_size} is too small for {self.world_size} ranks")
         return batches
 
-    def start(self, epoch: int = 0, batch: int = 0) -> Generator[TrainBatch, None, None]:
-        """Every batch from this one to the end of the run. The workers live for all epochs, or until it is closed."""
+    def start(self, epoch: int = 0, batch: int = 0) -> Iterator[TrainBatch]:
+        """Every batch from this one to the end of the run. The workers live for all epochs."""
 
         def plans() -> Iterator[tuple[BatchPlan, list[int]]]:
             for current in range(epoch, self.epochs):

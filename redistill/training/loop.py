@@ -8,7 +8,6 @@ open and check everything -> load the checkpoint of an earlier run, if any
 from __future__ import annotations
 
 import time
-from contextlib import closing
 
 from redistill_cache.errors import RedistillError, Refused
 from redistill_cache.storage import disk_trouble
@@ -86,19 +85,18 @@ class Training:
         metrics: list[Metrics | None] = []
         current_epoch = None
         try:
-            with closing(self.feed.start(epoch, batch)) as batches:  # whatever ends the run, the workers end now
-                for item in batches:
-                    plan = item.plan
-                    if plan.epoch != current_epoch:
-                        current_epoch = plan.epoch
-                        self._begin_epoch(current_epoch)
-                    self.throughput.batch_ready()
-                    self._step(item)
-                    self.throughput.batch_done(plan.global_size)
-                    if plan.last or plan.batch % self.check_every == 0:
-                        self._between_batches(plan)
-                    if plan.last:
-                        metrics = self._end_epoch(plan.epoch)
+            for item in self.feed.start(epoch, batch):
+                plan = item.plan
+                if plan.epoch != current_epoch:
+                    current_epoch = plan.epoch
+                    self._begin_epoch(current_epoch)
+                self.throughput.batch_ready()
+                self._step(item)
+                self.throughput.batch_done(plan.global_size)
+                if plan.last or plan.batch % self.check_every == 0:
+                    self._between_batches(plan)
+                if plan.last:
+                    metrics = self._end_epoch(plan.epoch)
         finally:
             if self.targets is not None:
                 self.targets.close()

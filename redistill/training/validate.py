@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -97,39 +97,35 @@ class Validation:
     ) -> list[MetricSums]:
         """The sums of each student over this rank's images, from one pass over them."""
         totals: list[MetricSums | None] = [None] * len(students)
-        with closing(self._batches()) as batches:
-            for rows, pixels in batches:
-                moved = pixels.to(device)
-                labels = torch.from_numpy(self.labels[rows]).to(device)
-                teacher = (
-                    None if self.teacher_logits is None else torch.from_numpy(self.teacher_logits[rows]).to(device)
-                )
-                for i, (network, normalise) in enumerate(students):
-                    network.eval()
-                    with (
-                        refuse_out_of_memory(len(pixels), device),
-                        torch.autocast(device.type, amp) if amp is not None else nullcontext(),
-                    ):
-                        logits = network(normalise(moved))
-                    batch, total = batch_sums(logits, labels, teacher), totals[i]
-                    totals[i] = batch if total is None else total + batch
+        for rows, pixels in self._batches():
+            moved = pixels.to(device)
+            labels = torch.from_numpy(self.labels[rows]).to(device)
+            teacher = None if self.teacher_logits is None else torch.from_numpy(self.teacher_logits[rows]).to(device)
+            for i, (network, normalise) in enumerate(students):
+                network.eval()
+                with (
+                    refuse_out_of_memory(len(pixels), device),
+                    torch.autocast(device.type, amp) if amp is not None else nullcontext(),
+                ):
+                    logits = network(normalise(moved))
+                batch, total = batch_sums(logits, labels, teacher), totals[i]
+                totals[i] = batch if total is None else total + batch
         complete = [total for total in totals if total is not None]
         if len(complete) < len(students):
             raise Refused(f"{len(self.labels)} validation images are too few for this number of ranks")
         return complete
 
-    def _batches(self) -> Generator[tuple[np.ndarray, Tensor], None, None]:
+    def _batches(self) -> Iterator[tuple[np.ndarray, Tensor]]:
         """(rows, uint8 pixels) of this rank."""
         if self._cached:
             yield from self._cached
             return
         batches = [self.rows[start : start + self.batch_size] for start in range(0, len(self.rows), self.batch_size)]
         cache = len(self.rows) * 3 * self.dataset.size**2 <= CACHED_BYTES
+        indices = ((rows, [self.dataset.index(0, row) for row in rows.tolist()]) for rows in batches)
         cached = []
         with BatchLoader(self.dataset, workers=self.workers, collate=collate_views) as loader:
-            for rows, images in loader.load(
-                (rows, [self.dataset.index(0, row) for row in rows.tolist()]) for rows in batches
-            ):
+            for rows, images in loader.load(indices):
                 if cache:
                     cached.append((rows, images.pixels))
                 yield rows, images.pixels
