@@ -31,7 +31,7 @@ from torch import Tensor
 from redistill.interrupts import interrupts_blocked
 from redistill.specs import first_line
 
-__all__ = ["BatchLoader", "default_workers", "worker_context"]
+__all__ = ["BatchLoader", "default_workers", "refuse_few_open_files", "worker_context"]
 
 MAX_WORKERS = 16
 PREFETCH = 4
