@@ -253,9 +253,9 @@ def add_advice(diagnosis: Diagnosis) -> None:
     needed_gib = diagnosis.workers * BATCHES_AHEAD * BATCH * 3 * size**2 / 2**30
     if diagnosis.shm_free_gib is not None and diagnosis.shm_free_gib < needed_gib:
         advice.append(
-            f"{SHM} has {diagnosis.shm_free_gib:.2f} GiB free; a DataLoader of your own with {diagnosis.workers} workers "
-            f"and batches of {BATCH} views of {size} px needs {needed_gib:.2f}: start the container with a larger "
-            "--shm-size, or use fewer workers; cache-teacher and train do not use it"
+            f"{SHM} has {diagnosis.shm_free_gib:.2f} GiB free; a DataLoader of your own with {diagnosis.workers} "
+            f"workers and batches of {BATCH} views of {size} px needs {needed_gib:.2f}: start the container with a "
+            "larger --shm-size, or use fewer workers; cache-teacher and train do not use it"
         )
     try:
         refuse_few_open_files(diagnosis.workers)
