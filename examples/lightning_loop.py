@@ -20,7 +20,7 @@ class Distilled(lightning.LightningModule):
     def __init__(self, path: str, data: str) -> None:
         super().__init__()
         self.archive = open_archive(path)
-        self.dataset = redistill.ViewDataset(data, self.archive)
+        self.dataset = redistill.ViewDataset(data, self.archive)  # refuses images with other views than the teacher saw
         self.student = torchvision.models.resnet18(num_classes=self.archive.num_classes)
 
     def on_fit_start(self) -> None:
@@ -34,7 +34,7 @@ class Distilled(lightning.LightningModule):
     def training_step(self, batch: list[torch.Tensor]) -> torch.Tensor:
         pixels, labels, rows, views = batch
         logits = self.student(pixels / 255)
-        loss = 0.9 * power_divergence(logits, self.teacher(rows, int(views[0])), lam=2 / 3, temperature=4.0)
+        loss = 0.9 * power_divergence(logits, self.teacher(rows, views), lam=2 / 3, temperature=4.0)
         loss = loss + 0.1 * torch.nn.functional.cross_entropy(logits, labels)
         self.log("loss", loss, on_step=False, on_epoch=True, prog_bar=True)
         return loss

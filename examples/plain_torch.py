@@ -17,16 +17,15 @@ from redistill.losses import power_divergence
 
 def main(path: str, data: str, epochs: int) -> None:
     archive = open_archive(path)
-    dataset = redistill.ViewDataset(data, archive)
+    dataset = redistill.ViewDataset(data, archive)  # refuses images whose views are not those the teacher saw
     teacher = redistill.CachedTeacher(archive)
     student = torchvision.models.resnet18(num_classes=archive.num_classes)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9)
     for epoch in range(epochs):
-        view = epoch % archive.num_views
-        order = torch.from_numpy(dataset.indices(view))[torch.randperm(archive.num_samples)]
-        for pixels, labels, rows, _ in torch.utils.data.DataLoader(dataset, batch_size=64, sampler=order.tolist()):
+        sampler = torch.utils.data.SubsetRandomSampler(dataset.indices(epoch % archive.num_views).tolist())
+        for pixels, labels, rows, views in torch.utils.data.DataLoader(dataset, batch_size=64, sampler=sampler):
             logits = student(pixels / 255)
-            loss = 0.9 * power_divergence(logits, teacher(rows, view), lam=2 / 3, temperature=4.0)
+            loss = 0.9 * power_divergence(logits, teacher(rows, views), lam=2 / 3, temperature=4.0)
             loss = loss + 0.1 * torch.nn.functional.cross_entropy(logits, labels)
             optimizer.zero_grad()
             loss.backward()

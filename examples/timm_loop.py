@@ -20,7 +20,7 @@ from redistill.losses import power_divergence
 
 def main(path: str, data: str, epochs: int) -> None:
     archive = open_archive(path)
-    dataset = redistill.ViewDataset(data, archive)
+    dataset = redistill.ViewDataset(data, archive)  # refuses images whose views are not those the teacher saw
     teacher = redistill.CachedTeacher(archive)
     student = timm.create_model("resnet18", num_classes=archive.num_classes)
     mean, std = (torch.tensor(student.pretrained_cfg[name]).view(3, 1, 1) * 255 for name in ("mean", "std"))
@@ -28,11 +28,11 @@ def main(path: str, data: str, epochs: int) -> None:
     scheduler, epochs = create_scheduler_v2(optimizer, sched="cosine", num_epochs=epochs, warmup_epochs=1)
     average = ModelEmaV3(student, decay=0.999)
     for epoch in range(epochs):
-        view, losses = epoch % archive.num_views, AverageMeter()
-        sampler = torch.utils.data.SubsetRandomSampler(dataset.indices(view).tolist())
-        for pixels, labels, rows, _ in torch.utils.data.DataLoader(dataset, batch_size=64, sampler=sampler):
+        losses = AverageMeter()
+        sampler = torch.utils.data.SubsetRandomSampler(dataset.indices(epoch % archive.num_views).tolist())
+        for pixels, labels, rows, views in torch.utils.data.DataLoader(dataset, batch_size=64, sampler=sampler):
             logits = student((pixels - mean) / std)
-            loss = 0.9 * power_divergence(logits, teacher(rows, view), lam=2 / 3, temperature=4.0)
+            loss = 0.9 * power_divergence(logits, teacher(rows, views), lam=2 / 3, temperature=4.0)
             loss = loss + 0.1 * torch.nn.functional.cross_entropy(logits, labels)
             optimizer.zero_grad()
             loss.backward()

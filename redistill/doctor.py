@@ -22,7 +22,7 @@ from redistill_cache.storage import LOCAL, disk_trouble
 
 from redistill.cached_teacher import decode_rows
 from redistill.devices import one_thread, pick_device
-from redistill.loading import default_workers, worker_context
+from redistill.loading import default_workers, refuse_few_open_files, worker_context
 from redistill.models import open_model
 from redistill.signals import LOGITS
 from redistill.sources.base import ObjectSource, Sample, Source
@@ -42,6 +42,8 @@ MAX_IMAGES = 64
 SMALL_IMAGE = 64
 SECONDS_PER_RATE = 1.0
 BYTES_WRITTEN = 32 << 20
+# What a torch DataLoader keeps there for each worker: by default two batches; with the batch size of `train`.
+SHM, BATCHES_AHEAD, BATCH, COMMON_SIZE = Path("/dev/shm"), 2, 128, 224
 ROWS_DECODED = 4096
 
 
@@ -66,6 +68,8 @@ class Diagnosis:
     views_per_second_and_core: float
     student: str
     student_images_per_second: float
+    shm_free_gib: float | None = None
+    """In /dev/shm. Our workers do not need it; those of a user's own DataLoader do."""
     archive_load_rows_per_second: float | None = None
     archive_decode_rows_per_second: float | None = None
     limit: str = ""
@@ -100,6 +104,7 @@ def examine(data: str | None = None, archive: Path | None = None, folder: Path |
         views_per_second_and_core=render_rate(dataset),
         student=student,
         student_images_per_second=student_rate(student, size, device),
+        shm_free_gib=free_gib(SHM) if SHM.is_dir() else None,
     )
     if opened is not None:
         measure_archive(diagnosis, opened, device)
@@ -244,6 +249,18 @@ def add_advice(diagnosis: Diagnosis) -> None:
         advice.append(f"{diagnosis.memory_gib:.1f} GiB of memory: use few --workers, and --cache-memory below 1")
     if diagnosis.disk_free_gib < 5:
         advice.append(f"{diagnosis.disk_free_gib:.1f} GiB free: cache-teacher --dry-run estimates an archive's size")
+    size = max(diagnosis.view_size, COMMON_SIZE)  # without --data, the views measured are small
+    needed_gib = diagnosis.workers * BATCHES_AHEAD * BATCH * 3 * size**2 / 2**30
+    if diagnosis.shm_free_gib is not None and diagnosis.shm_free_gib < needed_gib:
+        advice.append(
+            f"{SHM} has {diagnosis.shm_free_gib:.2f} GiB free; a DataLoader of your own with {diagnosis.workers} "
+            f"workers and batches of {BATCH} views of {size} px needs {needed_gib:.2f}: start the container with a "
+            "larger --shm-size, or use fewer workers; cache-teacher and train do not use it"
+        )
+    try:
+        refuse_few_open_files(diagnosis.workers)
+    except Refused as error:
+        advice.append(str(error))
     missing = [name for name in EXTRAS if diagnosis.versions[name] is None]
     if missing:
         advice.append(f"optional packages not installed: {', '.join(missing)}")

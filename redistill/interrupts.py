@@ -1,4 +1,7 @@
-"""Turn Ctrl-C and SIGTERM into a stop request, so that a long loop can stop at a safe point."""
+"""Turn Ctrl-C and SIGTERM into a stop request, so that a long loop can stop at a safe point.
+
+Preparations have no such point, and nothing to save: there, a signal ends the command at once.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,13 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Any
 
 from redistill_cache.errors import RedistillError
 
-__all__ = ["Interrupted", "StopRequest", "stop_on_signals"]
+__all__ = ["Interrupted", "StopRequest", "interrupts_blocked", "raise_on_signals", "stop_on_signals"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 RERUN = "run the same command again to continue; finished work is not repeated"
@@ -69,3 +73,37 @@ def stop_on_signals(advice: str = RERUN) -> Iterator[StopRequest]:
             signal.signal(number, previous[number])
     if request.number is not None:
         signal.raise_signal(request.number)  # the block ended without checking it; leave it to the outer handler
+
+
+@contextmanager
+def raise_on_signals(advice: str = RERUN) -> Iterator[None]:
+    """Within the block, SIGINT and SIGTERM raise `Interrupted` at once. Outside the main thread, nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        raise Interrupted(number, advice)
+
+    for number in SIGNALS:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in SIGNALS:
+            signal.signal(number, previous[number])
+
+
+@contextmanager
+def interrupts_blocked() -> Iterator[None]:
+    """Processes started within the block never receive Ctrl-C, which a terminal sends to all processes of a command.
+
+    Here, a Ctrl-C within the block takes effect at its end.
+    """
+    resource_tracker.ensure_running()  # the start of a process does this first, and it unblocks SIGINT
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import mmap
 import multiprocessing
+import os
+import pickle
+import resource
 import signal
 import threading
 import warnings
@@ -10,20 +15,28 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import forkserver, reduction
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
+from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
 from redistill_cache.errors import RedistillError, Refused
 from redistill_cache.machine import usable_cores
+from redistill_cache.wording import human_bytes
+from torch import Tensor
 
+from redistill.interrupts import interrupts_blocked
 from redistill.specs import first_line
 
-__all__ = ["BatchLoader", "default_workers", "worker_context"]
+__all__ = ["BatchLoader", "default_workers", "refuse_few_open_files", "worker_context"]
 
 MAX_WORKERS = 16
 PREFETCH = 4
+# Open files of the main process: of a worker (pipes, and one for each batch that it may be ahead), and of all together.
+FILES_OF_WORKER, FILES_OF_WORKERS = 4 + PREFETCH, 12
 
 Tag = TypeVar("Tag")
 
@@ -36,7 +49,7 @@ def default_workers(local_processes: int = 1) -> int:
 class BatchLoader:
     """Loads `collate(dataset.__getitems__(indices))` in worker processes, or in this process with `workers=0`.
 
-    With `persistent`, the workers of the first `load` serve the following ones until `close`. A RedistillError in a
+    The workers start with the first `load` and serve the following ones until the context ends. A RedistillError in a
     worker is raised here unchanged.
     """
 
@@ -47,7 +60,6 @@ class BatchLoader:
         workers: int,
         collate: Callable[[list[Any]], Any],
         pin: bool = False,
-        persistent: bool = False,
     ) -> None:
         worker_options: dict[str, Any] = {}
         if workers:
@@ -56,8 +68,10 @@ class BatchLoader:
                 "prefetch_factor": PREFETCH,
                 "multiprocessing_context": worker_context(),
                 "worker_init_fn": init_worker,
-                "persistent_workers": persistent,
+                "persistent_workers": True,
             }
+        self._workers = workers
+        self._iterator: Any = None  # of the DataLoader; it owns the workers
         self._sampler = _Sampler()
         with ignore_worker_count_warning():
             self._loader = torch.utils.data.DataLoader(
@@ -69,6 +83,15 @@ class BatchLoader:
                 **worker_options,
             )
 
+    def __enter__(self) -> BatchLoader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        """Stop the workers now: if this is left to the end of the interpreter, each of them may take seconds."""
+        if hasattr(self._iterator, "_shutdown_workers"):
+            self._iterator._shutdown_workers()
+        self._iterator = None
+
     def load(self, batches: Iterable[tuple[Tag, Sequence[int]]]) -> Iterator[tuple[Tag, Any]]:
         """(tag, batch) for every (tag, indices), in order. `batches` is consumed a few batches ahead."""
         tags: deque[Tag] = deque()
@@ -79,25 +102,32 @@ class BatchLoader:
                 yield indices
 
         self._sampler.batches = indices_of_batches()
-        with ignore_worker_count_warning():
-            iterator = iter(self._loader)
         try:
-            for batch in iterator:
+            for batch in self._start():
                 if isinstance(batch, RedistillError):
                     raise batch
                 yield tags.popleft(), batch
         except (RuntimeError, EOFError, OSError) as error:  # the latter two if a worker dies while sending a batch
-            if not worker_exited(iterator):
+            if "Too many open files" in str(error):
+                raise too_few_open_files(self._workers) from error
+            if not worker_exited(self._iterator):
                 raise
             raise Refused(
                 f"a rendering worker died ({first_line(error)}); if memory ran out, use fewer --workers"
             ) from error
 
-    def close(self) -> None:
-        """Stop persistent workers now. At interpreter exit, each may take seconds."""
-        iterator = self._loader._iterator
-        if iterator is not None and hasattr(iterator, "_shutdown_workers"):
-            iterator._shutdown_workers()
+    def _start(self) -> Iterator[Any]:
+        """The batches of a new pass, by workers that start now or wait for it since the last one."""
+        if self._workers and self._iterator is None:
+            refuse_few_open_files(self._workers)
+            with interrupts_blocked():  # the server imports torch for seconds, and Ctrl-C would end it
+                forkserver.ensure_running()
+        try:
+            with ignore_worker_count_warning():
+                self._iterator = iterator = iter(self._loader)
+        except (EOFError, OSError) as error:
+            raise Refused(f"cannot start {self._workers} workers: {first_line(error)}; use fewer --workers") from error
+        return iterator
 
 
 class _Sampler:
@@ -130,7 +160,63 @@ class _CollateUnlessError:
     collate: Callable[[list[Any]], Any]
 
     def __call__(self, items: Any) -> Any:  # noqa: ANN401  a batch, or an error
-        return items if isinstance(items, RedistillError) else self.collate(items)
+        if isinstance(items, RedistillError):
+            return items
+        batch = self.collate(items)
+        in_worker = torch.utils.data.get_worker_info() is not None
+        return _InMemoryFile(batch) if in_worker and hasattr(os, "memfd_create") else batch
+
+
+# -- batches on their way to the main process -------------------------------------------------------------------------
+#
+# torch would send tensors in files of /dev/shm. Docker gives it 64 MB, which four workers with batches of 128 images of
+# 224 px fill at once; torch then prints a traceback in the worker, and the main process waits forever. A memory file
+# belongs to no mounted file system. The message beside it is short enough for a single write to the pipe, so a worker
+# that is killed never leaves a part of one, for the rest of which the main process would wait.
+
+ALIGNMENT = 64
+
+
+class _InMemoryFile:
+    """Pickles as the batch, with the data of its tensors in a memory file."""
+
+    def __init__(self, batch: Any) -> None:  # noqa: ANN401  tensors in any structure
+        self.batch = batch
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        message, arrays = io.BytesIO(), list[memoryview]()
+        _TensorPickler(message, 5, buffer_callback=lambda buffer: arrays.append(buffer.raw())).dump(self.batch)
+        places, end = list[slice](), 0
+        for array in arrays:
+            start = -(-end // ALIGNMENT) * ALIGNMENT
+            end = start + array.nbytes
+            places.append(slice(start, end))
+        try:
+            with os.fdopen(os.memfd_create("redistill batch"), "wb") as file:
+                for place, array in zip(places, arrays, strict=True):
+                    file.seek(place.start)
+                    file.write(array)
+                file.flush()
+                return _from_memory_file, (message.getvalue(), places, reduction.DupFd(file.fileno()))
+        except OSError as error:
+            reason = f"cannot send a batch of {human_bytes(end)} from a worker: {error.strerror}"
+            return Refused, (f"{reason}; use fewer --workers or a smaller --batch-size",)
+
+
+class _TensorPickler(pickle.Pickler):
+    """Tensors as arrays, because arrays can be pickled without their data."""
+
+    def reducer_override(self, value: object) -> Any:  # noqa: ANN401  how to rebuild the value
+        return (torch.from_numpy, (value.numpy(),)) if isinstance(value, Tensor) else NotImplemented
+
+
+def _from_memory_file(message: bytes, places: list[slice], file: Any) -> Any:  # noqa: ANN401  the batch
+    number = file.detach()
+    try:
+        data = memoryview(mmap.mmap(number, 0))  # unmapped with the last tensor
+    finally:
+        os.close(number)
+    return pickle.loads(message, buffers=[data[place] for place in places])
 
 
 # -- worker processes -------------------------------------------------------------------------------------------------
@@ -161,6 +247,21 @@ def exit_with_main_process() -> None:
     if main is not None:
         main.join()
         signal.raise_signal(signal.SIGKILL)
+
+
+def refuse_few_open_files(workers: int) -> None:
+    """A limit that is reached later leaves the main process without a way to hear from its workers."""
+    needed = len(list(Path("/dev/fd").iterdir())) + FILES_OF_WORKERS + workers * FILES_OF_WORKER
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit != resource.RLIM_INFINITY and limit < needed:
+        raise too_few_open_files(workers)
+
+
+def too_few_open_files(workers: int) -> Refused:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return Refused(
+        f"this process may open {limit} files, too few for {workers} workers; raise ulimit -n or use fewer --workers"
+    )
 
 
 def worker_exited(iterator: object) -> bool:

@@ -19,7 +19,9 @@ class MemoryArchive:
     def __init__(self, recipe_text: str, index: SourceIndex, *, seed: int, num_views: int) -> None:
         recipe = parse_recipe(recipe_text)
         self.num_samples, self.num_views = len(index.keys), num_views
-        self.spec = SimpleNamespace(recipe=recipe.to_json(), view_arrays=recipe.arrays(), environment={})
+        self.spec = SimpleNamespace(
+            recipe=recipe.to_json(), view_arrays=recipe.arrays(), environment={}, canaries_per_view=0
+        )
         self.keys, self.labels, self.digests = pack_keys(index.keys), index.labels, index.digests
         rows = np.arange(self.num_samples)
         self.params = [draw_params(recipe, seed, view, rows, index.sizes, len(rows)) for view in range(num_views)]

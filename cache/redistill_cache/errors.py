@@ -7,7 +7,7 @@
     │   ├── NewerFormat            3  written in a newer version of the format
     │   ├── Incomplete             3  not sealed, or blocks are missing
     │   ├── SpecMismatch           3  resumed with a different specification
-    │   └── OutOfRange             3  no such view, row, teacher or signal             (also LookupError)
+    │   └── OutOfRange             3  no such view, row, teacher or signal             (also IndexError)
     └── Damaged                    4  bytes differ from those that were committed
 
 Bugs are not in this tree: an AssertionError or TypeError keeps its traceback.
@@ -66,8 +66,8 @@ class SpecMismatch(Refused):
     """An archive was resumed with a specification that differs in a field that determines its content."""
 
 
-class OutOfRange(Refused, LookupError):
-    """The archive has no such view, row, teacher or signal."""
+class OutOfRange(Refused, IndexError):
+    """The archive has no such view, row, teacher or signal. As an IndexError, it ends `for item in dataset`."""
 
 
 class Damaged(RedistillError):

@@ -54,14 +54,15 @@ class TeacherRunner:
             workers=plan.workers,
             collate=stack_pixels,
             pin=plan.teacher.device.type == "cuda",
-            persistent=plan.workers > 0,
         )
 
     def __enter__(self) -> TeacherRunner:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._loader.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._loader.__exit__(kind, error, trace)
 
     def indices(self, view: int, rows: Iterable[int]) -> list[int]:
         """Dataset indices of these rows of a view."""

@@ -39,7 +39,7 @@ from redistill.caching.open_archive import (
 from redistill.caching.options import CacheOptions
 from redistill.caching.pilot import Pilot, TeacherRunner, check_first_batch, fit_codecs, run_pilot, stack_pixels
 from redistill.caching.plan import Plan, make_plan
-from redistill.interrupts import StopRequest, stop_on_signals
+from redistill.interrupts import StopRequest, raise_on_signals, stop_on_signals
 from redistill.progress import NoProgress, Progress
 from redistill.ranks import Rank
 from redistill.signals import LOGITS
@@ -89,7 +89,8 @@ def cache_teacher(options: CacheOptions, progress: Progress | None = None) -> Ca
     stats, rank = RunStats(), Rank.from_environment()
     progress = progress if progress is not None and rank.first else NoProgress()
     with stop_on_signals() as stop:
-        plan = make_plan_of_rank(options, rank, progress, stop)
+        with raise_on_signals():
+            plan = make_plan_of_rank(options, rank, progress, stop)
         writer: ArchiveWriter | None = None
         if archive_exists(options):
             plan, writer = open_existing(plan)
@@ -252,7 +253,7 @@ def check_stored_batch(plan: Plan, writer: ArchiveWriter, view: int, rows: range
     """Self-test before the long part of the run: render a batch from the archive alone, as in training, and compare
     its pixels with those that workers `rendered`, and the stored signals with the teacher's."""
     archive = writer.read_back()
-    dataset = ViewDataset(plan.source, archive, joined=join_archive(plan.index, archive))
+    dataset = ViewDataset(plan.source, archive, joined=join_archive(plan.index, archive), check=False)
     pixels = stack_pixels(dataset.__getitems__([dataset.index(view, row) for row in rows]))
     differing = int((pixels != rendered).flatten(1).any(1).sum())
     if differing:

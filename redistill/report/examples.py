@@ -66,7 +66,7 @@ class Examples:
 
 def find_examples(archive: Archive, data: str, groups: Sequence[Group]) -> Examples:
     """Predictions on views of random rows: by the archived teachers, and by the first student of each group."""
-    dataset = ViewDataset(open_source(data), archive)
+    dataset = ViewDataset(open_source(data), archive, check=archive.spec.canaries_per_view > 0)
     indices = dataset.indices(VIEW)
     chosen = np.random.default_rng(0).permutation(len(indices))[:CANDIDATES]
     items = dataset.__getitems__(indices[chosen].tolist())

@@ -20,6 +20,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,6 +32,7 @@ from redistill_cache.machine import usable_cores
 from redistill_cache.storage import LOCAL
 from redistill_cache.verified_files import cache_folder
 
+from redistill.interrupts import interrupts_blocked
 from redistill.sources.base import ListedSource, Source, digest_of
 from redistill.sources.images import BadImage, decode_array, image_size
 
@@ -160,7 +162,8 @@ def _chunks(source: Source, todo: np.ndarray, level: int, processes: int) -> Ite
     # Not fork: a parent that has run torch holds locks of threads that a forked child does not have.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, _start_process, (source,)) as pool:
-        ahead = [pool.submit(_read_chunk_in_process, rows, level) for rows in pieces[: 4 * processes]]
+        with interrupts_blocked():  # in the processes, which start here
+            ahead = [pool.submit(_read_chunk_in_process, rows, level) for rows in pieces[: 4 * processes]]
         upcoming = iter(pieces[4 * processes :])
         try:
             while ahead:
@@ -168,6 +171,11 @@ def _chunks(source: Source, todo: np.ndarray, level: int, processes: int) -> Ite
                 rows = next(upcoming, None)
                 if rows is not None:
                     ahead.append(pool.submit(_read_chunk_in_process, rows, level))
+        except BrokenProcessPool as error:
+            raise Refused(
+                "a process that reads images died; if memory ran out, use fewer --workers; then run the same command "
+                "again"
+            ) from error
         finally:
             for future in ahead:
                 future.cancel()

@@ -107,9 +107,9 @@ class Feed:
                     plan = BatchPlan(current, i, len(batches), views, rows, len(batches[i]) * len(views))
                     yield plan, [self.dataset.index(view, row) for row in rows.tolist() for view in views]
 
-        loader = BatchLoader(self.dataset, workers=self.workers, collate=collate_views, pin=self.pin)
-        for plan, images in loader.load(plans()):
-            yield TrainBatch(plan, images)
+        with BatchLoader(self.dataset, workers=self.workers, collate=collate_views, pin=self.pin) as loader:
+            for plan, images in loader.load(plans()):
+                yield TrainBatch(plan, images)
 
 
 def epoch_batches(seed: int, epoch: int, rows: Rows, batch_size: int) -> list[Rows]:

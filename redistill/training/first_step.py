@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from redistill.interrupts import stop_on_signals
+from redistill.interrupts import raise_on_signals, stop_on_signals
 from redistill.progress import NoProgress, Progress
 from redistill.ranks import World, joined_world
 from redistill.training.checkpoint import has_checkpoint
@@ -70,7 +70,8 @@ def dry_run(options: TrainOptions, progress: Progress | None = None) -> DryRun:
             progress = NoProgress()
         refuse_earlier_run(options)
         refuse_foreign_folder(options)
-        setup = prepare(options, world, progress)
+        with raise_on_signals():
+            setup = prepare(options, world, progress)
         progress.settings(settings_in_effect(options, setup, world))
         files = RunFiles(options, setup, first_epoch=0, writes=False)
         training = Training(options, world, setup, files, progress, stop)

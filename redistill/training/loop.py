@@ -12,7 +12,7 @@ import time
 from redistill_cache.errors import RedistillError, Refused
 from redistill_cache.storage import disk_trouble
 
-from redistill.interrupts import StopRequest, stop_on_signals
+from redistill.interrupts import StopRequest, raise_on_signals, stop_on_signals
 from redistill.losses.curriculum import TrainingProgress
 from redistill.losses.objective import Mix
 from redistill.metrics import Metrics
@@ -46,7 +46,8 @@ def train(options: TrainOptions, progress: Progress | None = None) -> list[Train
             progress = NoProgress()
         refuse_earlier_run(options)
         refuse_foreign_folder(options)
-        setup = prepare(options, world, progress)
+        with raise_on_signals(RESUME):
+            setup = prepare(options, world, progress)
         progress.settings(settings_in_effect(options, setup, world))
         with disk_trouble("write", options.out, "; then run the same command again"):
             epoch, batch = load_checkpoint(

@@ -148,14 +148,13 @@ class Validation:
             return
         batches = [self.rows[start : start + self.batch_size] for start in range(0, len(self.rows), self.batch_size)]
         cache = len(self.rows) * 3 * self.dataset.size**2 <= CACHED_BYTES
-        loader = BatchLoader(self.dataset, workers=self.workers, collate=collate_views)
+        indices = ((rows, [self.dataset.index(0, row) for row in rows.tolist()]) for rows in batches)
         cached = []
-        for rows, images in loader.load(
-            (rows, [self.dataset.index(0, row) for row in rows.tolist()]) for rows in batches
-        ):
-            if cache:
-                cached.append((rows, images.pixels))
-            yield rows, images.pixels
+        with BatchLoader(self.dataset, workers=self.workers, collate=collate_views) as loader:
+            for rows, images in loader.load(indices):
+                if cache:
+                    cached.append((rows, images.pixels))
+                yield rows, images.pixels
         self._cached = cached
 
 

@@ -56,5 +56,6 @@ def aligned_views(
     joined = join_archive(
         index_source(source, workers=workers, progress=progress), archive, allow_missing=allow_missing
     )
-    canaries = check_canaries(source, archive, joined) if archive.spec.canaries_per_view else None
-    return AlignedViews(ViewDataset(source, archive, size=size, joined=joined), joined, canaries)
+    dataset = ViewDataset(source, archive, size=size, joined=joined, check=False)
+    canaries = check_canaries(dataset, archive) if archive.spec.canaries_per_view else None
+    return AlignedViews(dataset, joined, canaries)

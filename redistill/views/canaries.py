@@ -22,12 +22,10 @@ from redistill_cache.errors import Damaged, Refused, UsageError
 from redistill.devices import one_thread
 from redistill.sources.base import Sample, Source
 from redistill.sources.images import decode_array
-from redistill.sources.join import Join
 from redistill.views.counter import Purpose, below, draw_words
-from redistill.views.dataset import ViewDataset
 from redistill.views.fingerprint import GRID, best_explanation, distance, grid_positions
 from redistill.views.recipe import Recipe
-from redistill.views.view_params import ArchiveViews, Params, Rows, ViewArchive, Views
+from redistill.views.view_params import Params, Rows, ViewArchive, Views
 
 __all__ = [
     "CANARIES_PER_VIEW",
@@ -43,6 +41,20 @@ __all__ = [
 ]
 
 Pixels = npt.NDArray[np.uint8]
+
+
+class Dataset(Protocol):
+    """The part of a `ViewDataset` that canaries need; it checks them when it is made."""
+
+    source: Source
+    views: Views
+    size: int
+
+    def index(self, view: int, row: int) -> int: ...
+    def __getitem__(self, index: int) -> Any: ...  # noqa: ANN401  a RenderedView or MixedView
+    def with_views(self, source: Source, views: Views) -> Dataset:
+        """Other views, or of other images, as a dataset of the recipe's size without a transform."""
+
 
 CANARIES_PER_VIEW = 64
 MAX_CHECKED = 256  # canaries compared by one check, over all views
@@ -69,7 +81,7 @@ def canary_rows(seed: int, view: int, num_samples: int, count: int = CANARIES_PE
     return np.array(sorted(rows), np.uint32)
 
 
-def fingerprints(dataset: ViewDataset, view: int, rows: npt.NDArray[Any]) -> Pixels:
+def fingerprints(dataset: Dataset, view: int, rows: npt.NDArray[Any]) -> Pixels:
     """[n, 8, 8, 3]: the fingerprint of one view of each of these rows."""
     pixels = np.empty((len(rows), GRID, GRID, 3), np.uint8)
     with one_thread():
@@ -179,14 +191,16 @@ class Alignment:
         }
 
 
-def check_canaries(
-    source: Source, archive: CanaryArchive, joined: Join, *, views: Sequence[int] | None = None
-) -> Alignment:
-    """Render canaries of an archive from the reader's own images, and compare.
+def check_canaries(dataset: Dataset, archive: CanaryArchive, *, views: Sequence[int] | None = None) -> Alignment:
+    """Render canaries of an archive from the reader's own images, of which `dataset` is made, and compare.
 
     Checks at most 256 canaries, spread evenly over at most 16 of `views` (by default, of all views).
     """
-    archive_views = ArchiveViews(archive, joined)
+    if not archive.spec.canaries_per_view:
+        raise Refused(
+            "the archive has no canaries, so its views cannot be compared with those of the teacher; pass check=False "
+            "to use them unverified"
+        )
     candidates = list(range(archive.num_views)) if views is None else list(views)
     if not candidates:
         raise UsageError("expected at least one view whose canaries to check, found none")
@@ -194,14 +208,14 @@ def check_canaries(
     stored = {}
     for view in checked:
         rows, pixels = archive.canaries(view)
-        stored[view] = _usable(archive_views, view, rows, pixels, max(1, MAX_CHECKED // len(checked)))
+        stored[view] = _usable(dataset.views, view, rows, pixels, max(1, MAX_CHECKED // len(checked)))
     archived, installed = archive.spec.environment, view_environment()
     versions = {
         name: (str(archived[name]), value)
         for name, value in installed.items()
         if name in archived and archived[name] != value
     }
-    return align(ViewDataset(source, archive_views), stored, keys=archive.keys, versions=versions)
+    return align(dataset.with_views(dataset.source, dataset.views), stored, keys=archive.keys, versions=versions)
 
 
 def _spread(values: Sequence[int], count: int) -> list[int]:
@@ -225,7 +239,7 @@ def _usable(views: Views, view: int, rows: npt.NDArray[Any], pixels: Pixels, cou
 
 
 def align(
-    dataset: ViewDataset,
+    dataset: Dataset,
     stored: Mapping[int, tuple[Rows, Pixels]],
     *,
     keys: Sequence[str] = (),
@@ -256,7 +270,7 @@ def align(
     return Alignment("refused", result.drift, len(expected), reason, tuple(worst), versions)
 
 
-def _reduction(dataset: ViewDataset, stored: Mapping[int, tuple[Rows, Pixels]]) -> float:
+def _reduction(dataset: Dataset, stored: Mapping[int, tuple[Rows, Pixels]]) -> float:
     """The number of source pixels per pixel of a view, along an axis: the median over canaries."""
     boxes = [dataset.views.params(view, rows)["crop"] for view, (rows, _) in stored.items()]
     return float(np.median(np.concatenate(boxes)[:, 2:])) / dataset.size
@@ -277,7 +291,7 @@ NUDGES = {
 DECODED_AT_ONCE = 8  # images in memory
 
 
-def _wrong_fingerprints(dataset: ViewDataset, stored: Mapping[int, tuple[Rows, Pixels]]) -> dict[str, Pixels]:
+def _wrong_fingerprints(dataset: Dataset, stored: Mapping[int, tuple[Rows, Pixels]]) -> dict[str, Pixels]:
     """The fingerprints of the canaries under each wrong rendering, by its name."""
     parts: dict[str, list[Pixels]] = {}
     for view, (rows, _) in stored.items():
@@ -288,7 +302,7 @@ def _wrong_fingerprints(dataset: ViewDataset, stored: Mapping[int, tuple[Rows, P
     return {name: np.concatenate(pixels) for name, pixels in parts.items()}
 
 
-def _wrong_renderings(dataset: ViewDataset, view: int, rows: Rows) -> Iterator[tuple[str, ViewDataset]]:
+def _wrong_renderings(dataset: Dataset, view: int, rows: Rows) -> Iterator[tuple[str, Dataset]]:
     """Each wrong rendering: its name and a dataset of these rows; images are decoded once for all of them."""
     views, recipe = dataset.views, dataset.views.recipe
     needed = [rows]
@@ -301,9 +315,9 @@ def _wrong_renderings(dataset: ViewDataset, view: int, rows: Rows) -> Iterator[t
             name = f"resized by {interpolation} interpolation"
             name += "" if interpolation == "nearest" else f", {'with' if antialias else 'without'} antialiasing"
             other = replace(recipe, interpolation=interpolation, antialias=antialias)
-            yield name, ViewDataset(images, AlteredViews(views, other))
+            yield name, dataset.with_views(images, AlteredViews(views, other))
     for name, nudge in NUDGES.items():
-        yield name, ViewDataset(images, AlteredViews(views, recipe, nudge, images.sizes))
+        yield name, dataset.with_views(images, AlteredViews(views, recipe, nudge, images.sizes))
 
 
 class DecodedSource:

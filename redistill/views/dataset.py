@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from redistill.sources.base import ListedSource, Sample, Source, digest_of
 from redistill.sources.images import decode_image
 from redistill.sources.join import Join
 from redistill.sources.open_source import open_source
+from redistill.views.canaries import CanaryArchive, check_canaries
 from redistill.views.recipe import WEIGHT_UNIT
 from redistill.views.render import Partner, render_view, row_params
 from redistill.views.view_params import (
@@ -42,7 +43,10 @@ class RenderedView(NamedTuple):
 
 
 class MixedView(NamedTuple):
-    """One view of a recipe that mixes; an unmixed row is its own partner, with the weight 1."""
+    """One view of a recipe that mixes; an unmixed row is its own partner, with the weight 1.
+
+    The first four fields are those of a `RenderedView`: `pixels, labels, rows, views, *mix = batch` reads both.
+    """
 
     pixels: torch.Tensor
     label: int
@@ -58,7 +62,8 @@ class ViewDataset(torch.utils.data.Dataset[RenderedView | MixedView]):
     """All views of all rows: item `view * num_rows + row` (see `index`) is a `RenderedView`, or a `MixedView`.
 
     Sample from `indices(view)`, in any order; persistent workers serve the next view as well, because the index
-    encodes the view. Pixels are uint8: normalise on the device.
+    encodes the view. Pixels are uint8: normalise on the device, or with `transform`, which is applied to the pixels of
+    every item. It must not move them: the teacher's logits are those of the views as they are.
 
         dataset = ViewDataset("folder:imagenet/train", archive, size=224)
         loader = DataLoader(dataset, batch_size=256, sampler=dataset.indices(view), num_workers=8)
@@ -67,21 +72,29 @@ class ViewDataset(torch.utils.data.Dataset[RenderedView | MixedView]):
     def __init__(
         self,
         source: Source | str | Any,  # noqa: ANN401  or any object that `open_source` accepts
-        views: ViewArchive | Views,
+        views: CanaryArchive | Views,
         *,
         size: int | None = None,
         joined: Join | None = None,
+        check: bool = True,
+        transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         """`views` is an archive, or other `Views`; an archive is joined to the source unless `joined` is passed.
 
+        Canaries of the archive are rendered and compared, as `redistill verify --data` does: `Refused` if these are not
+        the views that its teacher saw. Pass `check=False` if that has been done, or if the archive has no canaries.
         `size` is the side of the rendered views, by default the recipe's.
         """
         self.source: Source = open_source(source)
+        self.transform = transform
+        archive: CanaryArchive | None = None
         if not isinstance(views, Views):
-            views = ArchiveViews(views, join_archive(self.source, views) if joined is None else joined)
+            archive, views = views, ArchiveViews(views, join_archive(self.source, views) if joined is None else joined)
         self.views = views
         self.size = views.recipe.size if size is None else size
         self.num_rows = len(views.source_rows)
+        if check and archive is not None:
+            check_canaries(self, archive).require()
 
     def __repr__(self) -> str:
         return f"<ViewDataset: {self.num_rows} rows, {self.views.num_views} views of {self.size} pixels>"
@@ -102,7 +115,11 @@ class ViewDataset(torch.utils.data.Dataset[RenderedView | MixedView]):
         views = copy.copy(self.views)
         views.source_rows = self.views.source_rows.copy()
         views.source_rows[rows] = -1
-        return ViewDataset(self.source, views, size=self.size)
+        return ViewDataset(self.source, views, size=self.size, transform=self.transform)
+
+    def with_views(self, source: Source, views: Views) -> ViewDataset:
+        """Other views, or of other images, at the size of their recipe."""
+        return ViewDataset(source, views)
 
     def __getitem__(self, index: int) -> RenderedView | MixedView:
         return self.__getitems__([index])[0]
@@ -140,6 +157,8 @@ class ViewDataset(torch.utils.data.Dataset[RenderedView | MixedView]):
         if plan.mixed[i]:
             partner = images.decode(other), row_params(plan.partner_params, i)
         pixels = render_view(images.decode(row), params, recipe, self.size, partner)
+        if self.transform is not None:
+            pixels = self.transform(pixels)
         if not recipe.mixes:
             return RenderedView(pixels, int(labels[row]), row, plan.view)
         weight = np.float32(int(params["mix_weight"]) / WEIGHT_UNIT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -56,3 +57,24 @@ def test_a_missing_folder_is_an_error_in_one_line(tmp_path: Path):
     with pytest.raises(Refused, match="cannot read") as error:
         examine(folder=tmp_path / "missing")
     assert "\n" not in str(error.value)
+
+
+def test_a_small_shm_is_reported_for_loaders_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(doctor, "SECONDS_PER_RATE", 0.01)
+    needed = doctor.default_workers() * 2 * 128 * 3 * 224**2 / 2**30
+    diagnosis = examine(folder=tmp_path)
+    for free, expected in ((needed * 0.9, True), (needed * 1.1, False), (None, False)):
+        diagnosis.shm_free_gib, diagnosis.advice = free, []
+        doctor.add_advice(diagnosis)
+        assert any("--shm-size" in advice for advice in diagnosis.advice) == expected
+
+
+def test_few_open_files_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(doctor, "SECONDS_PER_RATE", 0.01)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/dev/fd").iterdir())) + 10, hard))
+    try:
+        diagnosis = examine(folder=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert any("raise ulimit -n" in advice for advice in diagnosis.advice)

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 from collections.abc import Iterator
 
 import pytest
 from redistill_cache.errors import Refused
 
-from redistill.interrupts import Interrupted, stop_on_signals
+from redistill.interrupts import Interrupted, interrupts_blocked, raise_on_signals, stop_on_signals
 
 
 @pytest.fixture(autouse=True)
@@ -49,3 +50,29 @@ def test_handlers_are_restored():
     with stop_on_signals():
         assert signal.getsignal(signal.SIGINT) != before[0]
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_preparations_end_at_once(number: signal.Signals):
+    with stop_on_signals() as stop:
+        with pytest.raises(Interrupted, match=f"{number.name}; again") as caught, raise_on_signals("again"):
+            signal.raise_signal(number)
+            pytest.fail("still running")
+        assert not stop
+    assert caught.value.exit_code == 128 + number
+
+
+def blocked_signals() -> set[int]:
+    return signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_processes_that_start_while_interrupts_are_blocked_never_receive_them():
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert signal.SIGINT not in pool.apply(blocked_signals)
+    with interrupts_blocked():
+        pool = multiprocessing.get_context("spawn").Pool(1)
+    with pool:
+        assert signal.SIGINT in pool.apply(blocked_signals)
+    assert signal.SIGINT not in blocked_signals()
+    with pytest.raises(KeyboardInterrupt), interrupts_blocked():
+        signal.raise_signal(signal.SIGINT)

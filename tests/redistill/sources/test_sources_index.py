@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import shutil
+import signal
 from collections import Counter
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -214,3 +215,20 @@ def test_pairing_matches_a_slow_pairing(left: list[int], right: list[int]):
     fast = pair_up(np.array(left, np.int64), np.array(right, np.int64))
     assert list(zip(*map(np.ndarray.tolist, fast), strict=True)) == slow
     assert repeats(np.array(left, np.int64)).tolist() == [i for i, value in enumerate(left) if value in left[:i]]
+
+
+class Deadly:
+    """A source whose tenth sample kills the process that reads it, as the system does when memory runs out."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def sample(self, i: int) -> Sample:
+        if i == 10:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Sample(png(), 0, str(i))
+
+
+def test_a_killed_process_is_refused_in_one_line():
+    with pytest.raises(Refused, match="a process that reads images died; if memory ran out, use fewer --workers"):
+        index_source(redistill.open_source(Deadly()), workers=1)

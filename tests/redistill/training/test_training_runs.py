@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from redistill_cache.errors import Refused, SpecMismatch
+from redistill_cache.errors import Damaged, Refused, SpecMismatch
 from safetensors.torch import load_file
 
 from redistill.interrupts import Interrupted
@@ -17,7 +21,7 @@ from redistill.training.loop import Diverged
 from redistill.training.options import read_config
 from redistill.training.run_files import refuse_foreign_folder
 from tests.redistill.training.runs import InterruptAt, history, weights
-from tests.small_archive import TEACHER, VAL
+from tests.small_archive import DATA, TEACHER, VAL
 
 
 def test_a_run_leaves_everything_a_user_needs(options, val_archive: Path):
@@ -211,3 +215,31 @@ def test_what_a_killed_start_leaves_is_no_obstacle(options):
     (run.out / "last.ckpt").unlink()
     foreign_file(run.out, "notes.txt")
     refuse_foreign_folder(run)
+
+
+def test_an_error_after_the_workers_have_started_stops_them(options, tmp_path: Path):
+    """Left to the end of the interpreter, each of them would take seconds."""
+    damaged = shutil.copytree(options().archive, tmp_path / "damaged.redistill.zarr")
+    shard = next(path for path in damaged.glob("teachers/*/logits/*/c.0.0*") if path.stat().st_size > 20)
+    shard.chmod(0o644)
+    shard.write_bytes(bytes(shard.stat().st_size))
+    with pytest.raises(Damaged) as caught:  # holds the traceback, and with it all frames
+        train(options(archive=damaged, workers=2))
+    assert "SHA-256" in str(caught.value)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_an_unfinished_archive_is_refused_and_the_command_ends(options, tmp_path: Path):
+    unfinished = shutil.copytree(options().archive, tmp_path / "unfinished.redistill.zarr")
+    (unfinished / "_redistill" / "manifest.json").unlink()
+    command = ["train", DATA, "--archive", str(unfinished), "--student", "demo:tiny", "--out", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-m", "redistill_cli", *command, "--workers", "8"],
+        capture_output=True,  # returns when every process has closed the pipe
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 3
+    assert "is not finished" in done.stderr.splitlines()[-1]

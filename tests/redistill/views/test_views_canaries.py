@@ -247,6 +247,7 @@ class CanaryArchive(MemoryArchive):
 
     def __init__(self, text: str, num_views: int) -> None:
         super().__init__(text, INDEX, seed=SEED, num_views=num_views)
+        self.spec.canaries_per_view = 16
         self.spec.environment = {**view_environment(), "pillow": "1.0", "seconds": 3}
         self.views = drawn(text, num_views=num_views)
         self.views_read: list[int] = []
@@ -262,11 +263,15 @@ def joined(missing=()) -> Join:
     return Join(rows)
 
 
+def check(source: ImageSource, archive: CanaryArchive, joined: Join, **options) -> Alignment:
+    return check_canaries(ViewDataset(source, archive, joined=joined, check=False), archive, **options)
+
+
 def test_an_archive_is_checked_against_the_readers_images():
-    result = check_canaries(open_source(ImageSource(ENCODED)), CanaryArchive(MIXED, 3), joined())
+    result = check(ImageSource(ENCODED), CanaryArchive(MIXED, 3), joined())
     assert (result.verdict, result.checked) == ("exact", 3 * 16)
     assert result.versions == {"pillow": ("1.0", view_environment()["pillow"])}
-    result = check_canaries(open_source(replaced_by_neighbours()), CanaryArchive(MIXED, 3), joined())
+    result = check(replaced_by_neighbours(), CanaryArchive(MIXED, 3), joined())
     assert result.verdict == "refused"
     assert result.worst[0].key == f"{result.worst[0].row}.jpg"
     assert "pillow 1.0 in the archive" in result.message
@@ -274,34 +279,34 @@ def test_an_archive_is_checked_against_the_readers_images():
 
 def test_many_views_are_checked_evenly():
     archive = CanaryArchive("rrc?size=16", 100)
-    result = check_canaries(open_source(ImageSource(ENCODED)), archive, joined())
+    result = check(ImageSource(ENCODED), archive, joined())
     assert len(archive.views_read) == 16
     assert result.checked == 256
     assert np.ptp(np.diff(archive.views_read)) <= 1
     archive.views_read.clear()
-    check_canaries(open_source(ImageSource(ENCODED)), archive, joined(), views=[5, 7])
+    check(ImageSource(ENCODED), archive, joined(), views=[5, 7])
     assert archive.views_read == [5, 7]
 
 
 def test_canaries_without_their_image_are_skipped():
     archive = CanaryArchive(MIXED, 1)
     rows = archive.canaries(0)[0]
-    result = check_canaries(open_source(ImageSource(ENCODED)), archive, joined(missing=rows[:8]))
+    result = check(ImageSource(ENCODED), archive, joined(missing=rows[:8]))
     assert result.verdict == "exact"
     assert 0 < result.checked <= 8
     with pytest.raises(Refused, match="cannot be compared"):
-        check_canaries(open_source(ImageSource(ENCODED)), archive, joined(missing=rows))
+        check(ImageSource(ENCODED), archive, joined(missing=rows))
 
 
 def test_a_canary_row_beyond_the_archive_is_damage():
     archive = CanaryArchive(PLAIN, 1)
     archive.canaries = lambda _: (np.array([N], np.uint32), np.zeros((1, 8, 8, 3), np.uint8))
     with pytest.raises(Damaged, match="canary of view 0 is row 24"):
-        check_canaries(open_source(ImageSource(ENCODED)), archive, joined())
+        check(ImageSource(ENCODED), archive, joined())
 
 
 def test_an_alignment_is_plain_json():
-    result = check_canaries(open_source(replaced_by_neighbours()), CanaryArchive(PLAIN, 1), joined())
+    result = check(replaced_by_neighbours(), CanaryArchive(PLAIN, 1), joined())
     data = json.loads(json.dumps(result.to_json()))
     assert (data["verdict"], len(data["worst"]), data["checked"]) == ("refused", 3, 16)
 
