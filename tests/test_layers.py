@@ -84,7 +84,7 @@ def test_imports_run_one_way():
 def test_third_parties_of_the_archive_library():
     allowed = CACHE_THIRD_PARTIES | sys.stdlib_module_names | {"redistill_cache"}
     for module in module_files("redistill_cache"):
-        optional = {"fsspec"} if module == "redistill_cache.fetching" else set()  # only when a URL needs it
+        optional = {"fsspec"} if module == "redistill_cache.download" else set()  # only when a URL needs it
         foreign = {name for name in IMPORTS[module] if name.split(".")[0] not in allowed | optional}
         assert not foreign, f"{module} imports {sorted(foreign)}; redistill_cache may use {CACHE_THIRD_PARTIES}"
 

@@ -16,6 +16,7 @@ def main() -> None:
     python_handles_sigint = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if python_handles_sigint:  # Ctrl-C while modules are imported: exit without a traceback, as nothing has started
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from redistill_cache.addresses import redact
     from redistill_cache.errors import RedistillError
     from redistill_cache.wording import harmless
 
@@ -26,7 +27,7 @@ def main() -> None:
     try:
         app()
     except RedistillError as error:
-        print(f"redistill: {harmless(error)}", file=sys.stderr)
+        print(f"redistill: {harmless(redact(str(error)))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("redistill: interrupted", file=sys.stderr)

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from redistill_cache.addresses import split_pin, with_pin
 from redistill_cache.errors import RedistillError, UsageError
 from redistill_cache.wording import harmless
 from rich.table import Table
 
 from redistill.optim import PRESETS
 from redistill.option_fields import options_of
-from redistill.training.options import TrainOptions, read_config
+from redistill.training.options import CONFIG, TrainOptions, read_config
 from redistill_cli.options import collect, takes
-from redistill_cli.rendering import TerminalProgress, console, local_archive, print_json
+from redistill_cli.rendering import Offline, TerminalProgress, console, local_archive, print_json, set_offline
 
 if TYPE_CHECKING:
     from redistill.training import TrainResult
@@ -30,6 +31,7 @@ def train(
         str | None,
         typer.Option("--preset", metavar="|".join(PRESETS), help="Settings of a recipe, used where no option is set."),
     ] = None,
+    offline: Offline = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
     **values: object,
 ) -> None:
@@ -61,6 +63,7 @@ def train(
     from redistill.ranks import Rank
     from redistill.training import train as run
 
+    set_offline(offline)
     options = read_options(collect(TrainOptions, values), config, preset)
     with TerminalProgress() as progress:
         results = run(options, progress)
@@ -75,10 +78,21 @@ def read_options(values: Mapping[str, Any], config: Path | None, preset: str | N
     missing = [option.flag for option in required if option.field not in merged]
     if missing:
         raise UsageError(f"train needs {', '.join(missing)} (or --config RUN/config.toml); see redistill train --help")
+    pins = recorded_pins(Path(merged["out"]))
     for name in ("archive", "val_archive"):
         if name in merged:
-            merged[name] = local_archive(str(merged[name]))
+            location, pin = split_pin(str(merged[name]))
+            pinned = with_pin(location, pin or pins.get(name))
+            merged[name] = with_pin(str(local_archive(pinned)), split_pin(pinned)[1])
     return TrainOptions.read(merged | {"allow_python": config is None}, preset_name=preset)
+
+
+def recorded_pins(out: Path) -> dict[str, str]:
+    """The ids to which the archives of an earlier run in this folder are pinned: resuming it repeats them."""
+    config = next((path for path in (out / CONFIG, *sorted(out.glob(f"*/{CONFIG}"))) if path.is_file()), None)
+    options = {} if config is None else read_config(config)
+    pins = {name: split_pin(str(options.get(name, "")))[1] for name in ("archive", "val_archive")}
+    return {name: pin for name, pin in pins.items() if pin is not None}
 
 
 def show(results: Sequence[TrainResult], *, as_json: bool) -> None:
