@@ -22,6 +22,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from queue import Empty, SimpleQueue
 from socket import SHUT_RDWR, socket
 from typing import IO, BinaryIO, cast
@@ -196,7 +197,7 @@ def _attempt(transfer: Transfer) -> FileEntry:
         except (OSError, http.client.HTTPException, ValueError) as error:
             if isinstance(error, RedistillError) or (isinstance(error, OSError) and error.errno in DISK_ERRORS):
                 raise
-            final = _is_final(error)
+            final = _is_final(error) or transfer.stop.is_set()
             if final or attempt == transfer.attempts:
                 raise (Refused if final else Unreachable)(
                     f"cannot fetch {transfer.address}: {redact(one_line(error))}; check the address and the network, "
@@ -338,6 +339,9 @@ class Reach:
         host = connection.sock.getpeername()[0]
         privacy = 0 if proxied else how_private(host)
         self.given = privacy if self.given is None else self.given
+        if self.transfer.stop.is_set():  # abandoned while it connected
+            connection.close()
+            raise Refused("the download was stopped")
         if privacy > self.given:
             connection.close()
             raise Refused(
@@ -376,9 +380,14 @@ class PlainHandler(urllib.request.HTTPHandler):
 class SecureHandler(urllib.request.HTTPSHandler):
     def __init__(self, reach: Reach) -> None:
         super().__init__()
-        self.reach, self.context = reach, ssl.create_default_context()
+        self.reach = reach
 
     def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
         proxied = req._tunnel_host is not None  # type: ignore[attr-defined]  # the host behind the proxy
         kind = _watched(http.client.HTTPSConnection, self.reach, proxied=proxied)
-        return self.do_open(kind, req, context=self.context)
+        return self.do_open(kind, req, context=tls())
+
+
+@cache
+def tls() -> ssl.SSLContext:
+    return ssl.create_default_context()  # reads all certificates
