@@ -37,10 +37,12 @@ __all__ = ["Notify", "Transfer", "Unreachable", "download", "is_offline", "read_
 
 PIECE = 1 << 20
 TIMEOUT_S = 60.0  # without a byte
+HURRIED_S = 10.0
 WAITS = (1.0, 4.0)  # seconds before another attempt
 CONNECTIONS = 8
 # All connections of a download together.
 SLOW_BYTES_PER_S = 10 << 10
+REQUEST_BYTES = 16 << 10  # what a file counts in addition: requests and the disk take time, however small it is
 MINUTE_S = 60.0
 SLOW_MINUTES = 5
 POLL_S = 0.1
@@ -75,7 +77,8 @@ class Transfer:
     """Bytes that are accepted. The transfer stops one byte later, so that the caller sees that there are too many."""
     most_announced: int | None = None
     """Replaces `most` where the server announces the length."""
-    attempts: int = len(WAITS) + 1
+    hurried: bool = False
+    """One attempt and a short timeout: there is something else to use."""
     result: FileEntry | None = None
     """Size and hash of the bytes received."""
     error: Exception | None = None
@@ -86,6 +89,10 @@ class Transfer:
     stop: threading.Event = field(default_factory=threading.Event)
     connection: socket | None = None
 
+    @property
+    def timeout(self) -> float:
+        return HURRIED_S if self.hurried else TIMEOUT_S
+
     def abandon(self) -> None:
         """End the transfer's thread, wherever it waits."""
         self.stop.set()
@@ -94,10 +101,10 @@ class Transfer:
                 self.connection.shutdown(SHUT_RDWR)
 
 
-def read_address(address: Address, most: int, *, attempts: int = len(WAITS) + 1, notify: Notify = say) -> bytes:
+def read_address(address: Address, most: int, *, hurried: bool = False, notify: Notify = say) -> bytes:
     """The bytes of a small file: `Refused` when there are more than `most`."""
     file = io.BytesIO()
-    download([Transfer(address, file, most, attempts=attempts)], notify=notify)
+    download([Transfer(address, file, most, hurried=hurried)], notify=notify)
     if file.tell() > most:
         raise Refused(f"{address}: more than the limit of {most} bytes for this file; not read")
     return file.getvalue()
@@ -137,7 +144,7 @@ def download(
                 transfer = None
             if transfer is not None:
                 running.discard(transfer)
-                rate.ended += transfer.received
+                rate.ended += transfer.received + REQUEST_BYTES
                 if transfer.error is not None:
                     raise transfer.error
                 done(transfer)
@@ -159,8 +166,9 @@ class Rate:
     def watch(self, running: Iterable[Transfer], notify: Notify) -> None:
         now = time.monotonic()
         for transfer in running:
-            if now - transfer.last > 2 * TIMEOUT_S:  # the socket's own limit was not enough
-                raise Unreachable(f"{transfer.address}: no bytes for {2 * TIMEOUT_S:.0f} s; try again later")
+            most = 2 * transfer.timeout  # the limit of the socket was not enough
+            if now - transfer.last > most:
+                raise Unreachable(f"{transfer.address}: no bytes for {most:.0f} s; try again later")
         if now - self.minute_began < MINUTE_S:
             return
         total = self.ended + sum(transfer.received for transfer in running)
@@ -189,7 +197,8 @@ def _receive(transfer: Transfer, ended: SimpleQueue[Transfer]) -> None:
 
 
 def _attempt(transfer: Transfer) -> FileEntry:
-    for attempt in range(1, transfer.attempts + 1):
+    waits = () if transfer.hurried else WAITS
+    for wait in (*waits, None):
         try:
             transfer.file.seek(0)
             transfer.file.truncate()
@@ -198,12 +207,12 @@ def _attempt(transfer: Transfer) -> FileEntry:
             if isinstance(error, RedistillError) or (isinstance(error, OSError) and error.errno in DISK_ERRORS):
                 raise
             final = _is_final(error) or transfer.stop.is_set()
-            if final or attempt == transfer.attempts:
+            if final or wait is None:
                 raise (Refused if final else Unreachable)(
                     f"cannot fetch {transfer.address}: {redact(one_line(error))}; check the address and the network, "
                     "then try again"
                 ) from error
-            transfer.stop.wait(WAITS[attempt - 1])
+            transfer.stop.wait(wait)
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -288,7 +297,7 @@ def _opened(transfer: Transfer) -> http.client.HTTPResponse:
         if address.authorization is not None:
             request.add_header("Authorization", address.authorization)
         try:
-            return cast("http.client.HTTPResponse", opener.open(request, timeout=TIMEOUT_S))
+            return cast("http.client.HTTPResponse", opener.open(request, timeout=transfer.timeout))
         except urllib.error.HTTPError as error:
             error.close()  # the error is also a response with an open socket
             if error.code not in REDIRECTING or "Location" not in error.headers:

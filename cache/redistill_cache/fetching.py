@@ -114,7 +114,7 @@ def local_copy(address: Address, pin: str | None, notify: Notify) -> Path | byte
             "--offline"
         )
     try:
-        manifest = _fetch_manifest(address, 3 if known is None else 1, notify)
+        manifest = _fetch_manifest(address, notify, hurried=known is not None)
     except Unreachable as error:
         if known is None:
             raise
@@ -178,9 +178,9 @@ def remembered(address: Address) -> str | None:
     return text if re.fullmatch(r"[0-9a-f]{64}", text) else None
 
 
-def _fetch_manifest(address: Address, attempts: int, notify: Notify) -> bytes:
+def _fetch_manifest(address: Address, notify: Notify, *, hurried: bool) -> bytes:
     try:
-        return read_address(address.child(layout.MANIFEST), limits.MAX_MANIFEST_BYTES, attempts=attempts, notify=notify)
+        return read_address(address.child(layout.MANIFEST), limits.MAX_MANIFEST_BYTES, hurried=hurried, notify=notify)
     except Refused as error:
         if not is_missing(error.__cause__):
             raise
