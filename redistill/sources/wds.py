@@ -187,7 +187,7 @@ def _refuse_many(pattern: str, spec: Spec) -> None:
 
 
 def _count(pattern: str, spec: Spec) -> int:
-    """How many names braceexpand makes of a pattern; unbalanced braces are left to it."""
+    """How many names braceexpand makes of a pattern; ValueError for unbalanced braces, as it raises."""
     outer: list[tuple[int, int, int]] = []  # per open brace: names before the comma, names since, where it is
     before, since, i = 0, 1, 0
     while i < len(pattern):
@@ -201,13 +201,17 @@ def _count(pattern: str, spec: Spec) -> int:
                 raise _too_deep(spec)
         elif letter == "," and outer:
             before, since = before + since, 1
-        elif letter == "}" and outer:
+        elif letter == "}":
+            if not outer:
+                raise ValueError(pattern)
             names = before + since
             before, since, start = outer.pop()
             since *= max(names, _count_range(pattern[start + 1 : i]))
         if before + since > MAX_TARS:
             raise _too_many(spec)
         i += 1
+    if outer:
+        raise ValueError(pattern)
     return before + since
 
 
