@@ -1,10 +1,11 @@
 """`wds:PATTERN`: tar files in webdataset's layout, read in place.
 
 * PATTERN is a folder (its *.tar by name), or one or more tars: paths or http(s) addresses without a '?', separated by
-  '::', with braces as in 'train-{000..146}.tar' or '{a,b}.tar'. `${NAME}` is replaced by the environment variable
-  WDS_NAME. This is webdataset's own expansion, so a name that contains one of these can be reached only through its
-  folder (or, for braces, with a backslash before them), and an IPv6 address with '::' not at all. 'pipe:' is refused
-  and no shell ever runs. Tars are not extracted, and no file on disk is opened by a name from inside a tar.
+  '::', with braces as in 'train-{000..146}.tar' or '{a,b}.tar'; at most 100,000 in all. `${NAME}` is replaced by the
+  environment variable WDS_NAME. This is webdataset's own expansion, so a name that contains one of these can be reached
+  only through its folder (or, for braces, with a backslash before them), and an IPv6 address with '::' not at all.
+  'pipe:' is refused and no shell ever runs. Tars are not extracted, and no file on disk is opened by a name from inside
+  a tar.
 * The members of a sample are adjacent and share a key: the whole name up to the first dot of its last part, folders
   included ('a.b/0001.jpg' has the key 'a.b/0001'). The rest, after that dot, is the kind of the member:
   jpg jpeg png webp    the image, exactly one per sample
@@ -18,8 +19,8 @@
 * A tar without its end mark, or with anything but zeros after it, is refused: it is truncated, damaged, or two tars
   in one file, of which other readers silently read only the first. Compressed tars are refused.
 * A remote tar is downloaded once, as a whole, into `tars` in the user's cache folder ($XDG_CACHE_HOME/redistill, by
-  default ~/.cache/redistill), checked against the length that the server announced, and from then on read there
-  without contacting the server; delete the file to download it again.
+  default ~/.cache/redistill), checked against the length that the server announced and up to its end mark, and from
+  then on read there without contacting the server; delete the file to download it again.
 * The headers of a tar are read once and cached while its size and modification time stay the same; samples are then
   read by offset, in any order.
 """
