@@ -18,7 +18,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 from redistill_cache.errors import UsageError
 
-__all__ = ["SCHEMES", "Address", "is_address", "parse_address", "redact", "split_pin", "with_pin"]
+__all__ = ["SCHEMES", "Address", "checked_id", "is_address", "parse_address", "redact", "split_pin", "with_pin"]
 
 SCHEMES = ("http", "https", "s3", "gs", "hf")
 MAX_ADDRESS = 4096
@@ -108,11 +108,13 @@ def parse_address(text: str, schemes: Sequence[str] = SCHEMES) -> Address:
 def split_pin(location: str) -> tuple[str, str | None]:
     """A path or an address, and the id that the archive there must have, from 'LOCATION#sha256=ID'."""
     head, mark, identity = location.rpartition(PIN)
-    if not mark:
-        return location, None
+    return (head, checked_id(identity)) if mark else (location, None)
+
+
+def checked_id(identity: str) -> str:
     if not ID.fullmatch(identity):
-        raise UsageError(f"{redact(location)!r}: expected the id of an archive after {PIN!r}, 64 of 0-9 and a-f")
-    return head, identity
+        raise UsageError(f"expected the id of an archive, 64 of 0-9 and a-f, found {redact(identity)[:100]!r}")
+    return identity
 
 
 def with_pin(location: str, identity: str | None) -> str:

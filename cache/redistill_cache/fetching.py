@@ -29,7 +29,7 @@ from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 from redistill_cache import layout, limits
-from redistill_cache.addresses import Address, parse_address
+from redistill_cache.addresses import Address, checked_id, parse_address
 from redistill_cache.download import (
     POLL_S,
     Notify,
@@ -72,11 +72,11 @@ def fetch_archive(
     """
     address = parse_address(url)
     pin = agreed(address, address.pin, id)
-    copy = local_copy(address, pin, notify)
-    if isinstance(copy, Path):
-        return copy
-    identity = sha256(copy)
-    path = whole_copy(identity) or _fetched(address, copy, progress, notify)
+    found = copy_or_manifest(address, pin, notify)
+    if isinstance(found, Path):
+        return found
+    identity = sha256(found)
+    path = whole_copy(identity) or _fetched(address, found, progress, notify)
     if remembered(address) != identity:
         remember(address, identity)
     return path
@@ -91,19 +91,17 @@ def fetched_description(
 ) -> Iterator[ArchiveState]:
     """The state of the archive at `url` from its metadata alone; from its copy where that is whole."""
     address = parse_address(url)
-    copy = local_copy(address, agreed(address, address.pin, id), notify)
-    if isinstance(copy, Path):
+    found = copy_or_manifest(address, agreed(address, address.pin, id), notify)
+    copy = found if isinstance(found, Path) else whole_copy(sha256(found))
+    if copy is not None:
         yield read_state(copy, allow_partial=False)
         return
-    whole = whole_copy(sha256(copy))
-    if whole is not None:
-        yield read_state(whole, allow_partial=False)
-        return
-    with TemporaryDirectory(prefix="redistill-") as folder, _documents(address, copy, Path(folder), notify) as state:
+    assert isinstance(found, bytes)
+    with TemporaryDirectory(prefix="redistill-") as folder, _documents(address, found, Path(folder), notify) as state:
         yield state
 
 
-def local_copy(address: Address, pin: str | None, notify: Notify) -> Path | bytes:
+def copy_or_manifest(address: Address, pin: str | None, notify: Notify) -> Path | bytes:
     """The whole copy of the archive at an address where its server is not needed or not there; else its manifest."""
     known = whole_copy(pin or remembered(address))
     if known is not None and (pin is not None or is_offline()):
@@ -127,7 +125,7 @@ def local_copy(address: Address, pin: str | None, notify: Notify) -> Path | byte
 
 def agreed(where: object, pin: str | None, identity: str | None) -> str | None:
     """The id that an archive must have: that in its location and that of the caller, which must not differ."""
-    if identity is not None and pin not in (None, identity):
+    if identity is not None and pin not in (None, checked_id(identity)):
         raise UsageError(f"{where} is pinned to the id {pin}, and the id is to be {identity}; remove one of the two")
     return identity or pin
 
@@ -363,7 +361,7 @@ def sweep_unfinished(folder: Path) -> None:
 def locked(target: Path, shown: str, notify: Notify, stopped: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """One process of this machine fetches something; the others wait for it, and say for whom."""
     with lock_file(target) as file:
-        said = -WAITING_S
+        said = time.monotonic() + 1 - WAITING_S  # not at once: a sweep holds a lock for a moment
         while not acquire(file):
             if stopped():
                 raise Refused("the download was stopped")

@@ -206,8 +206,9 @@ def test_a_pinned_archive_is_this_one_or_refused(shared: Path, serve: Serve):
                 open_archive(wrong, id=expected)
         with pytest.raises(UsageError, match="remove one of the two"):
             open_archive(f"{location}#sha256={identity}", id=other)
-        with pytest.raises(UsageError, match="expected the id of an archive"):
-            open_archive(f"{location}#sha256={identity[:-1]}")
+        for wrong, expected in ((f"{location}#sha256={identity[:-1]}", None), (location, "../../x")):
+            with pytest.raises(UsageError, match="expected the id of an archive"):
+                open_archive(wrong, id=expected)
     assert fetch_archive(f"{address}/{NAME}", id=identity)
     before = len(requests)
     open_archive(f"{address}/{NAME}#sha256={identity}")
