@@ -15,9 +15,17 @@ from typing import Any
 
 from redistill_cache.errors import RedistillError
 
-__all__ = ["Interrupted", "StopRequest", "interrupts_blocked", "raise_on_signals", "stop_on_signals"]
+__all__ = [
+    "Interrupted",
+    "StopRequest",
+    "interrupts_blocked",
+    "raise_on_signals",
+    "stop_on_signals",
+    "stop_requested",
+]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_current: list[StopRequest] = []  # of the blocks of `stop_on_signals` that run, the inner ones last
 RERUN = "run the same command again to continue; finished work is not repeated"
 
 
@@ -62,6 +70,7 @@ def stop_on_signals(advice: str = RERUN) -> Iterator[StopRequest]:
 
     for number in SIGNALS:
         signal.signal(number, set_request)
+    _current.append(request)
     try:
         yield request
     except RedistillError as error:
@@ -69,10 +78,16 @@ def stop_on_signals(advice: str = RERUN) -> Iterator[StopRequest]:
             raise Interrupted(request.number, advice) from error
         raise
     finally:
+        _current.remove(request)
         for number in SIGNALS:
             signal.signal(number, previous[number])
     if request.number is not None:
         signal.raise_signal(request.number)  # the block ended without checking it; leave it to the outer handler
+
+
+def stop_requested() -> bool:
+    """Whether a stop was requested, for what waits inside the block: a download."""
+    return any(_current)
 
 
 @contextmanager

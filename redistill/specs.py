@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import TypeVar
 from urllib.parse import unquote
 
+from redistill_cache.addresses import redact
 from redistill_cache.errors import UsageError
 
 __all__ = ["TYPE_NAMES", "Spec", "did_you_mean", "first_line", "listed", "parse_spec"]
@@ -30,7 +31,7 @@ TRUE, FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 @dataclass(frozen=True)
 class Spec:
-    """A parsed spec string. `options` are text; `take` converts them."""
+    """A parsed spec string. `options` are text; `take` converts them. `text` is for messages: it holds no secrets."""
 
     scheme: str
     name: str = ""
@@ -78,7 +79,7 @@ def parse_spec(text: str) -> Spec:
         if key in options:
             raise UsageError(f"{text!r}: option {key!r} occurs twice")
         options[key] = unquote(value)
-    return Spec(scheme=scheme, name=name, options=MappingProxyType(options), text=text)
+    return Spec(scheme=scheme, name=name, options=MappingProxyType(options), text=redact(text))
 
 
 # -- wording of error messages ----------------------------------------------------------------------------------------

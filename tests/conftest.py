@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import http.server
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,10 +16,12 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
     """Serves files and records the requests instead of printing them.
 
     The connection closes halfway for a path that ends in '.short', and on the first request for a path in `fragile`.
+    For a path in `stuck` it stays open, without the second half.
     """
 
     requests: list[str]
     fragile: set[str]
+    stuck: set[str]
 
     def log_message(self, *_: object) -> None:
         return
@@ -26,7 +29,7 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
     def do_GET(self) -> None:
         self.requests.append(self.path)
         path = self.path.removesuffix(".short")
-        if path == self.path not in self.fragile:
+        if path == self.path not in self.fragile | self.stuck:
             super().do_GET()
             return
         self.fragile.discard(path)
@@ -35,6 +38,9 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data[: len(data) // 2])
+        if path in self.stuck:
+            self.wfile.flush()
+            time.sleep(60)
 
 
 @pytest.fixture
@@ -42,9 +48,9 @@ def serve() -> Iterator[Callable[..., tuple[str, list[str]]]]:
     """Call with a folder: the address it is served under, and the growing list of requests."""
     servers: list[http.server.ThreadingHTTPServer] = []
 
-    def start(folder: Path, fragile: Sequence[str] = ()) -> tuple[str, list[str]]:
+    def start(folder: Path, fragile: Sequence[str] = (), stuck: Sequence[str] = ()) -> tuple[str, list[str]]:
         requests: list[str] = []
-        handler = type("Handler", (QuietHandler,), {"requests": requests, "fragile": set(fragile)})
+        handler = type("Handler", (QuietHandler,), {"requests": requests, "fragile": set(fragile), "stuck": set(stuck)})
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(folder)))
         servers.append(server)
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -5,11 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from redistill_cache import layout
+from redistill_cache.addresses import is_address, parse_address
 from redistill_cache.codecs.stats import summarise
-from redistill_cache.reader import Archive
+from redistill_cache.download import Notify, say
+from redistill_cache.fetching import fetched_description
+from redistill_cache.reader import Archive, open_archive
 from redistill_cache.spec import SignalSpec, TeacherSpec
 
-__all__ = ["describe"]
+__all__ = ["describe", "describe_at"]
+
+
+def describe_at(location: str, *, notify: Notify = say) -> dict[str, Any]:
+    """The description of the archive at a path or an address, of which only the metadata are fetched."""
+    if not is_address(location):
+        return describe(open_archive(location, allow_partial=True))
+    with fetched_description(location, notify=notify) as state:
+        return describe(Archive(state)) | {"path": str(parse_address(location))}
 
 
 def describe(archive: Archive) -> dict[str, Any]:

@@ -17,9 +17,10 @@ from typing import Any, Literal
 import numpy as np
 
 from redistill_cache import layout
+from redistill_cache.addresses import is_address, split_pin
 from redistill_cache.codecs import Codec, open_codec
 from redistill_cache.errors import Damaged, OutOfRange, UsageError
-from redistill_cache.fetching import fetch_archive, is_url
+from redistill_cache.fetching import agreed, fetch_archive, other_archive
 from redistill_cache.journal import FileEntry, sha256
 from redistill_cache.keys import PackedKeys
 from redistill_cache.layout import Block
@@ -52,20 +53,32 @@ from redistill_cache.verify import damaged_files
 __all__ = ["Archive", "open_archive"]
 
 
-def open_archive(path: str | Path, *, allow_partial: bool = False, verify: Literal["once", "full"] = "once") -> Archive:
+def open_archive(
+    path: str | Path,
+    *,
+    id: str | None = None,  # noqa: A002  the archive's own word for it
+    allow_partial: bool = False,
+    verify: Literal["once", "full"] = "once",
+) -> Archive:
     """Open an archive for reading, after checking that all its files exist and have their sizes.
 
     Without `allow_partial` an archive must be sealed; with it, an unsealed one offers exactly its committed blocks.
     Every file is hashed when it is first read on this machine; `verify="full"` hashes all of them now.
-    An archive at a URL (http://, https://, or what fsspec opens) is fetched once, and its local copy is opened.
+    An archive at an address (http(s)://, s3://, gs://, hf://) is fetched once, and its local copy is opened. With `id`,
+    or '#sha256=ID' after the path or address, the archive must be this one.
     """
     if verify not in ("once", "full"):
         raise UsageError(f"verify must be 'once' or 'full', found {verify!r}")
-    if is_url(path):
-        path = fetch_archive(str(path))
-    path = Path(path).absolute()  # the working folder may change, or differ in another process
+    if is_address(path):
+        path = fetch_archive(str(path), id=id)
+    else:
+        location, pin = split_pin(str(path))
+        path, id = Path(location), agreed(location, pin, id)  # noqa: A001
+    path = path.absolute()  # the working folder may change, or differ in another process
     with disk_trouble("read", path):
         state = read_state(path, allow_partial=allow_partial)
+        if id is not None and state.id != id:
+            raise other_archive(str(path), id, state.id)
         check_metadata_on_disk(state)
         check_sizes_on_disk(state)
     if verify == "full":

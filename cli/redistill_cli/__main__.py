@@ -19,6 +19,7 @@ def main() -> None:
     from redistill_cli.streams import open_streams
 
     output = open_streams()
+    from redistill_cache.addresses import redact
     from redistill_cache.errors import RedistillError, Refused
     from redistill_cache.wording import harmless
 
@@ -29,7 +30,7 @@ def main() -> None:
     try:
         app()  # always ends with SystemExit or an error
     except RedistillError as error:
-        print(f"redistill: {harmless(error)}", file=sys.stderr)
+        print(f"redistill: {harmless(redact(str(error)))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("redistill: interrupted", file=sys.stderr)

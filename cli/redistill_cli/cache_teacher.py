@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from redistill_cache.addresses import redact
 from redistill_cache.wording import human_bytes
 
 from redistill.caching.options import CacheOptions
@@ -16,9 +16,6 @@ from redistill_cli.rendering import TerminalProgress, human_seconds, key_values,
 if TYPE_CHECKING:
     from redistill.caching import CacheResult
     from redistill.caching.estimate import Estimate
-
-SECRET = re.compile(r"(?i)((?:token|secret|password|passwd|api[_-]?key|access[_-]?key|sig)[^=&\s]*=)[^&\s]+")
-USER_OF_URL = re.compile(r"(?<=://)[^/\s@]+@")
 
 
 @takes(CacheOptions)
@@ -76,7 +73,7 @@ def cache_teacher(
 
 def without_secrets(arguments: list[str]) -> str:
     """The command line as recorded in the archive: values that look like passwords or tokens are masked."""
-    return " ".join(USER_OF_URL.sub("***@", SECRET.sub(r"\1***", argument)) for argument in arguments)
+    return " ".join(map(redact, arguments))
 
 
 def show_estimate(estimate: Estimate) -> None:

@@ -10,7 +10,7 @@ from redistill_cache.wording import harmless
 from rich.table import Table
 
 from redistill_cli.options import split
-from redistill_cli.rendering import PATH_OR_URL, console, key_values, local_archive, print_json
+from redistill_cli.rendering import PATH_OR_URL, Offline, console, key_values, local_archive, print_json, set_offline
 
 if TYPE_CHECKING:
     from redistill.evaluate import Evaluation
@@ -60,6 +60,7 @@ def evaluate(
     amp: Annotated[
         bool | None, typer.Option("--amp/--no-amp", help="Evaluate in bfloat16. [default: on CUDA only]")
     ] = None,
+    offline: Offline = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Measure accuracy and calibration of a student.
@@ -78,6 +79,7 @@ def evaluate(
     """
     from redistill.evaluate import evaluate as run_evaluation
 
+    set_offline(offline)
     evaluation = run_evaluation(
         run,
         data,

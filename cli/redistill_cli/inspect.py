@@ -8,18 +8,28 @@ import typer
 from redistill_cache.wording import harmless, human_bytes
 from rich.table import Table
 
-from redistill_cli.rendering import console, key_values, local_archive, print_json
+from redistill_cli.rendering import (
+    ARCHIVE_HELP,
+    PATH_OR_URL,
+    Offline,
+    console,
+    key_values,
+    note,
+    print_json,
+    set_offline,
+)
 
 
 def inspect(
-    archive: Annotated[str, typer.Argument(metavar="ARCHIVE", help="Path such as name.redistill.zarr, or URL.")],
+    archive: Annotated[str, typer.Argument(metavar=PATH_OR_URL, help=ARCHIVE_HELP)],
+    offline: Offline = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Describe the contents of an archive.
 
     Prints id, samples, views, recipe, licence, and codec, size and fidelity of
     every teacher output. Unfinished archives are described up to their last
-    commit.
+    commit. Of an archive at a URL only the metadata are fetched.
 
     Examples:
 
@@ -27,10 +37,10 @@ def inspect(
       redistill inspect teacher.redistill.zarr
       redistill inspect teacher.redistill.zarr --json
     """
-    from redistill_cache.inspect import describe
-    from redistill_cache.reader import open_archive
+    from redistill_cache.inspect import describe_at
 
-    description = describe(open_archive(local_archive(archive), allow_partial=True))
+    set_offline(offline)
+    description = describe_at(archive, notify=note)
     if as_json:
         print_json(description)
         return

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Annotated, Any, overload
 
 import typer
+from redistill_cache.addresses import redact
 from redistill_cache.wording import harmless
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 __all__ = [
+    "ARCHIVE_HELP",
     "PATH_OR_URL",
+    "Offline",
     "ProgressBar",
     "TerminalProgress",
     "console",
     "human_seconds",
     "key_values",
     "local_archive",
+    "note",
     "print_json",
+    "set_offline",
 ]
 
 WIDE = 1_000_000
@@ -109,7 +115,7 @@ class ProgressBar:
     def write(self, text: str) -> None:
         """A line above the bar."""
         self._bar.clear()
-        typer.echo(text, err=True)
+        typer.echo(harmless(text), err=True)
         self._bar.refresh()
 
     def _line(self, done: int, total: int, figures: Mapping[str, object]) -> None:
@@ -163,10 +169,10 @@ class TerminalProgress:
             self.info(f"{name:<{width}}  {text}")
 
     def info(self, text: str) -> None:
-        self._write(harmless(text))
+        self._write(harmless(redact(text)))
 
     def warning(self, text: str) -> None:
-        self._write(f"warning: {harmless(text)}")
+        self._write(f"warning: {harmless(redact(text))}")
 
     def advance(self, task: str, done: int, total: int, **figures: object) -> None:
         if self._bar is None or self._bar.task != task:
@@ -197,6 +203,24 @@ class TerminalProgress:
 # -- archives ---------------------------------------------------------------------------------------------------------
 
 PATH_OR_URL = "PATH|URL"
+ARCHIVE_HELP = "Path such as name.redistill.zarr, or URL; with #sha256=ID after it, only the archive with this id."
+
+Offline = Annotated[
+    bool, typer.Option("--offline", help="Contact no server; use the copies of what was fetched before.")
+]
+
+
+def set_offline(offline: bool) -> None:
+    """For this command and the processes it starts."""
+    from redistill_cache.download import OFFLINE
+
+    if offline:
+        os.environ[OFFLINE] = "1"
+
+
+def note(text: str) -> None:
+    """A message of a download."""
+    typer.echo(f"redistill: {harmless(text)}", err=True)
 
 
 @overload
@@ -204,10 +228,16 @@ def local_archive(location: str) -> Path: ...
 @overload
 def local_archive(location: None) -> None: ...
 def local_archive(location: str | None) -> Path | None:
-    """The path of an archive, which is downloaded once if its location is a URL."""
-    from redistill_cache.fetching import fetch_archive, is_url
+    """The path of an archive, which is downloaded once if its location is a URL, and which must have a pinned id."""
+    from redistill_cache.addresses import is_address, parse_address, split_pin
+    from redistill_cache.fetching import check_id, fetch_archive
 
-    if location is None or not is_url(location):
-        return None if location is None else Path(location)
-    with ProgressBar(f"fetch {location}", "B") as bar:
-        return fetch_archive(location, progress=bar.update)
+    if location is None:
+        return None
+    if is_address(location):
+        with ProgressBar(f"fetch {parse_address(location)}", "B") as bar:
+            return fetch_archive(location, progress=bar.update, notify=bar.write)
+    path, identity = split_pin(location)
+    if identity is not None:
+        check_id(Path(path), identity)
+    return Path(path)

@@ -8,15 +8,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from redistill_cache.addresses import split_pin, with_pin
 from redistill_cache.errors import RedistillError, UsageError
 from redistill_cache.wording import harmless, human_bytes
 from rich.table import Table
 
 from redistill.optim import PRESETS
 from redistill.option_fields import options_of, shown
-from redistill.training.options import TrainOptions, locations, read_config
+from redistill.training.options import CONFIG, TrainOptions, locations, read_config
 from redistill_cli.options import collect, takes
-from redistill_cli.rendering import TerminalProgress, console, human_seconds, key_values, local_archive, print_json
+from redistill_cli.rendering import (
+    Offline,
+    TerminalProgress,
+    console,
+    human_seconds,
+    key_values,
+    local_archive,
+    print_json,
+    set_offline,
+)
 
 if TYPE_CHECKING:
     from redistill.training import DryRun, TrainResult
@@ -42,6 +52,7 @@ def train(
             "--dry-run", help="Check everything and do one step; print steps, memory and disk; write nothing to --out."
         ),
     ] = False,
+    offline: Offline = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
     **values: object,
 ) -> None:
@@ -75,6 +86,7 @@ def train(
         --config runs/losses/power-0/config.toml --trust-config \\
         --out runs/again
     """
+    set_offline(offline)
     # Before torch is imported, which takes seconds.
     options = read_options(collect(TrainOptions, values), config, preset, trust_config=trust_config)
     from redistill.ranks import Rank
@@ -103,9 +115,12 @@ def read_options(
         raise UsageError(f"train needs {', '.join(missing)}; see redistill train --help")
     merged["allow_python"] = config is None
     TrainOptions.read(merged, preset_name=preset)  # every option is checked before an archive is fetched
+    pins = recorded_pins(Path(merged["out"]))
     for name in ("archive", "val_archive"):
         if name in merged:
-            merged[name] = local_archive(str(merged[name]))
+            location, pin = split_pin(str(merged[name]))
+            pinned = with_pin(location, pin or pins.get(name))
+            merged[name] = with_pin(str(local_archive(pinned)), split_pin(pinned)[1])
     return TrainOptions.read(merged, preset_name=preset)
 
 
@@ -137,6 +152,14 @@ def show_dry_run(needs: DryRun) -> None:
     if needs.resumes:
         rows.append(("--out", "holds a run, which would be resumed"))
     key_values(rows)
+
+
+def recorded_pins(out: Path) -> dict[str, str]:
+    """The ids to which the archives of an earlier run in this folder are pinned: resuming it repeats them."""
+    config = next((path for path in (out / CONFIG, *sorted(out.glob(f"*/{CONFIG}"))) if path.is_file()), None)
+    options = {} if config is None else read_config(config)
+    pins = {name: split_pin(str(options.get(name, "")))[1] for name in ("archive", "val_archive")}
+    return {name: pin for name, pin in pins.items() if pin is not None}
 
 
 def show(results: Sequence[TrainResult], *, as_json: bool) -> None:

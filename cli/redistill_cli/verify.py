@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from redistill_cache.wording import harmless
 
-from redistill_cli.rendering import ProgressBar, local_archive, print_json
+from redistill_cli.rendering import (
+    ARCHIVE_HELP,
+    PATH_OR_URL,
+    Offline,
+    ProgressBar,
+    local_archive,
+    print_json,
+    set_offline,
+)
 
 if TYPE_CHECKING:
     from redistill_cache.verify import VerifyReport
@@ -19,7 +27,7 @@ REFUSED = 3
 
 
 def verify(
-    archive: Annotated[str, typer.Argument(metavar="ARCHIVE", help="Path such as name.redistill.zarr, or URL.")],
+    archive: Annotated[str, typer.Argument(metavar=PATH_OR_URL, help=ARCHIVE_HELP)],
     full: Annotated[
         bool, typer.Option("--full", help="Hash every file, including those verified on this machine before.")
     ] = False,
@@ -30,6 +38,7 @@ def verify(
         str | None,
         typer.Option("--data", metavar="DATA", help="Also check that these images give the archive's views."),
     ] = None,
+    offline: Offline = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Check an archive for damage.
@@ -47,6 +56,7 @@ def verify(
     """
     from redistill_cache import verify as verification
 
+    set_offline(offline)
     path = local_archive(archive)
     with ProgressBar("verify", "file") as bar:
         report = verification.verify(path, full=full, progress=bar.update)

@@ -4,7 +4,7 @@
 * `?split=train` (the default) or `?split=val`; CIFAR's test images are the split 'val'.
 * Samples are uint8 arrays [32, 32, 3]; keys consist of split, file and position: 'train/data_batch_1/00042'. Class
   names are those of batches.meta or meta (for CIFAR-100 the 100 fine classes).
-* Nothing is downloaded, except with `?download=1`, when torchvision's downloader puts missing files into PATH.
+* Nothing is downloaded, except with `?download=1`, when missing files are fetched from torchvision's address into PATH.
 * The files are pickles, and no code in them ever runs: the few names that such a file needs resolve to classes of this
   module instead of numpy's, and a file with any other name is refused. That holds for the published files, too. Their
   md5 sums only decide whether the files are the originals (`original`, also in the description); files of the same
@@ -15,27 +15,31 @@
 from __future__ import annotations
 
 import hashlib
-import http.client
 import io
 import math
 import pickle
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from redistill_cache.addresses import parse_address
 from redistill_cache.errors import Refused, UsageError
+from redistill_cache.fetching import fetch_file
 from redistill_cache.keys import PackedKeys, pack_keys
 from redistill_cache.wording import one_line
 
+from redistill.interrupts import stop_requested
 from redistill.sources.base import Sample, local_path
 from redistill.specs import Spec
 
 __all__ = ["CifarSource", "open_cifar"]
 
 SPLITS = ("train", "val")
+MAX_ARCHIVE_BYTES = 1 << 30
 LABEL_KEYS = {"cifar10": "labels", "cifar100": "fine_labels"}
 
 
@@ -149,15 +153,24 @@ def _published(kind: str) -> _Published:
 
 def _download(root: Path, published: _Published) -> None:
     """Download and unpack torchvision's archive below `root`, unless all files exist."""
-    from torchvision.datasets.utils import download_and_extract_archive
-
     root = root.parent if root.name == published.folder else root
     files = (*published.train, *published.val, published.meta)
     if all((root / published.folder / name).is_file() for name in files):
         return
+    packed = root / published.archive
+
+    def check(received: Path) -> None:
+        with received.open("rb") as file:
+            if hashlib.file_digest(file, "md5").hexdigest() != published.archive_md5:
+                raise Refused(f"{published.url}: the file has another md5 sum than torchvision states")
+
     try:
-        download_and_extract_archive(published.url, root, filename=published.archive, md5=published.archive_md5)
-    except (OSError, RuntimeError, EOFError, tarfile.TarError, http.client.HTTPException) as error:
+        fetch_file(parse_address(published.url), packed, check, most=MAX_ARCHIVE_BYTES, stopped=stop_requested)
+        check(packed)  # it may have been there before
+        with tarfile.open(packed) as tar:
+            tar.extraction_filter = getattr(tarfile, "data_filter", None)  # missing in Python < 3.11.4
+            tar.extractall(root)
+    except (Refused, OSError, EOFError, tarfile.TarError, zlib.error) as error:
         raise Refused(
             f"{published.url} could not be downloaded to {str(root)!r}: {one_line(error)}; "
             f"try again, or put {published.folder!r} there yourself"

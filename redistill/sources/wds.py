@@ -1,10 +1,11 @@
 """`wds:PATTERN`: tar files in webdataset's layout, read in place.
 
 * PATTERN is a folder (its *.tar by name), or one or more tars: paths or http(s) addresses without a '?', separated by
-  '::', with braces as in 'train-{000..146}.tar' or '{a,b}.tar'. `${NAME}` is replaced by the environment variable
-  WDS_NAME. This is webdataset's own expansion, so a name that contains one of these can be reached only through its
-  folder (or, for braces, with a backslash before them), and an IPv6 address with '::' not at all. 'pipe:' is refused
-  and no shell ever runs. Tars are not extracted, and no file on disk is opened by a name from inside a tar.
+  '::', with braces as in 'train-{000..146}.tar' or '{a,b}.tar'; at most 100,000 in all. `${NAME}` is replaced by the
+  environment variable WDS_NAME. This is webdataset's own expansion, so a name that contains one of these can be reached
+  only through its folder (or, for braces, with a backslash before them), and an IPv6 address with '::' not at all.
+  'pipe:' is refused and no shell ever runs. Tars are not extracted, and no file on disk is opened by a name from inside
+  a tar.
 * The members of a sample are adjacent and share a key: the whole name up to the first dot of its last part, folders
   included ('a.b/0001.jpg' has the key 'a.b/0001'). The rest, after that dot, is the kind of the member:
   jpg jpeg png webp    the image, exactly one per sample
@@ -18,8 +19,8 @@
 * A tar without its end mark, or with anything but zeros after it, is refused: it is truncated, damaged, or two tars
   in one file, of which other readers silently read only the first. Compressed tars are refused.
 * A remote tar is downloaded once, as a whole, into `tars` in the user's cache folder ($XDG_CACHE_HOME/redistill, by
-  default ~/.cache/redistill), checked against the length that the server announced, and from then on read there
-  without contacting the server; delete the file to download it again.
+  default ~/.cache/redistill), checked against the length that the server announced and up to its end mark, and from
+  then on read there without contacting the server; delete the file to download it again.
 * The headers of a tar are read once and cached while its size and modification time stay the same; samples are then
   read by offset, in any order.
 """
@@ -29,26 +30,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tarfile
+import re
 import time
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+from redistill_cache.addresses import Address, is_address, parse_address
 from redistill_cache.errors import Damaged, Refused, UsageError
-from redistill_cache.fetching import pull
+from redistill_cache.fetching import fetch_file
 from redistill_cache.keys import PackedKeys, pack_keys
-from redistill_cache.storage import LEFTOVER, LOCAL, disk_trouble
 from redistill_cache.strict_json import Fields
 from redistill_cache.verified_files import cache_folder
 from redistill_cache.wording import one_line
 
+from redistill.interrupts import stop_requested
 from redistill.sources.base import NO_LABEL, Sample, local_path
 from redistill.sources.images import MAX_ENCODED_BYTES, BadImage
 from redistill.sources.index import load_arrays, old_enough, repeats, save_arrays
+from redistill.sources.tar import Member, members
 from redistill.specs import Spec
 
 __all__ = ["WdsSource", "open_wds"]
@@ -58,10 +60,10 @@ LABELS = ("cls", "json")
 JSON_FIELDS = ("cls", "label", "class")
 MAX_LABEL_BYTES = 16 << 20
 MAX_LABEL = (1 << 31) - 1
-COPY_BYTES = 1 << 20
 SCAN_VERSION = 1
-# What tarfile raises on bytes that are not a tar.
-TARFILE_RAISES = (tarfile.TarError, ValueError, LookupError, OverflowError, EOFError, MemoryError, OSError)
+MAX_TARS = 100_000
+MAX_BRACES = 32  # inside each other
+MAX_UNANNOUNCED_BYTES = 16 << 30
 
 
 class WdsSource:
@@ -126,7 +128,8 @@ def open_wds(spec: Spec) -> WdsSource:
     labels = spec.take("labels", "members")
     if labels not in ("members", "none"):
         raise UsageError(f"{spec.text!r}: expected labels=members or none, found {labels!r}")
-    tars = [_local_copy(name) if _is_remote(name) else local_path(name) for name in _expand(spec)]
+    places = [_place(name) for name in _expand(spec)]  # all are valid before one is fetched
+    tars = [_local_copy(place) if isinstance(place, Address) else place for place in places]
     return WdsSource(tars, labelled=labels == "members", spec=spec.text)
 
 
@@ -143,25 +146,93 @@ def _expand(spec: Spec) -> list[str]:
         if not tars:
             raise Refused(f"no *.tar in {str(folder)!r}")
         return tars
-    from webdataset.shardlists import expand_urls  # here, because it imports torch
+    from webdataset.shardlists import envsubst, expand_urls  # here, because it imports torch
 
     try:
-        names: list[str] = expand_urls(spec.name)
+        pattern = spec.name
+        for _ in range(10):  # a variable may name another one; webdataset follows as many
+            pattern = envsubst(pattern)
+        _refuse_many(pattern, spec)
+        names: list[str] = expand_urls(pattern)
     except (AssertionError, KeyError) as error:  # KeyError where Python runs with -O, without webdataset's assertion
         raise UsageError(
             f"{spec.text!r} needs an environment variable that is not set: '${{NAME}}' stands for the variable WDS_NAME"
         ) from error
-    except (ValueError, RecursionError) as error:
+    except UsageError:
+        raise
+    except ValueError as error:
         raise UsageError(f"{spec.text!r} has unbalanced braces; expected braces such as '{{000..146}}'") from error
     for name in names:
         scheme = name.strip().partition(":")[0].lower()
         if not name.strip():
             raise UsageError(f"{spec.text!r} has an empty name; expected paths or http(s) addresses between '::'")
-        if scheme == "pipe" or ("://" in name and scheme not in ("http", "https")):
+        if scheme == "pipe":
             raise UsageError(f"{spec.text!r}: {scheme}: is not read; expected local paths or http(s) addresses")
     if len(set(names)) < len(names):
         raise UsageError(f"{spec.text!r} names the same tar twice")
     return names
+
+
+INTEGERS = re.compile(r"(-?\d{1,18})\.\.(-?\d{1,18})(?:\.\.-?(\d{1,18}))?")
+ANY_INTEGERS = re.compile(r"-?\d+\.\.-?\d+(?:\.\.-?\d+)?")
+LETTERS = 52
+
+
+def _refuse_many(pattern: str, spec: Spec) -> None:
+    """Count the names of a pattern before they are made: a short one may stand for any number."""
+    total = 0
+    for part in pattern.split("::"):
+        total += _count(part, spec)
+        if total > MAX_TARS:
+            raise _too_many(spec)
+
+
+def _count(pattern: str, spec: Spec) -> int:
+    """How many names braceexpand makes of a pattern; ValueError for unbalanced braces, as it raises."""
+    outer: list[tuple[int, int, int]] = []  # per open brace: names before the comma, names since, where it is
+    before, since, i = 0, 1, 0
+    while i < len(pattern):
+        letter = pattern[i]
+        if letter == "\\":
+            i += 1
+        elif letter == "{":
+            outer.append((before, since, i))
+            before, since = 0, 1
+            if len(outer) > MAX_BRACES:
+                raise _too_deep(spec)
+        elif letter == "," and outer:
+            before, since = before + since, 1
+        elif letter == "}":
+            if not outer:
+                raise ValueError(pattern)
+            names = before + since
+            before, since, start = outer.pop()
+            since *= max(names, _count_range(pattern[start + 1 : i]))
+        if before + since > MAX_TARS:
+            raise _too_many(spec)
+        i += 1
+    if outer:
+        raise ValueError(pattern)
+    return before + since
+
+
+def _count_range(text: str) -> int:
+    """How many names 'FIRST..LAST..STEP' stands for, at most."""
+    integers = INTEGERS.fullmatch(text)
+    if integers is not None:
+        first, last, step = int(integers[1]), int(integers[2]), int(integers[3] or 1) or 1
+        return abs(last - first) // step + 1
+    if ANY_INTEGERS.fullmatch(text):
+        return MAX_TARS + 1
+    return LETTERS if re.fullmatch(r"[A-Za-z]\.\.[A-Za-z](\.\.-?\d+)?", text) else 1
+
+
+def _too_deep(spec: Spec) -> UsageError:
+    return UsageError(f"{spec.text[:200]!r} has more than {MAX_BRACES} braces inside each other; write it flatter")
+
+
+def _too_many(spec: Spec) -> UsageError:
+    return UsageError(f"{spec.text[:200]!r} stands for more than {MAX_TARS} tars; split it, or pack larger tars")
 
 
 def _is_folder(path: Path) -> bool:
@@ -183,32 +254,22 @@ def _existing(tar: Path) -> Path:
     return tar
 
 
-def _is_remote(name: str) -> bool:
-    return name.lower().startswith(("http://", "https://"))
+def _place(name: str) -> Address | Path:
+    return parse_address(name.strip(), ("http", "https")) if is_address(name) else local_path(name)
 
 
-def _local_copy(address: str) -> Path:
+def _local_copy(address: Address) -> Path:
     """The file of an http(s) address in the cache folder; downloaded if it is missing."""
-    digest = hashlib.sha256(address.encode()).hexdigest()[:32]
-    target = cache_folder() / "tars" / f"{digest}-{PurePosixPath(address).name[-100:]}"
-    if not target.is_file():
-        with disk_trouble("write", target):
-            LOCAL.make_directories(target.parent)
-            _download(address, target)
+    digest = hashlib.sha256(address.url.encode()).hexdigest()[:32]
+    target = cache_folder() / "tars" / f"{digest}-{PurePosixPath(address.name).name[-100:]}"
+
+    def check(received: Path) -> None:
+        """A tar that is truncated or none at all must not stay in the cache."""
+        for _ in members(received, f"what {address} sent"):
+            pass
+
+    fetch_file(address, target, check, most=MAX_UNANNOUNCED_BYTES, stopped=stop_requested)
     return target
-
-
-def _download(address: str, target: Path) -> None:
-    """Stream `address` into a temporary file beside `target`, and rename it when it is complete."""
-    partial = target.with_name(f"{target.name[:100]}.{uuid.uuid4().hex}{LEFTOVER}")
-    try:
-        with partial.open("xb") as file:
-            pull(address, file)
-        LOCAL.sync_file(partial)
-        LOCAL.rename(partial, target)
-        LOCAL.sync_directory(target.parent)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # -- the samples of one tar -------------------------------------------------------------------------------------------
@@ -319,7 +380,7 @@ def _groups(tar: Path, labelled: bool) -> Iterator[_Group]:
     seen: set[str] = set()
     group = None
     with tar.open("rb") as file:
-        for member in _members(tar):
+        for member in members(tar):
             key, extension = _split(member.name, tar)
             if not extension:
                 continue
@@ -332,18 +393,18 @@ def _groups(tar: Path, labelled: bool) -> Iterator[_Group]:
                 group = _Group(key)
             if extension in group.members:
                 raise Refused(f"{member.name!r} is in {str(tar)!r} twice; pack the tar again")
-            group.members[extension] = member.offset_data, member.size
+            group.members[extension] = member.offset, member.size
             if labelled and extension in LABELS:
                 group.label_bytes[extension] = _label_bytes(file.fileno(), member, tar)
     if group is not None:
         yield group
 
 
-def _label_bytes(fd: int, member: tarfile.TarInfo, tar: Path) -> bytes:
+def _label_bytes(fd: int, member: Member, tar: Path) -> bytes:
     if member.size > MAX_LABEL_BYTES:
         raise Refused(f"{member.name!r} in {str(tar)!r} has {member.size} bytes; a label has at most {MAX_LABEL_BYTES}")
     try:
-        return _pread(fd, member.offset_data, member.size)
+        return _pread(fd, member.offset, member.size)
     except OSError as error:
         raise Refused(f"{str(tar)!r} is truncated at {member.name!r}; get it again") from error
 
@@ -359,41 +420,6 @@ def _split(name: str, tar: Path) -> tuple[str, str]:
     except UnicodeEncodeError:
         raise Refused(f"the name {name!r} in {str(tar)!r} is not UTF-8; pack the tar again") from None
     return folder + slash + stem, extension.lower()
-
-
-def _members(tar: Path) -> Iterator[tarfile.TarInfo]:
-    """The plain files of a tar, up to its end mark: tarfile alone mistakes a damaged header for the end."""
-    end = 0
-    try:
-        with tarfile.open(tar, "r:") as archive:
-            while (member := archive.next()) is not None:
-                archive.members = []  # type: ignore[attr-defined]  # else it holds a kilobyte for each
-                if member.size < 0 or member.offset_data <= end:
-                    raise tarfile.ReadError(f"{member.name!r} has an invalid size or offset")
-                end = member.offset_data
-                if member.isdir():
-                    continue
-                if not member.isreg() or member.issparse():
-                    raise Refused(
-                        f"{member.name!r} in {str(tar)!r} is a link or a special file; expected plain files only"
-                    )
-                yield member
-            end = archive.offset
-        _check_end(tar, end)
-    except TARFILE_RAISES as error:
-        raise Refused(f"{str(tar)!r} is not a tar, truncated or damaged: {one_line(error)}; get it again") from error
-
-
-def _check_end(tar: Path, end: int) -> None:
-    """Check that a block of zeros ends the tar, and that only zeros follow it."""
-    with tar.open("rb") as file:
-        file.seek(end)
-        first = file.read(tarfile.BLOCKSIZE)
-        if len(first) < tarfile.BLOCKSIZE:
-            raise tarfile.ReadError("the end mark is missing")
-        for block in chain([first], iter(lambda: file.read(COPY_BYTES), b"")):
-            if block.count(0) != len(block):
-                raise tarfile.ReadError("a damaged header, or more data after the end mark")
 
 
 def _pread(fd: int, offset: int, size: int) -> bytes:

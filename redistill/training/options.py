@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
+from redistill_cache.addresses import redact, split_pin
 from redistill_cache.errors import UsageError
 from redistill_cache.limits import MAX_VIEWS
 from redistill_cache.storage import LOCAL
@@ -72,7 +73,13 @@ class TrainOptions:
         )
     )
     """From Python also any object that `open_source` takes; so is `val`."""
-    archive: Path = field(metadata=option("Archive that cache-teacher wrote.", metavar="PATH|URL", location=True))
+    archive: Path = field(
+        metadata=option(
+            "Archive that cache-teacher wrote; with #sha256=ID after it, only the one with this id.",
+            metavar="PATH|URL",
+            location=True,
+        )
+    )
     students: tuple[str, ...] = field(
         metadata=option(
             "Student network: torchvision:resnet18, cifar:resnet8x4, ... May be repeated.",
@@ -222,7 +229,8 @@ class TrainOptions:
             raise UsageError(f"--loss takes at most {MAX_TERMS} terms, joined by '+'")
         if self.val_archive is not None and self.val is None:
             raise UsageError(f"--val-archive {self.val_archive} needs the images it was made from; add --val")
-        if self.archive.resolve() in (self.out.resolve(), *self.out.resolve().parents):
+        archive = Path(split_pin(str(self.archive))[0])
+        if archive.resolve() in (self.out.resolve(), *self.out.resolve().parents):
             raise UsageError(f"--out {self.out} is inside the archive {self.archive}; choose another folder")
         if len(set(self.teachers)) < len(self.teachers):
             raise UsageError(f"--teacher-names {','.join(self.teachers)} has a name twice; list each once")
@@ -303,10 +311,10 @@ def replace_ce_weight(values: Mapping[str, Any]) -> str:
 
 
 def plain_value(value: object) -> object:
-    """A value that TOML and JSON can hold."""
+    """A value that TOML and JSON can hold, without the secrets of addresses."""
     if isinstance(value, tuple):
-        return list(value)
-    return value if isinstance(value, bool | int | float | str) else str(value)
+        return [plain_value(item) for item in value]
+    return value if isinstance(value, bool | int | float) else redact(str(value))
 
 
 def split_terms(loss: str) -> tuple[str, ...]:

@@ -228,3 +228,14 @@ def test_the_downloaded_archive_is_unpacked(tmp_path: Path, monkeypatch: pytest.
     source = redistill.open_source(f"cifar100:{tmp_path / 'to'}?download=1&split=val")
     assert source.labels.tolist() == [0, 1]
     assert set(requests) == {"/packed.tar.gz"}
+
+
+def test_a_bad_download_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Any):
+    address, _ = serve(tmp_path)
+    monkeypatch.setattr(CIFAR100, "url", f"{address}/packed.tar.gz")
+    for content, reason in ((b"<!DOCTYPE html><p>log in", "a web page instead of the file"), (b"x", "md5")):
+        (tmp_path / "packed.tar.gz").write_bytes(content)
+        with pytest.raises(Refused, match=f"{reason}.*put 'cifar-100-python' there") as refused:
+            redistill.open_source(f"cifar100:{tmp_path / 'to'}?download=1")
+        assert "\n" not in str(refused.value)
+        assert not list((tmp_path / "to").iterdir())

@@ -6,21 +6,27 @@ import io
 import json
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from braceexpand import braceexpand
 from PIL import Image
-from redistill_cache import fetching
+from redistill_cache import download
 from redistill_cache.errors import Refused, UsageError
 
 import redistill
 from redistill.sources.base import ListedSource
 from redistill.sources.images import BadImage
 from redistill.sources.index import index_source
+from redistill.sources.wds import _count
+from redistill.specs import Spec
 
 
 def picture(seed: int, kind: str = "PNG") -> bytes:
@@ -319,18 +325,38 @@ def test_a_pattern_longer_than_a_file_name_may_be():
     assert "cannot be read" in refusal(f"wds:{'a' * 300}.tar")
 
 
+def test_names_are_counted_before_they_are_made():
+    """The count decides what is refused, so it must be that of the expansion."""
+    draw = np.random.default_rng(0)
+    pieces = ["{", "}", ",", "{0..9}", "{a..e}", "{9..0..3}", "{08..10}", "a", "{,b}", "\\\\{", "{x}"]
+    checked = 0
+    for _ in range(3000):
+        pattern = "".join(pieces[i] for i in draw.integers(0, len(pieces), draw.integers(1, 12)))
+        try:
+            counted = _count(pattern, Spec("wds", pattern))
+        except ValueError:  # unbalanced, or too many
+            continue
+        checked += 1
+        names = list(braceexpand(pattern))
+        assert len(names) <= counted, pattern
+        if "a..e" not in pattern:
+            assert len(names) == counted, pattern
+    assert checked > 500
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("wds:", "expected a pattern"),
-        ("wds:s3://b/a.tar", "s3: is not read"),
-        ("wds:file:///a.tar", "file: is not read"),
-        ("wds:a.tar::s3://b/a.tar", "s3: is not read"),
+        ("wds:s3://b/a.tar", "s3://b/a.tar' is not read"),
+        ("wds:file:///a.tar", "file:///a.tar' is not read"),
+        ("wds:a.tar::s3://b/a.tar", "s3://b/a.tar' is not read"),
+        ("wds:http://[half/a.tar", "is not a valid address"),
         ("wds:a{.tar", "unbalanced braces"),
         ("wds:a}.tar", "unbalanced braces"),
         ("wds:a\n{.tar", "unbalanced braces"),
         ("wds:${DATA", "unbalanced braces"),
-        ("wds:" + "{" * 3000 + "}" * 3000, "unbalanced braces"),
+        ("wds:" + "{" * 3000 + "}" * 3000, "braces inside each other"),
         ("wds:${NOT_SET}/a.tar", "environment variable that is not set"),
         ("wds:a.tar::", "empty name"),
         ("wds:::a.tar", "empty name"),
@@ -364,14 +390,32 @@ def test_remote_tars_are_downloaded_once(tmp_path: Path, cache: Path, serve: Any
 
 def test_downloads_that_fail_leave_nothing(tmp_path: Path, cache: Path, serve: Any, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "www").mkdir()
-    monkeypatch.setattr(fetching, "WAITS", (0.0, 0.0))
+    monkeypatch.setattr(download, "WAITS", (0.0, 0.0))
     shard(tmp_path / "www" / "a.tar", 0, 2)
     address, _ = serve(tmp_path / "www")
     assert "cannot fetch" in refusal(f"wds:{address}/a.tar.short")
     assert "404" in refusal(f"wds:{address}/none.tar")
     assert "cannot fetch" in refusal("wds:http://127.0.0.1:9/a.tar")
-    assert "cannot fetch" in refusal("wds:http://[half/a.tar")
     assert list((cache / "tars").iterdir()) == []
+
+
+def test_what_a_killed_download_left_is_swept_by_the_next_one(tmp_path: Path, cache: Path, serve: Any):
+    shard(tmp_path / "a.tar", 0, 3)
+    shard(tmp_path / "b.tar", 10, 3)
+    slow, _ = serve(tmp_path, stuck=["/a.tar"])
+    address, _ = serve(tmp_path)
+    code = "import sys, redistill; redistill.open_source(sys.argv[1])"
+    with subprocess.Popen([sys.executable, "-c", code, f"wds:{slow}/a.tar"]) as process:
+        try:
+            while not (left := list((cache / "tars").glob("*.partial"))):
+                assert process.poll() is None
+                time.sleep(0.05)
+            redistill.open_source(f"wds:{address}/b.tar")
+            assert left[0].exists(), "of a running process"
+        finally:
+            process.kill()
+    assert len(redistill.open_source(f"wds:{address}/a.tar")) == 3
+    assert not left[0].exists()
 
 
 def test_an_image_over_the_limit_is_bad_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

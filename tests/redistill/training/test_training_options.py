@@ -162,3 +162,11 @@ def test_members_are_every_combination_with_the_shortest_names_that_differ():
     assert alone.folder(alone.members[0]) == Path("run")
     with pytest.raises(UsageError, match="occur twice"):
         _ = TrainOptions.read(REQUIRED | {"seeds": [1, 1]}).members
+
+
+def test_secrets_of_addresses_are_not_recorded(tmp_path: Path):
+    data = "wds:https://me:hunter2@example.org/{000..146}.tar"
+    options = TrainOptions(**(REQUIRED | {"data": data, "val": data}))
+    write_config(tmp_path, options.to_json(), {})
+    recorded = read_config(tmp_path / "config.toml")
+    assert recorded["data"] == recorded["val"] == "wds:https://***@example.org/{000..146}.tar"
