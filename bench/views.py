@@ -72,7 +72,7 @@ class PredrawnViews:
 
     def __post_init__(self) -> None:
         self.recipe, self.num_views = self.drawn.recipe, 1
-        self.labels, self.source_rows = self.drawn.labels, self.drawn.source_rows
+        self.labels, self.source_rows, self.digests = self.drawn.labels, self.drawn.source_rows, self.drawn.digests
         self.drawn_params = self.drawn.params(0, np.arange(len(self.source_rows)))
 
     def params(self, _: int, rows: np.ndarray) -> dict[str, np.ndarray]:

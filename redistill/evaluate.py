@@ -16,6 +16,7 @@ from redistill.loading import default_workers
 from redistill.metrics import Metrics
 from redistill.models import OpenedModel, open_model, open_weights
 from redistill.models.open_model import quoted
+from redistill.sources import OnBadImage
 from redistill.training.run_files import STUDENT, headline
 from redistill.training.validate import Validation
 from redistill.views import archive_recipe
@@ -53,6 +54,7 @@ def evaluate(
     archive: Path | None = None,
     teachers: Sequence[str] = (),
     size: int | None = None,
+    on_bad_image: OnBadImage = "fail",
     device: str = "auto",
     amp: bool | None = None,
     batch_size: int = 256,
@@ -89,6 +91,7 @@ def evaluate(
         size=size,
         archive=teacher,
         teachers=teachers,
+        on_bad_image=on_bad_image,
         batch_size=batch_size,
         workers=default_workers() if workers is None else workers,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from redistill_cache.wording import harmless
@@ -52,6 +52,10 @@ def evaluate(
     size: Annotated[
         int | None, typer.Option("--size", help="Side of a view in pixels. [default: as in the student's training]")
     ] = None,
+    on_bad_image: Annotated[
+        Literal["fail", "exclude"],
+        typer.Option("--on-bad-image", help="What to do with an image that cannot be decoded."),
+    ] = "fail",
     batch_size: Annotated[int, typer.Option("--batch-size", help="Batch size.")] = 256,
     workers: Annotated[
         int | None, typer.Option("--workers", help="Rendering processes. [default: one per CPU core]")
@@ -87,6 +91,7 @@ def evaluate(
         archive=local_archive(archive),
         teachers=split(teacher_names or ""),
         size=size,
+        on_bad_image=on_bad_image,
         device=device,
         amp=amp,
         batch_size=batch_size,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from redistill_cache.codecs import CODECS
 from redistill_cache.errors import UsageError
 from redistill_cache.spec import LOGITS, check_name, check_text
 
 from redistill.option_fields import check_values, option
+from redistill.sources import OnBadImage
 from redistill.specs import did_you_mean
 
 __all__ = ["CacheOptions"]
@@ -87,7 +88,7 @@ class CacheOptions:
         default=None,
         metadata=option("Rows per committed block.", default_text="from the number of samples", at_least=1),
     )
-    on_bad_image: Literal["fail", "exclude"] = field(
+    on_bad_image: OnBadImage = field(
         default="fail", metadata=option("What to do with an image that cannot be decoded.")
     )
     extend_views: bool = field(

@@ -95,6 +95,7 @@ def cache_teacher(options: CacheOptions, progress: Progress | None = None) -> Ca
         if archive_exists(options):
             plan, writer = open_existing(plan)
         progress.settings(plan.settings_in_effect())
+        tell_excluded(plan, progress)
         with TeacherRunner(plan, stop) as runner:
             if writer is None or not teacher_is_declared(plan):
                 writer = declare_teacher(runner, writer, stats, progress)
@@ -137,6 +138,13 @@ def make_plan_of_rank(options: CacheOptions, rank: Rank, progress: Progress, sto
     if not rank.first:
         rank.wait_until(lambda: teacher_is_declared(plan), stop)
     return plan
+
+
+def tell_excluded(plan: Plan, progress: Progress) -> None:
+    excluded = plan.index.excluded
+    if excluded:
+        shown = "; ".join(f"{key}: {reason}" for key, reason in excluded[:3])
+        progress.info(f"{len(excluded):,} images are excluded ({shown}{'; ...' * (len(excluded) > 3)})")
 
 
 def declare_teacher(

@@ -18,12 +18,11 @@ import struct
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from redistill_cache.errors import Damaged, Refused
@@ -33,6 +32,7 @@ from redistill_cache.storage import LOCAL
 from redistill_cache.verified_files import cache_folder
 
 from redistill.interrupts import interrupts_blocked
+from redistill.sources import OnBadImage
 from redistill.sources.base import ListedSource, Source, digest_of
 from redistill.sources.images import BadImage, decode_array, image_size
 
@@ -45,6 +45,9 @@ CACHE_VERSION = 1
 CACHE_ARRAYS = ("version", "key_data", "key_offsets", "stamps", "digests", "sizes", "level")
 # How far a sample has been checked: not read, header parsed, pixels decoded.
 UNKNOWN, HEADER, DECODED = 0, 1, 2
+
+# The reason why a sample that was passed as `without` is excluded.
+LISTED = "the archive excludes it"
 
 IndexProgress = Callable[[int, int], None]
 BadImages = dict[int, tuple[str, str]]  # key and reason, by sample
@@ -72,14 +75,16 @@ def index_source(
     *,
     workers: int | None = None,
     progress: IndexProgress | None = None,
-    on_bad_image: Literal["fail", "exclude"] = "fail",
+    on_bad_image: OnBadImage = "fail",
+    without: Collection[str] = (),
 ) -> SourceIndex:
-    """Key, label, digest and size of every sample of `source`.
+    """Key, label, digest and size of every sample of `source` but those with the keys `without`.
 
     `workers` processes read samples (None: one per core if there is enough to read; 0: none). A script that uses
     processes needs the usual `if __name__ == "__main__":`. `progress(done, total)` is called as samples are indexed.
     With `on_bad_image="exclude"`, bad images are left out and listed, and every image is decoded to find them all: an
-    archive fixes its rows before the first epoch decodes their pixels.
+    archive fixes its rows before the first epoch decodes their pixels. Samples that an archive excludes are passed as
+    `without`: they are left out whether they are bad or not.
     """
     level = DECODED if on_bad_image == "exclude" else HEADER
     table = _Table.empty(len(source))
@@ -93,8 +98,11 @@ def index_source(
         keys, labels = source.keys, source.labels
         if len(todo):
             _save_index(source, stamps, table, started)
-    if bad and on_bad_image == "fail":
-        raise _refusal(bad, len(source))
+    left_out = _samples_of_keys(keys, without) if without else np.zeros(0, np.int64)
+    unlisted = {i: reason for i, reason in bad.items() if i not in set(left_out.tolist())} if bad else {}
+    if unlisted and on_bad_image == "fail":
+        raise _refusal(unlisted, len(source))
+    bad |= {i: (keys[i], LISTED) for i in left_out.tolist()}
     rows = np.setdiff1d(np.arange(len(source)), np.array(sorted(bad), np.int64), assume_unique=True)
     return SourceIndex(
         keys=keys if not bad else keys.take(rows),
@@ -106,6 +114,14 @@ def index_source(
         excluded=tuple(bad[i] for i in sorted(bad)),
         reused=len(source) - len(todo),
     )
+
+
+def _samples_of_keys(keys: PackedKeys, wanted: Collection[str]) -> np.ndarray:
+    """The samples with these keys."""
+    packed = pack_keys(wanted)
+    samples, partners = pair_up(keys.hashes(), packed.hashes())
+    found: np.ndarray = samples[keys.equal_at(samples, packed, partners)]
+    return found
 
 
 @dataclass

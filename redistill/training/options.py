@@ -17,6 +17,7 @@ from redistill_cache.storage import LOCAL
 
 from redistill.optim import OptimConfig, preset
 from redistill.option_fields import check_types, check_values, option, options_of, shown
+from redistill.sources import OnBadImage
 from redistill.specs import did_you_mean, parse_spec
 from redistill.strict_toml import read_toml
 
@@ -106,6 +107,10 @@ class TrainOptions:
             metavar="PATH|URL",
             location=True,
         ),
+    )
+    on_bad_image: OnBadImage = field(
+        default="fail",
+        metadata=option("What to do with an image of --val that cannot be decoded; images of DATA are the archive's."),
     )
     losses: tuple[str, ...] = field(
         default=(POWER,),

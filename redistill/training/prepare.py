@@ -31,6 +31,7 @@ from redistill.training.targets import CachedTargets, OnlineTargets, SharedViews
 from redistill.training.validate import Validation, validation_recipe
 from redistill.views import ViewDataset, archive_recipe
 from redistill.views.aligned import aligned_views
+from redistill.views.view_params import excluded_keys
 
 __all__ = ["TrainSetup", "prepare"]
 
@@ -77,6 +78,7 @@ def prepare(options: TrainOptions, world: World, progress: Progress) -> TrainSet
                 held_out,
                 class_names=archive.class_names,
                 size=size,
+                without=excluded_keys(archive),
                 workers=workers,
                 rank=world.rank.rank,
                 world_size=world.size,
@@ -197,6 +199,8 @@ def open_dataset(options: TrainOptions, archive: Archive, workers: int, progress
         workers=None if workers else 0,
         progress=partial(progress.advance, "index"),
     )
+    if views.excluded:
+        progress.info(f"{views.excluded:,} images are skipped, which the archive excludes")
     if not views.joined.exact:
         progress.info(f"data and archive: {views.joined.summary()}")
     if views.canaries is None:
@@ -234,6 +238,7 @@ def open_validation(options: TrainOptions, archive: Archive, size: int, workers:
         size=size,
         archive=None if options.val_archive is None else open_archive(options.val_archive),
         teachers=options.teachers,
+        on_bad_image=options.on_bad_image,
         workers=workers,
         rank=world.rank.rank,
         world_size=world.size,

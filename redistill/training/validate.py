@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,6 +16,7 @@ from redistill.devices import refuse_out_of_memory
 from redistill.loading import BatchLoader
 from redistill.metrics import MetricSums, batch_sums
 from redistill.models.model_info import Normalise
+from redistill.sources import OnBadImage
 from redistill.sources.base import NO_LABEL
 from redistill.sources.index import SourceIndex, index_source
 from redistill.sources.open_source import open_source
@@ -60,6 +61,7 @@ class Validation:
         size: int,
         archive: Archive | None = None,
         teachers: Sequence[str] = (),
+        on_bad_image: OnBadImage = "fail",
         batch_size: int = 256,
         workers: int = 0,
         rank: int = 0,
@@ -70,7 +72,7 @@ class Validation:
         teacher_logits = None
         if archive is None:
             source = open_source(data)
-            index = index_source(source, workers=indexing)
+            index = index_source(source, workers=indexing, on_bad_image=on_bad_image)
             labels = labels_by_name(index, class_names, num_classes, str(data))
             class_names = index.class_names if class_names is None else class_names
             dataset = ViewDataset(source, DrawnViews(index, validation_recipe(size), seed=0, num_views=1))
@@ -97,13 +99,14 @@ class Validation:
         *,
         class_names: tuple[str, ...] | None,
         size: int,
+        without: Collection[str] = (),
         batch_size: int = 256,
         workers: int = 0,
         rank: int = 0,
         world_size: int = 1,
     ) -> Validation:
         """The center crops of these rows of an archive's dataset, with the labels of the archive."""
-        index = index_source(dataset.source, workers=None if workers else 0)
+        index = index_source(dataset.source, workers=None if workers else 0, without=without)
         source_rows = dataset.views.source_rows[rows]
         present = source_rows >= 0
         labels = np.full(len(index), NO_LABEL)

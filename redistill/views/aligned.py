@@ -18,7 +18,7 @@ from redistill.sources.join import Join
 from redistill.sources.open_source import open_source
 from redistill.views.canaries import Alignment, CanaryArchive, check_canaries
 from redistill.views.dataset import ViewDataset
-from redistill.views.view_params import join_archive
+from redistill.views.view_params import excluded_keys, join_archive
 
 __all__ = ["AlignedViews", "aligned_views"]
 
@@ -31,6 +31,8 @@ class AlignedViews:
     joined: Join
     canaries: Alignment | None
     """None if the archive has no canaries."""
+    excluded: int = 0
+    """Images of the data that the archive excludes."""
 
     @property
     def alignment(self) -> Alignment:
@@ -53,9 +55,8 @@ def aligned_views(
     `size` is the side of the rendered views, by default the recipe's. `workers` and `progress` are for indexing.
     """
     source = open_source(data)
-    joined = join_archive(
-        index_source(source, workers=workers, progress=progress), archive, allow_missing=allow_missing
-    )
+    index = index_source(source, workers=workers, progress=progress, without=excluded_keys(archive))
+    joined = join_archive(index, archive, allow_missing=allow_missing)
     dataset = ViewDataset(source, archive, size=size, joined=joined, check=False)
     canaries = check_canaries(dataset, archive) if archive.spec.canaries_per_view else None
-    return AlignedViews(dataset, joined, canaries)
+    return AlignedViews(dataset, joined, canaries, excluded=len(index.excluded))

@@ -352,6 +352,7 @@ class AlteredViews:
     ) -> None:
         self.views, self.recipe = views, recipe
         self.num_views, self.labels, self.source_rows = views.num_views, views.labels, views.source_rows
+        self.digests = views.digests
         self.nudge, self.sizes = np.array(nudge), sizes or {}
 
     def params(self, view: int, rows: Rows) -> Params:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from hashlib import sha256
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -131,7 +132,7 @@ class ViewDataset(torch.utils.data.Dataset[RenderedView | MixedView]):
             raise OutOfRange(f"expected indices in [0, {len(self)}), found {index.min()} to {index.max()}")
         views, rows = np.divmod(index, self.num_rows)
         plans = [self._plan(int(view), np.flatnonzero(views == view), rows) for view in np.unique(views)]
-        images = _Images(self.source, self.views.source_rows)
+        images = _Images(self.source, self.views)
         for plan in plans:
             images.count_uses(plan.rows)
             images.count_uses(plan.partners[plan.mixed])
@@ -178,10 +179,15 @@ class _Plan(NamedTuple):
 
 
 class _Images:
-    """The images of a batch; each is decoded at its first use and freed after its last."""
+    """The images of a batch; each is decoded at its first use and freed after its last.
 
-    def __init__(self, source: Source, source_rows: Rows) -> None:
-        self.source, self.source_rows = source, source_rows
+    The bytes of an image are compared with the digest in the index whenever they are read, at less than a twentieth of
+    the time of decoding them: a file that changes during a run would give the views of another image. Arrays are in
+    memory already.
+    """
+
+    def __init__(self, source: Source, views: Views) -> None:
+        self.source, self.source_rows, self.digests = source, views.source_rows, views.digests
         self.uses: Counter[int] = Counter()
         self.decoded: dict[int, torch.Tensor] = {}
 
@@ -195,6 +201,11 @@ class _Images:
             if source_row < 0:
                 raise Refused(f"row {row} has no sample in this source; use only the rows of indices(view)")
             sample = self.source.sample(source_row)
+            if isinstance(sample.payload, bytes) and sha256(sample.payload).digest() != self.digests[row].tobytes():
+                raise Refused(
+                    f"image {sample.key!r} has changed since it was indexed; restore it, or start again with the "
+                    "images as they are now"
+                )
             image = decode_image(sample.payload, name=sample.key)
         self.uses[row] -= 1
         if self.uses[row] > 0:

@@ -19,7 +19,16 @@ from redistill.sources.join import Join, join
 from redistill.views.draw import draw_params
 from redistill.views.recipe import Recipe
 
-__all__ = ["ArchiveViews", "DrawnViews", "ViewArchive", "Views", "archive_recipe", "join_archive", "usable_rows"]
+__all__ = [
+    "ArchiveViews",
+    "DrawnViews",
+    "ViewArchive",
+    "Views",
+    "archive_recipe",
+    "excluded_keys",
+    "join_archive",
+    "usable_rows",
+]
 
 Params = dict[str, npt.NDArray[Any]]
 Rows = npt.NDArray[np.int64]
@@ -36,6 +45,8 @@ class Views(Protocol):
     labels: Rows
     source_rows: Rows
     """[N]: the index of the row's sample in the source, -1 if the source lacks it."""
+    digests: npt.NDArray[np.uint8]
+    """[N, 32]: SHA-256 of the row's encoded image."""
 
     def params(self, view: int, rows: Rows) -> Params:
         """The stored parameters of one view of some rows."""
@@ -68,6 +79,7 @@ class DrawnViews:
         self.recipe, self.seed, self.num_views = recipe, seed, num_views
         self.labels: Rows = np.asarray(index.labels, np.int64)
         self.source_rows: Rows = np.asarray(index.rows, np.int64)
+        self.digests = index.digests
         self.sizes = index.sizes
 
     def params(self, view: int, rows: Rows) -> Params:
@@ -83,6 +95,7 @@ class ArchiveViews:
         self.num_views = archive.num_views
         self.labels: Rows = np.asarray(archive.labels, np.int64)
         self.source_rows: Rows = np.asarray(joined.source_row_of_archive_row, np.int64)
+        self.digests = np.asarray(archive.digests)
         if len(self.source_rows) != archive.num_samples:
             rows = len(self.source_rows)
             raise Refused(f"expected a join of the archive's {archive.num_samples} rows, found {rows}; join again")
@@ -121,13 +134,18 @@ def archive_recipe(archive: ViewArchive) -> Recipe:
 def join_archive(images: Source | SourceIndex, archive: ViewArchive, *, allow_missing: bool = False) -> Join:
     """Find the sample behind each row of the archive, in a source (which is indexed first) or in its index."""
     return join(
-        images if isinstance(images, SourceIndex) else index_source(images),
+        images if isinstance(images, SourceIndex) else index_source(images, without=excluded_keys(archive)),
         keys=archive.keys,
         labels=np.asarray(archive.labels),
         digests=np.asarray(archive.digests),
         class_names=archive.class_names,
         allow_missing=allow_missing,
     )
+
+
+def excluded_keys(archive: ViewArchive) -> tuple[str, ...]:
+    """The keys of the images that the archive leaves out: bad ones, when its teacher was run."""
+    return tuple(item["key"] for item in archive.spec.excluded)
 
 
 def usable_rows(views: Views, view: int) -> Rows:
