@@ -20,7 +20,7 @@ class MemoryArchive:
         recipe = parse_recipe(recipe_text)
         self.num_samples, self.num_views = len(index.keys), num_views
         self.spec = SimpleNamespace(
-            recipe=recipe.to_json(), view_arrays=recipe.arrays(), environment={}, canaries_per_view=0
+            recipe=recipe.to_json(), view_arrays=recipe.arrays(), environment={}, excluded=(), canaries_per_view=0
         )
         self.keys, self.labels, self.digests = pack_keys(index.keys), index.labels, index.digests
         rows = np.arange(self.num_samples)

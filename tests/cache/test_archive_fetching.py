@@ -64,13 +64,14 @@ def test_a_lock_that_is_a_pipe_or_a_link_is_refused_without_waiting(
     shared: Path, serve: Serve, tmp_path: Path, target: str | None
 ):
     address, _ = serve(shared)
-    lock = fetch_archive(f"{address}/{NAME}").parent / "lock"
-    lock.unlink()
-    if target is None:
-        os.mkfifo(lock)
-    else:
-        lock.symlink_to(target)
-    with pytest.raises(Refused, match=r"lock.*(not a regular file|Too many levels of symbolic links)"):
+    shutil.rmtree(fetch_archive(f"{address}/{NAME}").parent)
+    for lock in (tmp_path / "cache" / "redistill" / "locks").iterdir():
+        lock.unlink()
+        if target is None:
+            os.mkfifo(lock)
+        else:
+            lock.symlink_to(target)
+    with pytest.raises(Refused, match=r"locks/.* is not a regular file|Too many levels of symbolic links"):
         fetch_archive(f"{address}/{NAME}")
 
 

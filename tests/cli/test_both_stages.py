@@ -58,14 +58,15 @@ def test_a_dry_run_of_training_says_what_it_needs_and_writes_nothing(run, archiv
 
 
 def test_a_finished_run_is_continued_or_one_line_says_why_not(run, archive: Path):
-    constant = ("train", DATA, "--archive", archive, "--out", "run", *TRAIN, "--sched", "constant", "--json")
-    assert run(*constant).returncode == 0
-    process = run(*constant, "--epochs", "3")
+    constant = ("train", DATA, "--archive", archive, "--out", "run", "--sched", "constant", "--json")
+    longer = (*without(TRAIN, "--epochs"), "--epochs", "3")
+    assert run(*constant, *TRAIN).returncode == 0
+    process = run(*constant, *longer)
     assert json.loads(process.stdout)["epochs"] == 3
     assert "resuming at epoch 3, batch 1" in process.stderr
-    cosine = ("train", DATA, "--archive", archive, "--out", "cosine", *TRAIN)
-    assert run(*cosine).returncode == 0
-    process = run(*cosine, "--epochs", "3")
+    cosine = ("train", DATA, "--archive", archive, "--out", "cosine")
+    assert run(*cosine, *TRAIN).returncode == 0
+    process = run(*cosine, *longer)
     assert process.returncode == 3
     assert "cannot be continued to 3: the learning rate of --sched cosine depends on" in process.stderr
 

@@ -13,6 +13,7 @@ from redistill_cache.errors import Refused
 
 from redistill.caching import CacheOptions, cache_teacher
 from redistill.evaluate import evaluate
+from redistill.optim import OptimConfig
 from redistill.progress import NoProgress
 from redistill.sources.images import BadImage
 from redistill.training import TrainOptions, train
@@ -65,6 +66,7 @@ def spoiled(folder: Path) -> Path:
 
 def options(data: Path, archive: Path, out: Path, **changes: object) -> TrainOptions:
     values: dict[str, object] = {"students": ("demo:tiny",), "workers": 0, "batch_size": 16, "size": 32}
+    values["optim"] = OptimConfig(epochs=1)
     return TrainOptions(data=f"folder:{data}", archive=archive, out=out, **{**values, **changes})
 
 
@@ -86,7 +88,7 @@ def test_the_folder_that_an_archive_was_made_from_is_usable_although_it_has_bad_
     assert aligned_views(f"folder:{spoiled}", opened).joined.exact
     assert len(ViewDataset(f"folder:{spoiled}", opened)) == 2 * 58
     assert render(f"folder:{spoiled}", opened, 57, 1).shape == (3, 32, 32)
-    train(options(spoiled, archive, tmp_path / "share", val="0.2", workers=0))
+    train(options(spoiled, archive, tmp_path / "share", val="0.2"))
     evaluation = evaluate(tmp_path / "run", f"folder:{spoiled}", archive=archive, workers=0)
     assert evaluation.metrics.rows == 58
 

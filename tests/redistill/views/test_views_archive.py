@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 import redistill
 from bench.pictures import jpeg, picture
+from redistill.sources.images import decode_array
 from redistill.sources.index import index_source
 from redistill.sources.open_source import open_source
 from redistill.views import DrawnViews, ViewDataset, join_archive, parse_recipe
@@ -29,6 +30,10 @@ RECIPE = "rrc?size=24&aa=rand-m9-n2&reprob=0.5&mixup=0.4&cutmix=1"
 def images(order: list[int] | None = None, quality: int = 90) -> ImageSource:
     payloads = [jpeg(picture(i, 50 + i, 90 - i), quality) for i in range(N)]
     return ImageSource(payloads, order, classes=4)
+
+
+def decoded(source: ImageSource) -> ImageSource:
+    return ImageSource([decode_array(payload, name="x") for payload in source.payloads], classes=4)
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +88,16 @@ def test_other_images_are_refused_by_the_join_and_by_the_canaries(archive):
     with pytest.raises(Refused, match="changed"):
         join_archive(worse, archive)
     joined = join_archive(open_source(images()), archive)
+    with pytest.raises(Refused, match=r"'\d+\.jpg' has changed since it was indexed"):
+        check_canaries(ViewDataset(worse, archive, joined=joined, check=False), archive)
+    worse = open_source(decoded(images(quality=50)))
     assert check_canaries(ViewDataset(worse, archive, joined=joined, check=False), archive).verdict == "refused"
 
 
 def test_a_dataset_of_other_images_is_refused_unless_the_check_is_off(archive):
-    """Images with the digests of the archive's, which are decoded to other pixels."""
+    """Images that another decoder has decoded to other pixels."""
     joined = join_archive(open_source(images()), archive)
-    worse = open_source(images(quality=50))
+    worse = open_source(decoded(images(quality=50)))
     with pytest.raises(Refused, match="views do not match the archive") as refused:
         ViewDataset(worse, archive, joined=joined)
     unchecked = ViewDataset(worse, archive, joined=joined, check=False)

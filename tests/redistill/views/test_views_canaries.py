@@ -14,6 +14,7 @@ from redistill_cache.errors import Damaged, Refused
 
 from bench.canaries import by_draft, by_half_draft, by_pillow, by_torchvision, upsampling_chroma
 from bench.pictures import jpeg, picture
+from redistill.sources.images import decode_array
 from redistill.sources.index import index_source
 from redistill.sources.join import Join
 from redistill.sources.open_source import open_source
@@ -120,6 +121,10 @@ def replaced_by_neighbours() -> ImageSource:
     return ImageSource([np.array(Image.fromarray(other).resize(image.shape[1::-1])) for image, other in pairs])
 
 
+def recompressed(image: np.ndarray) -> np.ndarray:
+    return decode_array(jpeg(image, 50), name="recompressed")
+
+
 WRONG = {
     "bicubic": lambda text: (decoded(), with_interpolation(text, "bicubic", True)),
     "nearest": lambda text: (decoded(), with_interpolation(text, "nearest", True)),
@@ -132,7 +137,10 @@ WRONG = {
     "upside down": lambda _: (ImageSource([image[::-1].copy() for image in decoded().payloads]), None),
     "red and blue swapped": lambda _: (ImageSource([image[..., ::-1].copy() for image in decoded().payloads]), None),
     "shuffled": lambda _: (replaced_by_neighbours(), None),
-    "quality 50": lambda _: (ImageSource([jpeg(image, 50) for image in decoded().payloads]), None),
+    "quality 50": lambda _: (
+        ImageSource([recompressed(image) for image in decoded().payloads]),
+        None,
+    ),
     "decoded at half size": lambda _: (decoded(by_half_draft), None),
     "another seed": lambda text: (decoded(), drawn(text, seed=SEED + 1)),
 }
