@@ -53,13 +53,14 @@ class CachedTeacher:
         return decode_rows(resident, numbers, self.device)
 
     def _resident(self, signal: str, view: int) -> PackedView:
-        if not 0 <= view < self.archive.num_views:
-            raise OutOfRange(f"expected a view in [0, {self.archive.num_views}), found {view}")
+        views = self.archive.views_of(self.name)
+        if not 0 <= view < views:
+            raise OutOfRange(f"expected a view in [0, {views}), found {view}")
         loader = self._loaders.get(signal)
         if loader is None:
             self.archive.signal(self.name, signal)
             loader = self._loaders[signal] = self.archive.loader(self.name, signal)
-        return loader.take(view, then=(view + 1) % self.archive.num_views)
+        return loader.take(view, then=(view + 1) % views)
 
 
 def decode_rows(view: PackedView, rows: np.ndarray, device: torch.device) -> Tensor:

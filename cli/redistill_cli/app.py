@@ -8,6 +8,7 @@ import typer
 from redistill_cache.errors import RedistillError
 from typer.core import TyperGroup
 
+from redistill_cli.archive import archive
 from redistill_cli.cache_teacher import cache_teacher
 from redistill_cli.demo import demo
 from redistill_cli.doctor import doctor
@@ -72,3 +73,4 @@ app.command()(report)
 app.command()(inspect)
 app.command()(verify)
 app.command()(doctor)
+app.add_typer(archive, name="archive")
