@@ -112,7 +112,7 @@ def _sealed(path: Path, root: Document[ArchiveSpec], data: bytes) -> ArchiveStat
     root = _sealed_root(declared, files.get("zarr.json"), header.views)
     state = ArchiveState(
         path=path,
-        spec=replace(root.spec, **header.terms),
+        spec=root.spec.with_terms(header.terms),
         id=identity,
         num_views=header.views,
         teachers=teachers,
@@ -136,7 +136,7 @@ def _sealed_root(declared: Document[ArchiveSpec], sealed: FileEntry | None, view
     """
     most = max(1, MOST_HASHED // len(declared.data))
     for number in range(views, min(declared.spec.num_views, views + most)):
-        data = layout.root_metadata_of(declared.value | {"num_views": number})
+        data = layout.root_metadata_of({**declared.value, "num_views": number})
         if FileEntry(len(data), sha256(data)) == sealed:
             return replace(declared, spec=replace(declared.spec, num_views=number), data=data)
     return declared

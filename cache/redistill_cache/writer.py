@@ -443,8 +443,7 @@ class ArchiveWriter:
         with disk_trouble("edit", self.path, RERUN):
             if not self.sealed:
                 raise Incomplete(f"{self.path} is not finished: run the command that writes it again, then edit it")
-            spec = read_state(self.path, allow_partial=False).spec
-            edited = replace(spec, **terms)  # checks the texts
+            edited = read_state(self.path, allow_partial=False).spec.with_terms(terms)
             self._reload()
             present = self._commits.names()
             values = {name: getattr(edited, name) for name in TERMS}

@@ -103,15 +103,14 @@ def _spec_text(recipe: Recipe) -> str:
     return f"{scheme}?" + "&".join(f"{key}={_plain(value)}" for key, value in options.items())
 
 
-def _step_options(step: Step) -> dict[str, object]:
+def _step_options(step: Step) -> Mapping[str, object]:
     match step:
         case ColorJitter():
             strengths = (step.brightness, step.contrast, step.saturation, step.hue)
             return {"color_jitter": strengths} | ({} if step.p == 1 else {"color_jitter_prob": step.p})
         case RandAugment() | TrivialAugmentWide():
             name = f"rand-m{step.magnitude}-n{step.num_ops}" if isinstance(step, RandAugment) else "ta_wide"
-            other = {} if step.interpolation == "nearest" else {"aa_interpolation": step.interpolation}
-            return {"aa": name} | other
+            return {"aa": name} | ({} if step.interpolation == "nearest" else {"aa_interpolation": step.interpolation})
         case Grayscale():
             return {"grayscale_prob": step.p}
         case GaussianBlur():

@@ -105,7 +105,7 @@ def test_other_changes_of_the_specification_are_damage(tmp_path: Path):
     ArchiveWriter.extend_views(path, 4)
     file = path / "views/crop/zarr.json"
     file.write_bytes(file.read_bytes().replace(b"int32", b"int16"))
-    with pytest.raises(Damaged, match="views/crop/zarr.json"):
+    with pytest.raises(Damaged, match=r"views/crop/zarr\.json"):
         open_archive(path)
     file = path / "zarr.json"
     file.write_bytes(file.read_bytes().replace(b'"seed":7', b'"seed":8'))

@@ -12,9 +12,11 @@ import pytest
 import redistill_cache
 from redistill_cache import ArchiveWriter
 from redistill_cache.errors import Damaged, Incomplete, Refused
+from redistill_cache.storage import Files
 from redistill_cache.verify import verify
 
 from redistill.caching import cache_teacher
+from redistill.caching.open_archive import check_new_path
 from redistill.interrupts import Interrupted
 from redistill.progress import NoProgress
 from tests.faults.failing_disk import FailingDisk, Failure
@@ -91,6 +93,49 @@ def test_blocks_committed_by_another_process_are_left_alone(complete_five_classe
     result = cache_teacher(five_class_options(path), CommitsFromAnotherProcess(path, complete_five_classes))
     assert file_hashes(path) == file_hashes(complete_five_classes)
     assert result.images == 90, "only the second view is written by this process"
+
+
+def test_three_commands_started_together_all_finish(complete_five_classes: Path, tmp_path: Path):
+    """As a job array does: none is refused because another one was first."""
+    path = tmp_path / "a.zarr"
+    outputs = [tmp_path / f"{number}.txt" for number in range(3)]
+    commands = [start_command(command_line(path, **FIVE_CLASSES), output) for output in outputs]
+    for command in commands:
+        command.join(120)
+    assert [command.exitcode for command in commands] == [0, 0, 0], [output.read_text() for output in outputs]
+    assert file_hashes(path) == file_hashes(complete_five_classes)
+
+
+class AnotherProcessCreates(NoProgress):
+    """Another process creates and finishes the archive while this one runs its pilot."""
+
+    def __init__(self, path: Path, complete: Path) -> None:
+        self.path, self.complete = path, complete
+
+    def info(self, message: str) -> None:
+        if message.startswith("codec of") and not self.path.exists():
+            shutil.copytree(self.complete, self.path)
+
+
+def test_an_archive_created_by_another_process_is_resumed(complete_five_classes: Path, tmp_path: Path):
+    path = tmp_path / "a.zarr"
+    result = cache_teacher(five_class_options(path), AnotherProcessCreates(path, complete_five_classes))
+    assert result.images == 0
+    assert file_hashes(path) == file_hashes(complete_five_classes)
+
+
+def test_a_file_system_without_hard_links_is_refused_before_the_teacher_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    class NoLinks(Files):
+        def link(self, old: Path, new: Path) -> None:
+            raise OSError(errno.EPERM, "Operation not permitted", str(old), None, str(new))
+
+    monkeypatch.setitem(check_new_path.__kwdefaults__, "files", NoLinks())
+    ran = SignalAtBatch(signal.SIGTERM)
+    with pytest.raises(Refused, match=r"file system of .* does not support hard links.*choose an --out"):
+        cache_teacher(five_class_options(tmp_path / "a.zarr"), ran)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_second_run_does_nothing(complete: Path):
