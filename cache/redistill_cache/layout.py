@@ -172,6 +172,7 @@ BLOCKS = f"{JOURNAL}/blocks"
 MANIFEST = f"{JOURNAL}/manifest.json"
 NOTES = f"{JOURNAL}/notes"
 QUARANTINE = f"{JOURNAL}/quarantine"
+OLD_MANIFEST = f"{QUARANTINE}/manifest.json"  # of an archive that was unsealed to rewrite damaged blocks
 
 
 @dataclass(frozen=True)

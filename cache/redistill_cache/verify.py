@@ -123,7 +123,9 @@ def quarantine(path: str | Path, damaged: tuple[DamagedFile, ...], *, files: Fil
         every_block = all_blocks(state.spec, state.teachers, state.num_views, state.teacher_views)
         blocks = [(block, shards) for block, shards in every_block if str(block) in names]
         if state.id is not None and blocks:
-            files.remove(path / layout.MANIFEST)
+            files.make_directories(path / layout.QUARANTINE)
+            files.rename(path / layout.MANIFEST, path / layout.OLD_MANIFEST)  # it has the licence and the citation
+            files.sync_directory(path / layout.QUARANTINE)
             files.sync_directory(path / layout.JOURNAL)
         for block, shards in blocks:
             _set_aside(state, block, shards, files)

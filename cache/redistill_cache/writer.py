@@ -493,11 +493,12 @@ class ArchiveWriter:
 
     def _terms(self) -> Mapping[str, str]:
         """Licence and citation as they were edited last."""
-        try:
-            data = read_small(self.path / layout.MANIFEST, limits.MAX_MANIFEST_BYTES)
-        except FileNotFoundError:
-            return {}
-        return parse_header(data, str(self.path / layout.MANIFEST)).terms
+        for path in (self.path / layout.MANIFEST, self.path / layout.OLD_MANIFEST):
+            try:
+                return parse_header(read_small(path, limits.MAX_MANIFEST_BYTES), str(path)).terms
+            except FileNotFoundError:
+                continue
+        return {}
 
     def _seal_once(self, views: int | None, present: Collection[str], terms: Mapping[str, str] | None = None) -> bytes:
         views = self.spec.num_views if views is None else views

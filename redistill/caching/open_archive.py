@@ -15,7 +15,8 @@ import numpy as np
 from redistill_cache import Archive, ArchiveSpec, ArchiveWriter, TeacherSpec
 from redistill_cache.commits import Commits
 from redistill_cache.errors import Refused, SpecMismatch
-from redistill_cache.layout import Block, side_block
+from redistill_cache.journal import TERMS
+from redistill_cache.layout import MANIFEST, Block, side_block
 from redistill_cache.open_state import read_state
 from redistill_cache.spec_files import read_root
 from redistill_cache.storage import LOCAL, Files, disk_trouble, is_leftover
@@ -91,6 +92,7 @@ def open_existing(plan: Plan) -> tuple[Plan, ArchiveWriter]:
     stored = read_root(path).spec
     plan = use_stored_settings(plan, stored)
     check_same_recipe(path, stored, plan)
+    check_same_terms(options, stored)
     writer = ArchiveWriter.resume(path, replace(plan.spec, num_views=stored.num_views))
     check_teacher_name(plan, writer)
     write_samples(plan, writer)
@@ -119,6 +121,20 @@ def check_same_recipe(path: Path, stored: ArchiveSpec, plan: Plan) -> None:
             f"{path} was started with --recipe {recipe_text(old)!r}, now it is {recipe_text(new)!r}; leave out "
             "--recipe and --size to use those of the archive, or start a new archive"
         )
+
+
+def check_same_terms(options: CacheOptions, stored: ArchiveSpec) -> None:
+    """Licence and citation may have been edited since the archive was started."""
+    path = options.out
+    if (path / MANIFEST).exists():
+        stored = read_state(path, allow_partial=False).spec
+    for name in TERMS:
+        value, current = getattr(options, name), getattr(stored, name)
+        if value and value != current:
+            raise SpecMismatch(
+                f"{path} has the {name} {current!r}, now it is {value!r}; leave out --{name}, or change that of the "
+                f"finished archive: redistill archive edit {path} --{name} ..."
+            )
 
 
 def check_teacher_name(plan: Plan, writer: ArchiveWriter) -> None:

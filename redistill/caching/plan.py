@@ -195,8 +195,8 @@ def use_stored_settings(plan: Plan, stored: ArchiveSpec) -> Plan:
         "recipe": sets_recipe,
         "view_arrays": sets_recipe,
         "block_rows": options.block_rows is not None,
-        "licence": bool(options.licence),
-        "citation": bool(options.citation),
+        "licence": False,
+        "citation": False,
     }
     stored_values = {name: getattr(stored, name) for name, value in is_set.items() if not value}
     return replace(plan, spec=replace(plan.spec, **stored_values))

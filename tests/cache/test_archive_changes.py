@@ -16,7 +16,7 @@ from redistill_cache import ArchiveWriter, open_archive
 from redistill_cache.errors import Incomplete, OutOfRange, Refused, UsageError
 from redistill_cache.inspect import describe
 from redistill_cache.storage import Files
-from redistill_cache.verify import verify
+from redistill_cache.verify import quarantine, verify
 
 from tests.faults.power_cut import PowerCut, PowerCutDisk
 from tests.tiny_archive import SPEC, contents, fill, make, start
@@ -109,6 +109,17 @@ def test_terms_are_edited_without_touching_a_block(two: Path):
     ArchiveWriter.resume(two).edit_terms(licence=SPEC.licence, citation=SPEC.citation)
     make(two.parent / "b", SPEC, ("a",))
     assert contents(two) == contents(two.parent / "b"), "the terms of the specification need no other manifest"
+
+
+def test_edited_terms_survive_a_quarantine(two: Path):
+    identity = ArchiveWriter.resume(two).edit_terms(**NEW)
+    shard = two / "teachers/a/logits/values/c.1.1.0"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert quarantine(two, verify(two, full=True).damaged) == ["teachers/a view 1 block 1"]
+    writer = ArchiveWriter.resume(two)
+    fill(writer)
+    assert writer.seal() == identity
+    assert open_archive(two, verify="full").spec.licence == NEW["licence"]
 
 
 def test_an_edit_killed_anywhere_leaves_old_or_new(two: Path, tmp_path: Path):
