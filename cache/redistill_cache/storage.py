@@ -28,8 +28,9 @@ __all__ = ["LOCAL", "Files", "disk_trouble", "file_sha256", "is_leftover", "open
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 LEFTOVER = ".partial"
-# Each attempt fails only if another process seals the archive in the moment between two system calls.
-PUBLISH_ATTEMPTS = 5
+# Each attempt fails only if another process seals the archive in the moment between two system calls; as many may as
+# processes finish an archive together.
+PUBLISH_ATTEMPTS = 64
 # What file systems without hard links answer (FAT, some network and FUSE mounts, Android).
 NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EMLINK)
 
@@ -114,11 +115,15 @@ class Files:
             raise
 
     def require_links(self, folder: Path) -> None:
-        """`Refused` where the file system of a folder lacks hard links, before any work is done that needs them."""
+        """`Refused` where the file system of a folder lacks hard links, before any work is done that needs them.
+
+        Any other error is left to the operation that meets it: another process may sweep these files as leftovers.
+        """
         first, second = (folder / f"link.{uuid.uuid4().hex}{LEFTOVER}" for _ in range(2))
         try:
-            self.write(first, b"")
-            self._link(first, second)
+            with contextlib.suppress(OSError):
+                self.write(first, b"")
+                self._link(first, second)
         finally:
             self._discard(first)
             self._discard(second)

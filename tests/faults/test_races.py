@@ -207,7 +207,7 @@ def start_and_finish_together(folder: Path, rounds: int, processes: int, identit
 
 
 def test_processes_that_start_and_finish_together_all_end_well(ram: Path, reference: Reference):
-    start_and_finish_together(ram, 10, 3, reference[0])
+    start_and_finish_together(ram, 10, 4, reference[0])
 
 
 @pytest.mark.slow
