@@ -11,8 +11,20 @@ from redistill_cache.wording import harmless, human_bytes
 
 __all__ = ["archive"]
 
-archive = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Change an archive without running a teacher.")
+archive = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 ArchivePath = Annotated[Path, typer.Argument(metavar="ARCHIVE", help="Path such as name.redistill.zarr.")]
+
+
+@archive.callback()
+def group() -> None:
+    """Change an archive without running a teacher.
+
+    Examples:
+
+    \b
+      redistill archive remove-teacher teacher.redistill.zarr resnet18
+      redistill archive edit teacher.redistill.zarr --licence CC-BY-4.0
+    """
 
 
 @archive.command("remove-teacher")
