@@ -59,11 +59,12 @@ class ArchiveFolders:
         with contextlib.suppress(PermissionError):  # the parent folder may belong to another user
             self.files.sync_directory(self.root.parent)
 
-    def sweep(self) -> None:
-        """Remove the partial files of dead writers. Only for an archive whose blocks are all committed."""
+    def sweep(self, finished: Collection[str] | None) -> None:
+        """Remove the partial files of dead writers: of these files, whose blocks are committed, or (None) of any."""
         for name in walk_regular(self.root, most=4 * limits.MAX_FILES):
             path = self.root / name
-            if is_leftover(path):
+            target = name.removesuffix(LEFTOVER).rpartition(".")[0]
+            if is_leftover(path) and (finished is None or target in finished):
                 with contextlib.suppress(FileNotFoundError):  # another process removed it
                     self.files.remove(path)
 

@@ -34,6 +34,7 @@ def describe(archive: Archive) -> dict[str, Any]:
         "complete": archive.complete,
         "num_samples": archive.num_samples,
         "num_views": archive.num_views,
+        "teacher_views": {name: archive.views_of(name) for name in archive.teachers},
         "num_classes": archive.num_classes,
         "class_names": None if spec.class_names is None else list(spec.class_names),
         "total_bytes": total,
@@ -42,7 +43,9 @@ def describe(archive: Archive) -> dict[str, Any]:
         "recipe": spec.recipe,
         "seed": spec.seed,
         "canaries_per_view": spec.canaries_per_view,
-        "view_parameters": _bytes_by_array(archive, [a.path for a in layout.view_arrays(spec).values()]),
+        "view_parameters": _bytes_by_array(
+            archive, [a.path for a in layout.view_arrays(spec).values()], archive.num_views
+        ),
         "teachers": {
             name: {signal.name: _signal(archive, teacher, signal) for signal in teacher.signals}
             for name, teacher in archive.teachers.items()
@@ -58,7 +61,8 @@ def describe(archive: Archive) -> dict[str, Any]:
 
 def _signal(archive: Archive, teacher: TeacherSpec, signal: SignalSpec) -> dict[str, Any]:
     folder = f"teachers/{teacher.name}/{signal.name}"
-    arrays = _bytes_by_array(archive, [f"{folder}/{array.name}" for array in signal.arrays])
+    paths = [f"{folder}/{array.name}" for array in signal.arrays]
+    arrays = _bytes_by_array(archive, paths, archive.views_of(teacher.name))
     side = sum(entry.size for name, entry in archive.state.files.items() if name.startswith(f"{folder}/side/"))
     return {
         "codec": signal.codec,
@@ -71,9 +75,9 @@ def _signal(archive: Archive, teacher: TeacherSpec, signal: SignalSpec) -> dict[
     }
 
 
-def _bytes_by_array(archive: Archive, paths: list[str]) -> dict[str, float]:
+def _bytes_by_array(archive: Archive, paths: list[str], views: int) -> dict[str, float]:
     """Stored bytes per row of each array."""
-    rows = archive.num_samples * archive.num_views
+    rows = archive.num_samples * views
     sizes = dict.fromkeys(paths, 0)
     for name, entry in archive.state.files.items():
         folder, _, shard = name.rpartition("/")

@@ -36,6 +36,9 @@ __all__ = [
 PATH = re.compile(r"[a-z0-9_](?:[a-z0-9_./-]{0,400})")
 HEX = re.compile(r"[0-9a-f]{64}")
 MANIFEST_FORMAT = "redistill-manifest"
+# The minor version of a manifest with `teacher_views` or `terms`; one without is of version 1.0.
+MINOR = 1
+TERMS = ("licence", "citation")
 
 
 class FileEntry(NamedTuple):
@@ -159,17 +162,21 @@ class Manifest:
     identity: str
     views: int
     teachers: Mapping[str, Mapping[str, Json]]
+    teacher_views: Mapping[str, int]  # of the teachers with fewer views than the archive
     files: Mapping[str, FileEntry] = field(repr=False)
+    terms: Mapping[str, str] = field(default_factory=dict)  # licence, citation: instead of those of the specification
 
     def to_bytes(self) -> bytes:
         """One JSON document with one file per line, so that its files can be read without a JSON parser."""
         header = {
             "format": MANIFEST_FORMAT,
-            "version": f"{VERSION[0]}.{VERSION[1]}",
+            "version": f"{VERSION[0]}.{MINOR if self.teacher_views or self.terms else VERSION[1]}",
             "identity": self.identity,
             "views": self.views,
             "teachers": self.teachers,
         }
+        header |= {"teacher_views": dict(self.teacher_views)} if self.teacher_views else {}
+        header |= {"terms": dict(self.terms)} if self.terms else {}
         # Also canonical JSON: no file name needs an escape.
         lines = [f'["{path}",{entry.size},"{entry.sha256}"]' for path, entry in sorted(self.files.items())]
         body = OPEN + canonical(header) + FILES + ",\n".join(lines).encode() + b"\n"
@@ -189,6 +196,8 @@ class Header:
     identity: str
     views: int
     teachers: Mapping[str, Mapping[str, Json]]
+    teacher_views: Mapping[str, int]
+    terms: Mapping[str, str]
     files: slice
 
 
@@ -211,14 +220,35 @@ def parse_header(data: bytes, where: str) -> Header:
         fields.refuse("teachers", f"an object of at most {limits.MAX_TEACHERS} objects, the statistics by teacher")
     if not all(map(is_name, teachers)):  # they become parts of paths
         raise Refused(f"{where}: the manifest has a teacher with an invalid name; it was edited")
+    views = fields.integer("views", 1, limits.MAX_VIEWS)
     header = Header(
         identity=fields.text("identity", 64),
-        views=fields.integer("views", 1, limits.MAX_VIEWS),
+        views=views,
         teachers=teachers,
+        teacher_views=_parse_teacher_views(fields, teachers, views) if minor >= MINOR else {},
+        terms=_parse_terms(fields, where) if minor >= MINOR else {},
         files=slice(start + len(FILES), len(data) - TAIL),
     )
-    fields.done(ignore_unknown=minor > VERSION[1])
+    fields.done(ignore_unknown=minor > MINOR)
     return header
+
+
+def _parse_teacher_views(fields: Fields, teachers: Mapping[str, Json], views: int) -> dict[str, int]:
+    if "teacher_views" not in fields:
+        return {}
+    fewer = fields.mapping("teacher_views")
+    if not fewer or not all(name in teachers and type(n) is int and 1 <= n < views for name, n in fewer.items()):
+        fields.refuse("teacher_views", f"teachers of this manifest with 1 to {views - 1} views, at least one")
+    return fewer
+
+
+def _parse_terms(fields: Fields, where: str) -> dict[str, str]:
+    if "terms" not in fields:
+        return {}
+    terms = Fields(fields.mapping("terms"), where)
+    values = {name: terms.text(name, limits.MAX_TEXT) for name in TERMS}
+    terms.done()
+    return values
 
 
 def parse_files(data: bytes, header: Header, where: str, *, most: int = limits.MAX_FILES) -> FileTable:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -171,6 +172,7 @@ BLOCKS = f"{JOURNAL}/blocks"
 MANIFEST = f"{JOURNAL}/manifest.json"
 NOTES = f"{JOURNAL}/notes"
 QUARANTINE = f"{JOURNAL}/quarantine"
+OLD_MANIFEST = f"{QUARANTINE}/manifest.json"  # of an archive that was unsealed to rewrite damaged blocks
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,7 @@ class Block:
 CANARY_SHAPE = (8, 8, 3)
 
 Teachers = Mapping[str, TeacherSpec]
+NO_FEWER: Mapping[str, int] = MappingProxyType({})  # every teacher has all views
 
 
 def _whole(path: str, dtype: str, shape: tuple[int, ...], level: int | None = 3) -> ArrayLayout:
@@ -297,7 +300,12 @@ def _group(attributes: dict[str, Json]) -> bytes:
 
 
 def root_metadata(spec: ArchiveSpec) -> bytes:
-    return _group({"redistill": spec.to_json()})
+    return root_metadata_of(spec.to_json())
+
+
+def root_metadata_of(value: Mapping[str, Json]) -> bytes:
+    """The root zarr.json of a specification as stored, which may have members of a newer minor version."""
+    return _group({"redistill": value})
 
 
 def teacher_path(name: str) -> str:
@@ -386,8 +394,13 @@ def part_blocks(spec: ArchiveSpec, part: str, views: int) -> Iterator[Block]:
             yield row_block(spec, part, view, index)
 
 
-def all_blocks(spec: ArchiveSpec, teachers: Teachers, views: int) -> Iterator[tuple[Block, list[str]]]:
-    """Every block of a complete archive, with its files other than its record: the shards of its arrays."""
+def all_blocks(
+    spec: ArchiveSpec, teachers: Teachers, views: int, teacher_views: Mapping[str, int] = NO_FEWER
+) -> Iterator[tuple[Block, list[str]]]:
+    """Every block of a complete archive, with its files other than its record: the shards of its arrays.
+
+    `teacher_views` has the number of views of the teachers with fewer than `views`.
+    """
     samples = sample_arrays(spec, 1)
     # The zarr.json of the keys depends on their length, so it is a file of the block.
     yield samples_block(spec), [*_shards(samples), samples["key_bytes"].metadata_path]
@@ -395,19 +408,25 @@ def all_blocks(spec: ArchiveSpec, teachers: Teachers, views: int) -> Iterator[tu
         yield side_block(teacher.name), _shards(side_arrays(teacher))
     for part in parts(spec, teachers):
         arrays = part_arrays(spec, teachers, part)
-        for block in part_blocks(spec, part, views):
+        for block in part_blocks(spec, part, _views_of(part, views, teacher_views)):
             yield block, _shards(arrays, block.view, block.index)
+
+
+def _views_of(part: str, views: int, teacher_views: Mapping[str, int]) -> int:
+    return teacher_views.get(part.removeprefix("teachers/"), views) if part.startswith("teachers/") else views
 
 
 def _shards(arrays: Mapping[str, ArrayLayout], view: int = 0, index: int = 0) -> list[str]:
     return [array.shard_path(view, index) for array in arrays.values()]
 
 
-def expected_files(spec: ArchiveSpec, teachers: Teachers, views: int) -> set[str]:
+def expected_files(
+    spec: ArchiveSpec, teachers: Teachers, views: int, teacher_views: Mapping[str, int] = NO_FEWER
+) -> set[str]:
     """Every file of a sealed archive except its manifest."""
     names = {"zarr.json", *(teacher_path(name) for name in teachers)}
     names.update(expected_metadata(spec, teachers))
-    for block, files in all_blocks(spec, teachers, views):
+    for block, files in all_blocks(spec, teachers, views, teacher_views):
         names.add(block.record_path)
         names.update(files)
     return names

@@ -151,6 +151,10 @@ class Archive:
     def teachers(self) -> Mapping[str, TeacherSpec]:
         return self.state.teachers
 
+    def views_of(self, teacher: str | None = None) -> int:
+        """The number of leading views that a teacher has: at most `num_views`."""
+        return self.state.views_of(self.teacher(teacher).name)
+
     # -- samples ------------------------------------------------------------------------------------------------------
 
     def _samples(self, name: str, key_bytes: int = 1) -> np.ndarray:
@@ -228,8 +232,9 @@ class Archive:
 
     def rows_available(self, view: int, teacher: str | None = None) -> np.ndarray:
         """The rows of one view whose signals and view parameters are committed: all of them once sealed."""
-        view = check_view(self.state, view)
-        part = f"teachers/{self.teacher(teacher).name}"
+        name = self.teacher(teacher).name
+        view = check_view(self.state, view, name)
+        part = f"teachers/{name}"
         parts = [part, "views"] if self.spec.view_arrays else [part]
         rows = [np.zeros(0, np.int64)]
         for index in range(self.spec.blocks_per_view):
@@ -290,7 +295,7 @@ class Archive:
 
     def _decode(self, view: int, rows: object | None, teacher: str | None, signal: str) -> np.ndarray:
         stored = self._stored(teacher, signal)
-        view, checked = check_view(self.state, view), check_rows(self.state, rows)
+        view, checked = check_view(self.state, view, stored.teacher.name), check_rows(self.state, rows)
         with disk_trouble("read", self.path):
             return stored.decode(view, checked)
 
@@ -305,7 +310,7 @@ class Archive:
         """The packed rows of a whole view in memory, to gather from in any order; buffers of `into` are reused."""
         stored = self._stored(teacher, signal)
         with disk_trouble("read", self.path):
-            return stored.load(check_view(self.state, view), into, buffers)
+            return stored.load(check_view(self.state, view, stored.teacher.name), into, buffers)
 
     def loader(self, teacher: str | None = None, signal: str = "logits", buffers: Buffers = np.empty) -> ViewLoader:
         """Whole views one after another, the next one loaded in the background."""

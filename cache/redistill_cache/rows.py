@@ -48,13 +48,16 @@ Rows = np.ndarray | None
 """Row numbers, int64 [n]; None: every row."""
 
 
-def check_view(state: ArchiveState, view: int) -> int:
+def check_view(state: ArchiveState, view: int, teacher: str | None = None) -> int:
+    """A view of the archive, or one of those that a teacher has."""
     try:
         view = operator.index(view)
     except TypeError:
         raise UsageError(f"a view is an integer, found {view!a:.80}") from None
-    if not 0 <= view < state.num_views:
-        raise OutOfRange(f"{state.path} has views 0 to {state.num_views - 1}, requested view {view}")
+    count = state.num_views if teacher is None else state.views_of(teacher)
+    if not 0 <= view < count:
+        whose = "" if count == state.num_views else f" of teacher {teacher}"
+        raise OutOfRange(f"{state.path} has views 0 to {count - 1}{whose}, requested view {view}")
     return view
 
 

@@ -354,6 +354,10 @@ class ArchiveSpec:
             expected = f"{self.num_classes}, the number of classes"
             require(fits, f"teacher {teacher.name!r}: width of the logits", expected, signal.width)
 
+    def with_terms(self, terms: Mapping[str, str]) -> ArchiveSpec:
+        """The same specification with another licence or citation."""
+        return replace(self, licence=terms.get("licence", self.licence), citation=terms.get("citation", self.citation))
+
     @property
     def blocks_per_view(self) -> int:
         return -(-self.num_samples // self.block_rows)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -164,9 +164,10 @@ Spec = TypeVar("Spec", ArchiveSpec, TeacherSpec)
 
 @dataclass(frozen=True)
 class Document(Generic[Spec]):
-    """A specification as read: `identity` binds commit records to it, `data` are its bytes."""
+    """A specification as read: `value` is its JSON, `identity` binds commit records to it, `data` are its bytes."""
 
     spec: Spec
+    value: Mapping[str, Json] = field(repr=False)
     identity: str
     data: bytes = field(repr=False)
     newer: str | None  # the version if its minor part is newer than VERSION: unknown members were ignored
@@ -201,7 +202,7 @@ def read_root(path: Path) -> Document[ArchiveSpec]:
     except UsageError as error:
         raise Refused(f"{where}: {error}") from None
     newer = _check_bytes(data, layout.root_metadata(spec), value, where)
-    return Document(spec, archive_identity(value), data, newer)
+    return Document(spec, value, archive_identity(value), data, newer)
 
 
 def read_teachers(path: Path, names: Iterable[str], root: Document[ArchiveSpec]) -> dict[str, Document[TeacherSpec]]:
@@ -232,7 +233,7 @@ def _read_teacher(file: Path, name: str, root: Document[ArchiveSpec]) -> Documen
     except UsageError as error:
         raise Refused(f"{where}: {error}") from None
     newer = _check_bytes(data, layout.teacher_metadata(teacher), value, where)
-    return Document(teacher, teacher_identity(root.identity, value), data, newer)
+    return Document(teacher, value, teacher_identity(root.identity, value), data, newer)
 
 
 def _check_bytes(data: bytes, expected: bytes, value: Json, where: str) -> str | None:

@@ -28,8 +28,11 @@ __all__ = ["LOCAL", "Files", "disk_trouble", "file_sha256", "is_leftover", "open
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 LEFTOVER = ".partial"
-# Each attempt fails only if another process seals the archive in the moment between two system calls.
-PUBLISH_ATTEMPTS = 5
+# Each attempt fails only if another process seals the archive in the moment between two system calls; as many may as
+# processes finish an archive together.
+PUBLISH_ATTEMPTS = 64
+# What file systems without hard links answer (FAT, some network and FUSE mounts, Android).
+NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EMLINK)
 
 
 class Files:
@@ -71,6 +74,9 @@ class Files:
     def remove(self, path: Path) -> None:
         path.unlink()
 
+    def remove_directory(self, path: Path) -> None:
+        path.rmdir()
+
     def make_directories(self, path: Path) -> None:
         """Create `path` and its missing parents, each made durable in its parent."""
         if path.is_dir():
@@ -99,7 +105,7 @@ class Files:
             self.write(temporary, data)
             self.sync_file(temporary)
             if exclusive:
-                self.link(temporary, path)
+                self._link(temporary, path)
                 with contextlib.suppress(FileNotFoundError):
                     self.remove(temporary)
             else:
@@ -107,6 +113,31 @@ class Files:
         except BaseException:
             self._discard(temporary)
             raise
+
+    def require_links(self, folder: Path) -> None:
+        """`Refused` where the file system of a folder lacks hard links, before any work is done that needs them.
+
+        Any other error is left to the operation that meets it: another process may sweep these files as leftovers.
+        """
+        first, second = (folder / f"link.{uuid.uuid4().hex}{LEFTOVER}" for _ in range(2))
+        try:
+            with contextlib.suppress(OSError):
+                self.write(first, b"")
+                self._link(first, second)
+        finally:
+            self._discard(first)
+            self._discard(second)
+
+    def _link(self, old: Path, new: Path) -> None:
+        try:
+            self.link(old, new)
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            raise Refused(
+                f"the file system of {new.parent} does not support hard links ({error.strerror}), which writing an "
+                "archive needs; choose an --out on another file system, and copy the archive when it is finished"
+            ) from error
 
     def _discard(self, temporary: Path) -> None:
         """Best effort after a failure: readers ignore a leftover, and `seal` removes it."""
@@ -131,8 +162,6 @@ ADVICE = {
     errno.EROFS: "choose a path that can be written",
     errno.EACCES: "check the permissions",
     errno.EPERM: "check the permissions",
-    errno.EMLINK: "the file system lacks hard links; choose another",
-    errno.EOPNOTSUPP: "the file system lacks hard links; choose another",
 }
 
 

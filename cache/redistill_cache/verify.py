@@ -85,7 +85,7 @@ def damaged_files(state: ArchiveState, *, full: bool, progress: VerifyProgress |
 def _blocks_by_file(state: ArchiveState) -> dict[str, str]:
     """The block of every file that belongs to one."""
     blocks: dict[str, str] = {}
-    for block, names in all_blocks(state.spec, state.teachers, state.num_views):
+    for block, names in all_blocks(state.spec, state.teachers, state.num_views, state.teacher_views):
         if state.holds(block):
             blocks.update((name, str(block)) for name in [block.record_path, *names])
     return blocks
@@ -104,7 +104,8 @@ def _extra_files(state: ArchiveState) -> list[DamagedFile]:
         unfinished = name.startswith(f"{layout.BLOCKS}/teachers.") or (
             name.startswith("teachers/") and not name.startswith(sealed)
         )
-        pending_view = state.num_views < state.spec.num_views  # a sealed prefix to which views are being added
+        # views, or views of a teacher, that are being added
+        pending_view = state.num_views < state.spec.num_views or bool(state.extended or state.teacher_views)
         if not (advisory or unfinished or pending_view or is_leftover(Path(name))):
             extra.append(DamagedFile(name, None, "is not in the manifest; remove it"))
     return extra
@@ -119,10 +120,12 @@ def quarantine(path: str | Path, damaged: tuple[DamagedFile, ...], *, files: Fil
     with disk_trouble("quarantine in", path):
         state = read_state(path, allow_partial=True)
         names = {file.block for file in damaged if file.block}
-        every_block = all_blocks(state.spec, state.teachers, state.num_views)
+        every_block = all_blocks(state.spec, state.teachers, state.num_views, state.teacher_views)
         blocks = [(block, shards) for block, shards in every_block if str(block) in names]
         if state.id is not None and blocks:
-            files.remove(path / layout.MANIFEST)
+            files.make_directories(path / layout.QUARANTINE)
+            files.rename(path / layout.MANIFEST, path / layout.OLD_MANIFEST)  # it has the licence and the citation
+            files.sync_directory(path / layout.QUARANTINE)
             files.sync_directory(path / layout.JOURNAL)
         for block, shards in blocks:
             _set_aside(state, block, shards, files)

@@ -24,13 +24,13 @@ from redistill_cache import layout, limits
 from redistill_cache.codecs.stats import merge_stats
 from redistill_cache.commits import ArchiveFolders, Commits
 from redistill_cache.errors import Damaged, Incomplete, OutOfRange, Refused, SpecMismatch, UsageError
-from redistill_cache.journal import FILES, FileEntry, Manifest, Record, parse_record, sha256
+from redistill_cache.journal import FILES, TERMS, FileEntry, Manifest, Record, parse_header, parse_record, sha256
 from redistill_cache.keys import PackedKeys, pack_keys
 from redistill_cache.layout import ArrayLayout, Block, all_blocks, part_blocks, parts, samples_block, side_block
-from redistill_cache.open_state import check_keys_size, check_side_size, read_committed
+from redistill_cache.open_state import check_keys_size, check_side_size, read_committed, read_state
 from redistill_cache.reader import Archive
 from redistill_cache.shards import encode_shard
-from redistill_cache.spec import ArchiveSpec, TeacherSpec, archive_identity, teacher_identity
+from redistill_cache.spec import ArchiveSpec, TeacherSpec, archive_identity, is_name, teacher_identity
 from redistill_cache.spec_files import list_teachers, read_root, read_teachers
 from redistill_cache.storage import LOCAL, MOST_FILES, Files, disk_trouble, is_leftover, read_small, walk_regular
 from redistill_cache.strict_json import Json, canonical
@@ -112,7 +112,12 @@ def check_record(record: Record) -> None:
 
 
 def make_manifest(
-    spec: ArchiveSpec, teachers: Mapping[str, TeacherSpec], records: Sequence[Record], views: int
+    spec: ArchiveSpec,
+    teachers: Mapping[str, TeacherSpec],
+    records: Sequence[Record],
+    views: int,
+    teacher_views: Mapping[str, int],
+    terms: Mapping[str, str],
 ) -> Manifest:
     """Every file with its hash, and the merged statistics: a pure function of the specification and the records."""
     documents = layout.expected_metadata(spec, teachers)
@@ -127,7 +132,7 @@ def make_manifest(
         name: merge_stats(teacher, [r.stats for r in records if r.block.part == f"teachers/{name}"])
         for name, teacher in teachers.items()
     }
-    return Manifest(archive_identity(spec.to_json()), views, stats, files)
+    return Manifest(archive_identity(spec.to_json()), views, stats, teacher_views, files, terms)
 
 
 def check_manifest(data: bytes) -> None:
@@ -191,6 +196,7 @@ class ArchiveWriter:
             if spec is not None:
                 refuse_difference(root.spec.to_json(), spec.resolved().to_json(), str(path), NOT_COMPARED)
             walk_regular(path, most=MOST_FILES)  # never write through a link
+            files.require_links(path)
             writer = cls(path, root.spec, files)
             documents = read_teachers(path, list_teachers(path), root)
             root.require_writable(path)
@@ -203,9 +209,10 @@ class ArchiveWriter:
 
     @classmethod
     def extend_views(cls, path: str | Path, num_views: int, *, files: Files = LOCAL) -> ArchiveWriter:
-        """Raise the number of views of an archive, which is unsealed until the next `seal`; committed blocks are kept.
+        """Raise the number of views of an archive; committed blocks are kept.
 
-        It can be repeated after a crash at any point. The next seal gives another id.
+        Readers of a sealed archive are offered its old views until the next `seal`, which gives another id. It can be
+        repeated after a crash at any point.
         """
         path = Path(path).absolute()
         with disk_trouble("extend", path):
@@ -217,10 +224,6 @@ class ArchiveWriter:
             if num_views > stored.num_views:
                 spec = replace(stored, num_views=num_views)
                 layout.check_extent(spec, {})
-                manifest = path / layout.MANIFEST
-                if manifest.exists():
-                    files.remove(manifest)
-                    files.sync_directory(manifest.parent)
                 files.publish(path / "zarr.json", layout.root_metadata(spec))
         return cls.resume(path, files=files)
 
@@ -410,32 +413,140 @@ class ArchiveWriter:
 
     # -- sealing ------------------------------------------------------------------------------------------------------
 
-    def seal(self, views: int | None = None) -> str:
-        """Write the manifest and return the archive's id. With `views`, readers are offered only these first views."""
+    def seal(self, views: int | None = None, *, complete: bool = False) -> str:
+        """Write the manifest and return the archive's id.
+
+        With `views`, readers are offered only these first views; with `complete`, the leading views that are complete
+        for at least one teacher. Of every teacher its leading complete views are offered; one without any is left out.
+        """
+        with disk_trouble("seal", self.path, RERUN):
+            while True:
+                self._reload()
+                before = self._commits.names()
+                manifest = self._seal_once(self._complete_views(before) if complete else views, before)
+                # Another process may have committed the rest of its teacher, and sealed, before this manifest replaced
+                # its own.
+                if self._commits.names() == before:
+                    return sha256(manifest)
+
+    def _reload(self) -> None:
+        """The views and teachers that are declared by now: another process may have added some."""
+        root = read_root(self.path)
+        self.spec = root.spec
+        documents = read_teachers(self.path, list_teachers(self.path), root)
+        self.teachers = {name: document.spec for name, document in documents.items()}
+
+    def edit_terms(self, **terms: str) -> str:
+        """Replace the licence or the citation of a sealed archive, and return its new id.
+
+        They are stated in the manifest, so no other file changes, and blocks stay bound to the specification.
+        """
+        with disk_trouble("edit", self.path, RERUN):
+            if not self.sealed:
+                raise Incomplete(f"{self.path} is not finished: run the command that writes it again, then edit it")
+            edited = read_state(self.path, allow_partial=False).spec.with_terms(terms)
+            self._reload()
+            present = self._commits.names()
+            values = {name: getattr(edited, name) for name in TERMS}
+            same = all(getattr(self.spec, name) == value for name, value in values.items())
+            return sha256(self._seal_once(self._complete_views(present), present, {} if same else values))
+
+    def teacher_bytes(self, name: str) -> int:
+        """The bytes that removing a teacher frees."""
+        with disk_trouble("read", self.path):
+            return sum(file.stat().st_size for file in self._files_of_teacher(name))
+
+    def remove_teacher(self, name: str) -> None:
+        """Remove a teacher; repeated after a crash, it removes the rest.
+
+        The manifest goes first, so that readers have the archive with the teacher or without it. Then its declaration:
+        the other files are then no part of the archive, whatever a crash leaves of them.
+        """
+        with disk_trouble("remove a teacher of", self.path, RERUN):
+            files = self._files_of_teacher(name)
+            if self.sealed:
+                self._reload()
+                self.teachers.pop(name, None)
+                present = self._commits.names()
+                self._seal_once(self._complete_views(present), present)
+            declaration, folder = self.path / layout.teacher_path(name), self.path / "teachers" / name
+            for file in sorted(files, key=lambda file: (file != declaration, file)):
+                self._files.remove(file)
+                if file == declaration:
+                    self._files.sync_directory(folder)
+            self._files.sync_directory(self.path / layout.BLOCKS)
+            folders = [path for path in (folder, *folder.rglob("*")) if path.is_dir()]
+            for inner in sorted(folders, reverse=True):
+                self._files.remove_directory(inner)
+            self._files.sync_directory(folder.parent)
+            self.teachers.pop(name, None)
+
+    def _files_of_teacher(self, name: str) -> list[Path]:
+        """Its declaration, records and data. `OutOfRange` if there is nothing of such a teacher."""
+        folder = self.path / "teachers" / name
+        valid = is_name(name)
+        records = [self.path / record for record in self._commits.names() if valid and _is_of_teacher(record, name)]
+        if not valid or not (records or folder.is_dir()):
+            known = ", ".join(self.teachers) or "none"
+            raise OutOfRange(f"{self.path} has no teacher {name!r}; teachers: {known}")
+        inside = walk_regular(folder, most=MOST_FILES) if folder.is_dir() else set()
+        return [*records, *(folder / file for file in inside)]
+
+    def _terms(self) -> Mapping[str, str]:
+        """Licence and citation as they were edited last."""
+        for path in (self.path / layout.MANIFEST, self.path / layout.OLD_MANIFEST):
+            try:
+                return parse_header(read_small(path, limits.MAX_MANIFEST_BYTES), str(path)).terms
+            except FileNotFoundError:
+                continue
+        return {}
+
+    def _seal_once(self, views: int | None, present: Collection[str], terms: Mapping[str, str] | None = None) -> bytes:
         views = self.spec.num_views if views is None else views
         if not 1 <= views <= self.spec.num_views:
             raise OutOfRange(f"cannot seal {views} views of an archive of {self.spec.num_views}")
-        with disk_trouble("seal", self.path, RERUN):
-            self._refuse_incomplete(views)
-            records = [self._load(block, names) for block, names in self._all_blocks(views)]
-            for record in records:
-                if not self._commits.settle(record):
-                    raise Incomplete(f"{self.path}: files of {record.block} are missing or cut short; resume it first")
-            self._folders.write_metadata(self.spec, self.teachers)
-            manifest = make_manifest(self.spec, self.teachers, records, views).to_bytes()
-            check_manifest(manifest)
-            self._folders.sweep()
-            self._folders.sync_folders(self.spec, self.teachers)
-            path = self.path / layout.MANIFEST
-            if path.exists() and read_small(path, limits.MAX_MANIFEST_BYTES) == manifest:
-                self._files.sync_directory(path.parent)
-            else:
-                self._files.publish(path, manifest)
-        return sha256(manifest)
+        leading = {name: self._leading_views(f"teachers/{name}", views, present) for name in self.teachers}
+        self._refuse_incomplete(views, leading, present)
+        teachers = {name: self.teachers[name] for name, count in leading.items() if count}
+        fewer = {name: leading[name] for name in teachers if leading[name] < views}
+        blocks = all_blocks(self.spec, teachers, views, fewer)
+        records = [self._load(block, names) for block, names in blocks]
+        for record in records:
+            if not self._commits.settle(record):
+                raise Incomplete(f"{self.path}: files of {record.block} are missing or cut short; resume it first")
+        self._folders.write_metadata(self.spec, self.teachers)
+        sealed = make_manifest(self.spec, teachers, records, views, fewer, self._terms() if terms is None else terms)
+        manifest = sealed.to_bytes()
+        check_manifest(manifest)
+        # Where blocks are still to come, other processes may be writing them.
+        everything = all(count == self.spec.num_views for count in (views, *leading.values()))
+        self._folders.sweep(None if everything else {*sealed.files, layout.MANIFEST})
+        self._folders.sync_folders(self.spec, self.teachers)
+        path = self.path / layout.MANIFEST
+        if path.exists() and read_small(path, limits.MAX_MANIFEST_BYTES) == manifest:
+            self._files.sync_directory(path.parent)
+        else:
+            self._files.publish(path, manifest)
+        return manifest
 
-    def _refuse_incomplete(self, views: int) -> None:
-        present = self._commits.names()
-        blocks = [block for block, _ in self._all_blocks(views)]
+    def _leading_views(self, part: str, views: int, present: Collection[str]) -> int:
+        """How many of the first views of a part are complete; 0 for a teacher without its side data."""
+        name = part.removeprefix("teachers/")
+        if part.startswith("teachers/") and side_block(name).record_path not in present:
+            return 0
+        missing = (b.view for b in part_blocks(self.spec, part, views) if b.record_path not in present)
+        return next(missing, views)
+
+    def _complete_views(self, present: Collection[str]) -> int:
+        """The leading views that at least one teacher has; at least 1, so that sealing says what is missing."""
+        counts = {part: self._leading_views(part, self.spec.num_views, present) for part in self.parts()}
+        of_teachers = [counts.pop(part) for part in list(counts) if part.startswith("teachers/")]
+        return max(1, min([*counts.values(), max(of_teachers, default=self.spec.num_views)], default=1))
+
+    def _refuse_incomplete(self, views: int, leading: Mapping[str, int], present: Collection[str]) -> None:
+        """`Incomplete` unless all that the teachers share, and at least one teacher, has these views."""
+        needed = self.teachers if leading and max(leading.values()) < views else {}
+        blocks = [block for block, _ in all_blocks(self.spec, needed, views)]
         missing = [block for block in blocks if block.record_path not in present]
         if missing:
             raise Incomplete(
@@ -447,6 +558,11 @@ class ArchiveWriter:
 def _encode(layouts: Mapping[str, ArrayLayout], arrays: Mapping[str, np.ndarray]) -> dict[str, bytes]:
     """The shards of arrays without views, by path."""
     return {array.shard_path(0, 0): encode_shard(array, arrays[name]) for name, array in layouts.items()}
+
+
+def _is_of_teacher(record: str, name: str) -> bool:
+    """Whether a commit record is of this teacher; names have no dots."""
+    return record.startswith(f"{layout.BLOCKS}/teachers.{name}.")
 
 
 def _holds_files(path: Path) -> bool:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
-from redistill_cache.errors import RedistillError, UsageError
-from typer.core import TyperCommand, TyperGroup
+from redistill_cache.errors import RedistillError
+from typer.core import TyperGroup
 
+from redistill_cli.archive import archive
 from redistill_cli.cache_teacher import cache_teacher
 from redistill_cli.demo import demo
 from redistill_cli.doctor import doctor
 from redistill_cli.evaluate import evaluate
 from redistill_cli.inspect import inspect
+from redistill_cli.options import Command
 from redistill_cli.report import report
 from redistill_cli.train import train
 from redistill_cli.verify import verify
@@ -32,18 +34,6 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise CommandInterrupted("interrupted") from None
-
-
-class Command(TyperCommand):
-    """Refuses an option that is given twice and takes one value; the parser would drop the first value."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401  the context of typer's own click
-        _, _, parsed = self.make_parser(ctx).parse_args(list(args))
-        for option in parsed:
-            if parsed.count(option) > 1 and not option.multiple:
-                name = "/".join([*option.opts, *option.secondary_opts])
-                raise UsageError(f"{name} is given {parsed.count(option)} times and takes one value; give it once")
-        return super().parse_args(ctx, args)
 
 
 app = typer.Typer(
@@ -84,3 +74,4 @@ app.command(cls=Command)(report)
 app.command(cls=Command)(inspect)
 app.command(cls=Command)(verify)
 app.command(cls=Command)(doctor)
+app.add_typer(archive, name="archive")

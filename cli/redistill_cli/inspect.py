@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 import typer
+from redistill_cache.errors import RedistillError
 from redistill_cache.wording import harmless, human_bytes
 from rich.table import Table
 
@@ -50,9 +52,6 @@ def inspect(
 
 def show_summary(description: dict[str, Any]) -> None:
     d = description
-    listed = d["recipe"].get("ops", [])  # untrusted: may be anything
-    items = listed if isinstance(listed, list) else [listed]
-    ops = ", ".join(str(op.get("op", op)) if isinstance(op, dict) else str(op) for op in items)
     parameters = ", ".join(f"{name} {size:.1f}" for name, size in d["view_parameters"].items())
     key_values(
         [
@@ -60,16 +59,36 @@ def show_summary(description: dict[str, Any]) -> None:
             ("id", d["id"] or "not sealed"),
             ("state", "complete" if d["complete"] else f"unfinished, {d['committed_blocks']} blocks committed"),
             ("samples", f"{d['num_samples']:,}, {len(d['excluded'])} excluded"),
-            ("views", f"{d['num_views']:,}"),
+            ("views", f"{d['num_views']:,}{fewer_views(d)}"),
             ("classes", f"{d['num_classes']:,}"),
             ("size", f"{human_bytes(d['total_bytes'])}, {d['bytes_per_view']:.1f} bytes per view in total"),
-            ("recipe", ops or "none"),
+            ("recipe", typed_recipe(d["recipe"])),
             ("view params", f"{parameters or 'none'} (bytes per view)"),
             ("canaries", f"{d['canaries_per_view']} per view"),
             ("licence", d["licence"] or "not stated"),
             ("citation", d["citation"] or "not stated"),
         ]
     )
+
+
+def fewer_views(description: dict[str, Any]) -> str:
+    """The teachers that do not have all views."""
+    return "".join(
+        f"; teacher {name} has {views:,}"
+        for name, views in description["teacher_views"].items()
+        if views < description["num_views"]
+    )
+
+
+def typed_recipe(recipe: dict[str, Any]) -> str:
+    """As --recipe takes it; the JSON as it is where this version does not know the recipe."""
+    from redistill.views.recipe import Recipe
+    from redistill.views.recipe_spec import recipe_text
+
+    try:
+        return recipe_text(Recipe.from_json(recipe))
+    except RedistillError:
+        return json.dumps(recipe) if recipe else "none"
 
 
 def show_teachers(description: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Command-line options derived from the fields of an options dataclass, the only place where they are defined."""
+"""Command-line options: derived from the fields of an options dataclass, where they are defined; given once each."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from typing import Any, TypeVar, cast
 
 import typer
 from redistill_cache.errors import UsageError
+from typer.core import TyperCommand
 
 from redistill.option_fields import Option, options_of
 
-__all__ = ["collect", "split", "takes"]
+__all__ = ["Command", "collect", "split", "takes"]
 
-Command = TypeVar("Command", bound=Callable[..., None])
+Function = TypeVar("Function", bound=Callable[..., None])
 
 
-def takes(options: type, *, require: bool = True) -> Callable[[Command], Command]:
+def takes(options: type, *, require: bool = True) -> Callable[[Function], Function]:
     """Give a command the options of a dataclass, in place of its `**` parameter and before its own parameters.
 
     An option that is not on the command line is None, so that a preset or a file can set it. Without `require`, no
     option is required.
     """
 
-    def decorate(command: Command) -> Command:
+    def decorate(command: Function) -> Function:
         own = inspect.signature(command, eval_str=True).parameters.values()
         derived = [parameter(option, require) for option in options_of(options).values() if option.help]
         signature = inspect.Signature([*derived, *(p for p in own if p.kind is Parameter.KEYWORD_ONLY)])
@@ -102,3 +103,15 @@ def split_commas(option: Option, text: str) -> list[Any]:
 
 def split(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+class Command(TyperCommand):
+    """Refuses an option that is given twice and takes one value; the parser would drop the first value."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401  the context of typer's own click
+        _, _, parsed = self.make_parser(ctx).parse_args(list(args))
+        for option in parsed:
+            if parsed.count(option) > 1 and not option.multiple:
+                name = "/".join([*option.opts, *option.secondary_opts])
+                raise UsageError(f"{name} is given {parsed.count(option)} times and takes one value; give it once")
+        return super().parse_args(ctx, args)

@@ -12,12 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from redistill_cache import Archive, ArchiveWriter, TeacherSpec
+from redistill_cache import Archive, ArchiveSpec, ArchiveWriter, TeacherSpec
 from redistill_cache.commits import Commits
 from redistill_cache.errors import Refused, SpecMismatch
-from redistill_cache.layout import Block, side_block
+from redistill_cache.journal import TERMS
+from redistill_cache.layout import MANIFEST, Block, side_block
+from redistill_cache.open_state import read_state
 from redistill_cache.spec_files import read_root
-from redistill_cache.storage import LOCAL, is_leftover
+from redistill_cache.storage import LOCAL, Files, disk_trouble, is_leftover
 from redistill_cache.writer import refuse_difference
 
 from redistill.caching.estimate import existing_parent, refuse_small_disk
@@ -25,12 +27,15 @@ from redistill.caching.options import CacheOptions
 from redistill.caching.pilot import TeacherRunner
 from redistill.caching.plan import Plan, use_stored_settings
 from redistill.views.canaries import canary_rows, fingerprint
+from redistill.views.recipe import Recipe
+from redistill.views.recipe_spec import recipe_text
 
 __all__ = [
     "archive_exists",
     "check_new_path",
     "create_archive",
     "has_all_views",
+    "missing_blocks",
     "open_existing",
     "teacher_is_declared",
     "write_canaries",
@@ -54,30 +59,42 @@ def teacher_is_declared(plan: Plan) -> bool:
     return Commits(plan.options.out, LOCAL).is_committed(side_block(plan.teacher_name))
 
 
-def check_new_path(options: CacheOptions) -> None:
+def check_new_path(options: CacheOptions, *, files: Files = LOCAL) -> None:
     """Refuse a path where no archive can be created, before the teacher runs."""
     path, parent = options.out, existing_parent(options.out)
     if options.extend_views:
         raise Refused(f"{path} does not exist, so it has no views to extend; leave out --extend-views")
-    if path.is_dir() and not all(map(is_leftover, path.iterdir())):
+    if path.is_dir() and not all(map(is_leftover, path.iterdir())) and not archive_exists(options):
         raise Refused(f"{path} holds files and is not an archive; choose another --out")
     if not parent.is_dir():
         raise Refused(f"{parent} is a file; --out must be a new folder")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise Refused(f"cannot write to {parent}; check the permissions, or choose another --out")
+    with disk_trouble("write to", parent):
+        files.require_links(parent)
 
 
-def create_archive(plan: Plan) -> ArchiveWriter:
-    writer = ArchiveWriter.create(plan.options.out, plan.spec)
+def create_archive(plan: Plan) -> tuple[Plan, ArchiveWriter]:
+    """A new archive, or the one that another process has created since this run looked."""
+    try:
+        writer = ArchiveWriter.create(plan.options.out, plan.spec)
+    except Refused:
+        if not archive_exists(plan.options):
+            raise
+        return open_existing(plan)
     write_samples(plan, writer)
-    return writer
+    return plan, writer
 
 
 def open_existing(plan: Plan) -> tuple[Plan, ArchiveWriter]:
     """The archive at `--out`, and the plan with the settings stored in it. Refused before anything in it changes."""
     options, path = plan.options, plan.options.out
-    plan = use_stored_settings(plan, read_root(path).spec)
-    writer = ArchiveWriter.resume(path, plan.spec)
+    stored = read_root(path).spec
+    plan = use_stored_settings(plan, stored)
+    check_same_recipe(path, stored, plan)
+    check_same_terms(options, stored)
+    writer = ArchiveWriter.resume(path, replace(plan.spec, num_views=stored.num_views))
+    check_teacher_name(plan, writer)
     write_samples(plan, writer)
     archive = writer.read_back()
     teacher = archive.teachers.get(plan.teacher_name)
@@ -85,17 +102,70 @@ def open_existing(plan: Plan) -> tuple[Plan, ArchiveWriter]:
         teachers = ", ".join(sorted(archive.teachers)) or "none"
         raise Refused(
             f"{path} has no teacher {plan.teacher_name!r} whose views could be extended (its teachers: {teachers}); "
-            "extend the views of one of those, then add this teacher"
+            "leave out --extend-views to add this teacher"
         )
-    if teacher is None:
-        return plan, writer
-    check_same_teacher(path, teacher, plan)
-    if options.extend_views:
-        plan = replace(plan, spec=replace(plan.spec, num_views=options.views))
-    refuse_small_disk(path, remaining_bytes(plan, writer, archive))
-    if options.extend_views:
+    if teacher is not None:
+        check_same_teacher(path, teacher, plan)
+    check_views(plan, writer)
+    if teacher is not None:
+        refuse_small_disk(path, remaining_bytes(plan, writer, archive))
+    if options.views > stored.num_views:
         writer = ArchiveWriter.extend_views(path, options.views)
     return plan, writer
+
+
+def check_same_recipe(path: Path, stored: ArchiveSpec, plan: Plan) -> None:
+    if stored.recipe != plan.spec.recipe:
+        old, new = Recipe.from_json(stored.recipe), plan.recipe
+        raise SpecMismatch(
+            f"{path} was started with --recipe {recipe_text(old)!r}, now it is {recipe_text(new)!r}; leave out "
+            "--recipe and --size to use those of the archive, or start a new archive"
+        )
+
+
+def check_same_terms(options: CacheOptions, stored: ArchiveSpec) -> None:
+    """Licence and citation may have been edited since the archive was started."""
+    path = options.out
+    if (path / MANIFEST).exists():
+        stored = read_state(path, allow_partial=False).spec
+    for name in TERMS:
+        value, current = getattr(options, name), getattr(stored, name)
+        if value and value != current:
+            raise SpecMismatch(
+                f"{path} has the {name} {current!r}, now it is {value!r}; leave out --{name}, or change that of the "
+                f"finished archive: redistill archive edit {path} --{name} ..."
+            )
+
+
+def check_teacher_name(plan: Plan, writer: ArchiveWriter) -> None:
+    """A second teacher changes what `train` means for an archive, so it is added on request only."""
+    name, known = plan.teacher_name, sorted(writer.teachers)
+    if plan.options.teacher_name is None and known and name not in known:
+        raise Refused(
+            f"{writer.path} holds the teacher {', '.join(known)}, and {plan.options.teacher} is another one; add "
+            f"--teacher-name {name} to add it to this archive, or choose another --out"
+        )
+
+
+def check_views(plan: Plan, writer: ArchiveWriter) -> None:
+    """Refuse another number of views than the teacher was started with, unless they are to be extended."""
+    name, views, declared = plan.teacher_name, plan.options.views, writer.spec.num_views
+    where = f"{writer.path}: teacher {name!r}"
+    if writer.sealed and name in (sealed := read_state(writer.path, allow_partial=False)).teachers:
+        started = sealed.views_of(name)
+    elif set(writer.teachers) <= {name}:
+        started = declared
+    else:  # a teacher that is being added may have any of the views that exist
+        started = min(views, declared)
+    if plan.options.extend_views and views < started:
+        raise Refused(f"{where} has {started} views; it cannot shrink to {views}")
+    if not plan.options.extend_views:
+        refuse_difference({"num_views": started}, {"num_views": views}, where)
+
+
+def missing_blocks(plan: Plan, writer: ArchiveWriter, part: str) -> list[Block]:
+    """The blocks of this run's views that no process has committed yet; the archive may have more views."""
+    return [block for block in writer.missing(part) if block.view < plan.spec.num_views]
 
 
 def write_samples(plan: Plan, writer: ArchiveWriter) -> None:
@@ -115,10 +185,9 @@ def check_same_teacher(path: Path, teacher: TeacherSpec, plan: Plan) -> None:
 def remaining_bytes(plan: Plan, writer: ArchiveWriter, archive: Archive) -> int:
     """The size of the teacher's missing blocks, if they are like the written ones; 0 when none is written."""
     written = sum(entry.size for name, entry in archive.state.files.items() if name.startswith(f"{plan.part}/"))
-    missing, per_view = len(writer.missing(plan.part)), writer.spec.blocks_per_view
-    done = writer.spec.num_views * per_view - missing
-    remaining = missing + (plan.spec.num_views - writer.spec.num_views) * per_view
-    return written * remaining // done if done else 0
+    done = sum(part == plan.part for part, _, _ in archive.state.committed or ())
+    remaining = plan.spec.num_views * writer.spec.blocks_per_view - done
+    return written * max(0, remaining) // done if done else 0
 
 
 # -- view parameters and canaries -------------------------------------------------------------------------------------
@@ -126,7 +195,7 @@ def remaining_bytes(plan: Plan, writer: ArchiveWriter, archive: Archive) -> int:
 
 def write_view_params(plan: Plan, writer: ArchiveWriter, view: int) -> None:
     """Write the parameters of every row of a view: a mixed row needs those of its partner, which may be any row."""
-    missing = [block for block in writer.missing("views") if block.view == view]
+    missing = [block for block in missing_blocks(plan, writer, "views") if block.view == view]
     for block in plan.rank.work_order(missing):
         if not writer.is_committed(block):
             writer.write(block, plan.views.params(view, np.arange(block.start, block.stop)))
@@ -137,7 +206,7 @@ def write_canaries(runner: TeacherRunner, writer: ArchiveWriter) -> None:
     plan = runner.plan
 
     def batches() -> Iterator[tuple[tuple[Block, np.ndarray], list[int]]]:
-        for block in plan.rank.work_order(writer.missing("canaries")):
+        for block in plan.rank.work_order(missing_blocks(plan, writer, "canaries")):
             if not writer.is_committed(block):
                 rows = canary_rows(plan.spec.seed, block.view, plan.spec.num_samples, plan.spec.canaries_per_view)
                 yield (block, rows), runner.indices(block.view, rows.tolist())

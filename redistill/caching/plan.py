@@ -215,12 +215,14 @@ def describe_teacher(options: CacheOptions, teacher: Teacher) -> dict[str, Any]:
 def use_stored_settings(plan: Plan, stored: ArchiveSpec) -> Plan:
     """The plan for an existing archive: settings that this run does not set are those of the archive."""
     options = plan.options
+    sets_recipe = options.recipe is not None or options.size is not None
     is_set = {
         "canaries_per_view": False,
-        "num_views": not options.extend_views,
+        "recipe": sets_recipe,
+        "view_arrays": sets_recipe,
         "block_rows": options.block_rows is not None,
-        "licence": bool(options.licence),
-        "citation": bool(options.citation),
+        "licence": False,
+        "citation": False,
     }
     stored_values = {name: getattr(stored, name) for name, value in is_set.items() if not value}
     return replace(plan, spec=replace(plan.spec, **stored_values))

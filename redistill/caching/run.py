@@ -31,6 +31,7 @@ from redistill.caching.open_archive import (
     check_new_path,
     create_archive,
     has_all_views,
+    missing_blocks,
     open_existing,
     teacher_is_declared,
     write_canaries,
@@ -60,7 +61,7 @@ MIN_OF_KNOWN = 0.5
 
 @dataclass(frozen=True)
 class CacheResult:
-    """The archive at the end of this process. `id` is None while blocks are missing, of any teacher or rank."""
+    """The archive at the end of this process. `id` is None while blocks of this run are missing."""
 
     path: str
     id: str | None
@@ -104,8 +105,9 @@ def cache_teacher(options: CacheOptions, progress: Progress | None = None) -> Ca
                 write_teacher(runner, writer, stats, progress)
             finally:
                 write_provenance(plan, writer, stats)
-    missing = tuple(part for part in writer.parts() if writer.missing(part)) if rank.first else ()
-    identity = writer.seal() if rank.first and not missing else None
+    needed = [part for part in writer.parts() if part == plan.part or not part.startswith("teachers/")]
+    missing = tuple(part for part in needed if missing_blocks(plan, writer, part)) if rank.first else ()
+    identity = writer.seal(complete=True) if rank.first and not missing else None
     return cache_result(plan, writer, stats, identity, missing)
 
 
@@ -164,7 +166,10 @@ def declare_teacher(
     )
     runner.stop.raise_if_set()
     codecs = {signal: choice.codec for signal, choice in choices.items()}
-    writer = create_archive(plan) if writer is None else writer
+    if writer is None:
+        _, writer = create_archive(plan)
+        if teacher_is_declared(plan):  # by another process, whose codecs count
+            return writer
     writer.add_teacher(teacher_spec(plan, codecs), {name: codec.side() for name, codec in codecs.items()})
     return writer
 
@@ -207,12 +212,12 @@ def warn_of_chance_accuracy(plan: Plan, correct: int, labelled: int, progress: P
 def write_teacher(runner: TeacherRunner, writer: ArchiveWriter, stats: RunStats, progress: Progress) -> None:
     """Write the teacher's missing blocks, and the view parameters that are still missing after that."""
     plan = runner.plan
-    blocks = plan.rank.work_order(writer.missing(plan.part))
+    blocks = plan.rank.work_order(missing_blocks(plan, writer, plan.part))
     if blocks:
         if stats.check is None:
             stats.check = check_first_batch(runner)
         write_blocks(runner, writer, blocks, stats, progress)
-    for view in sorted({block.view for block in writer.missing("views")}):
+    for view in sorted({block.view for block in missing_blocks(plan, writer, "views")}):
         write_view_params(plan, writer, view)
 
 

@@ -22,9 +22,11 @@ from redistill_cache.storage import LEFTOVER, LOCAL, disk_trouble, is_leftover, 
 
 from redistill.progress import Progress
 from redistill.specs import first_line
+from redistill.training.archive_use import ArchiveUse
 from redistill.training.member import Member
+from redistill.training.options import FREE_ON_RESUME
 
-__all__ = ["LAST", "PREVIOUS", "has_checkpoint", "load_checkpoint", "save_checkpoint"]
+__all__ = ["LAST", "PREVIOUS", "has_checkpoint", "load_checkpoint", "save_checkpoint", "saved_use"]
 
 LAST = "last.ckpt"
 PREVIOUS = "last.previous.ckpt"
@@ -41,13 +43,13 @@ def has_checkpoint(out: Path) -> bool:
 
 
 def save_checkpoint(
-    out: Path, members: Sequence[Member], options: Options, archive: str | None, *, epoch: int, batch: int
+    out: Path, members: Sequence[Member], options: Options, archive: ArchiveUse, *, epoch: int, batch: int
 ) -> None:
     """Save the run after `batch` batches of `epoch`."""
     state = {
         "version": VERSION,
         "options": dict(options),
-        "archive": archive,
+        "archive": archive.to_json(),
         "epoch": epoch,
         "batch": batch,
         "members": {member.spec.name: member.state() for member in members},
@@ -71,22 +73,30 @@ def save_checkpoint(
         LOCAL.sync_directory(out)
 
 
+def saved_use(out: Path, progress: Progress) -> ArchiveUse | None:
+    """What the run in `out` reads of its archive; None without a checkpoint, or one that only has the archive's id."""
+    newest = newest_state(out, progress)
+    archive = None if newest is None else newest[1]["archive"]
+    return ArchiveUse.from_json(archive) if isinstance(archive, dict) else None
+
+
 def load_checkpoint(
-    out: Path, members: Sequence[Member], options: Options, archive: str | None, progress: Progress
+    out: Path, members: Sequence[Member], options: Options, archive: ArchiveUse, progress: Progress
 ) -> tuple[int, int]:
     """Restore the members from the newest checkpoint in `out`, and return its (epoch, batch); (0, 0) without one."""
     newest = newest_state(out, progress)
     if newest is None:
         return 0, 0
     path, state = newest
-    if state["archive"] != archive:
-        raise Refused(f"{path} was trained from archive {state['archive']}, --archive is {archive}; use another --out")
-    saved = dict(state["options"])
-    if saved["epochs"] < options["epochs"]:
+    saved = state["archive"]  # of earlier versions: the id alone
+    if isinstance(saved, str) and saved != archive.archive:
+        raise Refused(f"{path} was trained from archive {saved}, --archive is {archive.archive}; use another --out")
+    saved_options = dict(state["options"])
+    if saved_options["epochs"] < options["epochs"]:
         for member in members:
-            member.refuse_more_epochs(saved["epochs"], options["epochs"])
-        saved["epochs"] = options["epochs"]
-    refuse_difference(out, saved, options)
+            member.refuse_more_epochs(saved_options["epochs"], options["epochs"])
+        saved_options["epochs"] = options["epochs"]
+    refuse_difference(out, saved_options, options)
     epoch, batch = int(state["epoch"]), int(state["batch"])
     for member in members:
         member.load(state["members"][member.spec.name], epoch, batch)
@@ -135,8 +145,8 @@ def read_state(path: Path) -> dict[str, Any] | None:
 
 
 def refuse_difference(out: Path, saved: Options, current: Options) -> None:
-    """A run is resumed with the options it was started with."""
-    for name in sorted(saved.keys() | current.keys()):
+    """A run is resumed with the options it was started with; `ArchiveUse` compares the teachers."""
+    for name in sorted((saved.keys() | current.keys()) - {*FREE_ON_RESUME, "teachers"}):
         if saved.get(name) != current.get(name):
             stored, now = (f"{side[name]!r:.80}" if name in side else "not given" for side in (saved, current))
             raise SpecMismatch(

@@ -76,13 +76,16 @@ class Feed:
     batch_size: int
     seed: int
     views_per_image: int = 1
+    num_views: int | None = None
+    """The first views, which are used in turn; all of the dataset if None."""
     rank: int = 0
     world_size: int = 1
     workers: int = 0
     pin: bool = False
 
     def views(self, epoch: int) -> tuple[int, ...]:
-        return views_of_epoch(epoch, self.dataset.views.num_views, self.views_per_image)
+        num_views = self.dataset.views.num_views if self.num_views is None else self.num_views
+        return views_of_epoch(epoch, num_views, self.views_per_image)
 
     def global_batches(self, epoch: int) -> list[Rows]:
         """The batches of an epoch over all ranks, as rows of the archive."""

@@ -16,7 +16,7 @@ import torch
 from redistill.interrupts import raise_on_signals, stop_on_signals
 from redistill.progress import NoProgress, Progress
 from redistill.ranks import World, joined_world
-from redistill.training.checkpoint import has_checkpoint
+from redistill.training.checkpoint import has_checkpoint, saved_use
 from redistill.training.loop import Training, refuse_earlier_run
 from redistill.training.member import Member
 from redistill.training.options import TrainOptions
@@ -71,7 +71,7 @@ def dry_run(options: TrainOptions, progress: Progress | None = None) -> DryRun:
         refuse_earlier_run(options)
         refuse_foreign_folder(options)
         with raise_on_signals():
-            setup = prepare(options, world, progress)
+            setup = prepare(options, world, progress, saved_use(options.out, progress))
         progress.settings(settings_in_effect(options, setup, world))
         files = RunFiles(options, setup, first_epoch=0, writes=False)
         training = Training(options, world, setup, files, progress, stop)

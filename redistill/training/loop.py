@@ -18,7 +18,7 @@ from redistill.losses.objective import Mix
 from redistill.metrics import Metrics
 from redistill.progress import NoProgress, Progress
 from redistill.ranks import World, joined_world
-from redistill.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
+from redistill.training.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint, saved_use
 from redistill.training.feed import BatchPlan, TrainBatch
 from redistill.training.options import TrainOptions
 from redistill.training.prepare import TrainSetup, prepare
@@ -47,12 +47,10 @@ def train(options: TrainOptions, progress: Progress | None = None) -> list[Train
         refuse_earlier_run(options)
         refuse_foreign_folder(options)
         with raise_on_signals(RESUME):
-            setup = prepare(options, world, progress)
+            setup = prepare(options, world, progress, saved_use(options.out, progress))
         progress.settings(settings_in_effect(options, setup, world))
         with disk_trouble("write", options.out, "; then run the same command again"):
-            epoch, batch = load_checkpoint(
-                options.out, setup.members, options.fixed_on_resume(), setup.archive.id, progress
-            )
+            epoch, batch = load_checkpoint(options.out, setup.members, options.fixed_on_resume(), setup.use, progress)
             if epoch == setup.feed.epochs:
                 progress.info(f"{options.out} is already finished; showing saved results")
             elif (epoch, batch) != (0, 0):
@@ -80,7 +78,7 @@ class Training:
     ) -> None:
         self.options, self.world, self.files, self.progress, self.stop = options, world, files, progress, stop
         self.feed, self.members, self.targets = setup.feed, setup.members, setup.targets
-        self.validation, self.archive_id = setup.validation, setup.archive.id
+        self.validation, self.use = setup.validation, setup.use
         self.throughput = Throughput()
         self.last_save = time.monotonic()
         self.check_every = CHECK_ALONE[world.device.type] if world.size == 1 else CHECK_RANKS
@@ -206,7 +204,7 @@ class Training:
                 self.options.out,
                 self.members,
                 self.options.fixed_on_resume(),
-                self.archive_id,
+                self.use,
                 epoch=epoch,
                 batch=batch,
             )

@@ -152,7 +152,7 @@ class TrainOptions:
             "Teachers of the archive; the mean of their logits is used.",
             name="teacher-names",
             metavar="A,B",
-            default_text="all",
+            default_text="the only one",
             commas=True,
         ),
     )

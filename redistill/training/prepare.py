@@ -24,6 +24,7 @@ from redistill.ranks import World
 from redistill.signals import LOGITS
 from redistill.specs import first_line
 from redistill.teachers import Teacher
+from redistill.training.archive_use import ArchiveUse
 from redistill.training.feed import Feed
 from redistill.training.member import Member
 from redistill.training.options import MemberSpec, TrainOptions
@@ -41,6 +42,7 @@ class TrainSetup:
     """A run that is opened and checked."""
 
     archive: Archive
+    use: ArchiveUse
     feed: Feed
     members: list[Member]
     targets: CachedTargets | OnlineTargets | None
@@ -48,19 +50,24 @@ class TrainSetup:
     validation: Validation | None
 
 
-def prepare(options: TrainOptions, world: World, progress: Progress) -> TrainSetup:
+def prepare(options: TrainOptions, world: World, progress: Progress, saved: ArchiveUse | None = None) -> TrainSetup:
+    """`saved` is what an earlier part of the run read of the archive: a resumed run reads the same."""
     with world.local_first():
         archive = open_archive(options.archive)
-    if options.views_per_image > archive.num_views:
-        raise Refused(f"--views-per-image must be at most the number of views, and the archive has {archive.num_views}")
     specs = options.members
     objectives = [Objective(spec.losses) for spec in specs]
+    cached = options.online_teacher is None and any(objective.needs.teacher for objective in objectives)
+    use = choose_use(options, archive, saved, cached)
+    if options.views_per_image > use.views:
+        raise Refused(f"--views-per-image must be at most the number of views, and the archive has {use.views}")
+    if use.views < archive.num_views:
+        progress.info(f"training uses the first {use.views} of the archive's {archive.num_views} views")
     for objective in objectives:
-        refuse_objective(objective, archive, options)
+        refuse_objective(objective, archive, options, use.teachers)
     size = archive_recipe(archive).size if options.size is None else options.size
     students = [open_student(spec, archive, size, options) for spec in specs]
     amp = pick_amp(world.device, options.amp)
-    targets = make_targets(options, objectives, archive, world, amp)
+    targets = make_targets(options, objectives, archive, use.teachers, world, amp)
     if isinstance(targets, CachedTargets) and targets.shared_views.spilled:
         progress.info("the teacher rows of two views exceed --cache-memory; they are in a temporary file")
     workers = default_workers(world.rank.local_world_size) if options.workers is None else options.workers
@@ -92,6 +99,7 @@ def prepare(options: TrainOptions, world: World, progress: Progress) -> TrainSet
         batch_size=options.batch_size,
         seed=options.order_seed,
         views_per_image=options.views_per_image,
+        num_views=use.views,
         rank=world.rank.rank,
         world_size=world.size,
         workers=workers,
@@ -102,10 +110,10 @@ def prepare(options: TrainOptions, world: World, progress: Progress) -> TrainSet
         Member(spec, options, student, objective, world, amp)
         for spec, student, objective in zip(specs, students, objectives, strict=True)
     ]
-    return TrainSetup(archive, feed, members, targets, validation)
+    return TrainSetup(archive, use, feed, members, targets, validation)
 
 
-def refuse_objective(objective: Objective, archive: Archive, options: TrainOptions) -> None:
+def refuse_objective(objective: Objective, archive: Archive, options: TrainOptions, teachers: tuple[str, ...]) -> None:
     """Refuse an archive without what the objective needs: labels, whole rows, unshifted rows, one label per row."""
     if archive_recipe(archive).mixes:
         try_mixed_labels(objective, archive.num_classes)
@@ -116,7 +124,7 @@ def refuse_objective(objective: Objective, archive: Archive, options: TrainOptio
         )
     if not objective.needs.teacher or options.online_teacher is not None:
         return
-    for teacher in chosen_teachers(options, archive):
+    for teacher in teachers:
         objective.refuse_codec(archive.codec(teacher, LOGITS))
 
 
@@ -128,24 +136,44 @@ def try_mixed_labels(objective: Objective, num_classes: int) -> None:
         objective(logits, logits, labels, mix=Mix(labels, torch.ones(2)))
 
 
+def choose_use(options: TrainOptions, archive: Archive, saved: ArchiveUse | None, cached: bool) -> ArchiveUse:
+    """The teachers and views of a run: those of its earlier part, or the named teachers and the views they share."""
+    if saved is None:
+        teachers = chosen_teachers(options, archive) if cached else ()
+        views = min([archive.num_views, *map(archive.views_of, teachers)])
+        return ArchiveUse.of(archive, teachers, views)
+    teachers = options.teachers if cached and options.teachers else saved.teachers
+    return saved.require(archive, teachers)
+
+
 def chosen_teachers(options: TrainOptions, archive: Archive) -> tuple[str, ...]:
     for name in options.teachers:
         archive.teacher(name)
-    return options.teachers or tuple(archive.teachers)
+    known = sorted(archive.teachers)
+    if not known:
+        raise Refused(f"{archive.path} has no teacher; add one with redistill cache-teacher, or use --loss ce")
+    if not options.teachers and len(known) > 1:
+        raise Refused(
+            f"{archive.path} has the teachers {', '.join(known)}; choose: --teacher-names {known[0]}, or "
+            f"--teacher-names {','.join(known)} for the mean of their logits"
+        )
+    return options.teachers or tuple(known)
 
 
 def make_targets(
-    options: TrainOptions, objectives: Sequence[Objective], archive: Archive, world: World, amp: torch.dtype | None
+    options: TrainOptions,
+    objectives: Sequence[Objective],
+    archive: Archive,
+    teachers: tuple[str, ...],
+    world: World,
+    amp: torch.dtype | None,
 ) -> CachedTargets | OnlineTargets | None:
     if not any(objective.needs.teacher for objective in objectives):
         if options.online_teacher is not None:
             raise UsageError(f"--online-teacher {options.online_teacher} is not used: no --loss needs a teacher")
         return None
     if options.online_teacher is None:
-        names = chosen_teachers(options, archive)
-        if not names:
-            raise Refused(f"{archive.path} has no teacher; add one with redistill cache-teacher, or use --loss ce")
-        views = SharedViews(archive, names, options.views_per_image, options.cache_memory, world)
+        views = SharedViews(archive, teachers, options.views_per_image, options.cache_memory, world)
         return CachedTargets(views, world.device)
     model = open_model(options.online_teacher, num_classes=archive.num_classes, allow_python=options.allow_python)
     if model.num_classes != archive.num_classes:

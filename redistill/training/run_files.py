@@ -116,7 +116,12 @@ class RunFiles:
         remove_partial_files(folder)
         own = {"students": [spec.student], "losses": ["+".join(spec.losses)], "seeds": [spec.seed], "out": str(folder)}
         facts: dict[str, dict[str, Any]] = {
-            "archive": {"id": archive.id, "samples": archive.num_samples, "views": archive.num_views},
+            "archive": {
+                "id": archive.id,
+                "samples": archive.num_samples,
+                "views": self.setup.use.views,
+                "teachers": list(self.setup.use.teachers),
+            },
             "versions": {name: version(name) for name in LIBRARIES},
         }
         if self.setup.validation is not None:

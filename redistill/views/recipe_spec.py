@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,7 +30,7 @@ from redistill.views.recipe import (
     TrivialAugmentWide,
 )
 
-__all__ = ["parse_recipe"]
+__all__ = ["parse_recipe", "recipe_text"]
 
 CROP_OPTIONS = {
     "center": ("crop_pct",),
@@ -65,6 +66,67 @@ def parse_recipe(text: str) -> Recipe:
     if text.partition("?")[0].endswith(".toml"):
         return _from_toml(Path(text))
     return _from_spec(parse_spec(text))
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """The recipe as `parse_recipe` takes it; the JSON of its [[ops]] where only a TOML file can state them."""
+    text = _spec_text(recipe)
+    try:
+        exact = parse_recipe(text) == recipe
+    except UsageError:
+        exact = False
+    return text if exact else json.dumps(recipe.to_json())
+
+
+def _spec_text(recipe: Recipe) -> str:
+    """The options that differ from their defaults; steps in another order than that of a spec string are not seen."""
+    options: dict[str, object] = {"size": recipe.size}
+    crop, default = recipe.crop, RandomResizedCrop()
+    match crop:
+        case CenterCrop():
+            scheme = "center"
+            options["crop_pct"] = crop.crop_pct
+        case RandomResizedCrop():
+            scheme = "rrc"
+            options |= {key: value for key, value in vars(crop).items() if value != getattr(default, key)}
+        case RandomCrop():
+            scheme = "cifar"
+            options |= {key: value for key, value in vars(crop).items() if value != getattr(RandomCrop(), key)}
+    flip = recipe.find(Flip)
+    hflip, vflip = (flip.hflip, flip.vflip) if flip else (0.0, 0.0)
+    options |= {} if hflip == DEFAULT_HFLIP[scheme] else {"hflip": hflip}
+    options |= {"vflip": vflip} if vflip else {}
+    for step in recipe.steps:
+        options |= _step_options(step)
+    options |= {} if recipe.interpolation == "bilinear" else {"interpolation": recipe.interpolation}
+    options |= {} if recipe.antialias else {"antialias": "false"}
+    return f"{scheme}?" + "&".join(f"{key}={_plain(value)}" for key, value in options.items())
+
+
+def _step_options(step: Step) -> Mapping[str, object]:
+    match step:
+        case ColorJitter():
+            strengths = (step.brightness, step.contrast, step.saturation, step.hue)
+            return {"color_jitter": strengths} | ({} if step.p == 1 else {"color_jitter_prob": step.p})
+        case RandAugment() | TrivialAugmentWide():
+            name = f"rand-m{step.magnitude}-n{step.num_ops}" if isinstance(step, RandAugment) else "ta_wide"
+            return {"aa": name} | ({} if step.interpolation == "nearest" else {"aa_interpolation": step.interpolation})
+        case Grayscale():
+            return {"grayscale_prob": step.p}
+        case GaussianBlur():
+            return {"gaussian_blur_prob": step.p, "blur_sigma": step.sigma, "blur_kernel": step.kernel_size}
+        case RandomErasing():
+            return {"reprob": step.p, "rescale": step.scale, "reratio": step.ratio, "revalue": step.value}
+        case Mixing():
+            on = {key: getattr(step, key) for key in ("mixup", "cutmix") if getattr(step, key)}
+            switch = {"mixup_switch_prob": step.switch} if len(on) == 2 else {}
+            return on | ({} if step.p == 1 else {"mixup_prob": step.p}) | switch
+        case _:
+            return {}
+
+
+def _plain(value: object) -> str:
+    return ",".join(map(_plain, value)) if isinstance(value, tuple) else str(value)
 
 
 def _from_toml(path: Path) -> Recipe:

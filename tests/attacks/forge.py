@@ -39,7 +39,9 @@ def read(file: Path) -> Json:
 def read_manifest(path: Path) -> Manifest:
     data = (path / MANIFEST).read_bytes()
     header = parse_header(data, "forged")
-    return Manifest(header.identity, header.views, header.teachers, parse_files(data, header, "forged"))
+    return Manifest(
+        header.identity, header.views, header.teachers, header.teacher_views, parse_files(data, header, "forged")
+    )
 
 
 def documents(path: Path) -> tuple[dict[str, Json], dict[str, dict[str, Json]]]:
@@ -97,7 +99,7 @@ def forge(path: Path, root: dict[str, Json], teachers: dict[str, dict[str, Json]
         stats = read(old)["stats"] if old.exists() else None
         write(old, Record(block, bound, entries(path, names), stats).to_bytes())
     files = entries(path, expected_files(spec, specs, spec.num_views))
-    honest: dict[str, Any] = {"identity": identity, "views": spec.num_views, "files": files}
+    honest: dict[str, Any] = {"identity": identity, "views": spec.num_views, "teacher_views": {}, "files": files}
     stats_of = read_manifest(path).teachers
     honest["teachers"] = {name: stats_of.get(name, {}) for name in specs}
     write(path / MANIFEST, Manifest(**honest | header).to_bytes())
@@ -122,6 +124,7 @@ def reseal(path: Path, **header: object) -> None:
         "identity": identity,
         "views": manifest.views,
         "teachers": manifest.teachers,
+        "teacher_views": manifest.teacher_views,
         "files": entries(path, manifest.files),
     }
     write(path / MANIFEST, Manifest(**honest | header).to_bytes())

@@ -159,7 +159,7 @@ CHANGED = {
     "--compile": (("--compile",), "compile"),
     "--seed": (("--seed", "1"), "seed = 0, now it is 1"),
     "--recipe": (("--recipe", "center"), "recipe"),
-    "--size": (("--size", "24"), "recipe.size"),
+    "--size": (("--size", "24"), "--recipe and --size"),
     "--block-rows": (("--block-rows", "16"), "block_rows"),
     "--licence": (("--licence", "MIT"), "licence"),
     "--citation": (("--citation", "me"), "citation"),

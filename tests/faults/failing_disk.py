@@ -79,3 +79,6 @@ class FailingDisk(Files):
 
     def remove(self, path: Path) -> None:
         self._do(path, lambda: super(FailingDisk, self).remove(path))
+
+    def remove_directory(self, path: Path) -> None:
+        self._do(path, lambda: super(FailingDisk, self).remove_directory(path))

@@ -212,3 +212,6 @@ class PowerCutDisk(Files):
 
     def remove(self, path: Path) -> None:
         self._do("remove", (path,), lambda: super(PowerCutDisk, self).remove(path))
+
+    def remove_directory(self, path: Path) -> None:
+        self._do("remove", (path,), lambda: super(PowerCutDisk, self).remove_directory(path))

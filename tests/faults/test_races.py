@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import shutil
 from multiprocessing.connection import Connection, wait
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from threading import BrokenBarrierError
 
 import numpy as np
 import pytest
@@ -14,7 +16,21 @@ from redistill_cache.errors import RedistillError
 from redistill_cache.layout import Block
 from redistill_cache.writer import ArchiveWriter
 
-from tests.faults.scenario import DIGESTS, KEYS, LABELS, SIZES, SPEC, hashes, leftovers, write_archive
+from tests.faults.scenario import (
+    DIGESTS,
+    KEYS,
+    LABELS,
+    SIZES,
+    SPEC,
+    all_missing,
+    block_arrays,
+    block_stats,
+    hashes,
+    leftovers,
+    open_writer,
+    prepare,
+    write_archive,
+)
 from tests.faults.writer_process import SelfKillingFiles, context
 
 Reference = tuple[str, dict[str, str]]
@@ -132,3 +148,69 @@ def test_three_writers_write_one_archive(ram: Path, reference: Reference):
 @pytest.mark.timeout(3600)
 def test_three_writers_write_one_archive_a_hundred_times(ram: Path, reference: Reference):
     write_together(ram, 100, reference)
+
+
+# -- starting and finishing at the same moment ------------------------------------------------------------------------
+
+
+def start_and_finish(folder: Path, rounds: int, number: int, barrier: Barrier, parent: Connection) -> None:
+    """Start every archive together with other processes, and seal it together; the first process writes its blocks."""
+    for index in range(rounds):
+        path = folder / f"{index}.redistill.zarr"
+        result: object
+        barrier.wait(SECONDS)
+        try:
+            writer = open_writer(path)
+            prepare(writer)
+            barrier.wait(SECONDS)
+            if number == 0:
+                for block in list(all_missing(writer)):
+                    writer.write(block, block_arrays(block), block_stats(block))
+            barrier.wait(SECONDS)
+            result = writer.seal()
+            assert redistill_cache.open_archive(path).id == result
+        except (RedistillError, OSError, BrokenBarrierError) as error:
+            result = f"{type(error).__name__}: {error}"
+            barrier.abort()
+        parent.send(result)
+        barrier.wait(SECONDS)
+        if number == 0:
+            found = leftovers(path)
+            shutil.rmtree(path)
+            parent.send(found)
+
+
+def start_and_finish_together(folder: Path, rounds: int, processes: int, identity: str) -> None:
+    barrier = context().Barrier(processes)
+    pipes = [context().Pipe(duplex=False) for _ in range(processes)]
+    started = [
+        context().Process(target=start_and_finish, args=(folder, rounds, number, barrier, pipe[1]))
+        for number, pipe in enumerate(pipes)
+    ]
+    for process in started:
+        process.start()
+    try:
+        for index in range(rounds):
+            results = []
+            for ours, _ in pipes:
+                assert ours.poll(SECONDS), f"a process is stuck in round {index}"
+                results.append(ours.recv())
+            assert results == [identity] * processes, f"round {index}"
+            assert pipes[0][0].recv() == [], f"round {index}: leftovers"
+    finally:
+        for process in started:
+            process.kill()
+            process.join()
+        for pipe in pipes:
+            for end in pipe:
+                end.close()
+
+
+def test_processes_that_start_and_finish_together_all_end_well(ram: Path, reference: Reference):
+    start_and_finish_together(ram, 10, 4, reference[0])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_thousand_pairs_start_and_finish_together(ram: Path, reference: Reference):
+    start_and_finish_together(ram, 1000, 2, reference[0])

@@ -85,7 +85,7 @@ def test_publish_survives_the_sweep_of_another_process(tmp_path: Path, exclusive
         SweptByAnother(times).publish(path, NEW, exclusive=exclusive)
         assert path.read_bytes() == NEW
     with pytest.raises(FileNotFoundError):
-        SweptByAnother(100).publish(tmp_path / "never", NEW, exclusive=exclusive)
+        SweptByAnother(1000).publish(tmp_path / "never", NEW, exclusive=exclusive)
     with pytest.raises(FileNotFoundError):
         LOCAL.publish(tmp_path / "missing folder" / "file", NEW, exclusive=exclusive)
     assert not any(is_leftover(path) for path in tmp_path.iterdir())
@@ -150,7 +150,7 @@ def test_new_directories_survive_power_cuts(tmp_path: Path):
 
 def test_the_simulated_disks_cover_every_operation():
     """An operation added to `Files` must also be added to the failing disk and the power cut."""
-    compositions = {"make_directories", "publish"}
+    compositions = {"make_directories", "publish", "require_links"}
     primitives = {name for name in vars(Files) if not name.startswith("_")} - compositions
     assert primitives <= vars(FailingDisk).keys()
     assert primitives <= vars(PowerCutDisk).keys()

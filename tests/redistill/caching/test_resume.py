@@ -12,9 +12,11 @@ import pytest
 import redistill_cache
 from redistill_cache import ArchiveWriter
 from redistill_cache.errors import Damaged, Incomplete, Refused
+from redistill_cache.storage import Files
 from redistill_cache.verify import verify
 
 from redistill.caching import cache_teacher
+from redistill.caching.open_archive import check_new_path
 from redistill.interrupts import Interrupted
 from redistill.progress import NoProgress
 from tests.faults.failing_disk import FailingDisk, Failure
@@ -93,6 +95,49 @@ def test_blocks_committed_by_another_process_are_left_alone(complete_five_classe
     assert result.images == 90, "only the second view is written by this process"
 
 
+def test_three_commands_started_together_all_finish(complete_five_classes: Path, tmp_path: Path):
+    """As a job array does: none is refused because another one was first."""
+    path = tmp_path / "a.zarr"
+    outputs = [tmp_path / f"{number}.txt" for number in range(3)]
+    commands = [start_command(command_line(path, **FIVE_CLASSES), output) for output in outputs]
+    for command in commands:
+        command.join(120)
+    assert [command.exitcode for command in commands] == [0, 0, 0], [output.read_text() for output in outputs]
+    assert file_hashes(path) == file_hashes(complete_five_classes)
+
+
+class AnotherProcessCreates(NoProgress):
+    """Another process creates and finishes the archive while this one runs its pilot."""
+
+    def __init__(self, path: Path, complete: Path) -> None:
+        self.path, self.complete = path, complete
+
+    def info(self, message: str) -> None:
+        if message.startswith("codec of") and not self.path.exists():
+            shutil.copytree(self.complete, self.path)
+
+
+def test_an_archive_created_by_another_process_is_resumed(complete_five_classes: Path, tmp_path: Path):
+    path = tmp_path / "a.zarr"
+    result = cache_teacher(five_class_options(path), AnotherProcessCreates(path, complete_five_classes))
+    assert result.images == 0
+    assert file_hashes(path) == file_hashes(complete_five_classes)
+
+
+def test_a_file_system_without_hard_links_is_refused_before_the_teacher_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    class NoLinks(Files):
+        def link(self, old: Path, new: Path) -> None:
+            raise OSError(errno.EPERM, "Operation not permitted", str(old), None, str(new))
+
+    monkeypatch.setitem(check_new_path.__kwdefaults__, "files", NoLinks())
+    ran = SignalAtBatch(signal.SIGTERM)
+    with pytest.raises(Refused, match=r"file system of .* does not support hard links.*choose an --out"):
+        cache_teacher(five_class_options(tmp_path / "a.zarr"), ran)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_second_run_does_nothing(complete: Path):
     before = {path: path.stat().st_mtime_ns for path in complete.rglob("*") if path.is_file()}
     result = cache_teacher(cache_options(complete))
@@ -107,22 +152,67 @@ def test_adding_views_or_a_teacher_changes_no_existing_shard(tmp_path: Path):
     extended = cache_teacher(five_class_options(path, extend_views=True))
     assert extended.images == 90
     shards = {p: p.read_bytes() for p in path.rglob("c.*")}
-    second = cache_teacher(five_class_options(path, teacher="demo:tiny?num_classes=5&weights=random"))
+    tiny = {"teacher": "demo:tiny?num_classes=5&weights=random"}
+    with pytest.raises(Refused, match=r"holds the teacher small.*--teacher-name tiny.*--out"):
+        cache_teacher(five_class_options(path, **tiny))
+    tiny["teacher_name"] = "tiny"
+    second = cache_teacher(five_class_options(path, **tiny))
     assert {p: p.read_bytes() for p in shards} == shards
     assert len({first.id, extended.id, second.id}) == 3
     assert set(redistill_cache.open_archive(path).teachers) == {"small", "tiny"}
-    # One teacher alone may extend, but the archive is complete only when all have.
+    # One teacher alone may extend; the other follows, or not.
     third = cache_teacher(five_class_options(path, views=3, extend_views=True))
-    assert third.id is None
-    assert third.missing == ("teachers/tiny",)
-    fourth = cache_teacher(five_class_options(path, views=3, teacher="demo:tiny?num_classes=5&weights=random"))
-    assert fourth.id is not None
+    archive = redistill_cache.open_archive(path)
+    assert (archive.id, archive.num_views) == (third.id, 3)
+    assert (archive.views_of("small"), archive.views_of("tiny")) == (3, 2)
+    with pytest.raises(Refused, match=r"teacher 'tiny' was started with num_views = 2, now it is 3.*--extend-views"):
+        cache_teacher(five_class_options(path, views=3, **tiny))
+    cache_teacher(five_class_options(path, views=3, extend_views=True, **tiny))
+    assert redistill_cache.open_archive(path).views_of("tiny") == 3
+    assert verify(path, full=True).ok
+
+
+def test_a_teacher_is_added_with_fewer_views(tmp_path: Path):
+    path = tmp_path / "a.zarr"
+    cache_teacher(five_class_options(path, views=3))
+    tiny = {"teacher": "demo:tiny?num_classes=5&weights=random", "teacher_name": "b"}
+    with pytest.raises(Refused, match=r"num_views = 3, now it is 4.*--extend-views"):
+        cache_teacher(five_class_options(path, views=4, **tiny))
+    added = cache_teacher(five_class_options(path, views=2, **tiny))
+    archive = redistill_cache.open_archive(path)
+    assert (archive.id, archive.num_views, archive.views_of("b")) == (added.id, 3, 2)
+    assert (added.images, cache_teacher(five_class_options(path, views=2, **tiny)).images) == (180, 0)
+    assert verify(path, full=True).ok
+
+
+def test_an_interrupted_extension_is_readable_and_its_old_command_still_works(tmp_path: Path):
+    path = tmp_path / "a.zarr"
+    first = cache_teacher(five_class_options(path, views=1))
+    with pytest.raises(Interrupted):
+        cache_teacher(five_class_options(path, views=3, extend_views=True), SignalAtBatch(signal.SIGTERM, 4))
+    assert redistill_cache.open_archive(path, verify="full").id == first.id
+    assert verify(path, full=True).ok
+    assert cache_teacher(five_class_options(path, views=1)).images == 0
+    cache_teacher(five_class_options(path, views=3, extend_views=True))
+    cache_teacher(five_class_options(tmp_path / "b.zarr", views=3))
+    shards = {name: digest for name, digest in shard_hashes(path).items() if "/side/" not in name}
+    assert shards.keys() <= shard_hashes(tmp_path / "b.zarr").keys()
+
+
+def test_an_archive_keeps_its_recipe_when_none_is_given(tmp_path: Path):
+    path = tmp_path / "a.zarr"
+    cache_teacher(five_class_options(path, recipe="rrc?size=28&scale=0.5,1&aa=rand-m5-n2", size=None))
+    other = {"teacher": "demo:tiny?num_classes=5&weights=random", "teacher_name": "b"}
+    with pytest.raises(Refused) as error:
+        cache_teacher(five_class_options(path, recipe="cifar?size=28", size=None, **other))
+    assert "--recipe 'rrc?size=28&scale=0.5,1.0&aa=rand-m5-n2', now it is 'cifar?size=28'" in str(error.value)
+    assert cache_teacher(five_class_options(path, recipe=None, size=None, **other)).id
 
 
 def test_a_second_teacher_interrupted_on_a_sealed_archive_resumes(tmp_path: Path):
     path = tmp_path / "a.zarr"
     first = cache_teacher(five_class_options(path))
-    other = {"teacher": "demo:tiny?num_classes=5&weights=random"}
+    other = {"teacher": "demo:tiny?num_classes=5&weights=random", "teacher_name": "tiny"}
     with pytest.raises(Interrupted):
         cache_teacher(five_class_options(path, **other), SignalAtBatch(signal.SIGTERM, 4))
     assert redistill_cache.open_archive(path).id == first.id, "the sealed archive stays readable"
@@ -189,7 +279,7 @@ def test_adding_views_resumes(ram: Path):
     with pytest.raises(Refused, match="cannot shrink"):
         cache_teacher(cache_options(path, views=1, extend_views=True))
     assert redistill_cache.open_archive(path).id == second.id
-    assert cache_teacher(cache_options(path, teacher=OTHER_TEACHER)).id != second.id
+    assert cache_teacher(cache_options(path, teacher=OTHER_TEACHER, teacher_name="other")).id != second.id
 
 
 def shard_hashes(path: Path) -> dict[str, str]:
