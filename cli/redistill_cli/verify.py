@@ -63,7 +63,7 @@ def verify(
     moved = verification.quarantine(path, report.damaged) if quarantine and report.damaged else []
     aligned = True
     if data is not None and report.ok:
-        alignment = _align(path, data)
+        alignment = _align(path, data, full=full)
         aligned = alignment["verdict"] != "refused"
         report = replace(report, ok=aligned, alignment=alignment)
     if as_json:
@@ -76,14 +76,15 @@ def verify(
         raise typer.Exit(REFUSED)
 
 
-def _align(archive: Path, data: str) -> dict[str, Any]:
-    """Re-create the canaries of the archive from the images in `data`."""
+def _align(archive: Path, data: str, *, full: bool) -> dict[str, Any]:
+    """Re-create the canaries of the archive from the images in `data`; with `full`, hash all of them anew."""
     from redistill_cache.reader import open_archive
 
     from redistill.views.aligned import aligned_views
 
-    alignment = aligned_views(data, open_archive(archive)).alignment
-    return alignment.to_json() | {"message": alignment.message}
+    views = aligned_views(data, open_archive(archive), reuse=not full)
+    message = f"{views.alignment.message}; {views.hashed:,} images hashed now"
+    return views.alignment.to_json() | {"message": message, "hashed_images": views.hashed}
 
 
 def _show(archive: Path, report: VerifyReport, moved: list[str]) -> None:

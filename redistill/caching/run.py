@@ -44,6 +44,7 @@ from redistill.interrupts import StopRequest, raise_on_signals, stop_on_signals
 from redistill.progress import NoProgress, Progress
 from redistill.ranks import Rank
 from redistill.signals import LOGITS
+from redistill.sources.folder import skipped_files
 from redistill.teachers import TeacherCheck
 from redistill.views import ViewDataset, join_archive
 
@@ -96,7 +97,7 @@ def cache_teacher(options: CacheOptions, progress: Progress | None = None) -> Ca
         if archive_exists(options):
             plan, writer = open_existing(plan)
         progress.settings(plan.settings_in_effect())
-        tell_excluded(plan, progress)
+        tell_left_out(plan, progress)
         with TeacherRunner(plan, stop) as runner:
             if writer is None or not teacher_is_declared(plan):
                 writer = declare_teacher(runner, writer, stats, progress)
@@ -142,8 +143,11 @@ def make_plan_of_rank(options: CacheOptions, rank: Rank, progress: Progress, sto
     return plan
 
 
-def tell_excluded(plan: Plan, progress: Progress) -> None:
-    excluded = plan.index.excluded
+def tell_left_out(plan: Plan, progress: Progress) -> None:
+    """Say which images and files of the data are not in the archive."""
+    skipped, excluded = skipped_files(plan.source), plan.index.excluded
+    if skipped:
+        progress.info(skipped)
     if excluded:
         shown = "; ".join(f"{key}: {reason}" for key, reason in excluded[:3])
         progress.info(f"{len(excluded):,} images are excluded ({shown}{'; ...' * (len(excluded) > 3)})")

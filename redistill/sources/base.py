@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,18 @@ from redistill_cache.keys import PackedKeys
 
 from redistill.sources.images import as_pixels
 
-__all__ = ["NO_LABEL", "ListedSource", "ObjectSource", "Sample", "Source", "digest_of", "local_path"]
+__all__ = [
+    "NO_FILE",
+    "NO_LABEL",
+    "FileStamp",
+    "ListedSource",
+    "ObjectSource",
+    "Sample",
+    "Source",
+    "digest_of",
+    "file_stamp",
+    "local_path",
+]
 
 NO_LABEL = -1
 
@@ -62,7 +74,16 @@ class ListedSource(Source, Protocol):
         """Identifies the source in the cache of indexes."""
 
     def stamps(self) -> np.ndarray:
-        """Size and modification time (ns) of each sample's file, int64 [N, 2]; -1, -1 if it is missing."""
+        """The `file_stamp` of each sample's file, int64 [N, 4]; -1 if it is missing."""
+
+
+FileStamp = tuple[int, int, int, int]
+NO_FILE: FileStamp = (-1, -1, -1, -1)
+
+
+def file_stamp(status: os.stat_result) -> FileStamp:
+    """Size, modification time, change time and inode: a program can set the modification time back, no other."""
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def digest_of(payload: bytes | np.ndarray, *, name: str) -> bytes:

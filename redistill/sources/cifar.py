@@ -33,7 +33,7 @@ from redistill_cache.keys import PackedKeys, pack_keys
 from redistill_cache.wording import one_line
 
 from redistill.interrupts import stop_requested
-from redistill.sources.base import Sample, local_path
+from redistill.sources.base import Sample, file_stamp, local_path
 from redistill.specs import Spec
 
 __all__ = ["CifarSource", "open_cifar"]
@@ -86,7 +86,7 @@ class CifarSource:
 
     def stamps(self) -> np.ndarray:
         files = [(self.folder / name).stat() for name in self.names]
-        stamps = np.array([(file.st_size, file.st_mtime_ns) for file in files], np.int64)
+        stamps = np.array(list(map(file_stamp, files)), np.int64)
         return np.repeat(stamps, self.counts, axis=0)
 
     def __getstate__(self) -> dict[str, Any]:

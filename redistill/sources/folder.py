@@ -25,11 +25,11 @@ import numpy as np
 from redistill_cache.errors import Refused, UsageError
 from redistill_cache.keys import PackedKeys, pack_keys
 
-from redistill.sources.base import NO_LABEL, Sample, local_path
+from redistill.sources.base import NO_FILE, NO_LABEL, Sample, Source, file_stamp, local_path
 from redistill.sources.images import EXTENSIONS, MAX_ENCODED_BYTES, BadImage
 from redistill.specs import Spec
 
-__all__ = ["FolderSource", "open_folder"]
+__all__ = ["FolderSource", "open_folder", "skipped_files"]
 
 SPLITS = {"train", "val", "valid", "validation", "test"}
 
@@ -65,13 +65,13 @@ class FolderSource:
         return Sample(_read(self.root / key, key), int(self.labels[i]), key)
 
     def stamps(self) -> np.ndarray:
-        root, out = str(self.root), np.full((len(self), 2), -1, np.int64)
+        root, out = str(self.root), np.tile(np.array(NO_FILE, np.int64), (len(self), 1))
         for i, key in enumerate(self.keys):
             try:
                 status = os.stat(f"{root}/{key}")  # noqa: PTH116  a Path for each of a million files takes seconds
             except OSError:
                 continue
-            out[i] = status.st_size, status.st_mtime_ns
+            out[i] = file_stamp(status)
         return out
 
     # -- listing --------------------------------------------------------------------------------------------------
@@ -145,6 +145,14 @@ class FolderSource:
                 f"{str(self.root)!r} contains the splits {', '.join(self.class_names)}, not classes; "
                 f"did you mean 'folder:{self.root / self.class_names[0]}'?"
             )
+
+
+def skipped_files(source: Source) -> str:
+    """The files of a folder that are no images in a format that is read, by extension; empty if there are none."""
+    if not isinstance(source, FolderSource) or not source.skipped:
+        return ""
+    kinds = ", ".join(f"{count:,} {kind or 'without extension'}" for kind, count in source.skipped.most_common(5))
+    return f"files that are not read: {kinds}; images end in {' '.join(EXTENSIONS)}"
 
 
 def open_folder(spec: Spec) -> FolderSource:

@@ -2,10 +2,9 @@
 
 Indexing reads every sample once: the same bytes are hashed and their header is parsed; pixels are decoded only where
 bad images are to be excluded. Worker processes divide the samples among themselves. For sources made of files the
-result is saved in the user's cache folder, and a sample whose file has the same size and modification time is not read
-again next time. A file edited without changing either is not noticed; delete the folder `index` of the cache to read
-everything again. Files modified less than two seconds before they were indexed are read again next time, because a
-later edit might leave the same time.
+result is saved in the user's cache folder, and a sample whose file has the same size, times and inode is not read again
+next time, unless `reuse=False`. Files modified less than two seconds before they were indexed are read again next
+time, because a later edit might leave the same times.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ __all__ = ["SourceIndex", "index_source", "load_arrays", "old_enough", "pair_up"
 CHUNK = 256
 # Below this many samples to read, starting processes takes longer than reading.
 WORTH_PROCESSES = 4096
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 CACHE_ARRAYS = ("version", "key_data", "key_offsets", "stamps", "digests", "sizes", "level")
 # How far a sample has been checked: not read, header parsed, pixels decoded.
 UNKNOWN, HEADER, DECODED = 0, 1, 2
@@ -77,6 +76,7 @@ def index_source(
     progress: IndexProgress | None = None,
     on_bad_image: OnBadImage = "fail",
     without: Collection[str] = (),
+    reuse: bool = True,
 ) -> SourceIndex:
     """Key, label, digest and size of every sample of `source` but those with the keys `without`.
 
@@ -90,7 +90,8 @@ def index_source(
     table = _Table.empty(len(source))
     if isinstance(source, ListedSource):
         stamps = source.stamps()
-        _load_index(source, stamps, table)
+        if reuse:
+            _load_index(source, stamps, table)
     todo = np.flatnonzero(table.level < level)
     started = time.time_ns()
     keys, labels, bad = _read_all(source, todo, table, level, _processes(workers, len(todo)), progress)
@@ -255,7 +256,7 @@ def _load_index(source: ListedSource, stamps: np.ndarray, table: _Table) -> None
     except (Damaged, ValueError, TypeError):
         return
     n = len(old_keys)
-    if [part.shape for part in (old_stamps, digests, sizes, level)] != [(n, 2), (n, 32), (n, 2), (n,)]:
+    if [part.shape for part in (old_stamps, digests, sizes, level)] != [(n, 4), (n, 32), (n, 2), (n,)]:
         return
     rows, old = pair_up(source.keys.hashes(), old_keys.hashes())
     same = (stamps[rows] == old_stamps[old]).all(axis=1) & source.keys.equal_at(rows, old_keys, old)
@@ -298,7 +299,7 @@ NPZ_RAISES = (
 
 
 def old_enough(stamps: np.ndarray, started_ns: int) -> np.ndarray:
-    """Whether any edit after `started_ns` changes these stamps [n, 2]: size and modification time, -1 if unknown."""
+    """Whether any edit after `started_ns` changes these stamps [n, 4]; not those of missing files."""
     result: np.ndarray = (stamps[:, 1] < started_ns - RACY_NS) & (stamps[:, 0] >= 0)
     return result
 

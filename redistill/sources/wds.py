@@ -47,7 +47,7 @@ from redistill_cache.verified_files import cache_folder
 from redistill_cache.wording import one_line
 
 from redistill.interrupts import stop_requested
-from redistill.sources.base import NO_LABEL, Sample, local_path
+from redistill.sources.base import NO_FILE, NO_LABEL, FileStamp, Sample, file_stamp, local_path
 from redistill.sources.images import MAX_ENCODED_BYTES, BadImage
 from redistill.sources.index import load_arrays, old_enough, repeats, save_arrays
 from redistill.sources.tar import Member, members
@@ -113,7 +113,7 @@ class WdsSource:
             fd = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 status = os.fstat(fd)
-                if (status.st_size, status.st_mtime_ns) != opened_as:
+                if file_stamp(status) != opened_as:
                     raise Refused(f"{str(tar)!r} changed since it was opened; start the run again")
                 return _pread(fd, offset, size)
             finally:
@@ -281,14 +281,14 @@ class _TarSamples:
 
     keys: PackedKeys
     places: np.ndarray  # [n, 3] int64: offset and size of the image, and the label
-    stamp: tuple[int, int]  # size and modification time of the tar when it was read
+    stamp: FileStamp  # of the tar when it was read
 
     def __len__(self) -> int:
         return len(self.keys)
 
 
 def _samples_of(tar: Path, *, labelled: bool) -> _TarSamples:
-    """The samples of a tar: from its headers, or from the cache while its size and modification time stay the same."""
+    """The samples of a tar: from its headers, or from the cache while its stamp stays the same."""
     stamp, started = _stamp_of(tar), time.time_ns()
     name = f"{SCAN_VERSION} {labelled} {tar}"
     path = cache_folder() / "tar-headers" / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.npz"
@@ -304,16 +304,14 @@ def _samples_of(tar: Path, *, labelled: bool) -> _TarSamples:
     return samples
 
 
-def _stamp_of(tar: Path) -> tuple[int, int]:
-    """Size and modification time; -1, -1 if the file is missing."""
+def _stamp_of(tar: Path) -> FileStamp:
     try:
-        status = tar.stat()
+        return file_stamp(tar.stat())
     except OSError:
-        return -1, -1
-    return status.st_size, status.st_mtime_ns
+        return NO_FILE
 
 
-def _load_samples(path: Path, stamp: tuple[int, int]) -> _TarSamples | None:
+def _load_samples(path: Path, stamp: FileStamp) -> _TarSamples | None:
     """The samples saved for a tar with this stamp, if they can be read."""
     saved = load_arrays(path, ("stamp", "key_data", "key_offsets", "places"))
     if saved is None or saved["stamp"].tolist() != [list(stamp)]:

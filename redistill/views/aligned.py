@@ -33,6 +33,8 @@ class AlignedViews:
     """None if the archive has no canaries."""
     excluded: int = 0
     """Images of the data that the archive excludes."""
+    hashed: int = 0
+    """Images of the data that were read and hashed now."""
 
     @property
     def alignment(self) -> Alignment:
@@ -48,15 +50,17 @@ def aligned_views(
     size: int | None = None,
     allow_missing: bool = False,
     workers: int | None = None,
+    reuse: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> AlignedViews:
     """Open and index `data`, match its images to the rows of `archive`, and re-create the archive's canaries.
 
-    `size` is the side of the rendered views, by default the recipe's. `workers` and `progress` are for indexing.
+    `size` is the side of the rendered views, by default the recipe's. `workers`, `reuse` and `progress` are for
+    indexing; without `reuse`, all images are read anew.
     """
     source = open_source(data)
-    index = index_source(source, workers=workers, progress=progress, without=excluded_keys(archive))
+    index = index_source(source, workers=workers, progress=progress, without=excluded_keys(archive), reuse=reuse)
     joined = join_archive(index, archive, allow_missing=allow_missing)
     dataset = ViewDataset(source, archive, size=size, joined=joined, check=False)
     canaries = check_canaries(dataset, archive) if archive.spec.canaries_per_view else None
-    return AlignedViews(dataset, joined, canaries, excluded=len(index.excluded))
+    return AlignedViews(dataset, joined, canaries, excluded=len(index.excluded), hashed=len(source) - index.reused)

@@ -17,8 +17,9 @@ from redistill.optim import OptimConfig
 from redistill.progress import NoProgress
 from redistill.sources.images import BadImage
 from redistill.training import TrainOptions, train
-from redistill.views import ViewDataset, render
+from redistill.views import ViewDataset
 from redistill.views.aligned import aligned_views
+from redistill.views.dataset import render
 
 TEACHER = "demo:tiny?num_classes=3&weights=random"
 PNG_END = b"IEND\xaeB`\x82"
@@ -164,3 +165,38 @@ def test_images_that_change_while_a_loop_runs_are_refused(folder: Path, tmp_path
     swap(folder, "c/00.png", "c/01.png")
     with pytest.raises(Refused, match=r"image 'c/00\.png' has changed since it was indexed"):
         dataset[dataset.index(0, 40)]
+
+
+def test_files_in_other_formats_are_named_once(folder: Path, tmp_path: Path):
+    for name in ("a/x.avif", "a/y.AVIF", "b/notes.txt", "c/README"):
+        (folder / name).write_bytes(b"x")
+    messages = Messages()
+    cache_teacher(cache(folder, tmp_path / "a.zarr"), messages)
+    (told,) = [text for text in messages.messages if "not read" in text]
+    assert told.startswith("files that are not read: 2 .avif, 1 .txt, 1 without extension; images end in .jpg")
+
+
+def test_full_verification_reads_every_image_anew(folder: Path, tmp_path: Path):
+    cache_teacher(cache(folder, tmp_path / "a.zarr"))
+    hour_ago = os.stat(folder).st_mtime_ns - 3600 * 10**9  # noqa: PTH116
+    for image in folder.rglob("*.png"):
+        os.utime(image, ns=(hour_ago, hour_ago))
+    archive = open_archive(tmp_path / "a.zarr")
+    assert aligned_views(f"folder:{folder}", archive).hashed == 60
+    assert aligned_views(f"folder:{folder}", archive).hashed == 0
+    assert aligned_views(f"folder:{folder}", archive, reuse=False).hashed == 60
+
+
+def test_an_image_that_was_replaced_with_its_times_restored_is_read_again(folder: Path, tmp_path: Path):
+    cache_teacher(cache(folder, tmp_path / "a.zarr"))
+    image = folder / "b" / "07.png"
+    hour_ago = image.stat().st_mtime_ns - 3600 * 10**9
+    os.utime(image, ns=(hour_ago, hour_ago))
+    archive = open_archive(tmp_path / "a.zarr")
+    assert aligned_views(f"folder:{folder}", archive).joined.exact
+    data = bytearray(image.read_bytes())
+    data[60] ^= 1
+    image.write_bytes(data)
+    os.utime(image, ns=(hour_ago, hour_ago))
+    with pytest.raises(Refused, match=r"1 changed \('b/07\.png'\)|cannot be used"):
+        aligned_views(f"folder:{folder}", archive)

@@ -73,7 +73,7 @@ def test_a_file_that_cannot_be_read_is_a_bad_image_with_its_name(tmp_path: Path)
         source.sample(1)
     with pytest.raises(BadImage, match=r"a/2\.jpg.*not a regular file"):
         source.sample(2)
-    assert source.stamps()[1].tolist() == [-1, -1]
+    assert source.stamps()[1].tolist() == [-1, -1, -1, -1]
 
 
 def test_images_beside_class_folders_need_the_option(tmp_path: Path):
