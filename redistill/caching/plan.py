@@ -19,9 +19,8 @@ from redistill.sources.base import Source
 from redistill.sources.index import SourceIndex, index_source
 from redistill.sources.open_source import open_source
 from redistill.teachers import Teacher
-from redistill.views import DrawnViews, Recipe, ViewDataset, parse_recipe
+from redistill.views import DrawnViews, Recipe, ViewDataset, parse_recipe, recipe_text
 from redistill.views.canaries import CANARIES_PER_VIEW, view_environment
-from redistill.views.recipe_text import recipe_text
 
 __all__ = ["Plan", "make_plan", "use_stored_settings"]
 
@@ -85,7 +84,7 @@ class Plan:
             "normalisation": f"mean {means}, std {deviations}",
             "signals": ", ".join(options.signals) + (", with the mean of each row" if options.keep_shift else ""),
             "views": f"{spec.num_views:,} per image, seed {spec.seed}",
-            "recipe": recipe_text(spec.recipe),
+            "recipe": recipe_text(self.recipe),
             "codec": codec,
             "batch": f"{options.batch_size:,}, blocks of {spec.block_rows:,} rows, {self.workers} rendering processes",
             "device": f"{model['device']}, {model['precision']}"

@@ -14,7 +14,6 @@ from redistill_cache.wording import human_bytes
 
 from redistill.report.charts import BINS_PER_DECADE, Figure, histogram
 from redistill.report.runs import Group
-from redistill.views.recipe_text import recipe_text, settings_text
 
 __all__ = ["ArchiveCard", "archive_card"]
 
@@ -57,7 +56,7 @@ def archive_card(archive: Archive, groups: Sequence[Group]) -> ArchiveCard:
         id=str(info["id"]),
         images=f"{info['num_samples']:,}{excluded}, {info['num_classes']:,} classes",
         views=f"{info['num_views']:,} per image, seed {info['seed']}",
-        recipe=recipe_text(info["recipe"]),
+        recipe=described_recipe(info["recipe"]),
         size=f"{human_bytes(info['total_bytes'])} in total, {info['bytes_per_view']:.1f} bytes per view",
         teachers=tuple(
             (name, str(model.get("spec", "not stated")), str(model.get("weights_digest") or "")[:12])
@@ -121,3 +120,20 @@ def by_quarter_decade(histogram: Mapping[int, int], worst: float) -> dict[int, i
     for quarter in [quarter for quarter in counts if quarter < lowest]:
         counts[lowest] = counts.get(lowest, 0) + counts.pop(quarter)
     return counts
+
+
+def described_recipe(recipe: Mapping[str, Any]) -> str:
+    """The operations of a recipe with their settings; what an archive stores may be any JSON."""
+    ops = recipe.get("ops", [])
+    parts = []
+    for op in ops if isinstance(ops, list) else [ops]:
+        if not isinstance(op, dict):
+            parts.append(str(op))
+            continue
+        settings = settings_text({name: value for name, value in op.items() if name != "op"})
+        parts.append(f"{op.get('op', '?')} ({settings})" if settings else str(op.get("op", "?")))
+    return f"{', then '.join(parts) or 'none'}; {recipe.get('size', '?')} pixels"
+
+
+def settings_text(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)

@@ -7,8 +7,7 @@ from redistill.ranks import World
 from redistill.training.options import TrainOptions
 from redistill.training.prepare import TrainSetup, chosen_teachers
 from redistill.training.targets import OnlineTargets
-from redistill.views import archive_recipe
-from redistill.views.recipe_text import recipe_text
+from redistill.views import archive_recipe, recipe_text
 
 __all__ = ["settings_in_effect"]
 
@@ -23,7 +22,7 @@ def settings_in_effect(options: TrainOptions, setup: TrainSetup, world: World) -
     return {
         "archive": f"{archive.path.name} ({identity}), {archive.num_samples:,} samples, {archive.num_views:,} views",
         "teacher": teacher_text(options, setup),
-        "recipe": recipe_text(archive.spec.recipe) + resized,
+        "recipe": recipe_text(archive_recipe(archive)) + resized,
         "validation": "none" if options.val is None else str(options.val),
         "student": ", ".join(options.students),
         "loss": ", ".join(options.losses),
