@@ -89,7 +89,7 @@ def test_the_settings_in_effect_are_printed_before_the_teacher_runs(cached, dry:
         "batch 16, blocks of 32 rows, 0 rendering processes",
     ):
         assert line in lines, line
-    assert any(line.startswith("recipe ") and line.endswith("32 pixels") for line in lines)
+    assert any(line.startswith("recipe ") and line.endswith("size=32") for line in lines)
     for name in ("device", "normalisation mean"):
         assert any(line.startswith(f"{name} ") for line in lines), name
 
