@@ -5,8 +5,8 @@
 * The key is the path below PATH with '/' between its parts: 'n01440764/n01440764_10026.JPEG'.
 * Images are files that end in .jpg .jpeg .png .webp .gif .bmp, in any case. Other files are skipped and counted in
   `skipped`; files and folders whose names start with '.', and '__MACOSX', are ignored.
-* Links to files and folders are followed, as data sets are often folders of links; a link to a folder that contains it
-  is refused. A broken link is a bad image, found when the source is indexed.
+* Links to files and folders are followed, as data sets are often folders of links. A folder that two paths lead to is
+  refused, so that links cannot multiply the images. A broken link is a bad image, found when the source is indexed.
 * Images beside the class folders are refused, as is a folder without class folders. With `?labels=none` they are
   accepted, every image has the label -1 and there are no class names.
 * A class folder without images is refused, as it usually is a mistake; `?allow_empty=1` keeps it as a class.
@@ -31,6 +31,7 @@ from redistill.specs import Spec
 
 __all__ = ["FolderSource", "open_folder"]
 
+LONGEST_SHOWN = 150
 SPLITS = {"train", "val", "valid", "validation", "test"}
 
 
@@ -46,9 +47,11 @@ class FolderSource:
         self.spec = f"folder:{root}" if spec is None else spec
         self.description = {"kind": "folder"}
         self.skipped: Counter[str] = Counter()
+        self._paths: dict[tuple[int, int], str] = {}  # the folders listed so far, by device and inode
         names = self._class_folders() if labelled else [""]
         counts: list[int] = []
         self.keys: PackedKeys = pack_keys(self._list(names, counts))
+        self._paths.clear()
         self.labels: np.ndarray = np.repeat(np.arange(len(names)) if labelled else [NO_LABEL], counts).astype(np.int64)
         self.class_names: tuple[str, ...] | None = tuple(names) if labelled else None
         self._check(dict(zip(names, counts, strict=True)), allow_empty)
@@ -77,45 +80,49 @@ class FolderSource:
     # -- listing --------------------------------------------------------------------------------------------------
 
     def _class_folders(self) -> list[str]:
-        names, loose = [], []
-        with os.scandir(self.root) as entries:
-            for entry in entries:
-                if _hidden(entry.name):
-                    continue
-                if entry.is_dir():
-                    _check_name(entry.name, self.root)
-                    names.append(entry.name)
-                elif self._is_image(entry.name):
-                    loose.append(entry.name)
+        folders, files = self._entries(str(self.root))
+        loose = [name for name in files if self._is_image(name)]
         if loose:
             raise Refused(
                 f"expected only class folders in {str(self.root)!r}, found {len(loose)} images such as {min(loose)!r}; "
                 "move them into class folders, or add '?labels=none' to use images without labels"
             )
-        return sorted(names)
+        return sorted(folders)
 
     def _list(self, names: list[str], counts: list[int]) -> Iterator[str]:
         """All keys in order, class by class; `counts` receives the number of images of each class."""
-        above = (_identity(self.root),) if names != [""] else ()
         for name in names:
-            keys = sorted(self._images(self.root / name, f"{name}/" if name else "", above))
+            keys = sorted(self._images(f"{name}/" if name else ""))
             counts.append(len(keys))
             yield from keys
 
-    def _images(self, folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
-        """Keys of the images below `folder`, in any order; `above` are the folders that contain it."""
-        identity = _identity(folder)
-        if identity in above:
-            raise Refused(f"{str(folder)!r} links back to a folder that contains it; remove the link")
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if _hidden(entry.name):
-                    continue
-                if entry.is_dir():
-                    yield from self._images(Path(entry.path), f"{prefix}{entry.name}/", (*above, identity))
-                elif self._is_image(entry.name):
-                    _check_name(entry.name, folder)
-                    yield prefix + entry.name
+    def _images(self, prefix: str) -> Iterator[str]:
+        """Keys of the images in the folder `prefix` and below, in any order."""
+        prefixes = [prefix]  # not a recursion, whose depth a folder could exceed
+        while prefixes:
+            prefix = prefixes.pop()
+            folders, files = self._entries(f"{self.root}/{prefix}".rstrip("/"))
+            prefixes += [f"{prefix}{name}/" for name in folders]
+            yield from (prefix + name for name in files if self._is_image(name))
+
+    def _entries(self, folder: str) -> tuple[list[str], list[str]]:
+        """The names of the folders and of the files in `folder`, each of which is listed once."""
+        folders: list[str] = []
+        files: list[str] = []
+        try:
+            status = os.stat(folder)  # noqa: PTH116  see stamps
+            first = self._paths.setdefault((status.st_dev, status.st_ino), folder)
+            if first != folder:
+                raise Refused(f"{_shown(first)} and {_shown(folder)} are the same folder; remove the link")
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if not _hidden(entry.name):
+                        _check_name(entry.name, folder)
+                        (folders if entry.is_dir() else files).append(entry.name)
+        except OSError as error:
+            path = folder if error.filename is None else os.fsdecode(error.filename)
+            raise Refused(f"cannot list {_shown(path)}: {error.strerror or error}; mend or remove it") from error
+        return folders, files
 
     def _is_image(self, name: str) -> bool:
         extension = os.path.splitext(name)[1].lower()  # noqa: PTH122  see stamps
@@ -169,7 +176,7 @@ def _read(path: Path, key: str) -> bytes:
                 raise BadImage(key, "not a regular file")
             if status.st_size > MAX_ENCODED_BYTES:
                 raise BadImage(key, f"{status.st_size} bytes, more than the limit of {MAX_ENCODED_BYTES}")
-            return file.read()
+            return file.read(MAX_ENCODED_BYTES + 1) or b""  # some files of /proc have no size and no end
     except OSError as error:
         raise BadImage(key, error.strerror or str(error)) from error
 
@@ -178,14 +185,14 @@ def _hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _identity(folder: Path) -> tuple[int, int]:
-    status = folder.stat()
-    return status.st_dev, status.st_ino
+def _shown(path: str) -> str:
+    """A path in a message; one of thousands of bytes is cut."""
+    return repr(path if len(path) <= LONGEST_SHOWN else f"{path[:LONGEST_SHOWN]}...")
 
 
-def _check_name(name: str, folder: Path) -> None:
+def _check_name(name: str, folder: str) -> None:
     """Keys are stored as UTF-8, so a name that is not UTF-8 cannot be a key."""
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise Refused(f"the file name {name!r} in {str(folder)!r} is not UTF-8; rename it") from None
+        raise Refused(f"the file name {name!r} in {_shown(folder)} is not UTF-8; rename it") from None

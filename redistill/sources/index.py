@@ -217,7 +217,11 @@ def _refusal(bad: BadImages, n: int) -> Refused:
 
 
 def _index_file(source: ListedSource) -> Path:
-    return cache_folder() / "index" / f"{hashlib.sha256(source.location.encode()).hexdigest()[:32]}.npz"
+    try:
+        location = source.location.encode()
+    except UnicodeEncodeError:
+        raise Refused(f"the path of {source.location!r} is not UTF-8; rename its folders, or link to them") from None
+    return cache_folder() / "index" / f"{hashlib.sha256(location).hexdigest()[:32]}.npz"
 
 
 def _load_index(source: ListedSource, stamps: np.ndarray, table: _Table) -> None:

@@ -214,3 +214,11 @@ def test_pairing_matches_a_slow_pairing(left: list[int], right: list[int]):
     fast = pair_up(np.array(left, np.int64), np.array(right, np.int64))
     assert list(zip(*map(np.ndarray.tolist, fast), strict=True)) == slow
     assert repeats(np.array(left, np.int64)).tolist() == [i for i, value in enumerate(left) if value in left[:i]]
+
+
+def test_a_folder_whose_path_is_not_utf8_is_refused_when_the_index_starts(root: Path, tmp_path: Path):
+    odd = tmp_path / os.fsdecode(b"odd\xff")
+    odd.mkdir()
+    root.rename(odd / "images")
+    with pytest.raises(Refused, match=r"the path of 'folder:.*odd\\udcff/images' is not UTF-8; rename its folders"):
+        index_source(FolderSource(odd / "images"), workers=0)
