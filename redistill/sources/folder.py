@@ -10,7 +10,7 @@
 * Images beside the class folders are refused, as is a folder without class folders. With `?labels=none` they are
   accepted, every image has the label -1 and there are no class names.
 * A class folder without images is refused, as it usually is a mistake; `?allow_empty=1` keeps it as a class.
-* `?split=val` reads PATH/val, and so on.
+* `?split=val` reads PATH/val, and so on. `?max_pixels=N` allows images of up to N pixels; see `images`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 from redistill_cache.errors import Refused, UsageError
 from redistill_cache.keys import PackedKeys, pack_keys
 
-from redistill.sources.base import NO_LABEL, Sample, local_path
+from redistill.sources.base import NO_LABEL, Sample, local_path, pixel_limit
 from redistill.sources.images import EXTENSIONS, MAX_ENCODED_BYTES, BadImage
 from redistill.specs import Spec
 
@@ -39,11 +39,18 @@ class FolderSource:
     """The images of a folder; files are listed when it is opened, and read one by one."""
 
     def __init__(
-        self, root: Path, *, labelled: bool = True, allow_empty: bool = False, spec: str | None = None
+        self,
+        root: Path,
+        *,
+        labelled: bool = True,
+        allow_empty: bool = False,
+        max_pixels: int | None = None,
+        spec: str | None = None,
     ) -> None:
         if not root.is_dir():
             raise Refused(f"{str(root)!r} is not a folder; expected a folder of class folders with images")
         self.root = root.resolve()
+        self.max_pixels = max_pixels
         self.spec = f"folder:{root}" if spec is None else spec
         self.description = {"kind": "folder"}
         self.skipped: Counter[str] = Counter()
@@ -58,14 +65,14 @@ class FolderSource:
 
     @property
     def location(self) -> str:
-        return f"folder:{self.root}"
+        return f"folder:{self.root}" + ("" if self.max_pixels is None else f"?max_pixels={self.max_pixels}")
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def sample(self, i: int) -> Sample:
         key = self.keys[i]
-        return Sample(_read(self.root / key, key), int(self.labels[i]), key)
+        return Sample(_read(self.root / key, key), int(self.labels[i]), key, self.max_pixels)
 
     def stamps(self) -> np.ndarray:
         root, out = str(self.root), np.full((len(self), 2), -1, np.int64)
@@ -155,15 +162,21 @@ class FolderSource:
 
 
 def open_folder(spec: Spec) -> FolderSource:
-    """A source from `folder:PATH?labels=none&allow_empty=1&split=train`."""
-    spec.refuse_unknown({"labels", "allow_empty", "split"})
+    """A source from `folder:PATH?labels=none&allow_empty=1&split=train&max_pixels=400000000`."""
+    spec.refuse_unknown({"labels", "allow_empty", "split", "max_pixels"})
     if not spec.name:
         raise UsageError(f"expected 'folder:PATH', found {spec.text!r} without a path")
     labels = spec.take("labels", "folders")
     if labels not in ("folders", "none"):
         raise UsageError(f"{spec.text!r}: expected labels=folders or none, found {labels!r}")
     root = local_path(spec.name) / spec.take("split", "")
-    return FolderSource(root, labelled=labels == "folders", allow_empty=spec.take("allow_empty", False), spec=spec.text)
+    return FolderSource(
+        root,
+        labelled=labels == "folders",
+        allow_empty=spec.take("allow_empty", False),
+        max_pixels=pixel_limit(spec),
+        spec=spec.text,
+    )
 
 
 def _read(path: Path, key: str) -> bytes:

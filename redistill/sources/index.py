@@ -39,7 +39,7 @@ __all__ = ["SourceIndex", "index_source", "load_arrays", "old_enough", "pair_up"
 CHUNK = 256
 # Below this many samples to read, starting processes takes longer than reading.
 WORTH_PROCESSES = 4096
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 CACHE_ARRAYS = ("version", "key_data", "key_offsets", "stamps", "digests", "sizes", "level")
 # How far a sample has been checked: not read, header parsed, pixels decoded.
 UNKNOWN, HEADER, DECODED = 0, 1, 2
@@ -196,8 +196,8 @@ def _read_chunk(source: Source, rows: np.ndarray, level: int) -> _Chunk:
             key, labels[position] = sample.key, sample.label
             digests[position] = np.frombuffer(digest_of(sample.payload, name=key), np.uint8)
             if level == DECODED and isinstance(sample.payload, bytes):
-                decode_array(sample.payload, name=key)
-            sizes[position] = image_size(sample.payload, name=key)
+                decode_array(sample.payload, name=key, max_pixels=sample.max_pixels)
+            sizes[position] = image_size(sample.payload, name=key, max_pixels=sample.max_pixels)
         except BadImage as error:
             key = error.name
             bad[i] = key, error.reason

@@ -165,7 +165,7 @@ class _Images:
             if source_row < 0:
                 raise Refused(f"row {row} has no sample in this source; use only the rows of indices(view)")
             sample = self.source.sample(source_row)
-            image = decode_image(sample.payload, name=sample.key)
+            image = decode_image(sample.payload, name=sample.key, max_pixels=sample.max_pixels)
         self.uses[row] -= 1
         if self.uses[row] > 0:
             self.decoded[row] = image
@@ -199,7 +199,7 @@ def render(
 
 def _decoded(source: Source, archive: ViewArchive, row: int) -> torch.Tensor:
     sample = _find_sample(source, archive, row)
-    return decode_image(sample.payload, name=sample.key)
+    return decode_image(sample.payload, name=sample.key, max_pixels=sample.max_pixels)
 
 
 def _find_sample(source: Source, archive: ViewArchive, row: int) -> Sample:
