@@ -182,7 +182,9 @@ def open_folder(spec: Spec) -> FolderSource:
 def _read(path: Path, key: str) -> bytes:
     """The bytes of one file; one that cannot be read is a bad image."""
     try:
-        # O_NONBLOCK: opening a FIFO named .jpg must not wait for a writer.
+        if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116  opening a device may have effects
+            raise BadImage(key, "not a regular file")
+        # O_NONBLOCK: should the file be a FIFO by now, opening it must not wait for a writer.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):

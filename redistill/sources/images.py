@@ -38,7 +38,7 @@ from PIL import BmpImagePlugin, GifImagePlugin, Image, ImageFile, JpegImagePlugi
 from redistill_cache.errors import Refused
 from redistill_cache.wording import one_line
 
-from redistill.sources.jpeg import has_several_scans, scans_fault, with_more_data
+from redistill.sources.jpeg import MAX_SCANS, read_scans, with_more_data
 
 if TYPE_CHECKING:
     import torch
@@ -141,7 +141,7 @@ def image_size(payload: bytes | np.ndarray, *, name: str, max_pixels: int | None
     width, height = image.size
     if not _has_end_marker(payload, image.format):
         decode_array(payload, name=name, max_pixels=max_pixels)
-    elif _has_several_scans(image, payload):
+    elif image.format in JPEG and read_scans(payload).number > 1:
         _check_complete(payload, _load(image, name), name, max_pixels)
     return (width, height) if _orientation(image) >= 5 else (height, width)
 
@@ -177,8 +177,12 @@ def _open(payload: bytes, name: str, max_pixels: int | None) -> ImageFile.ImageF
     except PILLOW_RAISES as error:
         raise BadImage(name, one_line(error)) from error
     _check_pixels(image.height, image.width, len(payload), name, max_pixels)
-    if _has_several_scans(image, payload) and (fault := scans_fault(payload)):
-        raise BadImage(name, fault)
+    if image.format in JPEG:
+        scans = read_scans(payload)
+        if scans.number > MAX_SCANS:
+            raise BadImage(name, f"expected at most {MAX_SCANS} scans in a JPEG, found more")
+        if not scans.complete:
+            raise BadImage(name, "truncated: scans are missing")
     return image
 
 
@@ -219,11 +223,6 @@ def _webp_size(payload: bytes) -> tuple[int, int]:
     if kind == b"VP8L":
         return (head >> 22 & 0x3FFF) + 1, (head >> 8 & 0x3FFF) + 1
     return max(head >> 64 & 0x3FFF, 1), max(head >> 48 & 0x3FFF, 1)
-
-
-def _has_several_scans(image: Image.Image, payload: bytes) -> bool:
-    """Whether an image may be a JPEG of several scans, or should be one."""
-    return image.format in JPEG and ("progressive" in image.info or has_several_scans(payload))
 
 
 def _ends_gray(image: Image.Image) -> bool:

@@ -8,28 +8,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
-__all__ = ["MAX_SCANS", "has_several_scans", "scans_fault", "with_more_data"]
+__all__ = ["MAX_SCANS", "Scans", "read_scans", "with_more_data"]
 
 # Encoders write one scan, or about ten for a progressive JPEG.
 MAX_SCANS = 64
 SOS, EOI = 0xDA, 0xD9
-PROGRESSIVE, SEQUENTIAL = (0xC2, 0xCA), (0xC0, 0xC1, 0xC9)
+PROGRESSIVE, SEQUENTIAL = (0xC2, 0xCA), (0xC0, 0xC1, 0xC3, 0xC9)
 # The markers outside of the coded data, in which 0xFF is followed by 0 or is a restart marker.
-MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
+MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)
 NO_BODY = (0xD8, 0x01)
 # Coded data of no meaning, without 0xFF; and the same after each restart marker, for where one is missing.
 NOISE = bytes(i * 97 % 255 for i in range(1020))
 FILLER = NOISE + b"".join(bytes([0xFF, 0xD0 + i]) + NOISE for i in range(8))
 
 
-def has_several_scans(jpeg: bytes) -> bool:
-    """Whether there may be several scans; fast, but true also for a file with a thumbnail."""
-    return jpeg.find(b"\xff\xda", jpeg.find(b"\xff\xda") + 1) >= 0
+class Scans(NamedTuple):
+    """The scans of a JPEG, and whether they hold every bit of every coefficient."""
+
+    number: int
+    complete: bool
 
 
-def scans_fault(jpeg: bytes) -> str:
-    """Why the scans are too many, or do not hold every bit of every coefficient; "" if they are fine."""
+def read_scans(jpeg: bytes) -> Scans:
+    """The scans up to the first that is too many. Of a JPEG that can have one only, no more than its head is read."""
     missing: dict[int, list[bool]] = {}  # by component, whether bits of each of the 64 coefficients are missing
     scans, progressive = 0, False
     for kind, _, body in _segments(jpeg):
@@ -39,14 +42,14 @@ def scans_fault(jpeg: bytes) -> str:
         if kind != SOS or not body:
             continue
         scans += 1
-        if scans > MAX_SCANS:
-            return f"expected at most {MAX_SCANS} scans in a JPEG, found more"
         components = body[1 : 1 + 2 * body[0] : 2]
+        if scans > MAX_SCANS or (not progressive and set(components) >= set(missing)):
+            return Scans(scans, complete=True)
         first, last, bits = body[1 + 2 * body[0] :][:3].ljust(3, b"\0") if progressive else (0, 63, 0)
         for component in components:
             coefficients = missing.get(component, [])
             coefficients[first : last + 1] = [bits & 15 > 0] * len(coefficients[first : last + 1])
-    return "truncated: scans are missing" if any(map(any, missing.values())) else ""
+    return Scans(scans, not any(map(any, missing.values())))
 
 
 def with_more_data(jpeg: bytes) -> bytes:
@@ -59,7 +62,7 @@ def _segments(jpeg: bytes) -> Iterator[tuple[int, int, bytes]]:
     """Marker, position and body of each segment, up to the end of the image."""
     at = 2
     while (match := MARKER.search(jpeg, at)) is not None:
-        kind, at = match[1][0], match.end()
+        kind, at = jpeg[match.start() + 1], match.end()
         if kind in NO_BODY:
             continue
         length = 0 if kind == EOI else int.from_bytes(jpeg[at : at + 2], "big")

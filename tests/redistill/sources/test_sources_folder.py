@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 import subprocess
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from redistill_cache.errors import Refused, UsageError
 
 import redistill
 from redistill.sources.base import Source
+from redistill.sources.folder import FolderSource
 from redistill.sources.images import BadImage
+from redistill.sources.index import index_source
 
 
 def write_files(root: Path, *names: str) -> Path:
@@ -75,6 +78,20 @@ def test_a_file_that_cannot_be_read_is_a_bad_image_with_its_name(tmp_path: Path)
     with pytest.raises(BadImage, match=r"a/2\.jpg.*not a regular file"):
         source.sample(2)
     assert source.stamps()[1].tolist() == [-1, -1]
+
+
+def test_devices_sockets_and_files_without_end_are_bad_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    root = write_files(tmp_path, "a/0.jpg")
+    (root / "a" / "1.jpg").symlink_to("/dev/zero")
+    (root / "a" / "2.jpg").symlink_to("/dev/tty")
+    (root / "a" / "3.jpg").symlink_to("/proc/self/pagemap")  # a regular file of 0 bytes that does not end
+    monkeypatch.chdir(root / "a")  # the path of a socket must be short
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("4.jpg")
+        index = index_source(FolderSource(root), workers=0, on_bad_image="exclude")
+    reasons = dict(index.excluded)
+    assert [reasons[f"a/{i}.jpg"] for i in (1, 2, 4)] == ["not a regular file"] * 3
+    assert "a/3.jpg" in reasons
 
 
 def test_images_beside_class_folders_need_the_option(tmp_path: Path):
