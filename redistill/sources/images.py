@@ -22,8 +22,7 @@
 A bad image raises `BadImage` with its name; `index_source(on_bad_image=...)` fails, or excludes it.
 
 Pillow decodes, not torchvision.io: both wrap libjpeg-turbo and give identical pixels at about the same speed, but only
-Pillow has an allow-list of formats, and handles every case above; and torchvision 0.29
-deprecates its decoders.
+Pillow has an allow-list of formats, and handles every case above; and torchvision 0.29 deprecates its decoders.
 """
 
 from __future__ import annotations
@@ -192,7 +191,7 @@ def _is_of_kind(payload: bytes, kind: str) -> bool:
 
 
 def _load(image: ImageFile.ImageFile, name: str) -> Image.Image:
-    """The image in RGB, or in the 32-bit gray of 16 bits, decoded."""
+    """The decoded image, in RGB or in gray of more than 8 bits."""
     try:
         image.load()
         image.info.pop("transparency", None)  # it would be blended in, or warned about
@@ -233,7 +232,7 @@ def _ends_gray(image: Image.Image) -> bool:
 
 
 def _check_complete(payload: bytes, decoded: Image.Image, name: str, max_pixels: int | None) -> None:
-    """Refuse a JPEG whose data ends before its pixels do."""
+    """Refuse a JPEG whose data ends before its pixels do: data added to it would change them."""
     again = _load(_open(with_more_data(payload), name, max_pixels), name)
     for top in range(0, decoded.height, STRIP):
         box = (0, top, decoded.width, min(top + STRIP, decoded.height))

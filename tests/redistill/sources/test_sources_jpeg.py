@@ -15,9 +15,9 @@ RNG = np.random.default_rng(0)
 PHOTO = Image.fromarray(RNG.integers(0, 256, (9, 13, 3), np.uint8)).resize((150, 107), Image.Resampling.BICUBIC)
 
 
-def jpeg(image: Image.Image, **options: object) -> bytes:
+def jpeg(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
     out = io.BytesIO()
-    image.save(out, "JPEG", **options)
+    image.save(out, kind, **options)
     return out.getvalue()
 
 
@@ -70,8 +70,10 @@ def test_bytes_of_no_meaning_before_the_end_do_not_make_a_jpeg_truncated(kind: s
 
 def test_an_image_that_is_gray_at_its_end_is_complete():
     for value in range(120, 136):
-        payload = jpeg(Image.new("RGB", (40, 30), (value,) * 3))
-        assert int(decode_image(payload, name="it")[0, -1, -1]) == value
+        gray = Image.new("RGB", (40, 30), (value,) * 3)
+        for payload in (jpeg(gray), jpeg(gray, "MPO", save_all=True, append_images=[PHOTO])):
+            assert image_size(payload, name="it") == (30, 40)
+            assert int(decode_image(payload, name="it")[0, -1, -1]) == value
 
 
 @pytest.mark.parametrize("kind", ["progressive", "progressive gray"])
