@@ -14,6 +14,7 @@ from redistill_cache.errors import UsageError
 from redistill_cache.keys import PackedKeys
 
 from redistill.sources.images import as_pixels
+from redistill.specs import Spec
 
 __all__ = [
     "NO_FILE",
@@ -26,6 +27,7 @@ __all__ = [
     "digest_of",
     "file_stamp",
     "local_path",
+    "pixel_limit",
 ]
 
 NO_LABEL = -1
@@ -38,6 +40,8 @@ class Sample:
     payload: bytes | np.ndarray
     label: int
     key: str
+    max_pixels: int | None = None
+    """The number of pixels that the user allows for an encoded image; None for the limits of `images`."""
 
 
 @runtime_checkable
@@ -93,6 +97,16 @@ def digest_of(payload: bytes | np.ndarray, *, name: str) -> bytes:
         shape = ",".join(map(str, pixels_HWC.shape))
         return hashlib.sha256(f"uint8[{shape}]".encode() + pixels_HWC.tobytes()).digest()
     return hashlib.sha256(payload).digest()
+
+
+def pixel_limit(spec: Spec) -> int | None:
+    """The option `max_pixels` of a source of encoded images."""
+    if "max_pixels" not in spec.options:
+        return None
+    limit = spec.take("max_pixels", 0)
+    if limit < 1:
+        raise UsageError(f"{spec.text!r}: expected max_pixels to be at least 1, found {limit}")
+    return limit
 
 
 def local_path(text: str) -> Path:

@@ -221,8 +221,8 @@ def _read_chunk(source: Source, rows: np.ndarray, level: int) -> _Chunk:
             key, labels[position] = sample.key, sample.label
             digests[position] = np.frombuffer(digest_of(sample.payload, name=key), np.uint8)
             if level == DECODED and isinstance(sample.payload, bytes):
-                decode_array(sample.payload, name=key)
-            sizes[position] = image_size(sample.payload, name=key)
+                decode_array(sample.payload, name=key, max_pixels=sample.max_pixels)
+            sizes[position] = image_size(sample.payload, name=key, max_pixels=sample.max_pixels)
         except BadImage as error:
             key = error.name
             bad[i] = key, error.reason
@@ -242,7 +242,11 @@ def _refusal(bad: BadImages, n: int) -> Refused:
 
 
 def _index_file(source: ListedSource) -> Path:
-    return cache_folder() / "index" / f"{hashlib.sha256(source.location.encode()).hexdigest()[:32]}.npz"
+    try:
+        location = source.location.encode()
+    except UnicodeEncodeError:
+        raise Refused(f"the path of {source.location!r} is not UTF-8; rename its folders, or link to them") from None
+    return cache_folder() / "index" / f"{hashlib.sha256(location).hexdigest()[:32]}.npz"
 
 
 def _load_index(source: ListedSource, stamps: np.ndarray, table: _Table) -> None:

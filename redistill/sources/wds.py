@@ -47,7 +47,7 @@ from redistill_cache.verified_files import cache_folder
 from redistill_cache.wording import one_line
 
 from redistill.interrupts import stop_requested
-from redistill.sources.base import NO_FILE, NO_LABEL, FileStamp, Sample, file_stamp, local_path
+from redistill.sources.base import NO_FILE, NO_LABEL, FileStamp, Sample, file_stamp, local_path, pixel_limit
 from redistill.sources.images import MAX_ENCODED_BYTES, BadImage
 from redistill.sources.index import load_arrays, old_enough, repeats, save_arrays
 from redistill.sources.tar import Member, members
@@ -71,7 +71,10 @@ class WdsSource:
 
     class_names: tuple[str, ...] | None = None
 
-    def __init__(self, tars: list[Path], *, labelled: bool = True, spec: str | None = None) -> None:
+    def __init__(
+        self, tars: list[Path], *, labelled: bool = True, max_pixels: int | None = None, spec: str | None = None
+    ) -> None:
+        self.max_pixels = max_pixels
         self.tars = [_existing(tar).resolve() for tar in tars]
         self.spec = f"wds:{','.join(map(str, tars))}" if spec is None else spec
         self.description = {"kind": "wds"}
@@ -91,14 +94,15 @@ class WdsSource:
 
     @property
     def location(self) -> str:
-        return "wds:" + "\0".join(map(str, self.tars))
+        limit = "" if self.max_pixels is None else f"?max_pixels={self.max_pixels}"
+        return "wds:" + "\0".join(map(str, self.tars)) + limit
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def sample(self, i: int) -> Sample:
         key = self.keys[i]
-        return Sample(self._read(i, key), int(self.labels[i]), key)
+        return Sample(self._read(i, key), int(self.labels[i]), key, self.max_pixels)
 
     def stamps(self) -> np.ndarray:
         by_tar = np.array([_stamp_of(tar) for tar in self.tars], np.int64)
@@ -123,14 +127,14 @@ class WdsSource:
 
 
 def open_wds(spec: Spec) -> WdsSource:
-    """A source from `wds:PATTERN?labels=none`."""
-    spec.refuse_unknown({"labels"})
+    """A source from `wds:PATTERN?labels=none&max_pixels=400000000`."""
+    spec.refuse_unknown({"labels", "max_pixels"})
     labels = spec.take("labels", "members")
     if labels not in ("members", "none"):
         raise UsageError(f"{spec.text!r}: expected labels=members or none, found {labels!r}")
     places = [_place(name) for name in _expand(spec)]  # all are valid before one is fetched
     tars = [_local_copy(place) if isinstance(place, Address) else place for place in places]
-    return WdsSource(tars, labelled=labels == "members", spec=spec.text)
+    return WdsSource(tars, labelled=labels == "members", max_pixels=pixel_limit(spec), spec=spec.text)
 
 
 # -- which tars -------------------------------------------------------------------------------------------------------

@@ -330,7 +330,9 @@ class DecodedSource:
         self.samples: dict[int, Sample] = {}
         for i in np.unique(source_rows).tolist():
             sample = source.sample(i)
-            self.samples[i] = replace(sample, payload=decode_array(sample.payload, name=sample.key))
+            self.samples[i] = replace(
+                sample, payload=decode_array(sample.payload, name=sample.key, max_pixels=sample.max_pixels)
+            )
         self.sizes = {i: np.shape(sample.payload)[:2] for i, sample in self.samples.items()}
 
     def __len__(self) -> int:

@@ -206,7 +206,7 @@ class _Images:
                     f"image {sample.key!r} has changed since it was indexed; restore it, or start again with the "
                     "images as they are now"
                 )
-            image = decode_image(sample.payload, name=sample.key)
+            image = decode_image(sample.payload, name=sample.key, max_pixels=sample.max_pixels)
         self.uses[row] -= 1
         if self.uses[row] > 0:
             self.decoded[row] = image
@@ -240,7 +240,7 @@ def render(
 
 def _decoded(source: Source, archive: ViewArchive, row: int) -> torch.Tensor:
     sample = _find_sample(source, archive, row)
-    return decode_image(sample.payload, name=sample.key)
+    return decode_image(sample.payload, name=sample.key, max_pixels=sample.max_pixels)
 
 
 def _find_sample(source: Source, archive: ViewArchive, row: int) -> Sample:

@@ -6,6 +6,8 @@ import hashlib
 import io
 import pickle
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -178,16 +180,101 @@ def png(width: int, height: int, *, depth: int = 8, colour: int = 2, data: bytes
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
+def gif(width: int, height: int) -> bytes:
+    """A frame of one pixel on a screen of this size."""
+    head = b"GIF89a" + struct.pack("<HH", width, height) + bytes([0x80, 0, 0, 0, 0, 0, 255, 255, 255])
+    return head + b",\0\0\0\0\1\0\1\0\0" + b"\2\2D\1\0;"
+
+
+def webp(kind: bytes, width: int, height: int) -> bytes:
+    """A header, and data that stops soon after it."""
+    sizes = {
+        b"VP8X": bytes(4) + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little"),
+        b"VP8L": b"/" + ((width - 1) | (height - 1) << 14).to_bytes(4, "little"),
+        b"VP8 ": bytes(3) + b"\x9d\x01\x2a" + struct.pack("<HH", width, height),
+    }
+    body = kind + struct.pack("<I", 3000) + sizes[kind].ljust(3000, b"\0")
+    return b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP" + body
+
+
+def bmp(width: int, height: int) -> bytes:
+    return b"BM" + struct.pack("<IIIIiiHHI", 90, 0, 54, 40, width, height, 1, 24, 0) + bytes(60)
+
+
+BOMBS = {
+    "9,460 x 9,460 PNG": png(9_460, 9_460, data=zlib.compress(b"\0" * 100_000, 9)),
+    "2^31 x 2^31 PNG": png(0x7FFFFFFF, 0x7FFFFFFF),
+    "89,478,485 x 1 PNG": png(89_478_485, 1, depth=1, colour=0, data=zlib.compress(bytes(11_184_812), 9)),
+    "35 bytes of GIF": gif(9_400, 9_400),
+    "870 megapixels of GIF": gif(30_000, 29_000),
+    "VP8X": webp(b"VP8X", 9_400, 9_400),
+    "VP8L": webp(b"VP8L", 9_400, 9_400),
+    "VP8": webp(b"VP8 ", 9_400, 9_400),
+    "larger VP8X": webp(b"VP8X", 16_384, 16_384),
+    "larger VP8L": webp(b"VP8L", 16_383, 16_383),
+    "larger VP8": webp(b"VP8 ", 16_383, 16_383),
+    "BMP": bmp(9_400, 9_400),
+    "JPEG": encode(SMOOTH, "JPEG").replace(struct.pack(">HH", 20, 30), struct.pack(">HH", 9_400, 9_400)),
+}
+
+
 @pytest.mark.parametrize("limit", [Image.MAX_IMAGE_PIXELS, None])
-def test_bombs_are_refused_by_their_header(limit: int | None, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("name", BOMBS)
+def test_images_of_too_many_pixels_are_refused_by_their_header(
+    name: str, limit: int | None, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    for width, height in ((9_460, 9_460), (30_000, 30_000), (0x7FFFFFFF, 0x7FFFFFFF)):
-        payload = png(width, height, data=zlib.compress(b"\0" * 100_000, 9))
-        for look in (image_size, decode_image):
-            with pytest.raises(BadImage, match="'bomb'"):
-                look(payload, name="bomb")
+    for look in (image_size, decode_image):
+        with pytest.raises(BadImage, match=r"max_pixels=\d+' to the images|expected sides of 1 to 65535 pixels"):
+            look(BOMBS[name], name="bomb")
+
+
+def test_refusing_them_takes_little_memory(tmp_path: Path):
+    for name, payload in BOMBS.items():
+        (tmp_path / name).write_bytes(payload)
+    script = f"""if True:
+        import resource
+        from pathlib import Path
+        from redistill.sources.images import BadImage, decode_array, image_size
+        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak()
+        for file in sorted(Path({str(tmp_path)!r}).iterdir()):
+            for look in (image_size, decode_array):
+                try:
+                    look(file.read_bytes(), name=file.name)
+                except BadImage:
+                    print("refused", peak() - before)"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert len(lines) == 2 * len(BOMBS)
+    assert max(int(kib) for _, kib in lines) < 30 << 10
+
+
+def test_photographs_of_100_megapixels_pass_and_larger_images_by_option():
+    photograph = encode(Image.new("L", (11_648, 8_736), 9), "JPEG")
+    assert image_size(photograph, name="it") == (8_736, 11_648)
+    page = encode(Image.new("1", (5_000, 4_000), 1), "PNG")
+    for limit in (None, 19_999_999):
+        with pytest.raises(BadImage, match=r"5000 x 4000 = 20000000 pixels.*add '\?max_pixels=20000000' to the images"):
+            image_size(page, name="it", max_pixels=limit)
+    assert image_size(page, name="it", max_pixels=20_000_000) == (4_000, 5_000)
+    assert decode_image(page, name="it", max_pixels=20_000_000).shape == (3, 4_000, 5_000)
+
+
+def test_more_than_256_mib_are_refused():
     with pytest.raises(BadImage, match="limit of 268435456"):
         image_size(b"\xff\xd8" + bytes(images.MAX_ENCODED_BYTES), name="bomb")
+
+
+def test_other_formats_that_were_cut_and_given_an_end_marker_are_truncated():
+    for kind, end in (("PNG", 12), ("WEBP", 0), ("GIF", 1)):
+        whole = PAYLOADS[kind]()
+        for part in (0.5, 0.7, 0.9):
+            cut = whole[: int(len(whole) * part)] + whole[len(whole) - end :]
+            if kind == "WEBP":
+                cut = cut[:4] + struct.pack("<I", len(cut) - 8) + cut[8:]
+            with pytest.raises(BadImage, match="'it'"):
+                decode_image(cut, name="it")
 
 
 def test_hundreds_of_damaged_images_raise_bad_image_or_decode():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import pickle
 import shutil
 import signal
 from collections import Counter
@@ -23,6 +24,7 @@ from redistill.sources.base import Sample
 from redistill.sources.folder import FolderSource
 from redistill.sources.images import BadImage
 from redistill.sources.index import SourceIndex, index_source, pair_up, repeats
+from redistill.views import DrawnViews, parse_recipe
 
 RNG = np.random.default_rng(0)
 LONG_AGO = 1_000_000_000_000_000_000
@@ -232,3 +234,31 @@ class Deadly:
 def test_a_killed_process_is_refused_in_one_line():
     with pytest.raises(Refused, match="a process that reads images died; if memory ran out, use fewer --workers"):
         index_source(redistill.open_source(Deadly()), workers=1)
+
+
+def test_a_folder_whose_path_is_not_utf8_is_refused_when_the_index_starts(root: Path, tmp_path: Path):
+    odd = tmp_path / os.fsdecode(b"odd\xff")
+    odd.mkdir()
+    root.rename(odd / "images")
+    with pytest.raises(Refused, match=r"the path of 'folder:.*odd\\udcff/images' is not UTF-8; rename its folders"):
+        index_source(FolderSource(odd / "images"), workers=0)
+
+
+def test_large_images_are_allowed_by_an_option_of_the_images(root: Path):
+    out = io.BytesIO()
+    Image.new("1", (5_000, 4_000), 1).save(out, "PNG")
+    put(root / "class0" / "page.png", out.getvalue())
+    with pytest.raises(BadImage, match=r"class0/page\.png.*add '\?max_pixels=20000000' to the images"):
+        index_source(redistill.open_source(f"folder:{root}"), workers=0)
+    source = redistill.open_source(f"folder:{root}?max_pixels=20000000")
+    index = index_source(source, workers=2, on_bad_image="exclude")
+    assert index.sizes.max() == 5_000
+    assert not index.excluded
+    views = DrawnViews(index, parse_recipe("rrc?size=8"), seed=0, num_views=1)
+    dataset = pickle.loads(pickle.dumps(redistill.ViewDataset(source, views)))  # as for a worker
+    assert [item.pixels.shape[1] for item in dataset.__getitems__(range(13))] == [8] * 13
+    # An index that was made with the option is not used without it.
+    with pytest.raises(BadImage, match="max_pixels=20000000"):
+        index_source(redistill.open_source(f"folder:{root}"), workers=0)
+    with pytest.raises(UsageError, match="expected max_pixels to be at least 1, found 0"):
+        redistill.open_source(f"folder:{root}?max_pixels=0")

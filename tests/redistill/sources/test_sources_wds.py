@@ -455,3 +455,11 @@ def test_headers_are_read_once_while_a_tar_stays_the_same(tmp_path: Path, cache:
     tar.write_bytes(whole)  # modified just now: a later edit may leave the same time, so nothing is saved
     assert len(redistill.open_source(f"wds:{tar}")) == 5
     assert saved.read_bytes() == b"not a zip"
+
+
+def test_larger_images_are_allowed_and_smaller_ones_refused_by_an_option(tmp_path: Path):
+    shard(tmp_path / "0.tar", 0, 3)
+    for limit in (48, 1 << 30):
+        assert len(index_source(redistill.open_source(f"wds:{tmp_path}?max_pixels={limit}"))) == 3
+    with pytest.raises(Refused, match=r"6 x 8 = 48 pixels, more than 47; to allow it, add '\?max_pixels=48'"):
+        index_source(redistill.open_source(f"wds:{tmp_path}?max_pixels=47"))
