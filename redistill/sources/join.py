@@ -78,7 +78,7 @@ def join(
 ) -> Join:
     """Find the sample of `index` behind each row of an archive with these keys, labels, digests and class names.
 
-    Refused when a row is missing or changed, unless `allow_missing`; when classes differ; and when nothing matches.
+    Refused when nothing matches; when classes differ; and when a row is missing or changed, unless `allow_missing`.
     """
     names = None if class_names is None else tuple(class_names)
     source_labels = _as_archive_labels(index, names)
@@ -167,26 +167,30 @@ def _refuse_mismatch(
             f"expected the images the archive was made from, byte for byte, found none of them: {joined.summary()}; "
             "use the data and the split the archive was made from"
         )
+    if counts["relabelled"]:  # first: to allow missing images does not help
+        raise Refused(
+            f"the classes of the data do not match the archive's: {joined.summary()}; "
+            f"{_class_advice(source_names, archive_names)}"
+        )
     if (counts["missing"] or counts["changed"]) and not allow_missing:
         raise Refused(
-            f"the data does not match the archive: {joined.summary()}; "
-            "use the images the archive was made from, or allow missing images to use those that match"
-        )
-    if counts["relabelled"]:
-        difference = _class_difference(source_names, archive_names)
-        raise Refused(
-            f"the classes of the data do not match the archive's: {joined.summary()}{difference}; correct the labels"
+            f"the data does not match the archive: {joined.summary()}; use the images the archive was made from, or "
+            "train on those that match: redistill train --allow-missing, in Python allow_missing=True"
         )
 
 
-def _class_difference(source_names: tuple[str, ...] | None, archive_names: tuple[str, ...] | None) -> str:
+def _class_advice(source_names: tuple[str, ...] | None, archive_names: tuple[str, ...] | None) -> str:
     if source_names is None or archive_names is None:
-        return "; class names to compare by are not known on both sides"
+        side = "the data has" if source_names is None else "the archive has"
+        return f"{side} no class names to compare by, so number the classes of the data as the archive does"
     added = sorted(set(source_names) - set(archive_names))
     missing = sorted(set(archive_names) - set(source_names))
     if not added and not missing:
-        return ""
-    return f"; class names only in the data: {added[:EXAMPLES]}, only in the archive: {missing[:EXAMPLES]}"
+        return "put each image into the class that it has in the archive"
+    return (
+        f"class names only in the data: {added[:EXAMPLES]}, only in the archive: {missing[:EXAMPLES]}; "
+        "give the classes of the data the names that they have in the archive"
+    )
 
 
 def _as_archive_labels(index: SourceIndex, archive_names: tuple[str, ...] | None) -> np.ndarray:

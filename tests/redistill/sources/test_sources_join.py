@@ -138,7 +138,7 @@ def test_a_refusal_has_the_counts_and_the_first_keys():
         "2 changed ('bee/10.jpg', 'cat/11.jpg')",
         "8 missing ('ant/12.jpg', ",
         ", ...)",
-        "allow missing",
+        "redistill train --allow-missing",
     ):
         assert part in line
     with pytest.raises(Refused, match="found none of them"):
@@ -172,11 +172,28 @@ def test_other_classes_are_refused_by_name():
     wider = [replace(item, label=item.label + 1) for item in archive]  # one more class in the data is accepted
     assert counts(join_items(wider, archive, ("aardvark", *CLASSES))) == {"matched": 30}
     assert counts(join_items(archive, archive, None)) == {"matched": 30}
-    with pytest.raises(Refused, match="not known on both sides"):
+    with pytest.raises(Refused, match="the data has no class names"):
         join_items(wider, archive, None)
     with pytest.raises(Refused, match="'ant' occurs twice"):
         join_items(archive, archive, ("ant", "ant", "bee"))
     assert counts(join_items(archive, archive, ("ant", "ant", "bee"), ("ant", "ant", "bee"))) == {"matched": 30}
+
+
+@pytest.mark.parametrize("allow_missing", [False, True])
+def test_relabelled_images_are_refused_with_what_to_do(allow_missing: bool):
+    """Not with advice to allow missing images, which would only lead to this refusal."""
+    archive = make_items(30)
+    moved = [replace(archive[1], key="ant/1.jpg", label=0), *archive[2:]]
+    cases: dict[str, tuple[list[Item], tuple[str, ...] | None]] = {
+        "put each image into the class that it has in the archive": (moved, CLASSES),
+        "give the classes of the data the names that they have in the archive": (archive[1:], ("ant", "dog", "cat")),
+        "number the classes of the data as the archive does": (moved, None),
+    }
+    for advice, (items, names) in cases.items():
+        with pytest.raises(Refused, match=r"1 missing.*relabelled") as error:
+            join_items(items, archive, names, allow_missing=allow_missing)
+        assert str(error.value).endswith(advice)
+        assert "allow" not in str(error.value)
 
 
 def test_samples_without_labels_match_any():
