@@ -40,7 +40,7 @@ def remove_teacher(
     The other teachers and the views stay as they are; the archive gets
     another id. An interrupted removal is finished by the same command.
 
-    Example:
+    Examples:
 
     \b
       redistill archive remove-teacher teacher.redistill.zarr resnet18
@@ -65,7 +65,7 @@ def edit(
 
     No block changes; the archive gets another id.
 
-    Example:
+    Examples:
 
     \b
       redistill archive edit teacher.redistill.zarr --licence CC-BY-4.0

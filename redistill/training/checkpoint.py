@@ -24,7 +24,6 @@ from redistill.progress import Progress
 from redistill.specs import first_line
 from redistill.training.archive_use import ArchiveUse
 from redistill.training.member import Member
-from redistill.training.options import FREE_ON_RESUME
 
 __all__ = ["LAST", "PREVIOUS", "has_checkpoint", "load_checkpoint", "save_checkpoint", "saved_use"]
 
@@ -146,7 +145,7 @@ def read_state(path: Path) -> dict[str, Any] | None:
 
 def refuse_difference(out: Path, saved: Options, current: Options) -> None:
     """A run is resumed with the options it was started with; `ArchiveUse` compares the teachers."""
-    for name in sorted((saved.keys() | current.keys()) - {*FREE_ON_RESUME, "teachers"}):
+    for name in sorted((saved.keys() | current.keys()) - {"teachers"}):
         if saved.get(name) != current.get(name):
             stored, now = (f"{side[name]!r:.80}" if name in side else "not given" for side in (saved, current))
             raise SpecMismatch(

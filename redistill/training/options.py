@@ -46,6 +46,7 @@ FREE_ON_RESUME = (
     "archive",
     "val",
     "val_archive",
+    "on_bad_image",
     "workers",
     "cache_memory",
     "log",

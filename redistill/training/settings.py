@@ -5,7 +5,7 @@ from __future__ import annotations
 from redistill.optim import OptimConfig
 from redistill.ranks import World
 from redistill.training.options import TrainOptions
-from redistill.training.prepare import TrainSetup, chosen_teachers
+from redistill.training.prepare import TrainSetup
 from redistill.training.targets import OnlineTargets
 from redistill.views import archive_recipe, recipe_text
 
@@ -43,7 +43,7 @@ def teacher_text(options: TrainOptions, setup: TrainSetup) -> str:
         return "not used by this loss"
     if isinstance(setup.targets, OnlineTargets):
         return f"{options.online_teacher}, run at every step"
-    names = chosen_teachers(options, setup.archive)
+    names = setup.use.teachers
     return names[0] if len(names) == 1 else f"mean of {', '.join(names)}"
 
 

@@ -199,7 +199,7 @@ def test_train_prints_the_settings_in_effect_before_it_starts(run, archive: Path
     lines = [" ".join(line.split()) for line in process.stderr.splitlines()]
     first = next(number for number, line in enumerate(lines) if line.startswith("archive "))
     assert lines[first] == f"archive teacher.redistill.zarr ({open_archive(archive).id[:12]}), 150 samples, 3 views"
-    assert lines[first + 2].endswith("; 32 pixels, students at 24 pixels")
+    assert lines[first + 2].endswith("?size=32, students at 24 pixels")
     expected = [
         "teacher small",
         "validation none",

@@ -23,9 +23,9 @@ from redistill.views import (
     archive_recipe,
     join_archive,
     parse_recipe,
-    render,
     render_view,
 )
+from redistill.views.dataset import render
 from redistill.views.recipe import WEIGHT_UNIT
 from redistill.views.render import row_params
 from tests.image_source import ImageSource
