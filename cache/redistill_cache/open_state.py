@@ -23,7 +23,7 @@ from redistill_cache.spec import ArchiveSpec, TeacherSpec
 from redistill_cache.spec_files import Document, list_teachers, read_root, read_teachers
 from redistill_cache.storage import LOCAL, MOST_FILES, file_sha256, open_regular, read_small, walk_regular
 from redistill_cache.strict_json import Json
-from redistill_cache.verified_files import WHOLE, HashedFile, VerifiedFiles
+from redistill_cache.verified_files import WHOLE, HashedFile, VerifiedFiles, stamp_of
 
 __all__ = [
     "VERIFY_ADVICE",
@@ -252,7 +252,7 @@ def committed_file(
         return
     try:
         status = os.fstat(fd)
-        file = HashedFile(name, entry, status.st_mtime_ns)
+        file = HashedFile(name, entry, stamp_of(status))
         if status.st_size != entry.size:
             yield fd, f"has {status.st_size} bytes, {entry.size} were committed"
         elif hashing == "never" or (hashing == "once" and file in state.verified_files):
@@ -294,4 +294,4 @@ def check_sizes_on_disk(state: ArchiveState) -> None:
 
 def _sizes_checked(identity: str) -> HashedFile:
     """The entry that records that all files of an archive had their committed sizes on this machine."""
-    return HashedFile(WHOLE, FileEntry(0, identity), 0)
+    return HashedFile(WHOLE, FileEntry(0, identity))

@@ -34,11 +34,16 @@ class DamagedFile:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """The result of `redistill verify`."""
+    """The result of `redistill verify`; `ok` of an archive that is sealed and whole."""
 
     ok: bool
     checked_files: int
     damaged: tuple[DamagedFile, ...]
+    hashed_files: int = 0
+    """Of the checked files, those that were hashed now: all of them with `full`."""
+    hashed_bytes: int = 0
+    missing_blocks: int | None = None
+    """Blocks that an unfinished archive still lacks, so 0 before it is sealed; None for a sealed archive."""
     alignment: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -59,15 +64,37 @@ def verify(path: str | Path, *, full: bool = False, progress: VerifyProgress | N
                 check_metadata_on_disk(state)
         except Damaged as error:
             return VerifyReport(False, 0, (DamagedFile(str(path), None, str(error)),))
-        damaged = damaged_files(state, full=full, progress=progress)
-    return VerifyReport(not damaged, len(state.files), tuple(damaged))
+        hashed: list[HashedFile] = []
+        damaged = damaged_files(state, full=full, progress=progress, hashed=hashed)
+    missing = None if state.id is not None else _missing_blocks(state)
+    return VerifyReport(
+        ok=not damaged and missing is None,
+        checked_files=len(state.files),
+        damaged=tuple(damaged),
+        hashed_files=len(hashed),
+        hashed_bytes=sum(file.entry.size for file in hashed),
+        missing_blocks=missing,
+    )
 
 
-def damaged_files(state: ArchiveState, *, full: bool, progress: VerifyProgress | None = None) -> list[DamagedFile]:
-    """Every file that is missing, differs in size or hash from the committed one, or does not belong to the archive."""
+def _missing_blocks(state: ArchiveState) -> int:
+    return sum(not state.holds(block) for block, _ in all_blocks(state.spec, state.teachers, state.num_views))
+
+
+def damaged_files(
+    state: ArchiveState,
+    *,
+    full: bool,
+    progress: VerifyProgress | None = None,
+    hashed: list[HashedFile] | None = None,
+) -> list[DamagedFile]:
+    """Every file that is missing, differs in size or hash from the committed one, or does not belong to the archive.
+
+    Files that were hashed and match are appended to `hashed`.
+    """
     blocks = _blocks_by_file(state)
     damaged = []
-    hashed: list[HashedFile] = []
+    hashed = [] if hashed is None else hashed
     for done, name in enumerate(state.files, start=1):
         try:
             with committed_file(state, name, hashing="always" if full else "once", hashed=hashed) as (_, problem):

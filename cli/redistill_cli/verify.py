@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from redistill_cache.wording import harmless
+from redistill_cache.wording import harmless, human_bytes
 
 from redistill_cli.rendering import ProgressBar, local_archive, print_json
 
 if TYPE_CHECKING:
     from redistill_cache.verify import VerifyReport
 
-DAMAGED = 4
+UNFINISHED = 1
 REFUSED = 3
+DAMAGED = 4
 
 
 def verify(
@@ -37,7 +38,7 @@ def verify(
     Compares every file with its checksum; with --data, also renders sample
     views again and compares them with the archive's canaries.
 
-    Exit codes: 0 ok, 3 the images do not give the archive's views, 4 damaged.
+    Exit codes: 0 ok, 1 unfinished, 3 the images do not give the archive's views, 4 damaged.
 
     Examples:
 
@@ -52,7 +53,7 @@ def verify(
         report = verification.verify(path, full=full, progress=bar.update)
     moved = verification.quarantine(path, report.damaged) if quarantine and report.damaged else []
     aligned = True
-    if data is not None and report.ok:
+    if data is not None and not report.damaged and report.missing_blocks is None:
         alignment = _align(path, data)
         aligned = alignment["verdict"] != "refused"
         report = replace(report, ok=aligned, alignment=alignment)
@@ -64,6 +65,8 @@ def verify(
         raise typer.Exit(DAMAGED)
     if not aligned:
         raise typer.Exit(REFUSED)
+    if report.missing_blocks is not None:
+        raise typer.Exit(UNFINISHED)
 
 
 def _align(archive: Path, data: str) -> dict[str, Any]:
@@ -87,6 +90,15 @@ def _show(archive: Path, report: VerifyReport, moved: list[str]) -> None:
         )
         typer.echo(f"{harmless(archive)}: {len(report.damaged)} of {report.checked_files} files damaged; {advice}")
         return
-    typer.echo(f"{harmless(archive)}: {report.checked_files} files ok")
+    if report.missing_blocks is not None:
+        typer.echo(
+            f"{harmless(archive)}: unfinished, {report.missing_blocks:,} blocks are missing and it is not sealed; the "
+            f"{report.checked_files} files it has are ok; run the command that writes it again"
+        )
+        return
+    typer.echo(
+        f"{harmless(archive)}: {report.checked_files:,} files ok, {report.hashed_files:,} of them hashed now "
+        f"({human_bytes(report.hashed_bytes)})"
+    )
     if report.alignment is not None:
         typer.echo(harmless(report.alignment["message"]))

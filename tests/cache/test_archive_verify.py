@@ -26,6 +26,10 @@ def flip(file: Path, at: int = 0) -> None:
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
+def manifest(archive: Path) -> bytes:
+    return (archive / "_redistill/manifest.json").read_bytes()
+
+
 def damaged(report: VerifyReport) -> dict[str, tuple[str | None, str]]:
     return {file.path: (file.block, file.reason) for file in report.damaged}
 
@@ -35,7 +39,19 @@ def test_an_undamaged_archive_is_ok(archive_copy: Path):
     report = verify(archive_copy, progress=lambda done, total: calls.append((done, total)))
     assert report.ok
     assert report.checked_files == len(contents(archive_copy)) - 1 == calls[-1][0] == calls[-1][1] == len(calls)
-    assert report.to_json() == {"ok": True, "checked_files": report.checked_files, "damaged": [], "alignment": None}
+    assert report.to_json() == {
+        "ok": True,
+        "checked_files": report.checked_files,
+        "damaged": [],
+        "hashed_files": report.checked_files,
+        "hashed_bytes": sum(map(len, contents(archive_copy).values())) - len(manifest(archive_copy)),
+        "missing_blocks": None,
+        "alignment": None,
+    }
+    again = verify(archive_copy)
+    assert (again.ok, again.hashed_files, again.hashed_bytes) == (True, 0, 0)
+    full = verify(archive_copy, full=True)
+    assert (full.hashed_files, full.hashed_bytes) == (report.hashed_files, report.hashed_bytes)
 
 
 @pytest.mark.parametrize("opened_before", [False, True])
@@ -67,11 +83,9 @@ def test_every_damaged_file_is_reported_with_its_block(archive_copy: Path, opene
 
 def test_a_verified_file_is_hashed_again_after_a_change_or_with_full(archive_copy: Path):
     assert verify(archive_copy).ok
-    flip(archive_copy / SHARD, 20)
-    assert verify(archive_copy).ok, "size and modification time are unchanged"
-    assert damaged(verify(archive_copy, full=True)).keys() == {SHARD}
-    (archive_copy / SHARD).touch()
+    flip(archive_copy / SHARD, 20)  # restores size and modification time, which no program can do with the change time
     assert damaged(verify(archive_copy)).keys() == {SHARD}
+    assert damaged(verify(archive_copy, full=True)).keys() == {SHARD}
     with pytest.raises(Damaged, match="1 files are damaged"):
         open_archive(archive_copy, verify="full")
 
@@ -106,11 +120,13 @@ def test_quarantine_moves_only_files_of_blocks(archive_copy: Path):
 
 def test_the_committed_blocks_of_an_unfinished_archive_are_verified(archive_copy: Path):
     (archive_copy / "_redistill/manifest.json").unlink()
-    assert verify(archive_copy, full=True).ok
+    report = verify(archive_copy, full=True)
+    assert (report.ok, report.damaged, report.missing_blocks) == (False, (), 0)
     flip(archive_copy / SHARD, 20)
     assert damaged(verify(archive_copy, full=True)) == {SHARD: (BLOCK, "does not have the SHA-256 that was committed")}
     (archive_copy / SHARD).unlink()
-    assert verify(archive_copy, full=True).ok, "a block without its files is not committed; it will be rewritten"
+    report = verify(archive_copy, full=True)  # a block without its files is not committed; it will be rewritten
+    assert (report.ok, report.damaged, report.missing_blocks) == (False, (), 1)
 
 
 def test_an_archive_that_cannot_be_opened_is_one_damaged_file(archive_copy: Path, tmp_path: Path):
