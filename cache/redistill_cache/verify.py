@@ -12,6 +12,7 @@ from redistill_cache import layout
 from redistill_cache.errors import Damaged, RedistillError
 from redistill_cache.layout import Block, all_blocks
 from redistill_cache.open_state import ArchiveState, check_metadata_on_disk, committed_file, read_state
+from redistill_cache.rows import open_signal
 from redistill_cache.storage import LOCAL, MOST_FILES, Files, disk_trouble, is_leftover, walk_regular
 from redistill_cache.verified_files import HashedFile
 
@@ -53,8 +54,9 @@ class VerifyReport:
 def verify(path: str | Path, *, full: bool = False, progress: VerifyProgress | None = None) -> VerifyReport:
     """Check the presence, size and SHA-256 of every file of an archive.
 
-    A file that was verified on this machine and has not changed since is not hashed again, unless `full`. Of an
-    unsealed archive the committed blocks are checked. An archive that cannot be opened is reported as one damaged file.
+    A file that was verified on this machine and has not changed since is not hashed again, unless `full`, which also
+    decodes every row of every teacher once. Of an unsealed archive the committed blocks are checked. An archive that
+    cannot be opened is reported as one damaged file.
     """
     path = Path(path)
     with disk_trouble("read", path):
@@ -66,6 +68,8 @@ def verify(path: str | Path, *, full: bool = False, progress: VerifyProgress | N
             return VerifyReport(False, 0, (DamagedFile(str(path), None, str(error)),))
         hashed: list[HashedFile] = []
         damaged = damaged_files(state, full=full, progress=progress, hashed=hashed)
+        if full and not damaged:
+            damaged = _damaged_rows(state, progress)
     missing = None if state.id is not None else _missing_blocks(state)
     return VerifyReport(
         ok=not damaged and missing is None,
@@ -75,6 +79,27 @@ def verify(path: str | Path, *, full: bool = False, progress: VerifyProgress | N
         hashed_bytes=sum(file.entry.size for file in hashed),
         missing_blocks=missing,
     )
+
+
+def _damaged_rows(state: ArchiveState, progress: VerifyProgress | None) -> list[DamagedFile]:
+    """Blocks of teachers that cannot be decoded, or that decode to values that no teacher has."""
+    damaged = []
+    for teacher in state.teachers.values():
+        part = f"teachers/{teacher.name}"
+        held = list(filter(state.holds, layout.part_blocks(state.spec, part, state.num_views)))
+        for signal in teacher.signals:
+            stored = None
+            for done, block in enumerate(held, start=1):
+                try:
+                    stored = stored or open_signal(state, teacher, signal)
+                    stored.check(block)
+                except Damaged as error:
+                    damaged.append(DamagedFile(f"{part}/{signal.name}", str(block), f"cannot be used: {error}"))
+                    if stored is None:
+                        break
+                if progress is not None:
+                    progress(done, len(held))
+    return damaged
 
 
 def _missing_blocks(state: ArchiveState) -> int:

@@ -29,6 +29,7 @@ from redistill_cache.keys import PackedKeys, pack_keys
 from redistill_cache.layout import ArrayLayout, Block, all_blocks, part_blocks, parts, samples_block, side_block
 from redistill_cache.open_state import check_keys_size, check_side_size, read_committed
 from redistill_cache.reader import Archive
+from redistill_cache.rows import row_out_of_range
 from redistill_cache.shards import encode_shard
 from redistill_cache.spec import ArchiveSpec, TeacherSpec, archive_identity, teacher_identity
 from redistill_cache.spec_files import list_teachers, read_root, read_teachers
@@ -371,6 +372,12 @@ class ArchiveWriter:
         check_names(arrays, layouts, str(block))
         for name, array in layouts.items():
             check_block_array(name, arrays[name], array, block.stop - block.start)
+            bad = row_out_of_range(arrays[name])
+            if bad is not None:
+                raise UsageError(
+                    f"{block}: row {block.start + bad} of array {name!r} holds NaN, Inf or a value above 2^56 in "
+                    "magnitude, which no reader accepts"
+                )
         with disk_trouble("write", self.path, RERUN):
             if self.is_committed(block):
                 return None

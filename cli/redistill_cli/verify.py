@@ -22,7 +22,10 @@ DAMAGED = 4
 def verify(
     archive: Annotated[str, typer.Argument(metavar="ARCHIVE", help="Path such as name.redistill.zarr, or URL.")],
     full: Annotated[
-        bool, typer.Option("--full", help="Hash every file, including those verified on this machine before.")
+        bool,
+        typer.Option(
+            "--full", help="Hash every file, including those verified on this machine before, and decode every row."
+        ),
     ] = False,
     quarantine: Annotated[
         bool, typer.Option("--quarantine", help="Move damaged blocks aside, so that cache-teacher recomputes them.")
@@ -49,7 +52,7 @@ def verify(
     from redistill_cache import verify as verification
 
     path = local_archive(archive)
-    with ProgressBar("verify", "file") as bar:
+    with ProgressBar("verify", "file" if not full else "item") as bar:
         report = verification.verify(path, full=full, progress=bar.update)
     moved = verification.quarantine(path, report.damaged) if quarantine and report.damaged else []
     aligned = True

@@ -13,6 +13,7 @@ import google_crc32c
 import numpy as np
 from numcodecs import zstd
 from redistill_cache import layout
+from redistill_cache.codecs.linear_decode import EXACT
 from redistill_cache.journal import sha256
 from redistill_cache.spec import SideArray
 from redistill_cache.strict_json import canonical
@@ -32,7 +33,7 @@ from tests.attacks.forge import (
     reseal,
     shard_of,
 )
-from tests.faults.scenario import CANARIES, SAMPLES, SPEC, teacher
+from tests.faults.scenario import CANARIES, CLASSES, SAMPLES, SPEC, teacher
 
 __all__ = [
     "KEYS",
@@ -43,6 +44,7 @@ __all__ = [
     "canary_row",
     "chunk",
     "copied_record",
+    "exact_value",
     "extra_file",
     "field",
     "file_for_folder",
@@ -285,6 +287,22 @@ def flags(path: Path) -> None:
     put_rows(path, array, np.full(16, 0xFF, np.uint8))
     (path / "teachers/net/logits/exact/c.0.0.0").write_bytes(b"")
     reseal(path)
+
+
+def exact_value(value: float) -> Attack:
+    """A row that is stored exactly holds this value, with every hash renewed."""
+
+    def attack(path: Path) -> None:
+        arrays = layout.teacher_arrays(SPEC.resolved(), teacher().resolved(16))
+        level = np.zeros(16, np.uint8)
+        level[3] = EXACT
+        exact = np.zeros((16, CLASSES), np.float32)
+        exact[3, 2] = value
+        put_rows(path, arrays["logits/level"], level)
+        put_rows(path, arrays["logits/exact"], exact)
+        reseal(path)
+
+    return attack
 
 
 # -- files and folders ------------------------------------------------------------------------------------------------

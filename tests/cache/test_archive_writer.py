@@ -383,3 +383,15 @@ def test_too_many_files_or_chunks_are_refused(tmp_path: Path):
     with pytest.raises(UsageError, match="choose fewer rows"):
         replace(huge, view_arrays=(ArraySpec("a", "uint8", chunk_rows=16),)).resolved()
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf, 3e38])
+def test_rows_that_no_reader_accepts_are_not_written(tmp_path: Path, value: float):
+    writer = ArchiveWriter.create(tmp_path / "a.redistill.zarr", SPEC)
+    writer.add_teacher(TEACHER, {})
+    block = writer.missing("teachers/tiny")[0]
+    arrays, stats = block_data(block)
+    arrays["layer4.1/values"] = arrays["layer4.1/values"].copy()
+    arrays["layer4.1/values"][5, 1] = value
+    with pytest.raises(UsageError, match=r"row 5 of array 'layer4.1/values' holds NaN, Inf or a value above 2\^56"):
+        writer.write(block, arrays, stats)

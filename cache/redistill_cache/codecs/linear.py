@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from redistill_cache.codecs.backend import Array
-from redistill_cache.codecs.linear_decode import ESCAPED, EXACT, LinearDecoder, Packing, packing_flaw
+from redistill_cache.codecs.linear_decode import ESCAPE_LIMIT, ESCAPED, EXACT, LinearDecoder, Packing, packing_flaw
 from redistill_cache.codecs.linear_encode import LinearSettings, encode_linear
 from redistill_cache.codecs.protocol import Encoded
 from redistill_cache.errors import Damaged
-from redistill_cache.limits import MAX_RANK
+from redistill_cache.limits import MAX_RANK, MAX_VALUE
 from redistill_cache.spec import ArraySpec
 from redistill_cache.strict_json import Fields, Json
 
@@ -43,6 +43,15 @@ class LinearCodec:
     @property
     def keeps_shift(self) -> bool:
         return self.settings.keep_shift or self.settings.metric != "kl"
+
+    @property
+    def largest(self) -> float:
+        """A bound on the magnitude of every row that is not stored exactly, whatever its bytes and escapes are."""
+        packing, matrix = self.decoder.packing, self.decoder.matrix
+        digits = np.maximum(np.abs(packing.lowest), np.abs(packing.lowest + packing.reach - 1))
+        coefficients = digits + (ESCAPE_LIMIT + 1.0) * packing.reach
+        values = np.maximum(matrix.max(axis=1, initial=0.0), -matrix.min(axis=1, initial=0.0)).astype(np.float64)
+        return float(coefficients @ values + np.abs(self.decoder.offset).max(initial=0.0))
 
     @property
     def sparse(self) -> frozenset[str]:
@@ -125,9 +134,13 @@ class LinearCodec:
             spread=vectors["spread"],
             packing=packing,
         )
-        if not np.isfinite(decoder.matrix).all():
-            raise Damaged("expected a finite basis of codec linear, found steps and scales whose product overflows")
-        return cls(decoder, settings, source)
+        codec = cls(decoder, settings, source)
+        if not codec.largest <= MAX_VALUE:
+            raise Damaged(
+                "expected rows of codec linear of at most 2^56 in magnitude, found steps, scales and offsets that "
+                f"reach {codec.largest:.2g}"
+            )
+        return codec
 
 
 def side_array(side: Mapping[str, np.ndarray], name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
