@@ -216,6 +216,32 @@ def check_side_size(teacher: TeacherSpec, size_of: SizeOf) -> None:
             )
 
 
+def _check_shard_sizes(state: ArchiveState, size_of: SizeOf) -> None:
+    """No file may be larger than its rows can take, so that a small claim cannot make a reader fetch gigabytes."""
+
+    def check(path: str, most: int) -> None:
+        if size_of(path) > most:
+            raise UsageError(f"{path} may take {most} bytes, found {size_of(path)}; the manifest was edited")
+
+    whole = layout.sample_arrays(state.spec, state.spec.num_samples * limits.MAX_KEY_BYTES)
+    for teacher in state.teachers.values():
+        whole |= layout.side_arrays(teacher)
+    for array in whole.values():
+        check(array.shard_path(0, 0), array.most_bytes(array.shape[0]))
+    for part in layout.parts(state.spec, state.teachers):
+        arrays = layout.part_arrays(state.spec, state.teachers, part).values()
+        most: dict[tuple[str, int], int] = {}
+        for block in filter(state.holds, layout.part_blocks(state.spec, part, state.num_views)):
+            rows = block.stop - block.start
+            for array in arrays:
+                if (array.path, rows) not in most:
+                    most[array.path, rows] = array.most_bytes(rows)
+                check(array.shard_path(block.view, block.index), most[array.path, rows])
+    for name in state.files:
+        if name.startswith(f"{layout.BLOCKS}/"):
+            check(name, limits.MAX_RECORD_BYTES)
+
+
 def _check_size_bounds(state: ArchiveState) -> None:
     def size_of(name: str) -> int:
         return state.files[name].size
@@ -224,6 +250,7 @@ def _check_size_bounds(state: ArchiveState) -> None:
         _check_digests_size(state.spec, size_of)
         for teacher in state.teachers.values():
             check_side_size(teacher, size_of)
+        _check_shard_sizes(state, size_of)
     except UsageError as error:
         raise Damaged(f"{state.path}: {error}") from None
 

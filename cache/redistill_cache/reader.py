@@ -21,7 +21,7 @@ from redistill_cache.codecs import Codec
 from redistill_cache.errors import Damaged, OutOfRange, UsageError
 from redistill_cache.fetching import fetch_archive, is_url
 from redistill_cache.journal import FileEntry, sha256
-from redistill_cache.keys import PackedKeys
+from redistill_cache.keys import PackedKeys, keys_flaw
 from redistill_cache.layout import Block
 from redistill_cache.machine import require_memory
 from redistill_cache.open_state import (
@@ -158,7 +158,11 @@ class Archive:
         metadata = array.metadata_bytes()
         if self.state.files[array.metadata_path] != FileEntry(len(metadata), sha256(metadata)):
             raise Damaged(f"{self.path}: the sample keys do not have the {total} bytes of their offsets")
-        return PackedKeys(self._samples("key_bytes", total), offsets)
+        keys = PackedKeys(self._samples("key_bytes", total), offsets)
+        flaw = keys_flaw(keys)
+        if flaw:
+            raise Damaged(f"{self.path}: {flaw}; the archive was edited")
+        return keys
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -212,6 +216,9 @@ class Archive:
         rows, pixels = arrays["row"], arrays["pixels"]
         if int(rows.max()) >= self.num_samples:
             raise Damaged(f"{self.path}: a canary of view {view} is row {rows.max()} of {self.num_samples}")
+        different = len(np.unique(rows))
+        if different < count:
+            raise Damaged(f"{self.path}: {count} canaries of view {view} show {different} samples, expected one each")
         return rows, pixels
 
     def rows_available(self, view: int, teacher: str | None = None) -> np.ndarray:

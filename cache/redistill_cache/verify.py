@@ -45,6 +45,8 @@ class VerifyReport:
     hashed_bytes: int = 0
     missing_blocks: int | None = None
     """Blocks that an unfinished archive still lacks, so 0 before it is sealed; None for a sealed archive."""
+    canaries_per_view: int | None = None
+    """0: no images can be compared with the archive; None if it could not be opened."""
     alignment: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -78,6 +80,7 @@ def verify(path: str | Path, *, full: bool = False, progress: VerifyProgress | N
         hashed_files=len(hashed),
         hashed_bytes=sum(file.entry.size for file in hashed),
         missing_blocks=missing,
+        canaries_per_view=state.spec.canaries_per_view,
     )
 
 

@@ -25,7 +25,7 @@ from redistill_cache.codecs.stats import merge_stats
 from redistill_cache.commits import ArchiveFolders, Commits
 from redistill_cache.errors import Damaged, Incomplete, OutOfRange, Refused, SpecMismatch, UsageError
 from redistill_cache.journal import FILES, FileEntry, Manifest, Record, parse_record, sha256
-from redistill_cache.keys import PackedKeys, pack_keys
+from redistill_cache.keys import PackedKeys, keys_flaw, pack_keys
 from redistill_cache.layout import ArrayLayout, Block, all_blocks, part_blocks, parts, samples_block, side_block
 from redistill_cache.open_state import check_keys_size, check_side_size, read_committed
 from redistill_cache.reader import Archive
@@ -84,19 +84,6 @@ def check_block_array(name: str, array: np.ndarray, expected: ArrayLayout, rows:
         raise UsageError(
             f"array {name!r} must be {expected.dtype} {list(shape)}, found {array.dtype} {list(array.shape)}"
         )
-
-
-def check_unique_keys(keys: PackedKeys) -> None:
-    lengths = keys.lengths()
-    if not len(keys) or int(lengths.min()) < 1 or int(lengths.max()) > limits.MAX_KEY_BYTES:
-        raise UsageError(f"every sample needs a key of 1 to {limits.MAX_KEY_BYTES} bytes")
-    if len(np.unique(keys.hashes())) == len(keys):
-        return
-    seen: set[str] = set()
-    for key in keys:  # duplicates are rare, so this may be slow
-        if key in seen:
-            raise UsageError(f"two samples have the key {key!r}; keys must be unique")
-        seen.add(key)
 
 
 def check_record(record: Record) -> None:
@@ -295,7 +282,9 @@ class ArchiveWriter:
             "label": np.asarray(labels),
             "size": np.asarray(sizes),
         }
-        check_unique_keys(packed)
+        flaw = keys_flaw(packed)
+        if flaw:
+            raise UsageError(flaw)
         layouts = layout.sample_arrays(self.spec, len(packed.data))
         for name, array in layouts.items():
             check_block_array(name, arrays[name], array, array.shape[0])

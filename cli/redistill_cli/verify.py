@@ -58,7 +58,7 @@ def verify(
     aligned = True
     if data is not None and not report.damaged and report.missing_blocks is None:
         alignment = _align(path, data)
-        aligned = alignment["verdict"] != "refused"
+        aligned = alignment["verdict"] in ("exact", "tolerance")
         report = replace(report, ok=aligned, alignment=alignment)
     if as_json:
         print_json(report.to_json() | {"quarantined": moved})
@@ -102,6 +102,7 @@ def _show(archive: Path, report: VerifyReport, moved: list[str]) -> None:
     typer.echo(
         f"{harmless(archive)}: {report.checked_files:,} files ok, {report.hashed_files:,} of them hashed now "
         f"({human_bytes(report.hashed_bytes)})"
+        + ("" if report.canaries_per_view else "; it has no canaries, so no images can be compared with it")
     )
     if report.alignment is not None:
         typer.echo(harmless(report.alignment["message"]))

@@ -27,8 +27,9 @@ from redistill.training.member import Member
 from redistill.training.options import MemberSpec, TrainOptions
 from redistill.training.targets import CachedTargets, OnlineTargets, SharedViews
 from redistill.training.validate import Validation
-from redistill.views import ViewDataset, archive_recipe
-from redistill.views.aligned import aligned_views
+from redistill.views import archive_recipe
+from redistill.views.aligned import AlignedViews, aligned_views
+from redistill.views.canaries import Alignment
 
 __all__ = ["TrainSetup", "prepare"]
 
@@ -43,6 +44,7 @@ class TrainSetup:
     targets: CachedTargets | OnlineTargets | None
     """None if no loss needs a teacher."""
     validation: Validation | None
+    alignment: Alignment
 
 
 def prepare(options: TrainOptions, world: World, progress: Progress) -> TrainSetup:
@@ -62,10 +64,10 @@ def prepare(options: TrainOptions, world: World, progress: Progress) -> TrainSet
         progress.info("the teacher rows of two views exceed --cache-memory; they are in a temporary file")
     workers = default_workers(world.rank.local_world_size) if options.workers is None else options.workers
     with world.local_first():
-        dataset = open_dataset(options, archive, workers, progress)
+        views = open_views(options, archive, workers, progress)
         validation = None if options.val is None else open_validation(options, archive, size, workers, world)
     feed = Feed(
-        dataset,
+        views.dataset,
         epochs=options.optim.epochs,
         batch_size=options.batch_size,
         seed=options.order_seed,
@@ -80,7 +82,7 @@ def prepare(options: TrainOptions, world: World, progress: Progress) -> TrainSet
         Member(spec, options, student, objective, world, amp)
         for spec, student, objective in zip(specs, students, objectives, strict=True)
     ]
-    return TrainSetup(archive, feed, members, targets, validation)
+    return TrainSetup(archive, feed, members, targets, validation, views.alignment)
 
 
 def refuse_objective(objective: Objective, archive: Archive, options: TrainOptions) -> None:
@@ -155,7 +157,7 @@ def open_student(spec: MemberSpec, archive: Archive, size: int, options: TrainOp
     return opened
 
 
-def open_dataset(options: TrainOptions, archive: Archive, workers: int, progress: Progress) -> ViewDataset:
+def open_views(options: TrainOptions, archive: Archive, workers: int, progress: Progress) -> AlignedViews:
     """The archive's views from the user's images, verified to be those the teacher was run on."""
     views = aligned_views(
         options.data,
@@ -167,11 +169,11 @@ def open_dataset(options: TrainOptions, archive: Archive, workers: int, progress
     )
     if not views.joined.exact:
         progress.info(f"data and archive: {views.joined.summary()}")
-    if views.canaries is None:
-        progress.warning("the archive has no canaries, so its views cannot be verified")
+    if views.alignment.verdict == "no canaries":
+        progress.warning(views.alignment.message)
     else:
-        progress.info(views.canaries.require().message)
-    return views.dataset
+        progress.info(views.alignment.require().message)
+    return views
 
 
 def open_validation(options: TrainOptions, archive: Archive, size: int, workers: int, world: World) -> Validation:

@@ -34,6 +34,7 @@ from tests.attacks.forge import (
     shard_of,
 )
 from tests.faults.scenario import CANARIES, CLASSES, SAMPLES, SPEC, teacher
+from tests.faults.scenario import KEYS as HONEST_KEYS
 
 __all__ = [
     "KEYS",
@@ -53,6 +54,7 @@ __all__ = [
     "index",
     "instead",
     "key_bomb",
+    "large_chunk",
     "lines",
     "link",
     "listening",
@@ -61,11 +63,13 @@ __all__ = [
     "many_records",
     "metadata_field",
     "nested",
+    "other_keys",
     "other_samples",
     "record",
     "seed",
     "side_bomb",
     "signal_field",
+    "stated_size",
     "statistics",
     "teachers_named",
     "text_of",
@@ -218,6 +222,14 @@ def chunk(make: Callable[[bytes], bytes]) -> Attack:
     return attack
 
 
+def large_chunk(path: Path) -> None:
+    """A chunk of 8 bytes followed by a skippable frame, in a file that is not too large for its two chunks."""
+    honest = bytes(zstd.Zstd(level=3, checksum=True).encode(bytes(8)))
+    skippable = b"\x50\x2a\x4d\x18" + (1100).to_bytes(4, "little") + bytes(1100)
+    (path / "views/flip/c.0.0").write_bytes(shard_of([honest + skippable, honest]))
+    reseal(path)
+
+
 def index(change: Callable[[np.ndarray], object]) -> Attack:
     """A wrong index with a correct checksum: entries [chunk, (offset, size)] of two chunks of 8 rows."""
 
@@ -276,9 +288,41 @@ def other_samples(name: str, rows: np.ndarray) -> Attack:
     return attack
 
 
-def canary_row(path: Path) -> None:
-    put_rows(path, layout.canary_arrays(SPEC)["row"], np.full(CANARIES, 2**32 - 1, np.uint32))
-    reseal(path)
+def other_keys(change: Callable[[list[bytes]], object]) -> Attack:
+    """The same samples under changed keys."""
+
+    def attack(path: Path) -> None:
+        keys = [key.encode() for key in HONEST_KEYS]
+        change(keys)
+        data = np.frombuffer(b"".join(keys), np.uint8)
+        arrays = layout.sample_arrays(SPEC, len(data))
+        put_rows(path, arrays["key_bytes"], data)
+        put_rows(path, arrays["key_offsets"], np.cumsum([0, *map(len, keys)]).astype(np.uint64))
+        (path / f"{KEYS}/zarr.json").write_bytes(arrays["key_bytes"].metadata_bytes())
+        reseal(path)
+
+    return attack
+
+
+def canary_row(row: int) -> Attack:
+    """All canaries are this row."""
+
+    def attack(path: Path) -> None:
+        put_rows(path, layout.canary_arrays(SPEC)["row"], np.full(CANARIES, row, np.uint32))
+        reseal(path)
+
+    return attack
+
+
+def stated_size(name: str, size: int) -> Attack:
+    """The manifest states another size of a file."""
+    start = f'["{name}",'.encode()
+
+    def change(old: list[bytes]) -> list[bytes]:
+        assert any(line.startswith(start) for line in old)
+        return [start + b"%d,%b" % (size, line.rpartition(b",")[2]) if line.startswith(start) else line for line in old]
+
+    return lines(change)
 
 
 def flags(path: Path) -> None:

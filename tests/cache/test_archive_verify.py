@@ -46,6 +46,7 @@ def test_an_undamaged_archive_is_ok(archive_copy: Path):
         "hashed_files": report.checked_files,
         "hashed_bytes": sum(map(len, contents(archive_copy).values())) - len(manifest(archive_copy)),
         "missing_blocks": None,
+        "canaries_per_view": SPEC.canaries_per_view,
         "alignment": None,
     }
     again = verify(archive_copy)

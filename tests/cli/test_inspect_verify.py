@@ -183,3 +183,12 @@ def test_ctrl_c_is_reported_in_one_line():
         finally:
             process.kill()
     assert (process.returncode, out, err) == (130, "", "redistill: interrupted\n")
+
+
+def test_an_archive_without_canaries_is_said_to_have_none(run, archive: Path):
+    process = run("verify", archive)
+    assert process.stdout.rstrip().endswith("it has no canaries, so no images can be compared with it")
+    assert json.loads(run("verify", archive, "--json").stdout)["canaries_per_view"] == 0
+    assert "no canaries" in run("inspect", archive).stdout
+    compared = run("verify", archive, "--data", "synthetic?n=40&classes=6", "--json")
+    assert compared.returncode == 3
