@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from redistill_cache import layout, limits
+from redistill_cache.codecs.stats import check_stats
 from redistill_cache.commits import Commits
 from redistill_cache.errors import Damaged, Incomplete, Refused, UsageError
 from redistill_cache.journal import FileEntry, Record, parse_files, parse_header, sha256
@@ -98,6 +99,11 @@ def _sealed(path: Path, root: Document[ArchiveSpec], data: bytes) -> ArchiveStat
         walk_regular(path, most=2 * data.count(b"\n") + EXTRA_FILES)  # no links anywhere, not even as folders
     documents = read_teachers(path, header.teachers, root)
     teachers = {name: document.spec for name, document in documents.items()}
+    for name, teacher in teachers.items():
+        try:
+            check_stats(teacher, header.teachers[name], root.spec.num_samples * header.views)
+        except Damaged as error:
+            raise Damaged(f"{where}: {error}; the manifest was edited") from None
     most = layout.count_files(root.spec, teachers, header.views)
     state = ArchiveState(
         path=path,

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from redistill_cache import layout
+from redistill_cache.codecs.stats import check_stats, merge_stats
+from redistill_cache.commits import Commits
 from redistill_cache.errors import Damaged, RedistillError
 from redistill_cache.layout import Block, all_blocks
 from redistill_cache.open_state import ArchiveState, check_metadata_on_disk, committed_file, read_state
 from redistill_cache.rows import open_signal
+from redistill_cache.spec_files import read_root, read_teachers
 from redistill_cache.storage import LOCAL, MOST_FILES, Files, disk_trouble, is_leftover, walk_regular
 from redistill_cache.verified_files import HashedFile
 
@@ -70,6 +73,7 @@ def verify(path: str | Path, *, full: bool = False, progress: VerifyProgress | N
             return VerifyReport(False, 0, (DamagedFile(str(path), None, str(error)),))
         hashed: list[HashedFile] = []
         damaged = damaged_files(state, full=full, progress=progress, hashed=hashed)
+        damaged = damaged or _damaged_stats(state)
         if full and not damaged:
             damaged = _damaged_rows(state, progress)
     missing = None if state.id is not None else _missing_blocks(state)
@@ -82,6 +86,28 @@ def verify(path: str | Path, *, full: bool = False, progress: VerifyProgress | N
         missing_blocks=missing,
         canaries_per_view=state.spec.canaries_per_view,
     )
+
+
+def _damaged_stats(state: ArchiveState) -> list[DamagedFile]:
+    """The manifest, if its statistics are not those of the commit records together."""
+    if state.id is None:
+        return []
+    commits, root = Commits(state.path, LOCAL), read_root(state.path)
+    for name, document in read_teachers(state.path, list(state.teachers), root).items():
+        arrays = layout.teacher_arrays(state.spec, document.spec).values()
+        try:
+            records = []
+            for block in layout.part_blocks(state.spec, f"teachers/{name}", state.num_views):
+                files = [array.shard_path(block.view, block.index) for array in arrays]
+                records.append(commits.load(block, document.identity, files))
+                check_stats(document.spec, records[-1].stats or {}, len(block.rows))
+            merged = merge_stats(document.spec, [record.stats for record in records])
+        except Damaged as error:
+            return [DamagedFile(layout.BLOCKS, None, f"has a record that does not agree with its block: {error}")]
+        if merged != state.stats[name]:
+            reason = f"does not state the statistics of teacher {name!r} that its commit records add up to"
+            return [DamagedFile(layout.MANIFEST, None, reason)]
+    return []
 
 
 def _damaged_rows(state: ArchiveState, progress: VerifyProgress | None) -> list[DamagedFile]:

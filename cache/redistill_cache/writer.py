@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from redistill_cache import layout, limits
-from redistill_cache.codecs.stats import merge_stats
+from redistill_cache.codecs import open_codec
+from redistill_cache.codecs.stats import check_stats, merge_stats
 from redistill_cache.commits import ArchiveFolders, Commits
 from redistill_cache.errors import Damaged, Incomplete, OutOfRange, Refused, SpecMismatch, UsageError
 from redistill_cache.journal import FILES, FileEntry, Manifest, Record, parse_record, sha256
@@ -86,11 +87,24 @@ def check_block_array(name: str, array: np.ndarray, expected: ArrayLayout, rows:
         )
 
 
-def check_record(record: Record) -> None:
+def check_codecs(teacher: TeacherSpec, side: Mapping[str, np.ndarray]) -> None:
+    """`UsageError` for side data ("<signal>/<array>") that a reader would refuse to decode with."""
+    for signal in teacher.signals:
+        prefix = f"{signal.name}/"
+        own = {name.removeprefix(prefix): array for name, array in side.items() if name.startswith(prefix)}
+        try:
+            open_codec(signal.codec, signal.width, signal.config, own)
+        except Damaged as error:
+            raise UsageError(f"teacher {teacher.name!r}, signal {signal.name!r}: {error}") from None
+
+
+def check_record(record: Record, teachers: Mapping[str, TeacherSpec]) -> None:
     """`UsageError` for a record that a reader would refuse."""
     data = record.to_bytes()
     try:
         parse_record(data, record.block, record.identity, "the record")
+        if record.stats is not None and record.block.part.startswith("teachers/"):
+            check_stats(teachers[record.block.part.split("/")[1]], record.stats, len(record.block.rows))
     except Damaged as error:
         raise UsageError(f"{record.block} cannot be committed with these stats: {error}; pass smaller ones") from None
 
@@ -315,6 +329,7 @@ class ArchiveWriter:
         check_names(arrays, layouts, f"side data of teacher {teacher.name!r}")
         for name, array in layouts.items():
             check_block_array(name, arrays[name], array, array.shape[0])
+        check_codecs(teacher, arrays)
         data = _encode(layouts, arrays)
         check_side_size(teacher, lambda path: len(data[path]))
         path = self.path / layout.teacher_path(teacher.name)
@@ -376,7 +391,7 @@ class ArchiveWriter:
                     path = array.shard_path(block.view, block.index)
                     files[path] = self._commits.stage(path, encode_shard(array, arrays[name]))
                 record = Record(block, self._identity_of(block), files, stats)
-                check_record(record)
+                check_record(record, self.teachers)
                 return record if self._commits.commit(record) else None
             except FileNotFoundError:
                 # `seal` of another process removed the staged files, after another writer had committed the block.

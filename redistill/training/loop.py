@@ -23,6 +23,7 @@ from redistill.training.feed import BatchPlan, TrainBatch
 from redistill.training.options import TrainOptions
 from redistill.training.prepare import TrainSetup, prepare
 from redistill.training.run_files import EpochTimes, RunFiles, TrainResult
+from redistill.training.targets import CachedTargets
 
 __all__ = ["Diverged", "train"]
 
@@ -73,6 +74,7 @@ class Training:
         self.options, self.world, self.files, self.progress, self.stop = options, world, files, progress, stop
         self.feed, self.members, self.targets = setup.feed, setup.members, setup.targets
         self.validation, self.archive_id = setup.validation, setup.archive.id
+        self.labels, self.judged = setup.archive.labels, False
         self.throughput = Throughput()
         self.last_save = time.monotonic()
         self.check_every = CHECK_ALONE[world.device.type] if world.size == 1 else CHECK_RANKS
@@ -105,6 +107,10 @@ class Training:
         if self.targets is not None:
             more = epoch + 1 < self.feed.epochs
             self.targets.begin_epoch(self.feed.views(epoch), self.feed.views(epoch + 1) if more else None)
+        if isinstance(self.targets, CachedTargets) and self.world.first and not self.judged:
+            self.judged = True
+            for text in self.targets.at_chance(self.labels):
+                self.progress.warning(text)
 
     def _step(self, item: TrainBatch) -> None:
         """Copy one batch to the device, and do one step of every member on it."""

@@ -61,6 +61,8 @@ __all__ = [
     "many_arrays",
     "many_lines",
     "many_records",
+    "merged_errors",
+    "merged_statistics",
     "metadata_field",
     "nested",
     "other_keys",
@@ -71,6 +73,7 @@ __all__ = [
     "signal_field",
     "stated_size",
     "statistics",
+    "statistics_of",
     "teachers_named",
     "text_of",
     "unsealed",
@@ -198,8 +201,25 @@ def teachers_named(*names: str) -> Attack:
     return attack
 
 
+def statistics_of(signals: object) -> Attack:
+    return lambda path: reseal(path, teachers={"net": signals})
+
+
 def statistics(value: object) -> Attack:
-    return lambda path: reseal(path, teachers={"net": {"logits": value}})
+    return statistics_of({"logits": value})
+
+
+def merged_statistics(**changes: object) -> Attack:
+    """The honest statistics of the manifest with these members replaced."""
+    return lambda path: statistics(read_manifest(path).teachers["net"]["logits"] | changes)(path)
+
+
+def merged_errors(**changes: object) -> Attack:
+    def attack(path: Path) -> None:
+        errors = read_manifest(path).teachers["net"]["logits"]["errors"]
+        merged_statistics(errors={name: value | changes for name, value in errors.items()})(path)
+
+    return attack
 
 
 # -- shards -----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 from redistill_cache import ArchiveWriter, open_archive
 from redistill_cache.errors import Damaged, Incomplete, NotAnArchive
+from redistill_cache.strict_json import canonical
 from redistill_cache.verify import VerifyReport, quarantine, verify
 
+from tests.attacks.forge import read_manifest, reseal
 from tests.tiny_archive import SPEC, contents, fill, stored_logits
 
 SHARD = "teachers/tiny/logits/values/c.1.2.0"
@@ -137,3 +140,27 @@ def test_an_archive_that_cannot_be_opened_is_one_damaged_file(archive_copy: Path
     assert "does not match its own hash" in str(file)
     with pytest.raises(NotAnArchive):
         verify(tmp_path)
+
+
+def test_statistics_that_the_commit_records_do_not_add_up_to_are_reported(archive_copy: Path):
+    stated = read_manifest(archive_copy).teachers["tiny"]
+    flattered = stated["logits"] | {"top1_kept": stated["logits"]["top1_kept"] - 1}
+    reseal(archive_copy, teachers={"tiny": dict(stated) | {"logits": flattered}})
+    assert open_archive(archive_copy).complete  # a reader of the manifest alone cannot know
+    assert damaged(verify(archive_copy)) == {
+        "_redistill/manifest.json": (
+            None,
+            "does not state the statistics of teacher 'tiny' that its commit records add up to",
+        )
+    }
+
+
+def test_statistics_of_a_record_that_cannot_be_of_its_block_are_reported(archive_copy: Path):
+    record = archive_copy / "_redistill/blocks/teachers.tiny.1.0.json"
+    value = json.loads(record.read_bytes())
+    value["stats"]["logits"]["rows"] = 17
+    record.write_bytes(canonical(value))
+    reseal(archive_copy)
+    (found,) = damaged(verify(archive_copy)).items()
+    assert found[0] == "_redistill/blocks"
+    assert "are not of 17 rows" in found[1][1]
