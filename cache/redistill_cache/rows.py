@@ -19,6 +19,7 @@ import numpy as np
 
 from redistill_cache import layout, limits
 from redistill_cache.codecs import Codec, open_codec
+from redistill_cache.codecs.linear import LinearCodec
 from redistill_cache.errors import Damaged, Incomplete, OutOfRange, UsageError
 from redistill_cache.layout import ArrayLayout, Block
 from redistill_cache.machine import require_memory
@@ -35,6 +36,7 @@ __all__ = [
     "ViewLoader",
     "check_rows",
     "check_view",
+    "codec_out_of_range",
     "count_rows",
     "open_signal",
     "opened_shard",
@@ -184,6 +186,16 @@ def row_out_of_range(array: np.ndarray) -> int | None:
     return None
 
 
+def codec_out_of_range(codec: Codec) -> str | None:
+    """Why rows that are no floats may exceed the limit with this side data, or None. Other codecs have no such rows."""
+    if not isinstance(codec, LinearCodec) or codec.largest <= limits.MAX_VALUE:
+        return None
+    return (
+        "expected rows of codec linear of at most 2^56 in magnitude, found steps, scales and offsets that reach "
+        f"{codec.largest:.2g}"
+    )
+
+
 def _in_range(values: np.ndarray) -> bool:
     """NaN is propagated by `min` and `max`, and then compares as out of range."""
     if values.dtype.itemsize == 2:  # numpy has no fast `min` of float16, none of whose finite values is too large
@@ -280,7 +292,7 @@ class StoredSignal:
         """A whole view; buffers of `into` that fit are reused, and `into` must not be used afterwards.
 
         Floats are checked here, so that no batch has to be, on no device: rows of integers are within the range
-        because of what `open_codec` checked.
+        because of what `open_signal` checked.
         """
 
         def buffer(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
@@ -334,6 +346,9 @@ def open_signal(state: ArchiveState, teacher: TeacherSpec, signal: SignalSpec) -
     codec = open_codec(signal.codec, signal.width, signal.config, side)
     if _shapes(codec.arrays()) != _shapes(signal.arrays):
         raise Damaged(f"{state.path}: signal {signal.name!r} does not have the arrays of its codec")
+    problem = codec_out_of_range(codec)
+    if problem:
+        raise Damaged(f"{state.path}: teacher {teacher.name!r}, signal {signal.name!r}: {problem}")
     return StoredSignal(state, teacher, signal, codec)
 
 

@@ -30,7 +30,7 @@ from redistill_cache.keys import PackedKeys, keys_flaw, pack_keys
 from redistill_cache.layout import ArrayLayout, Block, all_blocks, part_blocks, parts, samples_block, side_block
 from redistill_cache.open_state import check_keys_size, check_side_size, read_committed
 from redistill_cache.reader import Archive
-from redistill_cache.rows import row_out_of_range
+from redistill_cache.rows import codec_out_of_range, row_out_of_range
 from redistill_cache.shards import encode_shard
 from redistill_cache.spec import ArchiveSpec, TeacherSpec, archive_identity, teacher_identity
 from redistill_cache.spec_files import list_teachers, read_root, read_teachers
@@ -93,9 +93,11 @@ def check_codecs(teacher: TeacherSpec, side: Mapping[str, np.ndarray]) -> None:
         prefix = f"{signal.name}/"
         own = {name.removeprefix(prefix): array for name, array in side.items() if name.startswith(prefix)}
         try:
-            open_codec(signal.codec, signal.width, signal.config, own)
+            problem = codec_out_of_range(open_codec(signal.codec, signal.width, signal.config, own))
         except Damaged as error:
-            raise UsageError(f"teacher {teacher.name!r}, signal {signal.name!r}: {error}") from None
+            problem = str(error)
+        if problem:
+            raise UsageError(f"teacher {teacher.name!r}, signal {signal.name!r}: {problem}")
 
 
 def check_record(record: Record, teachers: Mapping[str, TeacherSpec]) -> None:

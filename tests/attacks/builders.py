@@ -33,7 +33,7 @@ from tests.attacks.forge import (
     reseal,
     shard_of,
 )
-from tests.faults.scenario import CANARIES, CLASSES, SAMPLES, SPEC, teacher
+from tests.faults.scenario import CANARIES, CLASSES, SAMPLES, SPEC, codec, teacher
 from tests.faults.scenario import KEYS as HONEST_KEYS
 
 __all__ = [
@@ -70,6 +70,7 @@ __all__ = [
     "record",
     "seed",
     "side_bomb",
+    "side_value",
     "signal_field",
     "stated_size",
     "statistics",
@@ -298,6 +299,18 @@ def side_bomb(path: Path) -> None:
     array = layout.side_arrays(specs[1]["net"])["logits/basis_low"]
     (path / array.shard_path(0, 0)).write_bytes(repeated_shard(array))
     reseal(path)
+
+
+def side_value(name: str, value: float) -> Attack:
+    """The first value of an array of side data is another."""
+
+    def attack(path: Path) -> None:
+        values = codec().side()[name].copy()
+        values[0] = value
+        put_rows(path, layout.side_arrays(teacher())[f"logits/{name}"], values)
+        reseal(path)
+
+    return attack
 
 
 def other_samples(name: str, rows: np.ndarray) -> Attack:
