@@ -15,9 +15,10 @@ from typing import overload
 
 import numpy as np
 
+from redistill_cache import limits
 from redistill_cache.errors import Damaged
 
-__all__ = ["PackedKeys", "hash_words", "pack_keys"]
+__all__ = ["PackedKeys", "hash_words", "keys_flaw", "pack_keys"]
 
 # Keys are processed in slices whose zero-padded matrix takes about this many bytes, however long a single key is.
 SLICE_BYTES = 8 << 20
@@ -141,6 +142,29 @@ def pack_keys(keys: Iterable[str]) -> PackedKeys:
         lengths.append(np.fromiter(map(len, encoded), np.uint64, len(encoded)))
     offsets = np.cumsum(np.concatenate(lengths), dtype=np.uint64)
     return PackedKeys(np.frombuffer(b"".join(parts), np.uint8), offsets)
+
+
+def keys_flaw(keys: PackedKeys) -> str | None:
+    """Why these cannot be the keys of an archive, or None: each is UTF-8 of 1 to 4096 bytes, and occurs once."""
+    lengths = keys.lengths()
+    if not len(keys) or int(lengths.min()) < 1 or int(lengths.max()) > limits.MAX_KEY_BYTES:
+        return f"every sample needs a key of 1 to {limits.MAX_KEY_BYTES} bytes"
+    starts = keys.offsets[:-1]
+    torn = (keys.data[starts] & 0xC0) == 0x80  # starts in the middle of a character
+    for part in _slices(lengths):
+        first = int(starts[part.start])
+        try:
+            keys.data[first : int(keys.offsets[part.stop])].tobytes().decode()
+        except UnicodeDecodeError as error:
+            torn[np.searchsorted(starts, first + error.start, "right") - 1] = True
+            break
+    if torn.any():
+        return f"the key of sample {int(np.argmax(torn))} is not UTF-8"
+    hashes = keys.hashes()
+    order = np.argsort(hashes, kind="stable")
+    same = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
+    repeats = same[keys.equal_at(order[same], keys, order[same + 1])]
+    return f"two samples have the key {keys[int(order[repeats[0]])]!r}; keys must be unique" if len(repeats) else None
 
 
 def hash_words(words: np.ndarray, lengths: np.ndarray | None = None) -> np.ndarray:

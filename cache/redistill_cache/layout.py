@@ -101,6 +101,23 @@ class ArrayLayout:
         used = self.used_chunks(self.shape[self.row_axis])
         return used * (self.chunk_bytes + CHECKSUM) + self.index_bytes
 
+    @property
+    def most_chunk_bytes(self) -> int:
+        """A stored chunk takes at most this: bytes that do not compress make a zstd frame slightly larger."""
+        return self.chunk_bytes + self.chunk_bytes // 16 + 1024
+
+    def most_bytes(self, rows: int) -> int:
+        """The file of a shard with this many rows takes at most this.
+
+        The last chunk may hold few rows: its padding of zeros takes next to nothing, or a few bytes per column if the
+        chunk is transposed.
+        """
+        whole, rest = divmod(rows, self.chunk_rows)
+        last = rest * self.row_bytes * 17 // 16 + 16 * self.row_bytes + self.chunk_bytes // 1024 + 1024
+        if self.level is None:
+            last = self.chunk_bytes + CHECKSUM
+        return whole * self.most_chunk_bytes + (min(last, self.most_chunk_bytes) if rest else 0) + self.index_bytes
+
     def used_chunks(self, rows: int) -> int:
         """Chunks of a shard that hold at least one of its first `rows` rows."""
         return -(-rows // self.chunk_rows)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from redistill_cache import layout, limits
+from redistill_cache.codecs.stats import check_stats
 from redistill_cache.commits import Commits
 from redistill_cache.errors import Damaged, Incomplete, Refused, UsageError
 from redistill_cache.journal import FileEntry, Record, parse_files, parse_header, sha256
@@ -23,7 +24,7 @@ from redistill_cache.spec import ArchiveSpec, TeacherSpec
 from redistill_cache.spec_files import Document, list_teachers, read_root, read_teachers
 from redistill_cache.storage import LOCAL, MOST_FILES, file_sha256, open_regular, read_small, walk_regular
 from redistill_cache.strict_json import Json
-from redistill_cache.verified_files import WHOLE, HashedFile, VerifiedFiles
+from redistill_cache.verified_files import WHOLE, HashedFile, VerifiedFiles, stamp_of
 
 __all__ = [
     "VERIFY_ADVICE",
@@ -64,7 +65,10 @@ class ArchiveState:
         return self.teacher_views.get(teacher, self.num_views)
 
     def holds(self, block: Block) -> bool:
-        return self.committed is None or (block.part, block.view, block.index) in self.committed
+        if self.committed is not None:
+            return (block.part, block.view, block.index) in self.committed
+        teacher = block.part.split("/")[1] if block.part.startswith("teachers/") else None
+        return block.view < (self.num_views if teacher is None else self.views_of(teacher))
 
 
 def read_state(path: Path, *, allow_partial: bool) -> ArchiveState:
@@ -107,6 +111,12 @@ def _sealed(path: Path, root: Document[ArchiveSpec], data: bytes) -> ArchiveStat
         walk_regular(path, most=2 * data.count(b"\n") + EXTRA_FILES)  # no links anywhere, not even as folders
     documents = read_teachers(path, header.teachers, root)
     teachers = {name: document.spec for name, document in documents.items()}
+    for name, teacher in teachers.items():
+        try:
+            views = header.teacher_views.get(name, header.views)
+            check_stats(teacher, header.teachers[name], declared.spec.num_samples * views)
+        except Damaged as error:
+            raise Damaged(f"{where}: {error}; the manifest was edited") from None
     most = layout.count_files(root.spec, teachers, header.views)
     files = parse_files(data, header, where, most=most)
     root = _sealed_root(declared, files.get("zarr.json"), header.views)
@@ -248,6 +258,32 @@ def check_side_size(teacher: TeacherSpec, size_of: SizeOf) -> None:
             )
 
 
+def _check_shard_sizes(state: ArchiveState, size_of: SizeOf) -> None:
+    """No file may be larger than its rows can take, so that a small claim cannot make a reader fetch gigabytes."""
+
+    def check(path: str, most: int) -> None:
+        if size_of(path) > most:
+            raise UsageError(f"{path} may take {most} bytes, found {size_of(path)}; the manifest was edited")
+
+    whole = layout.sample_arrays(state.spec, state.spec.num_samples * limits.MAX_KEY_BYTES)
+    for teacher in state.teachers.values():
+        whole |= layout.side_arrays(teacher)
+    for array in whole.values():
+        check(array.shard_path(0, 0), array.most_bytes(array.shape[0]))
+    for part in layout.parts(state.spec, state.teachers):
+        arrays = layout.part_arrays(state.spec, state.teachers, part).values()
+        most: dict[tuple[str, int], int] = {}
+        for block in filter(state.holds, layout.part_blocks(state.spec, part, state.num_views)):
+            rows = block.stop - block.start
+            for array in arrays:
+                if (array.path, rows) not in most:
+                    most[array.path, rows] = array.most_bytes(rows)
+                check(array.shard_path(block.view, block.index), most[array.path, rows])
+    for name in state.files:
+        if name.startswith(f"{layout.BLOCKS}/"):
+            check(name, limits.MAX_RECORD_BYTES)
+
+
 def _check_size_bounds(state: ArchiveState) -> None:
     def size_of(name: str) -> int:
         return state.files[name].size
@@ -256,6 +292,7 @@ def _check_size_bounds(state: ArchiveState) -> None:
         _check_digests_size(state.spec, size_of)
         for teacher in state.teachers.values():
             check_side_size(teacher, size_of)
+        _check_shard_sizes(state, size_of)
     except UsageError as error:
         raise Damaged(f"{state.path}: {error}") from None
 
@@ -284,7 +321,7 @@ def committed_file(
         return
     try:
         status = os.fstat(fd)
-        file = HashedFile(name, entry, status.st_mtime_ns)
+        file = HashedFile(name, entry, stamp_of(status))
         if name in state.extended and read_entry(fd) == state.extended[name]:
             yield fd, None
         elif status.st_size != entry.size:
@@ -334,4 +371,4 @@ def check_sizes_on_disk(state: ArchiveState) -> None:
 
 def _sizes_checked(identity: str) -> HashedFile:
     """The entry that records that all files of an archive had their committed sizes on this machine."""
-    return HashedFile(WHOLE, FileEntry(0, identity), 0)
+    return HashedFile(WHOLE, FileEntry(0, identity))

@@ -9,7 +9,7 @@ Every value that is returned was committed and checked; a missing or damaged one
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -18,11 +18,11 @@ import numpy as np
 
 from redistill_cache import layout
 from redistill_cache.addresses import is_address, split_pin
-from redistill_cache.codecs import Codec, open_codec
+from redistill_cache.codecs import Codec
 from redistill_cache.errors import Damaged, OutOfRange, UsageError
 from redistill_cache.fetching import agreed, fetch_archive, other_archive
 from redistill_cache.journal import FileEntry, sha256
-from redistill_cache.keys import PackedKeys
+from redistill_cache.keys import PackedKeys, keys_flaw
 from redistill_cache.layout import Block
 from redistill_cache.machine import require_memory
 from redistill_cache.open_state import (
@@ -41,12 +41,13 @@ from redistill_cache.rows import (
     check_rows,
     check_view,
     count_rows,
+    open_signal,
     opened_shard,
     read_rows,
     read_whole,
 )
 from redistill_cache.shards import Scratch
-from redistill_cache.spec import ArchiveSpec, ArraySpec, SignalSpec, TeacherSpec
+from redistill_cache.spec import ArchiveSpec, SignalSpec, TeacherSpec
 from redistill_cache.storage import disk_trouble
 from redistill_cache.verify import damaged_files
 
@@ -102,7 +103,7 @@ class Archive:
     def __init__(self, state: ArchiveState) -> None:
         """Use `open_archive`."""
         self.state = state
-        self._codecs: dict[tuple[str, str], Codec] = {}
+        self._signals: dict[tuple[str, str], StoredSignal] = {}
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -174,7 +175,11 @@ class Archive:
         metadata = array.metadata_bytes()
         if self.state.files[array.metadata_path] != FileEntry(len(metadata), sha256(metadata)):
             raise Damaged(f"{self.path}: the sample keys do not have the {total} bytes of their offsets")
-        return PackedKeys(self._samples("key_bytes", total), offsets)
+        keys = PackedKeys(self._samples("key_bytes", total), offsets)
+        flaw = keys_flaw(keys)
+        if flaw:
+            raise Damaged(f"{self.path}: {flaw}; the archive was edited")
+        return keys
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -228,6 +233,9 @@ class Archive:
         rows, pixels = arrays["row"], arrays["pixels"]
         if int(rows.max()) >= self.num_samples:
             raise Damaged(f"{self.path}: a canary of view {view} is row {rows.max()} of {self.num_samples}")
+        different = len(np.unique(rows))
+        if different < count:
+            raise Damaged(f"{self.path}: {count} canaries of view {view} show {different} samples, expected one each")
         return rows, pixels
 
     def rows_available(self, view: int, teacher: str | None = None) -> np.ndarray:
@@ -267,23 +275,7 @@ class Archive:
 
     def codec(self, teacher: str | None = None, signal: str = "logits") -> Codec:
         """The codec that decodes a signal."""
-        teacher_spec, spec = self.signal(teacher, signal)
-        with self._lock:
-            codec = self._codecs.get((teacher_spec.name, spec.name))
-            if codec is None:
-                prefix = f"{spec.name}/"
-                arrays = layout.side_arrays(teacher_spec).items()
-                with disk_trouble("read", self.path):
-                    side = {
-                        name.removeprefix(prefix): read_whole(self.state, array)
-                        for name, array in arrays
-                        if name.startswith(prefix)
-                    }
-                codec = open_codec(spec.codec, spec.width, spec.config, side)
-                if _shapes(codec.arrays()) != _shapes(spec.arrays):
-                    raise Damaged(f"{self.path}: signal {spec.name!r} does not have the arrays of its codec")
-                self._codecs[teacher_spec.name, spec.name] = codec
-        return codec
+        return self._stored(teacher, signal).codec
 
     def logits(self, view: int, rows: object | None = None, teacher: str | None = None) -> np.ndarray:
         """float32 [n, classes], up to a constant per row (softmax ignores it) unless the codec keeps it."""
@@ -318,9 +310,10 @@ class Archive:
 
     def _stored(self, teacher: str | None, signal: str) -> StoredSignal:
         teacher_spec, signal_spec = self.signal(teacher, signal)
-        return StoredSignal(self.state, teacher_spec, signal_spec, self.codec(teacher_spec.name, signal))
-
-
-def _shapes(arrays: Sequence[ArraySpec]) -> set[tuple[str, str, tuple[int, ...]]]:
-    """What a codec relies on; how rows are cut into chunks is left to the writer."""
-    return {(array.name, array.dtype, tuple(array.row_shape)) for array in arrays}
+        with self._lock:
+            stored = self._signals.get((teacher_spec.name, signal_spec.name))
+            if stored is None:
+                with disk_trouble("read", self.path):
+                    stored = open_signal(self.state, teacher_spec, signal_spec)
+                self._signals[teacher_spec.name, signal_spec.name] = stored
+        return stored

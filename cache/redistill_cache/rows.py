@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -17,14 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from redistill_cache import layout
-from redistill_cache.codecs import Codec
+from redistill_cache import layout, limits
+from redistill_cache.codecs import Codec, open_codec
+from redistill_cache.codecs.linear import LinearCodec
 from redistill_cache.errors import Damaged, Incomplete, OutOfRange, UsageError
 from redistill_cache.layout import ArrayLayout, Block
 from redistill_cache.machine import require_memory
 from redistill_cache.open_state import VERIFY_ADVICE, ArchiveState, committed_file
 from redistill_cache.shards import Scratch, ShardReader
-from redistill_cache.spec import SignalSpec, TeacherSpec
+from redistill_cache.spec import ArraySpec, SignalSpec, TeacherSpec
 
 __all__ = [
     "Buffers",
@@ -35,10 +36,13 @@ __all__ = [
     "ViewLoader",
     "check_rows",
     "check_view",
+    "codec_out_of_range",
     "count_rows",
+    "open_signal",
     "opened_shard",
     "read_rows",
     "read_whole",
+    "row_out_of_range",
 ]
 
 
@@ -166,6 +170,43 @@ def read_whole(state: ArchiveState, array: ArrayLayout) -> np.ndarray:
     return out
 
 
+# -- values that a decoded row may have -------------------------------------------------------------------------------
+
+SCANNED_BYTES = 1 << 20  # stays in the cache of a processor while it is read twice
+DECODED_BYTES = 32 << 20  # of float32 rows that a check decodes at once
+
+
+def row_out_of_range(array: np.ndarray) -> int | None:
+    """The first row that holds NaN, infinity or a magnitude above the limit; None if there is none."""
+    if array.dtype.kind != "f":
+        return None
+    step = max(1, SCANNED_BYTES // (array.dtype.itemsize * max(1, array[:1].size)))
+    for start in range(0, len(array), step):
+        part = array[start : start + step]
+        if not _in_range(part):
+            fits = np.abs(part.reshape(len(part), -1).astype(np.float64)) <= limits.MAX_VALUE
+            return start + int(np.argmin(fits.all(axis=1)))
+    return None
+
+
+def codec_out_of_range(codec: Codec) -> str | None:
+    """Why rows that are no floats may exceed the limit with this side data, or None. Other codecs have no such rows."""
+    if not isinstance(codec, LinearCodec) or codec.largest <= limits.MAX_VALUE:
+        return None
+    return (
+        "expected rows of codec linear of at most 2^56 in magnitude, found steps, scales and offsets that reach "
+        f"{codec.largest:.2g}"
+    )
+
+
+def _in_range(values: np.ndarray) -> bool:
+    """NaN is propagated by `min` and `max`, and then compares as out of range."""
+    if values.dtype.itemsize == 2:  # numpy has no fast `min` of float16, none of whose finite values is too large
+        bits = np.ascontiguousarray(values).view(np.uint16)
+        return int((bits & 0x7FFF).max(initial=0)) < 0x7C00
+    return bool(values.min(initial=0.0) >= -limits.MAX_VALUE and values.max(initial=0.0) <= limits.MAX_VALUE)
+
+
 # -- packed rows of a signal ------------------------------------------------------------------------------------------
 
 Buffers = Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray]
@@ -225,23 +266,48 @@ class StoredSignal:
         if not count:
             return np.zeros((0, self.signal.width), np.float32)
         require_memory(4 * count * self.signal.width, f"{self.state.path}: {count} rows of {self.signal.name}")
-        arrays, sparse = self._read(view, rows, lambda _, shape, dtype: np.empty(shape, dtype))
-        return np.asarray(self.codec.decode(arrays | {name: values for name, (_, values) in sparse.items()}))
+        arrays, sparse = self._read(view, rows, _new_array)
+        decoded = np.asarray(self.codec.decode(arrays | {name: values for name, (_, values) in sparse.items()}))
+        self._refuse_out_of_range(view, rows, decoded)
+        return decoded
+
+    def check(self, block: Block) -> None:
+        """Decode every row of a block once; `Damaged` for one whose values are out of range."""
+        rows = np.arange(block.start, block.stop)
+        arrays, sparse = self._read(block.view, rows, _new_array)
+        packed = PackedView(block.view, self.codec, arrays, _located(len(rows), sparse))
+        step = max(1, DECODED_BYTES // (4 * self.signal.width))
+        for start in range(0, len(rows), step):
+            part = np.arange(start, min(start + step, len(rows)))
+            self._refuse_out_of_range(block.view, rows[part], packed.decode(part))
+
+    def _refuse_out_of_range(self, view: int, rows: Rows, values: np.ndarray) -> None:
+        at = row_out_of_range(values)
+        if at is not None:
+            row = at if rows is None else int(rows[at])
+            raise Damaged(
+                f"{self.state.path}: teacher {self.teacher.name!r}, signal {self.signal.name!r}, view {view}, "
+                f"row {row}: expected finite values of at most 2^56 in magnitude, found {_worst(values[at])}; "
+                "the archive was written so, do not use it"
+            )
 
     def load(self, view: int, into: PackedView | None = None, buffers: Buffers = np.empty) -> PackedView:
-        """A whole view; buffers of `into` that fit are reused, and `into` must not be used afterwards."""
+        """A whole view; buffers of `into` that fit are reused, and `into` must not be used afterwards.
+
+        Floats are checked here, so that no batch has to be, on no device: rows of integers are within the range
+        because of what `open_signal` checked.
+        """
 
         def buffer(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
             old = None if into is None else into.arrays.get(name)
             return old if old is not None and old.shape == shape and old.dtype == dtype else buffers(shape, dtype)
 
         arrays, sparse = self._read(view, None, buffer)
-        located = {}
-        for name, (needing, values) in sparse.items():
-            positions = np.full(self.state.spec.num_samples, -1, np.int32)
-            positions[needing] = np.arange(len(needing), dtype=np.int32)
-            located[name] = positions, values
-        return PackedView(view, self.codec, arrays, located)
+        for array in arrays.values():
+            self._refuse_out_of_range(view, None, array)
+        for needing, values in sparse.values():
+            self._refuse_out_of_range(view, needing, values)
+        return PackedView(view, self.codec, arrays, _located(self.state.spec.num_samples, sparse))
 
     def _read(
         self, view: int, rows: Rows, buffer: Callable[[str, tuple[int, ...], np.dtype[Any]], np.ndarray]
@@ -270,6 +336,47 @@ class StoredSignal:
                 read_rows(self.state, part, array, view, needing if rows is None else rows[needing], values)
                 sparse[key] = needing, values
         return arrays, sparse
+
+
+def open_signal(state: ArchiveState, teacher: TeacherSpec, signal: SignalSpec) -> StoredSignal:
+    """A signal with the codec that its side data defines."""
+    prefix = f"{signal.name}/"
+    side = {
+        name.removeprefix(prefix): read_whole(state, array)
+        for name, array in layout.side_arrays(teacher).items()
+        if name.startswith(prefix)
+    }
+    codec = open_codec(signal.codec, signal.width, signal.config, side)
+    if _shapes(codec.arrays()) != _shapes(signal.arrays):
+        raise Damaged(f"{state.path}: signal {signal.name!r} does not have the arrays of its codec")
+    problem = codec_out_of_range(codec)
+    if problem:
+        raise Damaged(f"{state.path}: teacher {teacher.name!r}, signal {signal.name!r}: {problem}")
+    return StoredSignal(state, teacher, signal, codec)
+
+
+def _shapes(arrays: Sequence[ArraySpec]) -> set[tuple[str, str, tuple[int, ...]]]:
+    """What a codec relies on; how rows are cut into chunks is left to the writer."""
+    return {(array.name, array.dtype, tuple(array.row_shape)) for array in arrays}
+
+
+def _new_array(_: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    return np.empty(shape, dtype)
+
+
+def _located(count: int, sparse: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
+    """Sparse arrays of `PackedView` from the rows that need them."""
+    located = {}
+    for name, (needing, values) in sparse.items():
+        positions = np.full(count, -1, np.int32)
+        positions[needing] = np.arange(len(needing), dtype=np.int32)
+        located[name] = positions, values
+    return located
+
+
+def _worst(row: np.ndarray) -> float:
+    """The value of a row that is furthest out of range: NaN, or that of the largest magnitude."""
+    return float(np.ravel(row)[np.argmax(np.abs(np.ravel(row).astype(np.float64)))])
 
 
 # -- views one after another ------------------------------------------------------------------------------------------

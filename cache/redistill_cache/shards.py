@@ -103,7 +103,7 @@ class ShardReader:
         back_to_back = np.all(sizes <= data_bytes) and np.array_equal(offsets[1:], ends[:-1]) and offsets[0] == 0
         if not (back_to_back and int(ends[-1]) == data_bytes and np.all(entries[used:] == ABSENT)):
             raise self._damaged("the chunks of its index are not back to back")
-        if int(sizes.max()) > layout.chunk_bytes + layout.chunk_bytes // 16 + 1024:
+        if int(sizes.max()) > layout.most_chunk_bytes:
             raise self._damaged(
                 f"a chunk of {int(sizes.max())} bytes, too many for the {layout.chunk_bytes} it decodes to"
             )

@@ -1,9 +1,12 @@
 """The user's cache folder, and in it the files of archives that were verified on this machine.
 
 A file whose SHA-256 was checked once is not hashed again until it changes. Each archive has one small text file with a
-line per verified file: its SHA-256, size, modification time and path. A file that changed in any of them is hashed
-again. Lines are appended whole; a line that does not parse (after a crash or an edit) is ignored, so a damaged cache
-file can only cost time.
+line per verified file: its SHA-256, size, stamp and path. The stamp is its modification time, its change time and its
+inode: a program can set the first back, not the second. A disk that loses bits changes none of them, so only
+`verify --full`, which does not read this cache, finds that.
+
+Lines are appended whole, and one that does not parse (after a crash or an edit) is ignored. Whoever can write to the
+cache folder can make a changed file pass for a verified one: it is as trusted as the user's other files.
 """
 
 from __future__ import annotations
@@ -21,9 +24,10 @@ from platformdirs import user_cache_path
 
 from redistill_cache.journal import FileEntry
 
-__all__ = ["HashedFile", "VerifiedFiles", "cache_folder"]
+__all__ = ["HashedFile", "VerifiedFiles", "cache_folder", "stamp_of"]
 
-LINE = re.compile(r"([0-9a-f]{64}) (\d{1,18}) (\d{1,20}) (\S+)")
+LINE = re.compile(r"([0-9a-f]{64}) (\d{1,18}) (\d{1,20}\.\d{1,20}\.\d{1,20}) (\S+)")
+NO_STAMP = "0.0.0"
 # Path of the line that records that the sizes of all files were checked against this manifest; no file has this name.
 WHOLE = "*"
 
@@ -38,11 +42,15 @@ def cache_folder() -> Path:
 
 
 class HashedFile(NamedTuple):
-    """A file with the size and hash that it had at a modification time."""
+    """A file with the size and hash that it had when it had this stamp."""
 
     path: str
     entry: FileEntry
-    mtime_ns: int
+    stamp: str = NO_STAMP
+
+
+def stamp_of(status: os.stat_result) -> str:
+    return f"{status.st_mtime_ns}.{status.st_ctime_ns}.{status.st_ino}"
 
 
 class VerifiedFiles:
@@ -51,7 +59,7 @@ class VerifiedFiles:
     def __init__(self, archive: Path, identity: str) -> None:
         name = hashlib.sha256(f"{archive.resolve()}\n{identity}".encode()).hexdigest()
         self._path = cache_folder() / "verified" / f"{name[:40]}.txt"
-        self._known: dict[str, tuple[str, int, int]] | None = None
+        self._known: dict[str, tuple[str, int, str]] | None = None
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, object]:
@@ -63,29 +71,29 @@ class VerifiedFiles:
     def __contains__(self, file: HashedFile) -> bool:
         """Whether the file had this hash when it was verified, and has not changed since."""
         with self._lock:
-            return self._load().get(file.path) == (file.entry.sha256, file.entry.size, file.mtime_ns)
+            return self._load().get(file.path) == (file.entry.sha256, file.entry.size, file.stamp)
 
     def add(self, files: Iterable[HashedFile]) -> None:
         lines = []
         with self._lock:
             known = self._load()
-            for path, entry, mtime_ns in files:
-                value = (entry.sha256, entry.size, mtime_ns)
+            for path, entry, stamp in files:
+                value = (entry.sha256, entry.size, stamp)
                 if known.get(path) == value:
                     continue
                 known[path] = value
-                lines.append(f"{entry.sha256} {entry.size} {mtime_ns} {path}\n")
+                lines.append(f"{entry.sha256} {entry.size} {stamp} {path}\n")
             with contextlib.suppress(OSError):  # a full, read-only or missing home: hashed again next time
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 with self._path.open("a", encoding="ascii") as file:
                     file.write("".join(lines))
 
-    def _load(self) -> dict[str, tuple[str, int, int]]:
+    def _load(self) -> dict[str, tuple[str, int, str]]:
         if self._known is None:
             self._known = {}
             with contextlib.suppress(OSError, UnicodeDecodeError):
                 for line in self._path.read_text(encoding="ascii").splitlines():
                     match = LINE.fullmatch(line)
                     if match:
-                        self._known[match[4]] = (match[1], int(match[2]), int(match[3]))
+                        self._known[match[4]] = (match[1], int(match[2]), match[3])
         return self._known

@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from redistill_cache import layout
+from redistill_cache.codecs.stats import check_stats, merge_stats
+from redistill_cache.commits import Commits
 from redistill_cache.errors import Damaged, RedistillError
 from redistill_cache.layout import Block, all_blocks
 from redistill_cache.open_state import ArchiveState, check_metadata_on_disk, committed_file, read_state
+from redistill_cache.rows import open_signal
+from redistill_cache.spec_files import read_root, read_teachers
 from redistill_cache.storage import LOCAL, MOST_FILES, Files, disk_trouble, is_leftover, walk_regular
 from redistill_cache.verified_files import HashedFile
 
@@ -34,11 +38,18 @@ class DamagedFile:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """The result of `redistill verify`."""
+    """The result of `redistill verify`; `ok` of an archive that is sealed and whole."""
 
     ok: bool
     checked_files: int
     damaged: tuple[DamagedFile, ...]
+    hashed_files: int = 0
+    """Of the checked files, those that were hashed now: all of them with `full`."""
+    hashed_bytes: int = 0
+    missing_blocks: int | None = None
+    """Blocks that an unfinished archive still lacks, so 0 before it is sealed; None for a sealed archive."""
+    canaries_per_view: int | None = None
+    """0: no images can be compared with the archive; None if it could not be opened."""
     alignment: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -48,8 +59,9 @@ class VerifyReport:
 def verify(path: str | Path, *, full: bool = False, progress: VerifyProgress | None = None) -> VerifyReport:
     """Check the presence, size and SHA-256 of every file of an archive.
 
-    A file that was verified on this machine and has not changed since is not hashed again, unless `full`. Of an
-    unsealed archive the committed blocks are checked. An archive that cannot be opened is reported as one damaged file.
+    A file that was verified on this machine and has not changed since is not hashed again, unless `full`, which also
+    decodes every row of every teacher once. Of an unsealed archive the committed blocks are checked. An archive that
+    cannot be opened is reported as one damaged file.
     """
     path = Path(path)
     with disk_trouble("read", path):
@@ -59,15 +71,84 @@ def verify(path: str | Path, *, full: bool = False, progress: VerifyProgress | N
                 check_metadata_on_disk(state)
         except Damaged as error:
             return VerifyReport(False, 0, (DamagedFile(str(path), None, str(error)),))
-        damaged = damaged_files(state, full=full, progress=progress)
-    return VerifyReport(not damaged, len(state.files), tuple(damaged))
+        hashed: list[HashedFile] = []
+        damaged = damaged_files(state, full=full, progress=progress, hashed=hashed)
+        damaged = damaged or _damaged_stats(state)
+        if full and not damaged:
+            damaged = _damaged_rows(state, progress)
+    missing = None if state.id is not None else _missing_blocks(state)
+    return VerifyReport(
+        ok=not damaged and missing is None,
+        checked_files=len(state.files),
+        damaged=tuple(damaged),
+        hashed_files=len(hashed),
+        hashed_bytes=sum(file.entry.size for file in hashed),
+        missing_blocks=missing,
+        canaries_per_view=state.spec.canaries_per_view,
+    )
 
 
-def damaged_files(state: ArchiveState, *, full: bool, progress: VerifyProgress | None = None) -> list[DamagedFile]:
-    """Every file that is missing, differs in size or hash from the committed one, or does not belong to the archive."""
+def _damaged_stats(state: ArchiveState) -> list[DamagedFile]:
+    """The manifest, if its statistics are not those of the commit records together."""
+    if state.id is None:
+        return []
+    commits, root = Commits(state.path, LOCAL), read_root(state.path)
+    for name, document in read_teachers(state.path, list(state.teachers), root).items():
+        arrays = layout.teacher_arrays(state.spec, document.spec).values()
+        try:
+            records = []
+            for block in layout.part_blocks(state.spec, f"teachers/{name}", state.views_of(name)):
+                files = [array.shard_path(block.view, block.index) for array in arrays]
+                records.append(commits.load(block, document.identity, files))
+                check_stats(document.spec, records[-1].stats or {}, len(block.rows))
+            merged = merge_stats(document.spec, [record.stats for record in records])
+        except Damaged as error:
+            return [DamagedFile(layout.BLOCKS, None, f"has a record that does not agree with its block: {error}")]
+        if merged != state.stats[name]:
+            reason = f"does not state the statistics of teacher {name!r} that its commit records add up to"
+            return [DamagedFile(layout.MANIFEST, None, reason)]
+    return []
+
+
+def _damaged_rows(state: ArchiveState, progress: VerifyProgress | None) -> list[DamagedFile]:
+    """Blocks of teachers that cannot be decoded, or that decode to values that no teacher has."""
+    damaged = []
+    for teacher in state.teachers.values():
+        part = f"teachers/{teacher.name}"
+        held = list(filter(state.holds, layout.part_blocks(state.spec, part, state.views_of(teacher.name))))
+        for signal in teacher.signals:
+            stored = None
+            for done, block in enumerate(held, start=1):
+                try:
+                    stored = stored or open_signal(state, teacher, signal)
+                    stored.check(block)
+                except Damaged as error:
+                    damaged.append(DamagedFile(f"{part}/{signal.name}", str(block), f"cannot be used: {error}"))
+                    if stored is None:
+                        break
+                if progress is not None:
+                    progress(done, len(held))
+    return damaged
+
+
+def _missing_blocks(state: ArchiveState) -> int:
+    return sum(not state.holds(block) for block, _ in all_blocks(state.spec, state.teachers, state.num_views))
+
+
+def damaged_files(
+    state: ArchiveState,
+    *,
+    full: bool,
+    progress: VerifyProgress | None = None,
+    hashed: list[HashedFile] | None = None,
+) -> list[DamagedFile]:
+    """Every file that is missing, differs in size or hash from the committed one, or does not belong to the archive.
+
+    Files that were hashed and match are appended to `hashed`.
+    """
     blocks = _blocks_by_file(state)
     damaged = []
-    hashed: list[HashedFile] = []
+    hashed = [] if hashed is None else hashed
     for done, name in enumerate(state.files, start=1):
         try:
             with committed_file(state, name, hashing="always" if full else "once", hashed=hashed) as (_, problem):

@@ -21,14 +21,16 @@ from pathlib import Path
 import numpy as np
 
 from redistill_cache import layout, limits
-from redistill_cache.codecs.stats import merge_stats
+from redistill_cache.codecs import open_codec
+from redistill_cache.codecs.stats import check_stats, merge_stats
 from redistill_cache.commits import ArchiveFolders, Commits
 from redistill_cache.errors import Damaged, Incomplete, OutOfRange, Refused, SpecMismatch, UsageError
 from redistill_cache.journal import FILES, TERMS, FileEntry, Manifest, Record, parse_header, parse_record, sha256
-from redistill_cache.keys import PackedKeys, pack_keys
+from redistill_cache.keys import PackedKeys, keys_flaw, pack_keys
 from redistill_cache.layout import ArrayLayout, Block, all_blocks, part_blocks, parts, samples_block, side_block
 from redistill_cache.open_state import check_keys_size, check_side_size, read_committed, read_state
 from redistill_cache.reader import Archive
+from redistill_cache.rows import codec_out_of_range, row_out_of_range
 from redistill_cache.shards import encode_shard
 from redistill_cache.spec import ArchiveSpec, TeacherSpec, archive_identity, is_name, teacher_identity
 from redistill_cache.spec_files import list_teachers, read_root, read_teachers
@@ -86,24 +88,26 @@ def check_block_array(name: str, array: np.ndarray, expected: ArrayLayout, rows:
         )
 
 
-def check_unique_keys(keys: PackedKeys) -> None:
-    lengths = keys.lengths()
-    if not len(keys) or int(lengths.min()) < 1 or int(lengths.max()) > limits.MAX_KEY_BYTES:
-        raise UsageError(f"every sample needs a key of 1 to {limits.MAX_KEY_BYTES} bytes")
-    if len(np.unique(keys.hashes())) == len(keys):
-        return
-    seen: set[str] = set()
-    for key in keys:  # duplicates are rare, so this may be slow
-        if key in seen:
-            raise UsageError(f"two samples have the key {key!r}; keys must be unique")
-        seen.add(key)
+def check_codecs(teacher: TeacherSpec, side: Mapping[str, np.ndarray]) -> None:
+    """`UsageError` for side data ("<signal>/<array>") that a reader would refuse to decode with."""
+    for signal in teacher.signals:
+        prefix = f"{signal.name}/"
+        own = {name.removeprefix(prefix): array for name, array in side.items() if name.startswith(prefix)}
+        try:
+            problem = codec_out_of_range(open_codec(signal.codec, signal.width, signal.config, own))
+        except Damaged as error:
+            problem = str(error)
+        if problem:
+            raise UsageError(f"teacher {teacher.name!r}, signal {signal.name!r}: {problem}")
 
 
-def check_record(record: Record) -> None:
+def check_record(record: Record, teachers: Mapping[str, TeacherSpec]) -> None:
     """`UsageError` for a record that a reader would refuse."""
     data = record.to_bytes()
     try:
         parse_record(data, record.block, record.identity, "the record")
+        if record.stats is not None and record.block.part.startswith("teachers/"):
+            check_stats(teachers[record.block.part.split("/")[1]], record.stats, len(record.block.rows))
     except Damaged as error:
         raise UsageError(f"{record.block} cannot be committed with these stats: {error}; pass smaller ones") from None
 
@@ -298,7 +302,9 @@ class ArchiveWriter:
             "label": np.asarray(labels),
             "size": np.asarray(sizes),
         }
-        check_unique_keys(packed)
+        flaw = keys_flaw(packed)
+        if flaw:
+            raise UsageError(flaw)
         layouts = layout.sample_arrays(self.spec, len(packed.data))
         for name, array in layouts.items():
             check_block_array(name, arrays[name], array, array.shape[0])
@@ -329,6 +335,7 @@ class ArchiveWriter:
         check_names(arrays, layouts, f"side data of teacher {teacher.name!r}")
         for name, array in layouts.items():
             check_block_array(name, arrays[name], array, array.shape[0])
+        check_codecs(teacher, arrays)
         data = _encode(layouts, arrays)
         check_side_size(teacher, lambda path: len(data[path]))
         path = self.path / layout.teacher_path(teacher.name)
@@ -375,6 +382,12 @@ class ArchiveWriter:
         check_names(arrays, layouts, str(block))
         for name, array in layouts.items():
             check_block_array(name, arrays[name], array, block.stop - block.start)
+            bad = row_out_of_range(arrays[name])
+            if bad is not None:
+                raise UsageError(
+                    f"{block}: row {block.start + bad} of array {name!r} holds NaN, Inf or a value above 2^56 in "
+                    "magnitude, which no reader accepts"
+                )
         with disk_trouble("write", self.path, RERUN):
             if self.is_committed(block):
                 return None
@@ -384,7 +397,7 @@ class ArchiveWriter:
                     path = array.shard_path(block.view, block.index)
                     files[path] = self._commits.stage(path, encode_shard(array, arrays[name]))
                 record = Record(block, self._identity_of(block), files, stats)
-                check_record(record)
+                check_record(record, self.teachers)
                 return record if self._commits.commit(record) else None
             except FileNotFoundError:
                 # `seal` of another process removed the staged files, after another writer had committed the block.

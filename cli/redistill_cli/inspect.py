@@ -64,7 +64,7 @@ def show_summary(description: dict[str, Any]) -> None:
             ("size", f"{human_bytes(d['total_bytes'])}, {d['bytes_per_view']:.1f} bytes per view in total"),
             ("recipe", typed_recipe(d["recipe"])),
             ("view params", f"{parameters or 'none'} (bytes per view)"),
-            ("canaries", f"{d['canaries_per_view']} per view"),
+            ("canaries", f"{d['canaries_per_view']} per view" if d["canaries_per_view"] else "no canaries"),
             ("licence", d["licence"] or "not stated"),
             ("citation", d["citation"] or "not stated"),
         ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from redistill_cache.wording import harmless
+from redistill_cache.wording import harmless, human_bytes
 
 from redistill_cli.rendering import (
     ARCHIVE_HELP,
@@ -22,14 +22,18 @@ from redistill_cli.rendering import (
 if TYPE_CHECKING:
     from redistill_cache.verify import VerifyReport
 
-DAMAGED = 4
+UNFINISHED = 1
 REFUSED = 3
+DAMAGED = 4
 
 
 def verify(
     archive: Annotated[str, typer.Argument(metavar=PATH_OR_URL, help=ARCHIVE_HELP)],
     full: Annotated[
-        bool, typer.Option("--full", help="Hash every file, including those verified on this machine before.")
+        bool,
+        typer.Option(
+            "--full", help="Hash every file, including those verified on this machine before, and decode every row."
+        ),
     ] = False,
     quarantine: Annotated[
         bool, typer.Option("--quarantine", help="Move damaged blocks aside, so that cache-teacher recomputes them.")
@@ -46,7 +50,7 @@ def verify(
     Compares every file with its checksum; with --data, also renders sample
     views again and compares them with the archive's canaries.
 
-    Exit codes: 0 ok, 3 the images do not give the archive's views, 4 damaged.
+    Exit codes: 0 ok, 1 unfinished, 3 the images do not give the archive's views, 4 damaged.
 
     Examples:
 
@@ -58,13 +62,13 @@ def verify(
 
     set_offline(offline)
     path = local_archive(archive)
-    with ProgressBar("verify", "file") as bar:
+    with ProgressBar("verify", "file" if not full else "item") as bar:
         report = verification.verify(path, full=full, progress=bar.update)
     moved = verification.quarantine(path, report.damaged) if quarantine and report.damaged else []
     aligned = True
-    if data is not None and report.ok:
+    if data is not None and not report.damaged and report.missing_blocks is None:
         alignment = _align(path, data, full=full)
-        aligned = alignment["verdict"] != "refused"
+        aligned = alignment["verdict"] in ("exact", "tolerance")
         report = replace(report, ok=aligned, alignment=alignment)
     if as_json:
         print_json(report.to_json() | {"quarantined": moved})
@@ -74,6 +78,8 @@ def verify(
         raise typer.Exit(DAMAGED)
     if not aligned:
         raise typer.Exit(REFUSED)
+    if report.missing_blocks is not None:
+        raise typer.Exit(UNFINISHED)
 
 
 def _align(archive: Path, data: str, *, full: bool) -> dict[str, Any]:
@@ -98,6 +104,16 @@ def _show(archive: Path, report: VerifyReport, moved: list[str]) -> None:
         )
         typer.echo(f"{harmless(archive)}: {len(report.damaged)} of {report.checked_files} files damaged; {advice}")
         return
-    typer.echo(f"{harmless(archive)}: {report.checked_files} files ok")
+    if report.missing_blocks is not None:
+        typer.echo(
+            f"{harmless(archive)}: unfinished, {report.missing_blocks:,} blocks are missing and it is not sealed; the "
+            f"{report.checked_files} files it has are ok; run the command that writes it again"
+        )
+        return
+    typer.echo(
+        f"{harmless(archive)}: {report.checked_files:,} files ok, {report.hashed_files:,} of them hashed now "
+        f"({human_bytes(report.hashed_bytes)})"
+        + ("" if report.canaries_per_view else "; it has no canaries, so no images can be compared with it")
+    )
     if report.alignment is not None:
         typer.echo(harmless(report.alignment["message"]))

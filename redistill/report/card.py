@@ -50,12 +50,13 @@ class ArchiveCard:
 def archive_card(archive: Archive, groups: Sequence[Group]) -> ArchiveCard:
     info = describe(archive)
     excluded = f", {len(info['excluded']):,} excluded" if info["excluded"] else ""
+    canaries = info["canaries_per_view"]
     users = [group.name for group in groups if group.runs[0].archive_id == archive.id]
     signals = [(teacher, name) for teacher, signals in info["teachers"].items() for name in signals]
     return ArchiveCard(
         id=str(info["id"]),
         images=f"{info['num_samples']:,}{excluded}, {info['num_classes']:,} classes",
-        views=f"{info['num_views']:,} per image, seed {info['seed']}",
+        views=f"{info['num_views']:,} per image, seed {info['seed']}, {canaries or 'no'} canaries per view",
         recipe=described_recipe(info["recipe"]),
         size=f"{human_bytes(info['total_bytes'])} in total, {info['bytes_per_view']:.1f} bytes per view",
         teachers=tuple(

@@ -77,6 +77,9 @@ def comparison_notes(groups: Sequence[Group], archive: Archive | None) -> list[s
     validated = {run.val or "none" for run in runs}
     if len(validated) > 1:
         notes.append(f"the runs were validated on different data: {', '.join(sorted(validated))}")
+    not_compared = [str(run.folder) for run in runs if run.alignment == "no canaries"]
+    if not_compared:
+        notes.append(f"the archive has no canaries, so its views were not compared: {', '.join(not_compared)}")
     without_curves = [str(run.folder) for run in runs if not run.history]
     if without_curves:
         notes.append(f"no metrics.csv, so no curves: {', '.join(without_curves)}")

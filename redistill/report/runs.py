@@ -64,6 +64,8 @@ class RunRecord:
     seed: int
     order_seed: int | None
     archive_id: str | None
+    alignment: str | None
+    """The verdict on the views; None in the results of earlier versions."""
     archive_name: str
     """The file name of the archive at training time, without suffixes."""
     val: str | None
@@ -236,6 +238,7 @@ def make_record(
         archive_id=None if result.is_null("archive_id") else result.text("archive_id", MAX_TEXT),
         archive_name=PurePath(archive).name.partition(".")[0],
         val=options.text("val", MAX_TEXT) if "val" in options else None,
+        alignment=result.text("alignment", MAX_TEXT) if "alignment" in result else None,
         epochs=result.integer("epochs", 0, MAX_COUNT),
         parameters=result.integer("parameters", 0, MAX_COUNT),
         metrics=metrics(result, HEADLINE) | metrics(evaluation, EVALUATION) | metrics(teacher, TEACHER),

@@ -24,6 +24,7 @@ from redistill.training.options import TrainOptions
 from redistill.training.prepare import TrainSetup, prepare
 from redistill.training.run_files import EpochTimes, RunFiles, TrainResult, refuse_foreign_folder
 from redistill.training.settings import settings_in_effect
+from redistill.training.targets import CachedTargets
 
 __all__ = ["Diverged", "train"]
 
@@ -79,6 +80,7 @@ class Training:
         self.options, self.world, self.files, self.progress, self.stop = options, world, files, progress, stop
         self.feed, self.members, self.targets = setup.feed, setup.members, setup.targets
         self.validation, self.use = setup.validation, setup.use
+        self.labels, self.judged = setup.archive.labels, False
         self.throughput = Throughput()
         self.last_save = time.monotonic()
         self.check_every = CHECK_ALONE[world.device.type] if world.size == 1 else CHECK_RANKS
@@ -126,6 +128,10 @@ class Training:
         if self.targets is not None:
             more = epoch + 1 < self.feed.epochs
             self.targets.begin_epoch(self.feed.views(epoch), self.feed.views(epoch + 1) if more else None)
+        if isinstance(self.targets, CachedTargets) and self.world.first and not self.judged:
+            self.judged = True
+            for text in self.targets.at_chance(self.labels):
+                self.progress.warning(text)
 
     def _step(self, item: TrainBatch) -> None:
         """Copy one batch to the device, and do one step of every member on it."""

@@ -30,8 +30,9 @@ from redistill.training.member import Member
 from redistill.training.options import MemberSpec, TrainOptions
 from redistill.training.targets import CachedTargets, OnlineTargets, SharedViews
 from redistill.training.validate import Validation, validation_recipe
-from redistill.views import ViewDataset, archive_recipe
-from redistill.views.aligned import aligned_views
+from redistill.views import archive_recipe
+from redistill.views.aligned import AlignedViews, aligned_views
+from redistill.views.canaries import Alignment
 from redistill.views.view_params import excluded_keys
 
 __all__ = ["TrainSetup", "prepare"]
@@ -48,6 +49,7 @@ class TrainSetup:
     targets: CachedTargets | OnlineTargets | None
     """None if no loss needs a teacher."""
     validation: Validation | None
+    alignment: Alignment
 
 
 def prepare(options: TrainOptions, world: World, progress: Progress, saved: ArchiveUse | None = None) -> TrainSetup:
@@ -72,7 +74,8 @@ def prepare(options: TrainOptions, world: World, progress: Progress, saved: Arch
         progress.info("the teacher rows of two views exceed --cache-memory; they are in a temporary file")
     workers = default_workers(world.rank.local_world_size) if options.workers is None else options.workers
     with world.local_first():
-        dataset = open_dataset(options, archive, workers, progress)
+        views = open_views(options, archive, workers, progress)
+        dataset = views.dataset
         validation = None
         if options.val_share is not None:
             held_out = held_out_rows(archive, options.val_share, options.order_seed)
@@ -110,7 +113,7 @@ def prepare(options: TrainOptions, world: World, progress: Progress, saved: Arch
         Member(spec, options, student, objective, world, amp)
         for spec, student, objective in zip(specs, students, objectives, strict=True)
     ]
-    return TrainSetup(archive, use, feed, members, targets, validation)
+    return TrainSetup(archive, use, feed, members, targets, validation, views.alignment)
 
 
 def refuse_objective(objective: Objective, archive: Archive, options: TrainOptions, teachers: tuple[str, ...]) -> None:
@@ -217,7 +220,7 @@ def open_student(spec: MemberSpec, archive: Archive, size: int, options: TrainOp
     )
 
 
-def open_dataset(options: TrainOptions, archive: Archive, workers: int, progress: Progress) -> ViewDataset:
+def open_views(options: TrainOptions, archive: Archive, workers: int, progress: Progress) -> AlignedViews:
     """The archive's views from the user's images, verified to be those the teacher was run on."""
     views = aligned_views(
         options.data,
@@ -231,11 +234,11 @@ def open_dataset(options: TrainOptions, archive: Archive, workers: int, progress
         progress.info(f"{views.excluded:,} images are skipped, which the archive excludes")
     if not views.joined.exact:
         progress.info(f"data and archive: {views.joined.summary()}")
-    if views.canaries is None:
-        progress.warning("the archive has no canaries, so its views cannot be verified")
+    if views.alignment.verdict == "no canaries":
+        progress.warning(views.alignment.message)
     else:
-        progress.info(views.canaries.require().message)
-    return views.dataset
+        progress.info(views.alignment.require().message)
+    return views
 
 
 def held_out_rows(archive: Archive, share: float, seed: int) -> np.ndarray:

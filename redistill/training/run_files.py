@@ -80,6 +80,8 @@ class TrainResult:
     loss: str
     seed: int
     archive_id: str | None
+    alignment: str
+    """The verdict on the views: "exact", "tolerance", or "no canaries" if the archive has none to compare with."""
     epochs: int
     best_epoch: int | None
     best_top1: float | None
@@ -190,6 +192,7 @@ class RunFiles:
             loss="+".join(member.spec.losses),
             seed=member.spec.seed,
             archive_id=self.setup.archive.id,
+            alignment=self.setup.alignment.verdict,
             epochs=len(rows),
             best_epoch=member.best_epoch if validated else None,
             best_top1=member.best if validated else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -25,6 +25,10 @@ from redistill.teachers import Teacher
 from redistill.training.feed import BatchPlan
 
 __all__ = ["CachedTargets", "OnlineTargets", "SharedViews"]
+
+
+# Rows that a teacher is judged by against their labels, and the fewest that say anything.
+JUDGED_ROWS, JUDGED_VALUES, FEWEST_JUDGED = 2048, 1 << 26, 50
 
 
 class CachedTargets:
@@ -53,6 +57,26 @@ class CachedTargets:
         """Of one teacher, in the order of the batch: the views of an image follow each other."""
         logits = [decode_rows(view, plan.rows, self.device) for view in views]
         return logits[0] if len(logits) == 1 else torch.stack(logits, 1).flatten(0, 1)
+
+    def at_chance(self, labels: np.ndarray) -> Iterator[str]:
+        """A sentence for every teacher that does not predict the labels of the archive in the first resident view.
+
+        By chance, predictions and labels of these frequencies agree as often as if they were independent.
+        """
+        rows = np.flatnonzero(labels >= 0)
+        most = min(len(rows), JUDGED_ROWS, max(FEWEST_JUDGED, JUDGED_VALUES // self.shared_views.codecs[0].width))
+        rows = rows[np.linspace(0, len(rows) - 1, most).astype(np.int64)]
+        if len(rows) < FEWEST_JUDGED:
+            return
+        for name, views in zip(self.shared_views.teachers, self._resident, strict=True):
+            predicted, classes = views[0].decode(rows).argmax(1), views[0].codec.width
+            counts = [np.bincount(values, minlength=classes) / len(rows) for values in (predicted, labels[rows])]
+            right, chance = float((predicted == labels[rows]).mean()), float(counts[0] @ counts[1])
+            if right <= chance + 3 * math.sqrt(chance * (1 - chance) / len(rows)):
+                yield (
+                    f"teacher {name} predicts {right:.1%} of {len(rows):,} labels in view {views[0].view}, no more "
+                    f"than by chance ({chance:.1%}): check its weights, its classes and the labels"
+                )
 
     def close(self) -> None:
         self._resident = []
@@ -89,6 +113,7 @@ class SharedViews:
         self, archive: Archive, teachers: Sequence[str], views_per_image: int, memory_gib: float, world: World
     ) -> None:
         self.world = world
+        self.teachers = tuple(teachers)
         self.codecs = [archive.codec(teacher, LOGITS) for teacher in teachers]
         self.shared = world.rank.local_world_size > 1 and Path("/proc/self/fd").exists()
         self.needed_bytes = 2 * views_per_image * archive.num_samples * sum(map(row_bytes, self.codecs))

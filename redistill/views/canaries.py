@@ -146,7 +146,7 @@ class WorstCanary:
 class Alignment:
     """Whether the views rendered from the reader's images are those of the archive."""
 
-    verdict: Literal["exact", "tolerance", "refused"]
+    verdict: Literal["exact", "tolerance", "refused", "no canaries"]
     drift: float
     """Mean luma difference in grey levels."""
     checked: int
@@ -157,8 +157,14 @@ class Alignment:
     """Entries of `view_environment` that differ: (in the archive, on this machine)."""
 
     @property
+    def ok(self) -> bool:
+        return self.verdict in ("exact", "tolerance")
+
+    @property
     def message(self) -> str:
         """The verdict in one line."""
+        if self.verdict == "no canaries":
+            return "the archive has no canaries, so the views cannot be compared with those of the teacher"
         if self.verdict == "exact":
             return f"views are exact: all {self.checked} canaries are bit-identical"
         versions = "; ".join(
@@ -175,8 +181,8 @@ class Alignment:
         )
 
     def require(self) -> Alignment:
-        """Returns itself; raises `Refused` if the views do not match."""
-        if self.verdict == "refused":
+        """Returns itself; raises `Refused` if the views do not match, or could not be compared."""
+        if not self.ok:
             raise Refused(self.message)
         return self
 

@@ -13,6 +13,7 @@ import google_crc32c
 import numpy as np
 from numcodecs import zstd
 from redistill_cache import layout
+from redistill_cache.codecs.linear_decode import EXACT
 from redistill_cache.journal import sha256
 from redistill_cache.spec import SideArray
 from redistill_cache.strict_json import canonical
@@ -32,7 +33,8 @@ from tests.attacks.forge import (
     reseal,
     shard_of,
 )
-from tests.faults.scenario import CANARIES, SAMPLES, SPEC, teacher
+from tests.faults.scenario import CANARIES, CLASSES, SAMPLES, SPEC, codec, teacher
+from tests.faults.scenario import KEYS as HONEST_KEYS
 
 __all__ = [
     "KEYS",
@@ -43,6 +45,7 @@ __all__ = [
     "canary_row",
     "chunk",
     "copied_record",
+    "exact_value",
     "extra_file",
     "field",
     "file_for_folder",
@@ -51,20 +54,27 @@ __all__ = [
     "index",
     "instead",
     "key_bomb",
+    "large_chunk",
     "lines",
     "link",
     "listening",
     "many_arrays",
     "many_lines",
     "many_records",
+    "merged_errors",
+    "merged_statistics",
     "metadata_field",
     "nested",
+    "other_keys",
     "other_samples",
     "record",
     "seed",
     "side_bomb",
+    "side_value",
     "signal_field",
+    "stated_size",
     "statistics",
+    "statistics_of",
     "teachers_named",
     "text_of",
     "unsealed",
@@ -192,8 +202,25 @@ def teachers_named(*names: str) -> Attack:
     return attack
 
 
+def statistics_of(signals: object) -> Attack:
+    return lambda path: reseal(path, teachers={"net": signals})
+
+
 def statistics(value: object) -> Attack:
-    return lambda path: reseal(path, teachers={"net": {"logits": value}})
+    return statistics_of({"logits": value})
+
+
+def merged_statistics(**changes: object) -> Attack:
+    """The honest statistics of the manifest with these members replaced."""
+    return lambda path: statistics(read_manifest(path).teachers["net"]["logits"] | changes)(path)
+
+
+def merged_errors(**changes: object) -> Attack:
+    def attack(path: Path) -> None:
+        errors = read_manifest(path).teachers["net"]["logits"]["errors"]
+        merged_statistics(errors={name: value | changes for name, value in errors.items()})(path)
+
+    return attack
 
 
 # -- shards -----------------------------------------------------------------------------------------------------------
@@ -214,6 +241,14 @@ def chunk(make: Callable[[bytes], bytes]) -> Attack:
         reseal(path)
 
     return attack
+
+
+def large_chunk(path: Path) -> None:
+    """A chunk of 8 bytes followed by a skippable frame, in a file that is not too large for its two chunks."""
+    honest = bytes(zstd.Zstd(level=3, checksum=True).encode(bytes(8)))
+    skippable = b"\x50\x2a\x4d\x18" + (1100).to_bytes(4, "little") + bytes(1100)
+    (path / "views/flip/c.0.0").write_bytes(shard_of([honest + skippable, honest]))
+    reseal(path)
 
 
 def index(change: Callable[[np.ndarray], object]) -> Attack:
@@ -266,6 +301,18 @@ def side_bomb(path: Path) -> None:
     reseal(path)
 
 
+def side_value(name: str, value: float) -> Attack:
+    """The first value of an array of side data is another."""
+
+    def attack(path: Path) -> None:
+        values = codec().side()[name].copy()
+        values[0] = value
+        put_rows(path, layout.side_arrays(teacher())[f"logits/{name}"], values)
+        reseal(path)
+
+    return attack
+
+
 def other_samples(name: str, rows: np.ndarray) -> Attack:
     def attack(path: Path) -> None:
         put_rows(path, layout.sample_arrays(SPEC, 1)[name], rows)
@@ -274,9 +321,41 @@ def other_samples(name: str, rows: np.ndarray) -> Attack:
     return attack
 
 
-def canary_row(path: Path) -> None:
-    put_rows(path, layout.canary_arrays(SPEC)["row"], np.full(CANARIES, 2**32 - 1, np.uint32))
-    reseal(path)
+def other_keys(change: Callable[[list[bytes]], object]) -> Attack:
+    """The same samples under changed keys."""
+
+    def attack(path: Path) -> None:
+        keys = [key.encode() for key in HONEST_KEYS]
+        change(keys)
+        data = np.frombuffer(b"".join(keys), np.uint8)
+        arrays = layout.sample_arrays(SPEC, len(data))
+        put_rows(path, arrays["key_bytes"], data)
+        put_rows(path, arrays["key_offsets"], np.cumsum([0, *map(len, keys)]).astype(np.uint64))
+        (path / f"{KEYS}/zarr.json").write_bytes(arrays["key_bytes"].metadata_bytes())
+        reseal(path)
+
+    return attack
+
+
+def canary_row(row: int) -> Attack:
+    """All canaries are this row."""
+
+    def attack(path: Path) -> None:
+        put_rows(path, layout.canary_arrays(SPEC)["row"], np.full(CANARIES, row, np.uint32))
+        reseal(path)
+
+    return attack
+
+
+def stated_size(name: str, size: int) -> Attack:
+    """The manifest states another size of a file."""
+    start = f'["{name}",'.encode()
+
+    def change(old: list[bytes]) -> list[bytes]:
+        assert any(line.startswith(start) for line in old)
+        return [start + b"%d,%b" % (size, line.rpartition(b",")[2]) if line.startswith(start) else line for line in old]
+
+    return lines(change)
 
 
 def flags(path: Path) -> None:
@@ -285,6 +364,22 @@ def flags(path: Path) -> None:
     put_rows(path, array, np.full(16, 0xFF, np.uint8))
     (path / "teachers/net/logits/exact/c.0.0.0").write_bytes(b"")
     reseal(path)
+
+
+def exact_value(value: float) -> Attack:
+    """A row that is stored exactly holds this value, with every hash renewed."""
+
+    def attack(path: Path) -> None:
+        arrays = layout.teacher_arrays(SPEC.resolved(), teacher().resolved(16))
+        level = np.zeros(16, np.uint8)
+        level[3] = EXACT
+        exact = np.zeros((16, CLASSES), np.float32)
+        exact[3, 2] = value
+        put_rows(path, arrays["logits/level"], level)
+        put_rows(path, arrays["logits/exact"], exact)
+        reseal(path)
+
+    return attack
 
 
 # -- files and folders ------------------------------------------------------------------------------------------------

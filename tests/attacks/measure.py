@@ -42,7 +42,7 @@ def open_and_inspect(path: Path, *, partial: bool) -> None:
 
 def verify_all(path: Path) -> None:
     report = verify(path, full=True)
-    if not report.ok:
+    if report.damaged:
         raise RedistillError(f"{len(report.damaged)} damaged: {report.damaged[0]}")
 
 

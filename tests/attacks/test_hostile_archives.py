@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import redistill_cache
+from redistill_cache.errors import Damaged
+from redistill_cache.verify import verify
 
+from redistill import CachedTeacher
+from tests.attacks.builders import exact_value
 from tests.attacks.forge import documents, forge, reseal
 from tests.attacks.hostile import ATTACKS, PARTIAL_ATTACKS, REASONS
 from tests.attacks.measure import ENTRY_POINTS, Outcome, measure
@@ -92,3 +99,26 @@ def test_an_unsealed_archive_is_accepted_with_allow_partial(archive: Path):
     outcomes = run_all_entry_points(archive)
     assert outcomes["open"].result.startswith("Incomplete")
     assert {outcomes[entry_point].result for entry_point in ("open partial", "verify", "resume")} == {"accepted"}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
+def test_a_row_that_no_teacher_has_is_refused_wherever_rows_are_read(archive: Path, value: float):
+    exact_value(value)(archive)
+    opened = redistill_cache.open_archive(archive)
+    where = r"teacher 'net', signal 'logits', view 0, row 3: expected finite values of at most 2\^56"
+    reads: list[Callable[[], object]] = [
+        lambda: opened.logits(0),
+        lambda: opened.logits(0, [5, 3]),
+        lambda: opened.load_view(0),
+        lambda: CachedTeacher(opened)([5], 0),
+    ]
+    for read in reads:
+        with pytest.raises(Damaged, match=where):
+            read()
+    assert np.isfinite(opened.logits(0, [4, 5])).all()
+    assert verify(archive).ok  # every hash is right
+    report = verify(archive, full=True)
+    assert [(item.path, item.block) for item in report.damaged] == [
+        ("teachers/net/logits", "teachers/net view 0 block 0")
+    ]
+    assert "row 3" in report.damaged[0].reason

@@ -27,6 +27,7 @@ from redistill_cache.errors import (
     Refused,
     UsageError,
 )
+from redistill_cache.rows import row_out_of_range
 from redistill_cache.strict_json import canonical
 
 from tests.attacks.forge import documents, forge
@@ -334,3 +335,13 @@ def test_a_view_is_loaded_into_the_callers_buffers(archive: Archive):
     packed = archive.load_view(1, "tiny", buffers=buffers)
     assert all(np.shares_memory(array, pool) for array in packed.arrays.values())
     assert np.array_equal(packed.decode(np.arange(N)), stored_logits(1))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_float16_rows_are_scanned_for_values_that_are_not_finite(value: float):
+    rows = np.zeros((700_000, 3), np.float16)
+    rows[:, 1] = 65504.0
+    rows[:, 2] = -65504.0
+    assert row_out_of_range(rows) is None
+    rows[654_321, 1] = value
+    assert row_out_of_range(rows) == 654_321

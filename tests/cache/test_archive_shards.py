@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from redistill_cache.shards import Scratch, untranspose
+from redistill_cache.layout import ArrayLayout
+from redistill_cache.shards import Scratch, encode_shard, untranspose
 
 DTYPES = ("uint8", "int8", "uint16", "float16", "int32", "float32", "int64")
 
@@ -34,3 +36,21 @@ def test_rows_that_are_not_contiguous():
     untranspose(columns, out[:, ::2], Scratch())
     assert np.array_equal(out[:, ::2], columns.T)
     assert not out[:, 1::2].any()
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "float32"])
+@pytest.mark.parametrize("width", [1, 7, 500])
+def test_honest_shards_are_within_their_bound(width: int, dtype: str, transpose: bool):
+    """Also those of random bytes, which do not compress, with few rows in the last chunk."""
+    for rows in (1, 2, 63, 64, 65, 190, 256):
+        array = ArrayLayout("x", dtype, (1, rows, width), 1, 256, 64, transpose)
+        size = rows * width * np.dtype(dtype).itemsize
+        values = np.random.default_rng(rows).integers(0, 256, size, np.uint8).view(dtype).reshape(rows, width)
+        assert len(encode_shard(array, values)) <= array.most_bytes(rows)
+
+
+def test_a_padded_chunk_of_the_largest_size_is_within_its_bound():
+    array = ArrayLayout("x", "uint8", (1, 1, 500), 1, 1 << 16, 1 << 16, transpose=True)
+    size = len(encode_shard(array, np.random.default_rng(0).integers(0, 256, (1, 500), np.uint8)))
+    assert size <= array.most_bytes(1) < 50_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 from redistill_cache import ArchiveWriter, open_archive
 from redistill_cache.errors import Damaged, Incomplete, NotAnArchive
+from redistill_cache.strict_json import canonical
 from redistill_cache.verify import VerifyReport, quarantine, verify
 
+from tests.attacks.forge import read_manifest, reseal
 from tests.tiny_archive import SPEC, contents, fill, stored_logits
 
 SHARD = "teachers/tiny/logits/values/c.1.2.0"
@@ -26,6 +29,10 @@ def flip(file: Path, at: int = 0) -> None:
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
+def manifest(archive: Path) -> bytes:
+    return (archive / "_redistill/manifest.json").read_bytes()
+
+
 def damaged(report: VerifyReport) -> dict[str, tuple[str | None, str]]:
     return {file.path: (file.block, file.reason) for file in report.damaged}
 
@@ -35,7 +42,20 @@ def test_an_undamaged_archive_is_ok(archive_copy: Path):
     report = verify(archive_copy, progress=lambda done, total: calls.append((done, total)))
     assert report.ok
     assert report.checked_files == len(contents(archive_copy)) - 1 == calls[-1][0] == calls[-1][1] == len(calls)
-    assert report.to_json() == {"ok": True, "checked_files": report.checked_files, "damaged": [], "alignment": None}
+    assert report.to_json() == {
+        "ok": True,
+        "checked_files": report.checked_files,
+        "damaged": [],
+        "hashed_files": report.checked_files,
+        "hashed_bytes": sum(map(len, contents(archive_copy).values())) - len(manifest(archive_copy)),
+        "missing_blocks": None,
+        "canaries_per_view": SPEC.canaries_per_view,
+        "alignment": None,
+    }
+    again = verify(archive_copy)
+    assert (again.ok, again.hashed_files, again.hashed_bytes) == (True, 0, 0)
+    full = verify(archive_copy, full=True)
+    assert (full.hashed_files, full.hashed_bytes) == (report.hashed_files, report.hashed_bytes)
 
 
 @pytest.mark.parametrize("opened_before", [False, True])
@@ -67,11 +87,9 @@ def test_every_damaged_file_is_reported_with_its_block(archive_copy: Path, opene
 
 def test_a_verified_file_is_hashed_again_after_a_change_or_with_full(archive_copy: Path):
     assert verify(archive_copy).ok
-    flip(archive_copy / SHARD, 20)
-    assert verify(archive_copy).ok, "size and modification time are unchanged"
-    assert damaged(verify(archive_copy, full=True)).keys() == {SHARD}
-    (archive_copy / SHARD).touch()
+    flip(archive_copy / SHARD, 20)  # restores size and modification time, which no program can do with the change time
     assert damaged(verify(archive_copy)).keys() == {SHARD}
+    assert damaged(verify(archive_copy, full=True)).keys() == {SHARD}
     with pytest.raises(Damaged, match="1 files are damaged"):
         open_archive(archive_copy, verify="full")
 
@@ -106,11 +124,13 @@ def test_quarantine_moves_only_files_of_blocks(archive_copy: Path):
 
 def test_the_committed_blocks_of_an_unfinished_archive_are_verified(archive_copy: Path):
     (archive_copy / "_redistill/manifest.json").unlink()
-    assert verify(archive_copy, full=True).ok
+    report = verify(archive_copy, full=True)
+    assert (report.ok, report.damaged, report.missing_blocks) == (False, (), 0)
     flip(archive_copy / SHARD, 20)
     assert damaged(verify(archive_copy, full=True)) == {SHARD: (BLOCK, "does not have the SHA-256 that was committed")}
     (archive_copy / SHARD).unlink()
-    assert verify(archive_copy, full=True).ok, "a block without its files is not committed; it will be rewritten"
+    report = verify(archive_copy, full=True)  # a block without its files is not committed; it will be rewritten
+    assert (report.ok, report.damaged, report.missing_blocks) == (False, (), 1)
 
 
 def test_an_archive_that_cannot_be_opened_is_one_damaged_file(archive_copy: Path, tmp_path: Path):
@@ -120,3 +140,27 @@ def test_an_archive_that_cannot_be_opened_is_one_damaged_file(archive_copy: Path
     assert "does not match its own hash" in str(file)
     with pytest.raises(NotAnArchive):
         verify(tmp_path)
+
+
+def test_statistics_that_the_commit_records_do_not_add_up_to_are_reported(archive_copy: Path):
+    stated = read_manifest(archive_copy).teachers["tiny"]
+    flattered = stated["logits"] | {"top1_kept": stated["logits"]["top1_kept"] - 1}
+    reseal(archive_copy, teachers={"tiny": dict(stated) | {"logits": flattered}})
+    assert open_archive(archive_copy).complete  # a reader of the manifest alone cannot know
+    assert damaged(verify(archive_copy)) == {
+        "_redistill/manifest.json": (
+            None,
+            "does not state the statistics of teacher 'tiny' that its commit records add up to",
+        )
+    }
+
+
+def test_statistics_of_a_record_that_cannot_be_of_its_block_are_reported(archive_copy: Path):
+    record = archive_copy / "_redistill/blocks/teachers.tiny.1.0.json"
+    value = json.loads(record.read_bytes())
+    value["stats"]["logits"]["rows"] = 17
+    record.write_bytes(canonical(value))
+    reseal(archive_copy)
+    (found,) = damaged(verify(archive_copy)).items()
+    assert found[0] == "_redistill/blocks"
+    assert "are not of 17 rows" in found[1][1]

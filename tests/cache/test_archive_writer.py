@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from redistill_cache import ArchiveWriter, ArraySpec, SignalSpec, TeacherSpec, open_archive
+from redistill_cache.codecs import fit_codec
 from redistill_cache.codecs.catalogue import WITHOUT_SIDE_DATA
 from redistill_cache.errors import Incomplete, NewerFormat, OutOfRange, Refused, SpecMismatch, UsageError
 from redistill_cache.layout import Block
@@ -381,3 +382,34 @@ def test_too_many_files_or_chunks_are_refused(tmp_path: Path):
     with pytest.raises(UsageError, match="choose fewer rows"):
         replace(huge, view_arrays=(ArraySpec("a", "uint8", chunk_rows=16),)).resolved()
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf, 3e38])
+def test_rows_that_no_reader_accepts_are_not_written(tmp_path: Path, value: float):
+    writer = ArchiveWriter.create(tmp_path / "a.redistill.zarr", SPEC)
+    writer.add_teacher(TEACHER, {})
+    block = writer.missing("teachers/tiny")[0]
+    arrays, stats = block_data(block)
+    arrays["layer4.1/values"] = arrays["layer4.1/values"].copy()
+    arrays["layer4.1/values"][5, 1] = value
+    with pytest.raises(UsageError, match=r"row 5 of array 'layer4.1/values' holds NaN, Inf or a value above 2\^56"):
+        writer.write(block, arrays, stats)
+
+
+def test_statistics_that_cannot_be_of_the_block_are_not_written(tmp_path: Path):
+    writer = start(tmp_path / "a")
+    block = writer.missing("teachers/tiny")[0]
+    arrays, stats = block_data(block)
+    assert stats is not None
+    with pytest.raises(UsageError, match=r"stats.* are not of 15 rows"):
+        writer.write(block, arrays, stats | {"logits": stats["logits"] | {"rows": 15, "exact_rows": 0, "top1_kept": 0}})
+
+
+def test_side_data_that_a_reader_would_refuse_are_not_written(tmp_path: Path):
+    codec = fit_codec("linear", np.random.default_rng(0).normal(size=(64, 6)).astype(np.float32))
+    side = codec.side()
+    side["offset"] = np.full_like(side["offset"], 1e18)
+    writer = ArchiveWriter.create(tmp_path / "a.redistill.zarr", SPEC)
+    with pytest.raises(UsageError, match=r"teacher 'net', signal 'logits': .* of at most 2\^56"):
+        writer.add_teacher(TeacherSpec("net", (SignalSpec.of("logits", codec),)), {"logits": side})
+    assert not (tmp_path / "a.redistill.zarr/teachers/net").exists()

@@ -117,18 +117,29 @@ def test_verify_finds_a_flipped_bit_and_quarantine_marks_the_block_missing(run, 
     assert run("verify", archive, "--quarantine").returncode == 4
     missing = ArchiveWriter.resume(archive).missing("teachers/demo")
     assert [(block.view, block.index) for block in missing] == [(1, 2)]
-    assert run("verify", archive).returncode == 0  # the other files are intact
+    process = run("verify", archive)
+    assert process.returncode == 1
+    assert "unfinished, 1 blocks are missing" in process.stdout  # the other files are intact
 
 
-def test_full_verification_hashes_files_that_were_verified_before(run, archive: Path):
+def test_an_archive_without_its_manifest_is_unfinished(run, archive: Path):
+    (archive / "_redistill/manifest.json").unlink()
+    process = run("verify", archive)
+    assert process.returncode == 1
+    assert "unfinished, 0 blocks are missing and it is not sealed" in process.stdout
+    report = json.loads(run("verify", archive, "--json").stdout)
+    assert (report["ok"], report["missing_blocks"], report["damaged"]) == (False, 0, [])
+
+
+def test_a_changed_file_is_found_although_size_and_modification_time_are_restored(run, archive: Path):
     assert run("verify", archive).returncode == 0
     shard = archive / "views/flip/c.0.0"
     before = shard.stat()
     data = bytearray(shard.read_bytes())
     data[3] ^= 1
     shard.write_bytes(data)
-    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))  # like a failing disk: size and time are unchanged
-    assert run("verify", archive).returncode == 0
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert run("verify", archive).returncode == 4
     assert run("verify", archive, "--full").returncode == 4
 
 
@@ -172,3 +183,12 @@ def test_ctrl_c_is_reported_in_one_line():
         finally:
             process.kill()
     assert (process.returncode, out, err) == (130, "", "redistill: interrupted\n")
+
+
+def test_an_archive_without_canaries_is_said_to_have_none(run, archive: Path):
+    process = run("verify", archive)
+    assert process.stdout.rstrip().endswith("it has no canaries, so no images can be compared with it")
+    assert json.loads(run("verify", archive, "--json").stdout)["canaries_per_view"] == 0
+    assert "no canaries" in run("inspect", archive).stdout
+    compared = run("verify", archive, "--data", "synthetic?n=40&classes=6", "--json")
+    assert compared.returncode == 3

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from redistill_cache.codecs.backend import Array, Backend, backend_of, to_numpy
-from redistill_cache.codecs.linear_decode import ESCAPED, EXACT, LinearDecoder, Packing, packing_flaw
+from redistill_cache.codecs.linear_decode import ESCAPE_LIMIT, ESCAPED, EXACT, LinearDecoder, Packing, packing_flaw
 from redistill_cache.codecs.linear_encode import LinearSettings, Quantizer, encode_linear
 from redistill_cache.codecs.protocol import Encoded
 from redistill_cache.errors import Damaged
@@ -47,6 +47,15 @@ class LinearCodec:
     @property
     def keeps_shift(self) -> bool:
         return self.settings.keep_shift or self.settings.metric != "kl"
+
+    @property
+    def largest(self) -> float:
+        """A bound on the magnitude of every row that is not stored exactly, whatever its bytes and escapes are."""
+        packing, matrix = self.decoder.packing, self.decoder.matrix
+        digits = np.maximum(np.abs(packing.lowest), np.abs(packing.lowest + packing.reach - 1))
+        coefficients = digits + (ESCAPE_LIMIT + 1.0) * packing.reach
+        values = np.maximum(matrix.max(axis=1, initial=0.0), -matrix.min(axis=1, initial=0.0)).astype(np.float64)
+        return float(coefficients @ values + np.abs(self.decoder.offset).max(initial=0.0))
 
     @property
     def sparse(self) -> frozenset[str]:

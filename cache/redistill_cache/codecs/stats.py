@@ -13,7 +13,7 @@ import numpy as np
 from redistill_cache.codecs.backend import Array, Backend, backend_of, to_numpy
 from redistill_cache.codecs.protocol import Encoded
 from redistill_cache.errors import Damaged, Refused
-from redistill_cache.spec import TeacherSpec
+from redistill_cache.spec import SignalSpec, TeacherSpec
 from redistill_cache.strict_json import Fields, Json
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "ErrorStats",
     "NotFinite",
     "check_finite",
+    "check_stats",
     "error_names",
     "kl_rows",
     "log_softmax",
@@ -125,6 +126,8 @@ LOWEST_OCTAVE = -60
 MAX_BIN = BINS_PER_OCTAVE * (-LOWEST_OCTAVE + 64)
 MAX_COUNT = 2**48
 MAX_ERROR_KINDS = 8
+# Sums and logarithms are rounded; other than by that, statistics must agree with each other.
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,16 @@ class ErrorStats:
                 return float(min(self.worst, 2.0 ** (LOWEST_OCTAVE + index / BINS_PER_OCTAVE)))
         return self.worst
 
+    def is_of(self, rows: int) -> bool:
+        """Whether this many errors can have this sum, maximum and histogram."""
+        if sum(self.histogram.values()) != rows:
+            return False
+        used = [index for index, count in self.histogram.items() if count]
+        lowest = sum(_lower_edge(index) * self.histogram[index] for index in used)
+        last = max(used, default=0)
+        in_last_bin = _lower_edge(last) * (1 - ROUNDING) <= self.worst <= _upper_edge(last) * (1 + ROUNDING)
+        return in_last_bin and lowest * (1 - ROUNDING) <= self.total <= self.worst * rows * (1 + ROUNDING)
+
     def to_json(self) -> dict[str, Any]:
         histogram = [[index, self.histogram[index]] for index in sorted(self.histogram)]
         return {"sum": self.total, "max": self.worst, "histogram": histogram}
@@ -181,6 +194,14 @@ class ErrorStats:
             histogram[item[0]] = item[1]
         fields.done()
         return cls(total, worst, histogram)
+
+
+def _upper_edge(index: int) -> float:
+    return math.inf if index == MAX_BIN else 2.0 ** (LOWEST_OCTAVE + index / BINS_PER_OCTAVE)
+
+
+def _lower_edge(index: int) -> float:
+    return 0.0 if index == 0 else 2.0 ** (LOWEST_OCTAVE + (index - 1) / BINS_PER_OCTAVE)
 
 
 @dataclass(frozen=True)
@@ -250,6 +271,12 @@ class BlockStats:
             errors={name: ErrorStats.from_json(item) for name, item in errors.items()},
         )
         fields.done()
+        for name, errors_of_kind in stats.errors.items():
+            if not errors_of_kind.is_of(rows):
+                raise Damaged(
+                    f"fidelity statistics: sum, maximum and histogram of {name!a:.40} contradict each other, or are "
+                    f"not of {rows} rows"
+                )
         return stats
 
 
@@ -267,6 +294,33 @@ def merge_stats(teacher: TeacherSpec, stats: Sequence[Mapping[str, Json] | None]
             except OverflowError:
                 raise Damaged(f"fidelity statistics of signal {signal.name!r}: errors add up to infinity") from None
     return merged
+
+
+def check_stats(teacher: TeacherSpec, stats: Mapping[str, Json], rows: int) -> None:
+    """`Damaged` unless these can be the statistics of a teacher's signals over this many rows.
+
+    They remain the writer's word: without the teacher, a reader cannot measure them.
+    """
+    signals = {signal.name: signal for signal in teacher.signals}
+    for name, value in stats.items():
+        if name not in signals:
+            raise Damaged(f"fidelity statistics of {name!a:.40}, a signal that teacher {teacher.name!r} does not have")
+        found, bound = BlockStats.from_json(value), certified_bound(signals[name])
+        where = f"fidelity statistics of teacher {teacher.name!r}, signal {name!r}"
+        if found.rows != rows:
+            raise Damaged(f"{where}: expected those of {rows} rows, found {found.rows}")
+        worst = max((errors.worst for errors in found.errors.values()), default=0.0)
+        if bound is not None and worst > bound:
+            raise Damaged(f"{where}: expected errors up to the certified bound of {bound:g}, found {worst:g}")
+
+
+def certified_bound(signal: SignalSpec) -> float | None:
+    """The bound on the error of every row that the codec certifies; None if it certifies none."""
+    fidelity = signal.config.get("fidelity")
+    certifies = signal.codec in ("float16", "compander") or (
+        signal.codec == "linear" and signal.config.get("certified") is True
+    )
+    return float(fidelity) if certifies and isinstance(fidelity, int | float) else None
 
 
 def summarise(stats: Json) -> dict[str, float]:

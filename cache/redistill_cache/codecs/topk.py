@@ -23,7 +23,7 @@ __all__ = ["TopKCodec"]
 
 @dataclass(frozen=True)
 class TopKCodec:
-    """`index` and `value` of the k largest logits in descending order; `lse_t1` and `lse_t4` of all, NaN if unknown."""
+    """`index` and `value` of the k largest logits in descending order; `lse_t1` and `lse_t4` of all."""
 
     width: int
     k: int

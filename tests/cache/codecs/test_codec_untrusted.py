@@ -142,9 +142,15 @@ def with_errors(stats: dict) -> dict:
         with_errors({"sum": 0, "max": -1, "histogram": []}),
         with_errors({"sum": 0, "max": 0, "histogram": [[1, True]]}),
         with_errors({"sum": 0, "max": 0, "histogram": [], "extra": 0}),
+        with_errors({"sum": 0, "max": 0, "histogram": []}),  # of no row
+        with_errors({"sum": 2.0, "max": 1.0, "histogram": [[480, 1]]}),  # a mean above the maximum
+        with_errors({"sum": 1.0, "max": 5.0, "histogram": [[480, 1]]}),  # a maximum above the last bin
+        with_errors({"sum": 0.5, "max": 0.5, "histogram": [[480, 1]]}),  # and below it
+        with_errors({"sum": 0.0, "max": 1.0, "histogram": [[480, 1]]}),  # a mean below all bins
         {"rows": 1, "exact_rows": 0, "top1_kept": 0, "errors": dict.fromkeys("abcdefghi", NO_ERRORS)},
     ],
 )
 def test_invalid_statistics_are_refused(record):
     with pytest.raises(Damaged):
         BlockStats.from_json(record)
+    BlockStats.from_json(with_errors({"sum": 1.0, "max": 1.0, "histogram": [[480, 1]]}))

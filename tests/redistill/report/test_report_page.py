@@ -19,7 +19,7 @@ from redistill.report.page import render
 from redistill.report.runs import group_runs, read_runs
 from redistill.training import TrainOptions, train
 from tests import tiny_archive
-from tests.small_archive import DATA
+from tests.small_archive import DATA, without_canaries
 
 SECTIONS = (
     "Accuracy",
@@ -202,3 +202,15 @@ def test_a_run_without_validation_or_metrics_still_has_a_page(archive: Path, tmp
     page = make_page([tmp_path / "bare"], tmp_path / "p.html")
     assert f"no metrics.csv, so no curves: {tmp_path / 'bare'}" in page.texts
     assert "No run has metrics.csv" in page.text
+
+
+def test_a_run_on_an_archive_without_canaries_says_so(archive: Path, cohort: Path, tmp_path: Path):
+    bare = without_canaries(archive, tmp_path / "bare.redistill.zarr")
+    run = tmp_path / "run"
+    optim = OptimConfig(epochs=1, lr=0.05)
+    train(TrainOptions(data=DATA, archive=bare, students=("demo:tiny",), out=run, workers=0, optim=optim))
+    assert json.loads((run / "result.json").read_text())["alignment"] == "no canaries"
+    assert json.loads((cohort / "ce-0" / "result.json").read_text())["alignment"] == "exact"
+    page = make_page([run], tmp_path / "p.html", archive=bare)
+    assert f"the archive has no canaries, so its views were not compared: {run}" in page.texts
+    assert "no canaries per view" in page.text

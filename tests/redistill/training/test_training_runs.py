@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from redistill_cache import open_archive
 from redistill_cache.errors import Damaged, Refused, SpecMismatch
 from safetensors.torch import load_file
 
+from redistill.demo.rewriting import rewrite_logits
 from redistill.interrupts import Interrupted
 from redistill.models import open_model, open_weights
+from redistill.progress import NoProgress
 from redistill.training import TrainOptions, train
 from redistill.training.loop import Diverged
 from redistill.training.options import read_config
@@ -243,3 +248,34 @@ def test_an_unfinished_archive_is_refused_and_the_command_ends(options, tmp_path
     )
     assert done.returncode == 3
     assert "is not finished" in done.stderr.splitlines()[-1]
+
+
+class RecordedWarnings(NoProgress):
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def warning(self, text: str) -> None:
+        self.texts.append(text)
+
+
+@pytest.mark.parametrize("views_per_image", [1, 2])
+def test_a_teacher_that_is_at_chance_on_the_labels_is_named_once(options, views_per_image: int):
+    recorded = RecordedWarnings()
+    train(options(views_per_image=views_per_image), recorded)
+    (text,) = recorded.texts
+    assert re.fullmatch(r"teacher small predicts [\d.]+% of 150 labels in view 0, no more than by chance .*", text)
+
+
+def test_a_teacher_that_is_often_wrong_but_not_at_chance_is_not(options, archive: Path, tmp_path: Path):
+    original = open_archive(archive)
+
+    def some_right(logits: np.ndarray, view: int, rows: np.ndarray) -> np.ndarray:
+        changed = logits.copy()
+        right = rows[rows % 3 == 0]
+        changed[rows % 3 == 0, original.labels[right]] = 20.0
+        return changed
+
+    rewrite_logits(original, tmp_path / "third.redistill.zarr", change=some_right)
+    recorded = RecordedWarnings()
+    train(options(archive=tmp_path / "third.redistill.zarr", epochs=1), recorded)
+    assert not recorded.texts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from redistill_cache.errors import Refused
 from redistill.views import ViewDataset
 from redistill.views.aligned import aligned_views
 from tests.counted_source import CountedSource
-from tests.small_archive import DATA, cache
+from tests.small_archive import DATA, cache, without_canaries
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +43,10 @@ def test_missing_images_are_refused_unless_allowed(path: Path):
     assert len(views.dataset.indices(0)) == 120
 
 
-def test_an_archive_without_canaries_has_no_alignment(path: Path):
-    class WithoutCanaries:
-        def __init__(self) -> None:
-            self.archive = open_archive(path)
-            self.spec = replace(self.archive.spec, canaries_per_view=0)
-
-        def __getattr__(self, name: str):
-            return getattr(self.archive, name)
-
-    views = aligned_views(DATA, WithoutCanaries())
-    assert views.canaries is None
+def test_an_archive_without_canaries_cannot_be_compared(path: Path, tmp_path: Path):
+    archive = open_archive(without_canaries(path, tmp_path / "a.redistill.zarr"))
+    alignment = aligned_views(DATA, archive).alignment
+    assert (alignment.verdict, alignment.checked) == ("no canaries", 0)
+    assert alignment.to_json()["verdict"] == "no canaries"
     with pytest.raises(Refused, match="the archive has no canaries"):
-        _ = views.alignment
+        alignment.require()
