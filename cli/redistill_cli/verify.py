@@ -89,7 +89,7 @@ def _align(archive: Path, data: str, *, full: bool) -> dict[str, Any]:
     from redistill.views.aligned import aligned_views
 
     views = aligned_views(data, open_archive(archive), reuse=not full)
-    message = f"{views.alignment.message}; {views.hashed:,} images hashed now"
+    message = f"{views.alignment.message}; images hashed now: {views.hashed:,}"
     return views.alignment.to_json() | {"message": message, "hashed_images": views.hashed}
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from redistill_cache import ArchiveSpec
 from redistill_cache.errors import Refused, UsageError
+from redistill_cache.spec_files import read_root
 
 from redistill.caching.options import CacheOptions
 from redistill.devices import pick_amp, pick_device
@@ -114,7 +115,13 @@ def make_plan(options: CacheOptions, rank: Rank, progress: Callable[[int, int], 
     check_classes(source.class_names, model)
     # Last, because indexing reads every image: all checks that do not need the index come before it.
     workers = default_workers(rank.local_world_size) if options.workers is None else options.workers
-    index = index_source(source, workers=None if workers else 0, progress=progress, on_bad_image=options.on_bad_image)
+    index = index_source(
+        source,
+        workers=None if workers else 0,
+        progress=progress,
+        on_bad_image=options.on_bad_image,
+        without=[item["key"] for item in excluded_before(options)],
+    )
     check_labels(index, model)
     return Plan(
         options=options,
@@ -127,6 +134,11 @@ def make_plan(options: CacheOptions, rank: Rank, progress: Callable[[int, int], 
         model=describe_teacher(options, teacher),
         workers=workers,
     )
+
+
+def excluded_before(options: CacheOptions) -> tuple[Mapping[str, str], ...]:
+    """What the archive that is continued excludes: these images are left out again, whatever they are now."""
+    return read_root(options.out).spec.excluded if (options.out / "zarr.json").exists() else ()
 
 
 def choose_recipe(options: CacheOptions, model: OpenedModel) -> Recipe:
@@ -222,6 +234,8 @@ def use_stored_settings(plan: Plan, stored: ArchiveSpec) -> Plan:
         "block_rows": options.block_rows is not None,
         "licence": False,
         "citation": False,
+        # The reasons are those of the first run.
+        "excluded": {item["key"] for item in plan.spec.excluded} != {item["key"] for item in stored.excluded},
     }
     stored_values = {name: getattr(stored, name) for name, value in is_set.items() if not value}
     return replace(plan, spec=replace(plan.spec, **stored_values))

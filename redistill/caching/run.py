@@ -150,7 +150,7 @@ def tell_left_out(plan: Plan, progress: Progress) -> None:
         progress.info(skipped)
     if excluded:
         shown = "; ".join(f"{key}: {reason}" for key, reason in excluded[:3])
-        progress.info(f"{len(excluded):,} images are excluded ({shown}{'; ...' * (len(excluded) > 3)})")
+        progress.info(f"excluded images: {len(excluded):,} ({shown}{'; ...' * (len(excluded) > 3)})")
 
 
 def declare_teacher(

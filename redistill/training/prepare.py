@@ -231,7 +231,7 @@ def open_views(options: TrainOptions, archive: Archive, workers: int, progress: 
         progress=partial(progress.advance, "index"),
     )
     if views.excluded:
-        progress.info(f"{views.excluded:,} images are skipped, which the archive excludes")
+        progress.info(f"images that the archive excludes, and that are skipped: {views.excluded:,}")
     if not views.joined.exact:
         progress.info(f"data and archive: {views.joined.summary()}")
     if views.alignment.verdict == "no canaries":

@@ -78,13 +78,13 @@ def test_the_folder_that_an_archive_was_made_from_is_usable_although_it_has_bad_
     assert not archive.exists()
     cache_teacher(cache(spoiled, archive, on_bad_image="exclude"), messages)
     (told,) = [text for text in messages.messages if "excluded" in text]
-    assert told.startswith("2 images are excluded (a/03.png: ")
+    assert told.startswith("excluded images: 2 (a/03.png: ")
     opened = open_archive(archive)
     assert [item["key"] for item in opened.spec.excluded] == ["a/03.png", "c/19.png"]
 
     messages = Messages()
     (result,) = train(options(spoiled, archive, tmp_path / "run"), messages)
-    assert "2 images are skipped, which the archive excludes" in messages.messages
+    assert "images that the archive excludes, and that are skipped: 2" in messages.messages
     assert result.epochs == 1
     assert aligned_views(f"folder:{spoiled}", opened).joined.exact
     assert len(ViewDataset(f"folder:{spoiled}", opened)) == 2 * 58
@@ -100,6 +100,15 @@ def test_an_excluded_image_that_is_healthy_again_is_still_left_out(spoiled: Path
     (spoiled / "a" / "03.png").write_bytes(healthy[:-12] + healthy[-12:])
     views = aligned_views(f"folder:{spoiled}", open_archive(tmp_path / "a.zarr"))
     assert (views.excluded, views.joined.counts["extra"]) == (2, 0)
+
+
+def test_an_archive_is_extended_without_the_images_that_it_excludes(spoiled: Path, tmp_path: Path):
+    out = tmp_path / "a.zarr"
+    cache_teacher(cache(spoiled, out, on_bad_image="exclude"))
+    excluded = open_archive(out).spec.excluded
+    (spoiled / "c" / "19.png").write_bytes((spoiled / "b" / "00.png").read_bytes())  # healthy again
+    cache_teacher(cache(spoiled, out, views=3, extend_views=True))  # without the option
+    assert (open_archive(out).num_views, open_archive(out).spec.excluded) == (3, excluded)
 
 
 def test_a_bad_image_that_the_archive_does_not_exclude_is_refused(spoiled: Path, tmp_path: Path):

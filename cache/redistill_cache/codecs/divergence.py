@@ -44,6 +44,11 @@ class Softmax:
         soft = backend.take(self.weights, columns)
         return _fourth_power(soft) / self.total_sharp[:, None], soft / self.total_soft[:, None]
 
+    def collisions(self) -> tuple[Array, Array]:
+        """The sum of the squared probabilities of every row, at T = 1 and T = 4."""
+        fourth = _fourth_power(self.weights)
+        return (fourth * fourth).sum(1) / self.total_sharp**2, (self.weights**2).sum(1) / self.total_soft**2
+
     def divergences(self, backend: Backend, index: Array, errors: Array) -> tuple[np.ndarray, np.ndarray]:
         """KL at T = 1 and T = 4 of rows `index` with these errors (float64 [m, C]); NaN beyond LARGEST_EXPONENT."""
         weights = self.weights[index]

@@ -206,9 +206,7 @@ class Quantizer:
         if not self.settings.keep_shift:
             projected = projected - projected.mean(1)[:, None]
         if self.settings.rounding == "plain":
-            every = softmax.weights / softmax.total_soft[:, None]
-            sharp = (softmax.weights**8).sum(1) / softmax.total_sharp**2
-            cost = remaining_cost(self.settings.weight, sharp, (every**2).sum(1))
+            cost = remaining_cost(self.settings.weight, *softmax.collisions())
             return Slab(rows, x, too_large, projected, self._start_levels(cost), softmax, None)
         chosen = self._heaviest(rows)
         sharp, soft = softmax.probabilities(self.backend, chosen)
