@@ -99,11 +99,6 @@ def _sealed(path: Path, root: Document[ArchiveSpec], data: bytes) -> ArchiveStat
         walk_regular(path, most=2 * data.count(b"\n") + EXTRA_FILES)  # no links anywhere, not even as folders
     documents = read_teachers(path, header.teachers, root)
     teachers = {name: document.spec for name, document in documents.items()}
-    for name, teacher in teachers.items():
-        try:
-            check_stats(teacher, header.teachers[name], root.spec.num_samples * header.views)
-        except Damaged as error:
-            raise Damaged(f"{where}: {error}; the manifest was edited") from None
     most = layout.count_files(root.spec, teachers, header.views)
     state = ArchiveState(
         path=path,
@@ -119,7 +114,16 @@ def _sealed(path: Path, root: Document[ArchiveSpec], data: bytes) -> ArchiveStat
     _check_list(state)
     _check_metadata(state, root, documents)
     _check_size_bounds(state)
+    _check_stats(state)
     return state
+
+
+def _check_stats(state: ArchiveState) -> None:
+    for name, teacher in state.teachers.items():
+        try:
+            check_stats(teacher, state.stats[name], state.spec.num_samples * state.num_views)
+        except Damaged as error:
+            raise Damaged(f"{state.path / layout.MANIFEST}: {error}; the manifest was edited") from None
 
 
 def _check_list(state: ArchiveState) -> None:
