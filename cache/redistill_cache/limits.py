@@ -64,7 +64,7 @@ MAX_CHUNK_BYTES = 32 << 20  # decoded; above this a fresh allocation costs more 
 MAX_CHUNKS = 1 << 16  # of one shard, whose index then takes a mebibyte
 MAX_SIDE_BYTES = 256 << 20  # all side data of one signal, decoded
 MAX_KEY_BYTES = 4096  # of one sample key, UTF-8
-MAX_VALUE = 2.0**56  # of a decoded row, in magnitude: sums of squares of a row still fit float32
+MAX_VALUE = 2.0**100  # of a decoded row, in magnitude: differences and sums of a row still fit float32
 
 # Honest data does not decode to more than SLACK + RATIO times its stored bytes. Keys of 4 KB that differ only in a
 # number reach a ratio of 1,000; a basis of small integers rarely exceeds 5.

@@ -111,12 +111,6 @@ def _sealed(path: Path, root: Document[ArchiveSpec], data: bytes) -> ArchiveStat
         walk_regular(path, most=2 * data.count(b"\n") + EXTRA_FILES)  # no links anywhere, not even as folders
     documents = read_teachers(path, header.teachers, root)
     teachers = {name: document.spec for name, document in documents.items()}
-    for name, teacher in teachers.items():
-        try:
-            views = header.teacher_views.get(name, header.views)
-            check_stats(teacher, header.teachers[name], declared.spec.num_samples * views)
-        except Damaged as error:
-            raise Damaged(f"{where}: {error}; the manifest was edited") from None
     most = layout.count_files(root.spec, teachers, header.views)
     files = parse_files(data, header, where, most=most)
     root = _sealed_root(declared, files.get("zarr.json"), header.views)
@@ -136,6 +130,7 @@ def _sealed(path: Path, root: Document[ArchiveSpec], data: bytes) -> ArchiveStat
     _check_list(state)
     _check_metadata(state, root, documents)
     _check_size_bounds(state)
+    _check_stats(state)
     return state
 
 
@@ -155,6 +150,14 @@ def _sealed_root(declared: Document[ArchiveSpec], sealed: FileEntry | None, view
 def _metadata_entries(root: Document[ArchiveSpec], teachers: Mapping[str, TeacherSpec]) -> dict[str, FileEntry]:
     documents = {"zarr.json": root.data} | layout.expected_metadata(root.spec, teachers)
     return {name: FileEntry(len(data), sha256(data)) for name, data in documents.items()}
+
+
+def _check_stats(state: ArchiveState) -> None:
+    for name, teacher in state.teachers.items():
+        try:
+            check_stats(teacher, state.stats[name], state.spec.num_samples * state.views_of(name))
+        except Damaged as error:
+            raise Damaged(f"{state.path / layout.MANIFEST}: {error}; the manifest was edited") from None
 
 
 def _check_list(state: ArchiveState) -> None:

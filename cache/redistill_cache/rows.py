@@ -194,7 +194,7 @@ def codec_out_of_range(codec: Codec) -> str | None:
     if not isinstance(codec, LinearCodec) or codec.largest <= limits.MAX_VALUE:
         return None
     return (
-        "expected rows of codec linear of at most 2^56 in magnitude, found steps, scales and offsets that reach "
+        "expected rows of codec linear of at most 2^100 in magnitude, found steps, scales and offsets that reach "
         f"{codec.largest:.2g}"
     )
 
@@ -287,7 +287,7 @@ class StoredSignal:
             row = at if rows is None else int(rows[at])
             raise Damaged(
                 f"{self.state.path}: teacher {self.teacher.name!r}, signal {self.signal.name!r}, view {view}, "
-                f"row {row}: expected finite values of at most 2^56 in magnitude, found {_worst(values[at])}; "
+                f"row {row}: expected finite values of at most 2^100 in magnitude, found {_worst(values[at])}; "
                 "the archive was written so, do not use it"
             )
 

@@ -385,7 +385,7 @@ class ArchiveWriter:
             bad = row_out_of_range(arrays[name])
             if bad is not None:
                 raise UsageError(
-                    f"{block}: row {block.start + bad} of array {name!r} holds NaN, Inf or a value above 2^56 in "
+                    f"{block}: row {block.start + bad} of array {name!r} holds NaN, Inf or a value above 2^100 in "
                     "magnitude, which no reader accepts"
                 )
         with disk_trouble("write", self.path, RERUN):

@@ -105,7 +105,7 @@ def test_an_unsealed_archive_is_accepted_with_allow_partial(archive: Path):
 def test_a_row_that_no_teacher_has_is_refused_wherever_rows_are_read(archive: Path, value: float):
     exact_value(value)(archive)
     opened = redistill_cache.open_archive(archive)
-    where = r"teacher 'net', signal 'logits', view 0, row 3: expected finite values of at most 2\^56"
+    where = r"teacher 'net', signal 'logits', view 0, row 3: expected finite values of at most 2\^100"
     reads: list[Callable[[], object]] = [
         lambda: opened.logits(0),
         lambda: opened.logits(0, [5, 3]),

@@ -141,9 +141,9 @@ def test_a_flipped_bit_is_detected_and_the_previous_checkpoint_used(options, tmp
     flip_bit(broken.out / LAST, 0.3)
     progress = RecordWarnings()
     train(broken, progress)
-    assert len(progress.texts) == 1
-    assert "last.ckpt is damaged" in progress.texts[0]
-    assert "resuming from last.previous.ckpt" in progress.texts[0]
+    (told,) = [text for text in progress.texts if "damaged" in text]
+    assert "last.ckpt is damaged" in told
+    assert "resuming from last.previous.ckpt" in told
     assert weights(broken.out) == weights(straight.out)
     for path in (broken.out / LAST, broken.out / PREVIOUS):
         flip_bit(path, 0.3)
