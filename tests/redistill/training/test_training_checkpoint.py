@@ -164,7 +164,11 @@ def descendants(pid: int) -> set[int]:
 def test_workers_exit_when_the_main_process_is_killed(tmp_path: Path, archive: Path):
     """Workers hold memory; those of a killed run must not stay beside those of the resumed one."""
     out = tmp_path / "run"
-    process = start(*arguments(archive, out), "--epochs", 500, "--workers", 2, output=tmp_path / "output.txt")
+    changed = {"--epochs": 500, "--workers": 2}
+    plain = arguments(archive, out)
+    for name, value in changed.items():
+        plain[plain.index(name) + 1] = value
+    process = start(*plain, output=tmp_path / "output.txt")
     while process.is_alive() and not (out / LAST).exists():
         time.sleep(0.01)
     assert process.pid is not None
