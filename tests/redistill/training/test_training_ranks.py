@@ -78,7 +78,19 @@ def exits(out: Path, processes: list[ForkServerProcess]) -> list[tuple[int | Non
         process.join(SECONDS)
         process.kill()
     outputs = [out.with_name(f"{out.stem}.txt-{rank}").read_text().splitlines() for rank in range(2)]
-    settings = "archive teacher recipe validation student loss seed optimizer schedule batch device".split()
+    settings = [
+        "archive",
+        "teacher",
+        "recipe",
+        "validation",
+        "student",
+        "loss",
+        "seed",
+        "optimizer",
+        "schedule",
+        "batch",
+        "device",
+    ]
     untrained = "warning: teacher small predicts"  # the teacher of these tests is not trained
     metrics = ("epoch", "views are exact", "run", "power-0", "report:", untrained, *settings)
     texts = [[line for line in lines if line.strip() and not line.startswith(metrics)] for lines in outputs]
