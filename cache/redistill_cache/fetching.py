@@ -362,12 +362,12 @@ def sweep_unfinished(folder: Path) -> None:
 def locked(target: Path, shown: str, notify: Notify, stopped: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """One process of this machine fetches something; the others wait for it, and say for whom."""
     with lock_file(target) as file:
-        said = time.monotonic() + 1 - WAITING_S  # not at once: a sweep holds a lock for a moment
+        notified = time.monotonic() + 1 - WAITING_S  # not at once: a sweep holds a lock for a moment
         while not acquire(file):
             if stopped():
                 raise Refused("the download was stopped")
-            if time.monotonic() - said >= WAITING_S:
-                said = time.monotonic()
+            if time.monotonic() - notified >= WAITING_S:
+                notified = time.monotonic()
                 file.seek(0)
                 holder = file.read(200).decode(errors="replace") or "another process"
                 notify(f"waiting for {holder}, which fetches {shown}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from redistill_cache.wording import harmless
 from rich.table import Table
 
+from redistill.sources import OnBadImage
 from redistill_cli.options import split
 from redistill_cli.rendering import PATH_OR_URL, Offline, console, key_values, local_archive, print_json, set_offline
 
@@ -53,7 +54,7 @@ def evaluate(
         int | None, typer.Option("--size", help="Side of a view in pixels. [default: as in the student's training]")
     ] = None,
     on_bad_image: Annotated[
-        Literal["fail", "exclude"],
+        OnBadImage,
         typer.Option("--on-bad-image", help="What to do with an image that cannot be decoded."),
     ] = "fail",
     batch_size: Annotated[int, typer.Option("--batch-size", help="Batch size.")] = 256,

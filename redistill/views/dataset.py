@@ -181,9 +181,8 @@ class _Plan(NamedTuple):
 class _Images:
     """The images of a batch; each is decoded at its first use and freed after its last.
 
-    The bytes of an image are compared with the digest in the index whenever they are read, at less than a twentieth of
-    the time of decoding them: a file that changes during a run would give the views of another image. Arrays are in
-    memory already.
+    The bytes of an image are compared with the digest in the index whenever they are read, since a file that changes
+    during a run would give the views of another image. Arrays are in memory already.
     """
 
     def __init__(self, source: Source, views: Views) -> None:

@@ -17,11 +17,6 @@ __all__ = ["Array", "Backend", "backend_of", "to_numpy"]
 
 Array = Any  # a numpy array or a torch tensor; typing both would import torch
 
-# Rows are processed in tiles of this size, the last one padded. Every matrix product then has the same shape, and every
-# sum the same order, for any batch size.
-TILE_ROWS_HOST = 256
-TILE_ROWS_DEVICE = 4096
-
 
 @dataclass(frozen=True)
 class Backend:
@@ -37,10 +32,6 @@ class Backend:
     @property
     def on_host(self) -> bool:
         return self.torch is None or self.device.type == "cpu"
-
-    @property
-    def tile_rows(self) -> int:
-        return TILE_ROWS_HOST if self.on_host else TILE_ROWS_DEVICE
 
     def without_autocast(self) -> AbstractContextManager[object]:
         """Products in the types of their operands, also where the caller trains in mixed precision."""
@@ -164,10 +155,6 @@ class Backend:
         if self.torch is None:
             return np.cumsum(x, axis=1, dtype=np.int32)
         return self.torch.cumsum(x, 1, dtype=self.torch.int32)
-
-    def inverse(self, x: Array) -> Array:
-        """The inverse of every matrix of [n, m, m]."""
-        return np.linalg.inv(x) if self.torch is None else self.torch.linalg.inv(x)
 
     def identity(self, size: int) -> Array:
         return self.constant(np.eye(size))

@@ -54,10 +54,8 @@ class Softmax:
         weights = self.weights[index]
         soft = weights / self.total_soft[index][:, None]
         sharp = _fourth_power(weights) / self.total_sharp[index][:, None]
-        return tuple(
-            np.array(to_numpy(_divergence(backend, p, errors, temperature)))
-            for p, temperature in ((sharp, 1.0), (soft, 4.0))
-        )  # type: ignore[return-value]
+        at_one, at_four = _divergence(backend, sharp, errors, 1.0), _divergence(backend, soft, errors, 4.0)
+        return np.array(to_numpy(at_one)), np.array(to_numpy(at_four))
 
 
 def _fourth_power(x: Array) -> Array:
