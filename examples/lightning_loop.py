@@ -44,6 +44,7 @@ class Distilled(lightning.LightningModule):
 
 
 def main(path: str, data: str, epochs: int) -> None:
+    lightning.seed_everything(0)
     trainer = lightning.Trainer(
         max_epochs=epochs, reload_dataloaders_every_n_epochs=1, logger=False, enable_checkpointing=False
     )

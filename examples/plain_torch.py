@@ -16,6 +16,7 @@ from redistill.losses import power_divergence
 
 
 def main(path: str, data: str, epochs: int) -> None:
+    torch.manual_seed(0)  # the student's weights and the order of the images
     archive = open_archive(path)
     dataset = redistill.ViewDataset(data, archive)  # refuses images whose views are not those the teacher saw
     teacher = redistill.CachedTeacher(archive)
