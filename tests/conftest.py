@@ -1,15 +1,28 @@
-"""A local web server for tests of downloads."""
+"""Determinism of all tests, and a local web server for tests of downloads."""
 
 from __future__ import annotations
 
 import functools
 import http.server
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# A run fails because of a change, not because of the examples that were drawn in it.
+hypothesis.settings.register_profile("deterministic", derandomize=True)
+hypothesis.settings.load_profile("deterministic")
+
+
+@pytest.fixture(autouse=True)
+def seed_torch() -> None:
+    """Numbers from the global generator of torch do not depend on the tests that ran before in the same process."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 class QuietHandler(http.server.SimpleHTTPRequestHandler):
