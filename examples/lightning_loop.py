@@ -1,6 +1,6 @@
 """Distillation from an archive in Lightning: python examples/lightning_loop.py ARCHIVE DATA [EPOCHS]
 
-An ordinary LightningModule, except that the loader is recreated every epoch, because each epoch uses another view.
+An ordinary LightningModule. Lightning calls `set_epoch` of the sampler, so that each epoch shows another view.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ class Distilled(lightning.LightningModule):
         self.teacher = redistill.CachedTeacher(self.archive, device=self.device)
 
     def train_dataloader(self) -> torch.utils.data.DataLoader:
-        view = self.current_epoch % self.archive.num_views
-        sampler = torch.utils.data.SubsetRandomSampler(self.dataset.indices(view).tolist())
+        sampler = redistill.ViewSampler(self.dataset)  # knows the ranks of the process group
         return torch.utils.data.DataLoader(self.dataset, batch_size=64, sampler=sampler)
 
     def training_step(self, batch: list[torch.Tensor]) -> torch.Tensor:
@@ -46,7 +45,7 @@ class Distilled(lightning.LightningModule):
 def main(path: str, data: str, epochs: int) -> None:
     lightning.seed_everything(0)
     trainer = lightning.Trainer(
-        max_epochs=epochs, reload_dataloaders_every_n_epochs=1, logger=False, enable_checkpointing=False
+        max_epochs=epochs, use_distributed_sampler=False, logger=False, enable_checkpointing=False
     )
     trainer.fit(Distilled(path, data))
     print(f"epoch {trainer.current_epoch}: loss {trainer.callback_metrics['loss']:.3f}")

@@ -16,15 +16,17 @@ from redistill.losses import power_divergence
 
 
 def main(path: str, data: str, epochs: int) -> None:
-    torch.manual_seed(0)  # the student's weights and the order of the images
+    torch.manual_seed(0)
     archive = open_archive(path)
     dataset = redistill.ViewDataset(data, archive)  # refuses images whose views are not those the teacher saw
     teacher = redistill.CachedTeacher(archive)
     student = torchvision.models.resnet18(num_classes=archive.num_classes)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9)
+    sampler = redistill.ViewSampler(dataset)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=64, sampler=sampler)
     for epoch in range(epochs):
-        sampler = torch.utils.data.SubsetRandomSampler(dataset.indices(epoch % archive.num_views).tolist())
-        for pixels, labels, rows, views in torch.utils.data.DataLoader(dataset, batch_size=64, sampler=sampler):
+        sampler.set_epoch(epoch)
+        for pixels, labels, rows, views in loader:
             logits = student(pixels / 255)
             loss = 0.9 * power_divergence(logits, teacher(rows, views), lam=2 / 3, temperature=4.0)
             loss = loss + 0.1 * torch.nn.functional.cross_entropy(logits, labels)

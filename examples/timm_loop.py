@@ -19,7 +19,7 @@ from redistill.losses import power_divergence
 
 
 def main(path: str, data: str, epochs: int) -> None:
-    torch.manual_seed(0)  # the student's weights and the order of the images
+    torch.manual_seed(0)
     archive = open_archive(path)
     dataset = redistill.ViewDataset(data, archive)  # refuses images whose views are not those the teacher saw
     teacher = redistill.CachedTeacher(archive)
@@ -28,10 +28,12 @@ def main(path: str, data: str, epochs: int) -> None:
     optimizer = create_optimizer_v2(student, opt="adamw", lr=1e-3, weight_decay=0.05)
     scheduler, epochs = create_scheduler_v2(optimizer, sched="cosine", num_epochs=epochs, warmup_epochs=1)
     average = ModelEmaV3(student, decay=0.999)
+    sampler = redistill.ViewSampler(dataset)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=64, sampler=sampler)
     for epoch in range(epochs):
         losses = AverageMeter()
-        sampler = torch.utils.data.SubsetRandomSampler(dataset.indices(epoch % archive.num_views).tolist())
-        for pixels, labels, rows, views in torch.utils.data.DataLoader(dataset, batch_size=64, sampler=sampler):
+        sampler.set_epoch(epoch)
+        for pixels, labels, rows, views in loader:
             logits = student((pixels - mean) / std)
             loss = 0.9 * power_divergence(logits, teacher(rows, views), lam=2 / 3, temperature=4.0)
             loss = loss + 0.1 * torch.nn.functional.cross_entropy(logits, labels)

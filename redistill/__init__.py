@@ -13,16 +13,27 @@ if TYPE_CHECKING:
     from redistill.cached_teacher import CachedTeacher
     from redistill.models import open_model
     from redistill.views.dataset import ViewDataset, render
+    from redistill.views.sampler import ViewSampler
 
 __version__: str
 
-__all__ = ["CachedTeacher", "ViewDataset", "__version__", "losses", "open_model", "open_source", "render"]
+__all__ = [
+    "CachedTeacher",
+    "ViewDataset",
+    "ViewSampler",
+    "__version__",
+    "losses",
+    "open_model",
+    "open_source",
+    "render",
+]
 
 # Loaded at first use: these need torch, and the processes that only read and hash images should not wait for it.
 LAZY = {
     "CachedTeacher": "redistill.cached_teacher",
     "open_model": "redistill.models",
     "ViewDataset": "redistill.views.dataset",
+    "ViewSampler": "redistill.views.sampler",
     "losses": "redistill.losses",
     "render": "redistill.views.dataset",
 }
