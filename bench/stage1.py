@@ -25,7 +25,7 @@ from redistill.caching.plan import Plan, make_plan
 from redistill.caching.run import declare_teacher, teacher_batches, write_teacher
 from redistill.interrupts import StopRequest
 from redistill.progress import NoProgress
-from redistill.ranks import Rank
+from redistill.shares import Share
 
 
 def bare_and_blocks(plan: Plan, *, blocks_first: bool) -> tuple[float, float]:
@@ -59,7 +59,7 @@ def over_bare(name: str, folder: Path, repeats: int, **options: object) -> list[
     for turn in range(repeats):
         outs = [folder / f"{name.replace(' ', '-')}-{turn}-{part}.zarr" for part in ("blocks", "whole")]
         blocks_options, whole_options = (CacheOptions(out=out, **options) for out in outs)  # type: ignore[arg-type]  # a table of options
-        plan = make_plan(blocks_options, Rank())
+        plan = make_plan(blocks_options, Share())
         for times, seconds in zip((bare, blocks), bare_and_blocks(plan, blocks_first=turn % 2 == 1), strict=True):
             times.append(seconds)
         start = time.perf_counter()

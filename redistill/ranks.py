@@ -1,16 +1,12 @@
-"""Processes started by torchrun: `Rank` is the position of this one, `World` the process group for training.
+"""Training on several processes, started by torchrun: `Rank` is the position of this one, `World` the process group.
 
-Training needs both. Stage 1 needs no process group, because its ranks communicate through the archive: rank 0 creates
-it and declares the teacher; then every rank writes its own share of the blocks and, when that is done, blocks of other
-ranks that are still missing. If two ranks compute the same block, the first commit counts, and the bytes are the same
-anyway. So ranks may die, and a resumed run may have more or fewer of them.
+Stage 1 needs no process group: its processes communicate through the archive (`shares.py`).
 """
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,11 +18,9 @@ from redistill_cache.errors import Refused, UsageError
 from torch import Tensor, nn
 
 from redistill.devices import pick_device
-from redistill.interrupts import StopRequest
 
 __all__ = ["RANK_EXITED", "Rank", "World", "joined_world"]
 
-POLL_SECONDS = 0.25
 # Rank 0 may index a million images before the first step, while the others wait. This timeout need not detect a dead
 # process: torchrun and gloo notice that at once.
 CONTROL_TIMEOUT = timedelta(hours=24)
@@ -48,6 +42,12 @@ class Rank:
     @classmethod
     def from_environment(cls) -> Rank:
         """From the variables set by torchrun; a single process without them."""
+        tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # set by srun, not in a batch script that it did not start
+        if "RANK" not in os.environ and tasks != "1":
+            raise UsageError(
+                f"srun started {tasks} processes, which would all train alike; start one torchrun on each node: "
+                "srun --ntasks-per-node=1 torchrun ..."
+            )
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         texts = [os.environ.get(name) for name in names]
         if texts[0] is None or texts[1] is None:
@@ -64,18 +64,6 @@ class Rank:
     @property
     def first(self) -> bool:
         return self.rank == 0
-
-    def work_order(self, blocks: Sequence[T]) -> list[T]:
-        """This rank's share of the blocks, then the shares of the next ranks, each of those backwards."""
-        shares = [list(blocks[rank :: self.world_size]) for rank in range(self.world_size)]
-        others = shares[self.rank + 1 :] + shares[: self.rank]
-        return shares[self.rank] + [block for share in others for block in reversed(share)]
-
-    def wait_until(self, condition: Callable[[], bool], stop: StopRequest) -> None:
-        """Wait for rank 0 to finish some work. torchrun ends this process if rank 0 fails."""
-        while not condition():
-            stop.raise_if_set()
-            time.sleep(POLL_SECONDS)
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,9 @@ A whole copy is used without its server: when the id is pinned, when no server m
 
 from __future__ import annotations
 
-import fcntl
 import glob
-import os
 import re
 import shutil
-import socket
-import stat
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -32,7 +27,6 @@ from typing import BinaryIO
 from redistill_cache import layout, limits
 from redistill_cache.addresses import Address, checked_id, parse_address
 from redistill_cache.download import (
-    POLL_S,
     Notify,
     Transfer,
     Unreachable,
@@ -44,6 +38,7 @@ from redistill_cache.download import (
 )
 from redistill_cache.errors import Damaged, Incomplete, Refused, UsageError
 from redistill_cache.journal import FileEntry, parse_header, sha256
+from redistill_cache.locks import locked, unlocked
 from redistill_cache.open_state import ArchiveState, read_state
 from redistill_cache.storage import LEFTOVER, LOCAL, disk_trouble, read_small
 from redistill_cache.verified_files import cache_folder
@@ -53,7 +48,6 @@ __all__ = ["check_id", "fetch_archive", "fetch_file", "fetched_description"]
 FetchProgress = Callable[[int, int], None]
 
 DOCUMENTS = "documents-"
-WAITING_S = 60.0  # between two messages about the process that is waited for
 
 
 # -- archives ---------------------------------------------------------------------------------------------------------
@@ -197,7 +191,7 @@ def _fetched(address: Address, manifest: bytes, progress: FetchProgress | None, 
     with disk_trouble("write", target):
         sweep()
         LOCAL.make_directories(target)
-        with locked(target.parent, str(address), notify):
+        with locked(target.parent, f"fetches {address}", notify):
             copy = whole_copy(identity)
             if copy is not None:
                 return copy
@@ -296,7 +290,13 @@ def fetch_file(
             return
         sweep()
         LOCAL.make_directories(target.parent)
-        with locked(target, str(address), notify, stopped):
+
+        def refuse_if_stopped() -> bool:
+            if stopped():
+                raise Refused("the download was stopped")
+            return False
+
+        with locked(target, f"fetches {address}", notify, refuse_if_stopped):
             if target.is_file():  # fetched by the process that held the lock
                 return
             remove_partials(target)
@@ -316,7 +316,7 @@ def fetch_file(
                 remove_partials(target)
 
 
-# -- temporary files and locks ----------------------------------------------------------------------------------------
+# -- temporary files --------------------------------------------------------------------------------------------------
 
 
 def new_partial(target: Path) -> BinaryIO:
@@ -356,50 +356,3 @@ def sweep_unfinished(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
     for partial in folder.rglob(f"*{LEFTOVER}"):
         partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def locked(target: Path, shown: str, notify: Notify, stopped: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """One process of this machine fetches something; the others wait for it, and say for whom."""
-    with lock_file(target) as file:
-        notified = time.monotonic() + 1 - WAITING_S  # not at once: a sweep holds a lock for a moment
-        while not acquire(file):
-            if stopped():
-                raise Refused("the download was stopped")
-            if time.monotonic() - notified >= WAITING_S:
-                notified = time.monotonic()
-                file.seek(0)
-                holder = file.read(200).decode(errors="replace") or "another process"
-                notify(f"waiting for {holder}, which fetches {shown}")
-            time.sleep(POLL_S)
-        file.seek(0)
-        file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-        file.flush()
-        yield
-
-
-@contextmanager
-def unlocked(target: Path) -> Iterator[bool]:
-    """Whether no process fetches something; none begins to within the block."""
-    with lock_file(target) as file:
-        yield acquire(file)
-
-
-def lock_file(target: Path) -> BinaryIO:
-    path = cache_folder() / "locks" / sha256(str(target).encode())[:40]
-    LOCAL.make_directories(path.parent)
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # opening a pipe does not wait
-    file = os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0)
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise Refused(f"{path} is not a regular file; remove it")
-    return file
-
-
-def acquire(file: BinaryIO) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

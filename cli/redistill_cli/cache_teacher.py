@@ -31,8 +31,9 @@ def cache_teacher(
 
     Runs the teacher once over augmented views of every image. Run the same
     command again to resume after an interruption: committed blocks are not
-    recomputed. Under torchrun the ranks share the work; the archive is
-    byte-identical for any number of ranks.
+    recomputed. Several processes share the work: under torchrun or srun, as
+    a SLURM array, or with --share. The archive is byte-identical for any
+    number of them.
 
     Examples:
 
@@ -56,10 +57,10 @@ def cache_teacher(
     options = CacheOptions(**collect(CacheOptions, values), allow_python=True, command=without_secrets(sys.argv[1:]))
     from redistill.caching import cache_teacher as run
     from redistill.caching import estimate_cache
-    from redistill.ranks import Rank
+    from redistill.shares import Share
 
-    first = Rank.from_environment().first
-    if dry_run and not first:
+    reports = Share.of(options.share).reports
+    if dry_run and not reports:
         return
     with TerminalProgress() as progress:
         if dry_run:
@@ -67,7 +68,7 @@ def cache_teacher(
             print_json(estimate.to_json()) if as_json else show_estimate(estimate)
             return
         result = run(options, progress)
-    if first:
+    if reports:
         print_json(result.to_json()) if as_json else show_result(result)
 
 
@@ -87,7 +88,7 @@ def show_estimate(estimate: Estimate) -> None:
         ),
         ("disk", f"{human_bytes(estimate.free_bytes)} free"),
         ("speed", f"{speed}, measured on {estimate.pilot_rows:,} views"),
-        ("time", f"{human_seconds(estimate.seconds)}, {estimate.device_hours:.2f} device hours over all ranks"),
+        ("time", f"{human_seconds(estimate.seconds)}, {estimate.device_hours:.2f} device hours over all processes"),
         ("break-even", estimate.break_even),
     ]
     if estimate.teacher_top1 is not None:
@@ -100,7 +101,7 @@ def show_result(result: CacheResult) -> None:
     speed = f", {result.images_per_second:.1f} images/s" if result.images_per_second else ""
     top1 = f", top-1 {result.teacher_top1:.1%}" if result.teacher_top1 is not None else ""
     computed = f"{result.images:,} views computed" if result.images else "already complete"
-    unfinished = f"not sealed yet, incomplete: {', '.join(result.missing) or 'blocks of another process'}"
+    unfinished = f"not sealed yet: other processes have yet to write blocks of {', '.join(result.missing)}"
     rows: list[tuple[str, object]] = [
         ("archive", result.path),
         ("id", result.id or unfinished),

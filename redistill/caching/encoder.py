@@ -111,7 +111,7 @@ class BlockEncoder:
         self._queue: queue.Queue[Piece | None] = queue.Queue(QUEUE_SIZE)
         self._error: BaseException | None = None
         # Half of the cores: the teacher's forward pass, or the workers that render for a GPU, need the others.
-        self._threads = max(1, usable_cores() // plan.rank.local_world_size // 2) if self._device.type == "cpu" else 1
+        self._threads = max(1, usable_cores() // plan.share.local_count // 2) if self._device.type == "cpu" else 1
         self._thread = threading.Thread(target=self._run, name="encode and write", daemon=True)
 
     def __enter__(self) -> BlockEncoder:

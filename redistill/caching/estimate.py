@@ -49,7 +49,7 @@ class Estimate:
     bytes_per_view: float
     """The teacher's arrays only."""
     images_per_second: float
-    """Of all ranks together, extrapolated from one rank's pilot."""
+    """Of all shares together, extrapolated from this process's pilot."""
     seconds: float
     device: str
     device_hours: float
@@ -92,7 +92,7 @@ def estimate(plan: Plan, pilot: Pilot, choices: Mapping[str, Choice]) -> Estimat
     side = {f"{name}/{key}": array for name, codec in codecs.items() for key, array in codec.side().items()}
     side_bytes = sum(len(encode_shard(array, side[name])) for name, array in layout.side_arrays(teacher).items())
     other, files = other_bytes(plan, spec, teacher, stats)
-    images_per_second = pilot.images_per_second * plan.rank.world_size
+    images_per_second = pilot.images_per_second * plan.share.count
     return Estimate(
         samples=spec.num_samples,
         views=spec.num_views,

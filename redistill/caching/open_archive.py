@@ -18,7 +18,7 @@ from redistill_cache.errors import Refused, SpecMismatch
 from redistill_cache.journal import TERMS
 from redistill_cache.layout import MANIFEST, Block, side_block
 from redistill_cache.open_state import read_state
-from redistill_cache.spec_files import read_root
+from redistill_cache.spec_files import list_teachers, read_root
 from redistill_cache.storage import LOCAL, Files, disk_trouble, is_leftover
 from redistill_cache.writer import refuse_difference
 
@@ -34,7 +34,7 @@ __all__ = [
     "archive_exists",
     "check_new_path",
     "create_archive",
-    "has_all_views",
+    "is_prepared",
     "missing_blocks",
     "open_existing",
     "teacher_is_declared",
@@ -47,11 +47,12 @@ def archive_exists(options: CacheOptions) -> bool:
     return (options.out / "zarr.json").exists()
 
 
-def has_all_views(options: CacheOptions) -> bool:
-    """Whether the archive exists with all requested views: the ranks other than the first wait for this."""
-    return archive_exists(options) and (
-        not options.extend_views or read_root(options.out).spec.num_views >= options.views
-    )
+def is_prepared(options: CacheOptions) -> bool:
+    """Whether the archive has the requested views and a teacher, so that another process need not wait to open it."""
+    if not archive_exists(options) or read_root(options.out).spec.num_views < options.views:
+        return False
+    names = [options.teacher_name] if options.teacher_name else list_teachers(options.out)
+    return any(Commits(options.out, LOCAL).is_committed(side_block(name)) for name in names)
 
 
 def teacher_is_declared(plan: Plan) -> bool:
@@ -196,7 +197,7 @@ def remaining_bytes(plan: Plan, writer: ArchiveWriter, archive: Archive) -> int:
 def write_view_params(plan: Plan, writer: ArchiveWriter, view: int) -> None:
     """Write the parameters of every row of a view: a mixed row needs those of its partner, which may be any row."""
     missing = [block for block in missing_blocks(plan, writer, "views") if block.view == view]
-    for block in plan.rank.work_order(missing):
+    for block in plan.share.work_order(missing):
         if not writer.is_committed(block):
             writer.write(block, plan.views.params(view, np.arange(block.start, block.stop)))
 
@@ -206,7 +207,7 @@ def write_canaries(runner: TeacherRunner, writer: ArchiveWriter) -> None:
     plan = runner.plan
 
     def batches() -> Iterator[tuple[tuple[Block, np.ndarray], list[int]]]:
-        for block in plan.rank.work_order(missing_blocks(plan, writer, "canaries")):
+        for block in plan.share.work_order(missing_blocks(plan, writer, "canaries")):
             if not writer.is_committed(block):
                 rows = canary_rows(plan.spec.seed, block.view, plan.spec.num_samples, plan.spec.canaries_per_view)
                 yield (block, rows), runner.indices(block.view, rows.tolist())

@@ -12,6 +12,7 @@ from redistill_cache.errors import UsageError
 from redistill_cache.spec import LOGITS, check_name, check_text
 
 from redistill.option_fields import check_values, option
+from redistill.shares import parse_share
 from redistill.sources import OnBadImage
 from redistill.specs import did_you_mean
 
@@ -95,6 +96,18 @@ class CacheOptions:
         default=False,
         metadata=option("Add views to a finished archive, up to --views. Existing views are not recomputed."),
     )
+    share: str | None = field(
+        default=None,
+        metadata=option(
+            "This process's share of the blocks, from 0/N to (N-1)/N.",
+            metavar="I/N",
+            default_text="from torchrun, srun or a SLURM array, else 0/1",
+        ),
+    )
+    no_help: bool = field(
+        default=False,
+        metadata=option("Stop after this share. By default, a process then helps with the blocks of the others."),
+    )
     allow_python: bool = False
     """Whether `teacher` may name code to import; set for command lines, never for files."""
     command: str = ""
@@ -113,6 +126,8 @@ class CacheOptions:
             raise UsageError(f"--out {self.out} is a URL; write the archive to a local path and copy it from there")
         if self.teacher_name is not None:
             check_name(self.teacher_name, "--teacher-name")
+        if self.share is not None:
+            parse_share(self.share)
         check_text(self.licence, "--licence")
         check_text(self.citation, "--citation")
 

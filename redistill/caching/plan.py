@@ -15,7 +15,7 @@ from redistill.caching.options import CacheOptions
 from redistill.devices import pick_amp, pick_device
 from redistill.loading import default_workers
 from redistill.models import OpenedModel, open_model
-from redistill.ranks import Rank
+from redistill.shares import Share
 from redistill.sources.base import Source
 from redistill.sources.index import SourceIndex, index_source
 from redistill.sources.open_source import open_source
@@ -43,7 +43,7 @@ class Plan:
     """The inputs of a run. Two runs with equal `spec` and `model` write the same archive."""
 
     options: CacheOptions
-    rank: Rank
+    share: Share
     source: Source
     index: SourceIndex
     teacher: Teacher
@@ -89,18 +89,18 @@ class Plan:
             "codec": codec,
             "batch": f"{options.batch_size:,}, blocks of {spec.block_rows:,} rows, {self.workers} rendering processes",
             "device": f"{model['device']}, {model['precision']}"
-            + (f", {self.rank.world_size} processes" if self.rank.world_size > 1 else ""),
+            + (f", share {self.share.index} of {self.share.count}" if self.share.count > 1 else ""),
         }
 
 
-def make_plan(options: CacheOptions, rank: Rank, progress: Callable[[int, int], None] | None = None) -> Plan:
+def make_plan(options: CacheOptions, share: Share, progress: Callable[[int, int], None] | None = None) -> Plan:
     """Open data and teacher, and check that they fit each other. Nothing is written."""
     if isinstance(options.teacher, OpenedModel):
         model = options.teacher
     else:
         model = open_model(options.teacher, allow_python=options.allow_python)
     recipe = choose_recipe(options, model)
-    device = pick_device(options.device, local_rank=rank.local_rank)
+    device = pick_device(options.device, local_rank=share.local_rank)
     teacher = Teacher(
         model,
         device=device,
@@ -114,7 +114,7 @@ def make_plan(options: CacheOptions, rank: Rank, progress: Callable[[int, int], 
         raise Refused(f"{options.data} holds no images")
     check_classes(source.class_names, model)
     # Last, because indexing reads every image: all checks that do not need the index come before it.
-    workers = default_workers(rank.local_world_size) if options.workers is None else options.workers
+    workers = default_workers(share.local_count) if options.workers is None else options.workers
     index = index_source(
         source,
         workers=None if workers else 0,
@@ -125,7 +125,7 @@ def make_plan(options: CacheOptions, rank: Rank, progress: Callable[[int, int], 
     check_labels(index, model)
     return Plan(
         options=options,
-        rank=rank,
+        share=share,
         source=source,
         index=index,
         teacher=teacher,

@@ -2,13 +2,17 @@
 
     plan -> check the teacher, pilot, codecs -> create the archive -> canaries -> blocks, the first one checked -> seal
 
-Each step skips what the archive already has, so the same call resumes a run that was interrupted at any point.
+Each step skips what the archive already has, so the same call resumes a run that was interrupted at any point, and
+several processes with the same call share the work (`shares.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +22,7 @@ import torch
 from redistill_cache import ArchiveWriter, open_archive
 from redistill_cache.codecs import kl_rows
 from redistill_cache.codecs.stats import relative_error
-from redistill_cache.errors import Refused
+from redistill_cache.errors import Refused, SpecMismatch
 from redistill_cache.inspect import describe
 from redistill_cache.layout import Block
 from redistill_cache.wording import human_bytes
@@ -30,7 +34,7 @@ from redistill.caching.open_archive import (
     archive_exists,
     check_new_path,
     create_archive,
-    has_all_views,
+    is_prepared,
     missing_blocks,
     open_existing,
     teacher_is_declared,
@@ -42,7 +46,7 @@ from redistill.caching.pilot import Pilot, TeacherRunner, check_first_batch, fit
 from redistill.caching.plan import Plan, make_plan
 from redistill.interrupts import StopRequest, raise_on_signals, stop_on_signals
 from redistill.progress import NoProgress, Progress
-from redistill.ranks import Rank
+from redistill.shares import Share, prepared_once
 from redistill.signals import LOGITS
 from redistill.sources.folder import skipped_files
 from redistill.teachers import TeacherCheck
@@ -58,6 +62,8 @@ MIN_TIMES_CHANCE, MIN_ABOVE_CHANCE = 2.0, 0.25
 MIN_LABELLED = 256
 # So is an accuracy below this share of the known one: augmentation costs a good teacher less.
 MIN_OF_KNOWN = 0.5
+# Declaring a teacher writes its side data, of a few megabytes.
+DECLARED_WITHIN_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ class CacheResult:
     floor: float | None
     """Largest difference between the logits of the same views in two batch compositions."""
     missing: tuple[str, ...] = ()
-    """Parts with missing blocks: the archive cannot be sealed yet."""
+    """Parts with blocks that other processes have yet to write; whichever finds none missing seals the archive."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -88,27 +94,30 @@ class CacheResult:
 
 def cache_teacher(options: CacheOptions, progress: Progress | None = None) -> CacheResult:
     """Run the teacher over all views that the archive lacks, and seal the archive when it is complete."""
-    stats, rank = RunStats(), Rank.from_environment()
-    progress = progress if progress is not None and rank.first else NoProgress()
-    with stop_on_signals() as stop:
-        with raise_on_signals():
-            plan = make_plan_of_rank(options, rank, progress, stop)
-        writer: ArchiveWriter | None = None
-        if archive_exists(options):
-            plan, writer = open_existing(plan)
-        progress.settings(plan.settings_in_effect())
-        tell_left_out(plan, progress)
-        with TeacherRunner(plan, stop) as runner:
+    stats, share = RunStats(), Share.of(options.share)
+    progress = progress if progress is not None and share.reports else NoProgress()
+    with stop_on_signals() as stop, ExitStack() as stack:
+        with prepared_once(options.out, lambda: is_prepared(options), progress.info, stop.raise_if_set):
+            writer: ArchiveWriter | None = None
+            if not archive_exists(options):
+                check_new_path(options)
+            with raise_on_signals():
+                plan = make_plan(options, share, partial(progress.advance, "index"))
+            if archive_exists(options):
+                plan, writer = open_existing(plan)
+            progress.settings(plan.settings_in_effect())
+            tell_left_out(plan, progress)
+            runner = stack.enter_context(TeacherRunner(plan, stop))
             if writer is None or not teacher_is_declared(plan):
                 writer = declare_teacher(runner, writer, stats, progress)
-            write_canaries(runner, writer)
-            try:
-                write_teacher(runner, writer, stats, progress)
-            finally:
-                write_provenance(plan, writer, stats)
+        write_canaries(runner, writer)
+        try:
+            write_teacher(runner, writer, stats, progress)
+        finally:
+            write_provenance(plan, writer, stats)
     needed = [part for part in writer.parts() if part == plan.part or not part.startswith("teachers/")]
-    missing = tuple(part for part in needed if missing_blocks(plan, writer, part)) if rank.first else ()
-    identity = writer.seal(complete=True) if rank.first and not missing else None
+    missing = tuple(part for part in needed if missing_blocks(plan, writer, part))
+    identity = None if missing else writer.seal(complete=True)
     return cache_result(plan, writer, stats, identity, missing)
 
 
@@ -116,7 +125,7 @@ def estimate_cache(options: CacheOptions, progress: Progress | None = None) -> E
     """The cost of `cache_teacher`. Runs the teacher on a pilot, writes nothing."""
     progress = progress or NoProgress()
     with stop_on_signals() as stop:
-        plan = make_plan(options, Rank.from_environment(), partial(progress.advance, "index"))
+        plan = make_plan(options, Share.of(options.share), partial(progress.advance, "index"))
         progress.settings(plan.settings_in_effect())
         with TeacherRunner(plan, stop) as runner:
             _, pilot = checked_pilot(runner, progress)
@@ -124,23 +133,6 @@ def estimate_cache(options: CacheOptions, progress: Progress | None = None) -> E
 
 
 # -- steps, in order --------------------------------------------------------------------------------------------------
-
-
-def make_plan_of_rank(options: CacheOptions, rank: Rank, progress: Progress, stop: StopRequest) -> Plan:
-    """The plan. All ranks but the first wait for the first one to create the archive and to declare the teacher."""
-
-    def index_progress(done: int, total: int) -> None:
-        stop.raise_if_set()
-        progress.advance("index", done, total)
-
-    if not rank.first:
-        rank.wait_until(lambda: has_all_views(options), stop)
-    elif not archive_exists(options):
-        check_new_path(options)
-    plan = make_plan(options, rank, index_progress)
-    if not rank.first:
-        rank.wait_until(lambda: teacher_is_declared(plan), stop)
-    return plan
 
 
 def tell_left_out(plan: Plan, progress: Progress) -> None:
@@ -172,10 +164,22 @@ def declare_teacher(
     codecs = {signal: choice.codec for signal, choice in choices.items()}
     if writer is None:
         _, writer = create_archive(plan)
-        if teacher_is_declared(plan):  # by another process, whose codecs count
-            return writer
-    writer.add_teacher(teacher_spec(plan, codecs), {name: codec.side() for name, codec in codecs.items()})
+    try:
+        writer.add_teacher(teacher_spec(plan, codecs), {name: codec.side() for name, codec in codecs.items()})
+    except SpecMismatch:  # a process on another kind of machine has declared the teacher since; its codecs count
+        if not declared_soon(plan, runner.stop):
+            raise
+        _, writer = open_existing(plan)
     return writer
+
+
+def declared_soon(plan: Plan, stop: StopRequest) -> bool:
+    """Whether another process has declared the teacher, or does so within a minute: it has begun."""
+    end = time.monotonic() + DECLARED_WITHIN_S
+    while not (declared := teacher_is_declared(plan)) and time.monotonic() < end:
+        stop.raise_if_set()
+        time.sleep(0.1)
+    return declared
 
 
 def checked_pilot(runner: TeacherRunner, progress: Progress) -> tuple[TeacherCheck, Pilot]:
@@ -216,7 +220,7 @@ def warn_of_chance_accuracy(plan: Plan, correct: int, labelled: int, progress: P
 def write_teacher(runner: TeacherRunner, writer: ArchiveWriter, stats: RunStats, progress: Progress) -> None:
     """Write the teacher's missing blocks, and the view parameters that are still missing after that."""
     plan = runner.plan
-    blocks = plan.rank.work_order(missing_blocks(plan, writer, plan.part))
+    blocks = plan.share.work_order(missing_blocks(plan, writer, plan.part), helps=not plan.options.no_help)
     if blocks:
         if stats.check is None:
             stats.check = check_first_batch(runner)
@@ -238,10 +242,10 @@ def write_blocks(
             if images == 0:
                 unchecked = block.view, rows, pixels.clone()
             images += len(rows)
-            # This process sees only its own progress, and assumes that the other ranks are as fast.
+            # This process sees only its own progress, and assumes that the others are as fast.
             progress.advance(
                 "teacher",
-                min(images * plan.rank.world_size, total),
+                min(images * plan.share.count, total),
                 total,
                 blocks=stats.blocks,
                 written=human_bytes(stats.bytes),
@@ -307,8 +311,7 @@ def write_provenance(plan: Plan, writer: ArchiveWriter, stats: RunStats) -> None
         "command": plan.options.command,
         "device": device_name(plan.teacher.device),
         "environment": dict(plan.spec.environment),
-        "rank": plan.rank.rank,
-        "processes": plan.rank.world_size,
+        "share": f"{plan.share.index}/{plan.share.count}",
         "seconds": round(stats.seconds, 3),
         "images_per_second": round(stats.rows / stats.seconds, 3),
         "blocks": stats.blocks,
@@ -321,7 +324,7 @@ def write_provenance(plan: Plan, writer: ArchiveWriter, stats: RunStats) -> None
         "relative_floor": None if check is None else check.relative_batch_difference,
     }
     with contextlib.suppress(Refused):  # a full disk must not hide the error that ended the run
-        writer.note(f"{plan.teacher_name}-{stats.began:%Y%m%dt%H%M%S}-{plan.rank.rank}", note)
+        writer.note(f"{plan.teacher_name}-{stats.began:%Y%m%dt%H%M%S}-{plan.share.index}-{os.getpid()}", note)
 
 
 def device_name(device: torch.device) -> str:

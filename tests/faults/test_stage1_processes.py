@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -141,3 +142,35 @@ def test_any_number_of_ranks_continues_after_a_killed_rank(ram: Path, uninterrup
 def rank_of(pid: int) -> str | None:
     environment = (Path("/proc") / str(pid) / "environ").read_text().split("\0")
     return next((word.removeprefix("RANK=") for word in environment if word.startswith("RANK=")), None)
+
+
+def array_task(path: Path, task: int, tasks: int) -> subprocess.Popen:
+    """One task of a SLURM array."""
+    variables = {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_TASK_COUNT": str(tasks)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "redistill_cli", *command_line(path, **MANY)],
+        env=os.environ | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", range(5))
+def test_an_array_of_tasks_that_are_killed_at_random(ram: Path, uninterrupted: Path, seed: int):
+    """Any tasks may start first, die at any moment, and be run again as an array of another size."""
+    random, path = Random(seed), ram / "a.zarr"
+    for tasks in (6, 4):
+        started = [array_task(path, task, tasks) for task in random.sample(range(tasks), tasks)]
+        deadline = time.monotonic() + random.uniform(6, 25)  # the import of torch takes the first seconds
+        for process in started[: tasks // 2 + (tasks == 6) * 3]:  # all of the first array, half of the second
+            time.sleep(max(0.0, deadline - time.monotonic()) * random.random())
+            os.killpg(process.pid, signal.SIGKILL)
+        for process in started:
+            _, stderr = process.communicate(timeout=SECONDS * 4)
+            assert process.returncode in (0, -signal.SIGKILL), stderr
+    if not (path / "_redistill/manifest.json").exists():
+        cache_teacher(cache_options(path, **MANY))
+    assert file_hashes(path) == file_hashes(uninterrupted)

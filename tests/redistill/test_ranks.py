@@ -1,4 +1,4 @@
-"""Ranks from torchrun's variables, and the order in which they share blocks."""
+"""Ranks from torchrun's variables."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from redistill_cache.errors import UsageError
 from redistill.ranks import Rank
 
 
-def test_every_rank_visits_every_block_starting_with_its_own_share():
-    ranks = [Rank(rank, 3, rank, 3).work_order(range(11)) for rank in range(3)]
-    assert [sorted(order) for order in ranks] == [list(range(11))] * 3
-    assert [order[:3] for order in ranks] == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
-    assert len({order[-1] for order in ranks}) == 3, "ranks that finish early help with different blocks"
-
-
 @pytest.mark.parametrize("rank", ["one", "2", "-1"])
 def test_invalid_rank_variables(monkeypatch: pytest.MonkeyPatch, rank: str):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="RANK"):
         Rank.from_environment()
+
+
+def test_training_under_srun_alone_is_refused(monkeypatch: pytest.MonkeyPatch):
+    """Each of the processes would train the same student on all images."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    with pytest.raises(UsageError, match=r"srun started 8 processes, .* start one torchrun on each node"):
+        Rank.from_environment()
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert Rank.from_environment() == Rank()

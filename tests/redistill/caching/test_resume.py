@@ -63,11 +63,13 @@ def test_workers_and_ranks_do_not_change_a_byte(complete_five_classes: Path, tmp
     assert file_hashes(tmp_path / "workers.zarr") == file_hashes(complete_five_classes)
     arguments = command_line(tmp_path / "ranks.zarr", **FIVE_CLASSES)
     outputs = [tmp_path / f"{rank}.txt" for rank in range(2)]
-    ranks = [start_command(arguments, outputs[rank], RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
+    ranks = [
+        start_command(arguments, outputs[rank], RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank)) for rank in (0, 1)
+    ]
     for rank in ranks:
         rank.join(120)
     assert [rank.exitcode for rank in ranks] == [0, 0], [output.read_text() for output in outputs]
-    assert outputs[1].read_text() == "", "only the first rank prints"
+    assert outputs[1].read_text() == "", "only the first rank of a machine prints"
     assert file_hashes(tmp_path / "ranks.zarr") == file_hashes(complete_five_classes)
 
 
@@ -239,19 +241,26 @@ def test_a_full_disk_stops_the_run_which_then_resumes(
     assert file_hashes(path) == file_hashes(complete)
 
 
-def test_any_rank_finishes_the_work_of_others(complete: Path, ram: Path, monkeypatch: pytest.MonkeyPatch):
-    """The first rank dies after one batch, the last of three computes the rest, and a single process seals."""
+def test_any_share_finishes_the_work_of_others(complete: Path, ram: Path):
+    """The first of three dies after one batch, the second never starts: the last computes the rest, and seals."""
     path = ram / "a.zarr"
     with pytest.raises(Interrupted):
-        cache_teacher(cache_options(path), SignalAtBatch(signal.SIGTERM))
-    with monkeypatch.context() as last:
-        last.setenv("RANK", "2")
-        last.setenv("WORLD_SIZE", "3")
-        result = cache_teacher(cache_options(path))
-    assert (result.id, result.images) == (None, 122)
+        cache_teacher(cache_options(path, share="0/3"), SignalAtBatch(signal.SIGTERM))
+    result = cache_teacher(cache_options(path, share="2/3"))
+    assert (result.id, result.images) == (redistill_cache.open_archive(path).id, 122)
+    assert file_hashes(path) == file_hashes(complete)
+
+
+def test_no_leader_is_needed(complete: Path, ram: Path):
+    """A process that is not the first creates the archive; without help, the last one to finish its share seals."""
+    path = ram / "a.zarr"
+    second = cache_teacher(cache_options(path, share="1/2", no_help=True))
+    assert (second.id, second.images) == (None, 58)
+    assert "teachers/large" in second.missing
     with pytest.raises(Incomplete):
         redistill_cache.open_archive(path)
-    assert cache_teacher(cache_options(path)).images == 0
+    first = cache_teacher(cache_options(path, share="0/2", no_help=True))
+    assert (first.id, first.images, first.missing) == (redistill_cache.open_archive(path).id, 64, ())
     assert file_hashes(path) == file_hashes(complete)
 
 

@@ -168,7 +168,7 @@ def test_a_run_writes_a_note_of_its_provenance(tmp_path: Path):
     assert note["teacher_top1"] == note["right"] / note["labelled"]
     assert 0.5 < note["teacher_top1"] <= 1, "this teacher is trained"
     assert 0 <= note["relative_floor"] < 1e-3
-    assert {"seconds", "images_per_second", "device", "environment", "command", "began", "rank"} <= note.keys()
+    assert {"seconds", "images_per_second", "device", "environment", "command", "began", "share"} <= note.keys()
     model = redistill_cache.open_archive(tmp_path / "a.zarr").teachers["large"].model
     assert {"weights_digest", "precision", "device", "batch_size", "mean", "std"} <= model.keys()
 
