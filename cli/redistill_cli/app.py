@@ -13,6 +13,7 @@ from redistill_cli.cache_teacher import cache_teacher
 from redistill_cli.demo import demo
 from redistill_cli.doctor import doctor
 from redistill_cli.evaluate import evaluate
+from redistill_cli.index import index
 from redistill_cli.inspect import inspect
 from redistill_cli.options import Command
 from redistill_cli.report import report
@@ -71,6 +72,7 @@ app.command("cache-teacher", cls=Command)(cache_teacher)
 app.command(cls=Command)(train)
 app.command(cls=Command)(evaluate)
 app.command(cls=Command)(report)
+app.command(cls=Command)(index)
 app.command(cls=Command)(inspect)
 app.command(cls=Command)(verify)
 app.command(cls=Command)(doctor)

@@ -28,6 +28,7 @@ __all__ = [
     "file_stamp",
     "local_path",
     "pixel_limit",
+    "shared_index",
 ]
 
 NO_LABEL = -1
@@ -72,6 +73,8 @@ class ListedSource(Source, Protocol):
 
     keys: PackedKeys
     labels: np.ndarray
+    index_file: Path | None
+    """An index that `redistill index` has written, beside that in the cache folder."""
 
     @property
     def location(self) -> str:
@@ -107,6 +110,11 @@ def pixel_limit(spec: Spec) -> int | None:
     if limit < 1:
         raise UsageError(f"{spec.text!r}: expected max_pixels to be at least 1, found {limit}")
     return limit
+
+
+def shared_index(spec: Spec) -> Path | None:
+    """The option `index` of a source of files."""
+    return local_path(spec.take("index", "")) if "index" in spec.options else None
 
 
 def local_path(text: str) -> Path:

@@ -46,6 +46,8 @@ LABEL_KEYS = {"cifar10": "labels", "cifar100": "fine_labels"}
 class CifarSource:
     """The images of one split of CIFAR; the files are read when the source is opened."""
 
+    index_file: Path | None = None
+
     def __init__(self, root: Path, *, kind: str, split: str = "train", spec: str | None = None) -> None:
         published = _published(kind)
         self.folder = (root if root.name == published.folder else root / published.folder).resolve()

@@ -10,7 +10,8 @@
 * Images beside the class folders are refused, as is a folder without class folders. With `?labels=none` they are
   accepted, every image has the label -1 and there are no class names.
 * A class folder without images is refused, as it usually is a mistake; `?allow_empty=1` keeps it as a class.
-* `?split=val` reads PATH/val, and so on. `?max_pixels=N` allows images of up to N pixels; see `images`.
+* `?split=val` reads PATH/val, and so on. `?max_pixels=N` allows images of up to N pixels; see `images`. `?index=FILE`
+  takes digests and sizes from a file that `redistill index` has written.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import numpy as np
 from redistill_cache.errors import Refused, UsageError
 from redistill_cache.keys import PackedKeys, pack_keys
 
-from redistill.sources.base import NO_FILE, NO_LABEL, Sample, Source, file_stamp, local_path, pixel_limit
+from redistill.sources.base import NO_FILE, NO_LABEL, Sample, Source, file_stamp, local_path, pixel_limit, shared_index
 from redistill.sources.images import EXTENSIONS, MAX_ENCODED_BYTES, BadImage
 from redistill.specs import Spec
 
@@ -45,12 +46,13 @@ class FolderSource:
         labelled: bool = True,
         allow_empty: bool = False,
         max_pixels: int | None = None,
+        index_file: Path | None = None,
         spec: str | None = None,
     ) -> None:
         if not root.is_dir():
             raise Refused(f"{str(root)!r} is not a folder; expected a folder of class folders with images")
         self.root = root.resolve()
-        self.max_pixels = max_pixels
+        self.max_pixels, self.index_file = max_pixels, index_file
         self.spec = f"folder:{root}" if spec is None else spec
         self.description = {"kind": "folder"}
         self.skipped: Counter[str] = Counter()
@@ -171,7 +173,7 @@ def skipped_files(source: Source) -> str:
 
 def open_folder(spec: Spec) -> FolderSource:
     """A source from `folder:PATH?labels=none&allow_empty=1&split=train&max_pixels=400000000`."""
-    spec.refuse_unknown({"labels", "allow_empty", "split", "max_pixels"})
+    spec.refuse_unknown({"labels", "allow_empty", "split", "max_pixels", "index"})
     if not spec.name:
         raise UsageError(f"expected 'folder:PATH', found {spec.text!r} without a path")
     labels = spec.take("labels", "folders")
@@ -183,6 +185,7 @@ def open_folder(spec: Spec) -> FolderSource:
         labelled=labels == "folders",
         allow_empty=spec.take("allow_empty", False),
         max_pixels=pixel_limit(spec),
+        index_file=shared_index(spec),
         spec=spec.text,
     )
 

@@ -5,6 +5,10 @@ bad images are to be excluded. Worker processes divide the samples among themsel
 result is saved in the user's cache folder, and a sample whose file has the same size, times and inode is not read again
 next time, unless `reuse=False`. Files modified less than two seconds before they were indexed are read again next
 time, because a later edit might leave the same times.
+
+`redistill index` writes the same table to a file that machines share: `folder:PATH?index=FILE`. There, size and
+modification time decide, as a copy of the images has other inodes. An image that was changed in spite of that is
+refused when a view of it is rendered, since its bytes no longer have the digest.
 """
 
 from __future__ import annotations
@@ -17,17 +21,18 @@ import struct
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from redistill_cache.errors import Damaged, Refused
 from redistill_cache.keys import PackedKeys, pack_keys
 from redistill_cache.machine import usable_cores
-from redistill_cache.storage import LOCAL
+from redistill_cache.storage import LOCAL, disk_trouble
 from redistill_cache.verified_files import cache_folder
 
 from redistill.interrupts import interrupts_blocked
@@ -35,7 +40,15 @@ from redistill.sources import OnBadImage
 from redistill.sources.base import ListedSource, Source, digest_of
 from redistill.sources.images import BadImage, decode_array, image_size
 
-__all__ = ["SourceIndex", "index_source", "load_arrays", "old_enough", "pair_up", "repeats", "save_arrays"]
+__all__ = [
+    "SourceIndex",
+    "index_source",
+    "load_arrays",
+    "old_enough",
+    "pair_up",
+    "repeats",
+    "save_arrays",
+]
 
 CHUNK = 256
 # Below this many samples to read, starting processes takes longer than reading.
@@ -44,6 +57,7 @@ CACHE_VERSION = 2
 CACHE_ARRAYS = ("version", "key_data", "key_offsets", "stamps", "digests", "sizes", "level")
 # How far a sample has been checked: not read, header parsed, pixels decoded.
 UNKNOWN, HEADER, DECODED = 0, 1, 2
+SIZE_AND_MTIME = slice(0, 2)  # of a stamp
 
 # The reason why a sample that was passed as `without` is excluded.
 LISTED = "the archive excludes it"
@@ -77,6 +91,7 @@ def index_source(
     on_bad_image: OnBadImage = "fail",
     without: Collection[str] = (),
     reuse: bool = True,
+    save_to: Path | None = None,
 ) -> SourceIndex:
     """Key, label, digest and size of every sample of `source` but those with the keys `without`.
 
@@ -84,25 +99,34 @@ def index_source(
     processes needs the usual `if __name__ == "__main__":`. `progress(done, total)` is called as samples are indexed.
     With `on_bad_image="exclude"`, bad images are left out and listed, and every image is decoded to find them all: an
     archive fixes its rows before the first epoch decodes their pixels. Samples that an archive excludes are passed as
-    `without`: they are left out whether they are bad or not.
+    `without`: they are left out whether they are bad or not. `save_to` is a file for `?index=`.
     """
+    if save_to is not None and not isinstance(source, ListedSource):
+        raise Refused(f"{source.spec} has no files whose index could be shared; expected folder:PATH or wds:PATTERN")
     level = DECODED if on_bad_image == "exclude" else HEADER
     table = _Table.empty(len(source))
     if isinstance(source, ListedSource):
         stamps = source.stamps()
         if reuse:
-            _load_index(source, stamps, table)
+            table.fill(source, stamps, _load_table(_index_file(source)))
+            if source.index_file is not None:
+                table.fill(source, stamps, _shared_table(source.index_file), SIZE_AND_MTIME)
     todo = np.flatnonzero(table.level < level)
     started = time.time_ns()
     keys, labels, bad = _read_all(source, todo, table, level, _processes(workers, len(todo)), progress)
     if isinstance(source, ListedSource):
         keys, labels = source.keys, source.labels
+        saved = _SavedTable(source.keys, stamps, table)
         if len(todo):
-            _save_index(source, stamps, table, started)
+            save_arrays(_index_file(source), **saved.arrays(started))
     left_out = _samples_of_keys(keys, without) if without else np.zeros(0, np.int64)
     unlisted = {i: reason for i, reason in bad.items() if i not in set(left_out.tolist())} if bad else {}
     if unlisted and on_bad_image == "fail":
         raise _refusal(unlisted, len(source))
+    if save_to is not None:
+        with disk_trouble("write", save_to):
+            LOCAL.make_directories(save_to.absolute().parent)
+            LOCAL.publish(save_to.absolute(), _npz(saved.arrays(started)))
     bad |= {i: (keys[i], LISTED) for i in left_out.tolist()}
     rows = np.setdiff1d(np.arange(len(source)), np.array(sorted(bad), np.int64), assume_unique=True)
     return SourceIndex(
@@ -136,6 +160,20 @@ class _Table:
     @classmethod
     def empty(cls, n: int) -> _Table:
         return cls(np.zeros((n, 32), np.uint8), np.zeros((n, 2), np.uint32), np.zeros(n, np.uint8))
+
+    def fill(
+        self, source: ListedSource, stamps: np.ndarray, saved: _SavedTable | None, columns: slice = slice(None)
+    ) -> None:
+        """Take what is known better of the files that have the stamp, in these columns, that was saved."""
+        if saved is None:
+            return
+        rows, old = pair_up(source.keys.hashes(), saved.keys.hashes())
+        same = (stamps[rows, columns] == saved.stamps[old, columns]).all(axis=1)
+        same &= self.level[rows] < saved.table.level[old]
+        same &= source.keys.equal_at(rows, saved.keys, old) & (stamps[rows, 0] >= 0)
+        rows, old = rows[same], old[same]
+        self.digests[rows], self.sizes[rows] = saved.table.digests[old], saved.table.sizes[old]
+        self.level[rows] = saved.table.level[old]
 
 
 # -- reading samples --------------------------------------------------------------------------------------------------
@@ -249,36 +287,50 @@ def _index_file(source: ListedSource) -> Path:
     return cache_folder() / "index" / f"{hashlib.sha256(location).hexdigest()[:32]}.npz"
 
 
-def _load_index(source: ListedSource, stamps: np.ndarray, table: _Table) -> None:
-    """Fill the rows of `table` whose file has not changed since the index was saved."""
-    saved = load_arrays(_index_file(source), CACHE_ARRAYS)
+class _SavedTable(NamedTuple):
+    """The rows of a table with the keys and stamps that they were read from."""
+
+    keys: PackedKeys
+    stamps: np.ndarray
+    table: _Table
+
+    def arrays(self, started_ns: int) -> dict[str, np.ndarray]:
+        """What is saved, if reading began at `started_ns`."""
+        level = np.where(old_enough(self.stamps, started_ns), self.table.level, UNKNOWN).astype(np.uint8)
+        table = {"digests": self.table.digests, "sizes": self.table.sizes, "level": level}
+        keys = {"key_data": self.keys.data, "key_offsets": self.keys.offsets}
+        return {"version": np.array(CACHE_VERSION), "stamps": self.stamps, **keys, **table}
+
+
+def _load_table(path: Path) -> _SavedTable | None:
+    """The table that was saved at `path`; None if there is none that can be used."""
+    saved = load_arrays(path, CACHE_ARRAYS)
     if saved is None or saved["version"].tolist() != CACHE_VERSION:
-        return
-    old_stamps, digests, sizes, level = (saved[name] for name in ("stamps", "digests", "sizes", "level"))
+        return None
+    stamps, digests, sizes, level = parts = tuple(saved[name] for name in ("stamps", "digests", "sizes", "level"))
     try:
-        old_keys = PackedKeys(saved["key_data"], saved["key_offsets"])
+        keys = PackedKeys(saved["key_data"], saved["key_offsets"])
     except (Damaged, ValueError, TypeError):
-        return
-    n = len(old_keys)
-    if [part.shape for part in (old_stamps, digests, sizes, level)] != [(n, 4), (n, 32), (n, 2), (n,)]:
-        return
-    rows, old = pair_up(source.keys.hashes(), old_keys.hashes())
-    same = (stamps[rows] == old_stamps[old]).all(axis=1) & source.keys.equal_at(rows, old_keys, old)
-    rows, old = rows[same], old[same]
-    table.digests[rows], table.sizes[rows], table.level[rows] = digests[old], sizes[old], level[old]
+        return None
+    n = len(keys)
+    if [(part.shape, part.dtype.name) for part in parts] != [
+        ((n, 4), "int64"),
+        ((n, 32), "uint8"),
+        ((n, 2), "uint32"),
+        ((n,), "uint8"),
+    ]:
+        return None
+    return _SavedTable(keys, stamps, _Table(digests, sizes, level))
 
 
-def _save_index(source: ListedSource, stamps: np.ndarray, table: _Table, started_ns: int) -> None:
-    save_arrays(
-        _index_file(source),
-        version=np.array(CACHE_VERSION),
-        key_data=source.keys.data,
-        key_offsets=source.keys.offsets,
-        stamps=stamps,
-        digests=table.digests,
-        sizes=table.sizes,
-        level=np.where(old_enough(stamps, started_ns), table.level, UNKNOWN).astype(np.uint8),
-    )
+def _shared_table(path: Path) -> _SavedTable:
+    saved = _load_table(path)
+    if saved is None:
+        found = "another file, or one of another version" if path.exists() else "nothing"
+        raise Refused(
+            f"expected an index of images at {path}, found {found}; write it: redistill index DATA --out FILE"
+        )
+    return saved
 
 
 # -- files in the cache folder ----------------------------------------------------------------------------------------
@@ -319,11 +371,15 @@ def load_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray] | N
 
 def save_arrays(path: Path, **arrays: np.ndarray) -> None:
     """Save arrays for `load_arrays`, atomically."""
-    out = io.BytesIO()
-    np.savez(out, **arrays)  # type: ignore[arg-type]
     with contextlib.suppress(OSError):
         LOCAL.make_directories(path.parent)
-        LOCAL.publish(path, out.getbuffer())
+        LOCAL.publish(path, _npz(arrays))
+
+
+def _npz(arrays: Mapping[str, np.ndarray]) -> memoryview:
+    out = io.BytesIO()
+    np.savez(out, **arrays)  # type: ignore[arg-type]
+    return out.getbuffer()
 
 
 # -- pairing equal values of two arrays, a million at a time ----------------------------------------------------------

@@ -47,7 +47,16 @@ from redistill_cache.verified_files import cache_folder
 from redistill_cache.wording import one_line
 
 from redistill.interrupts import stop_requested
-from redistill.sources.base import NO_FILE, NO_LABEL, FileStamp, Sample, file_stamp, local_path, pixel_limit
+from redistill.sources.base import (
+    NO_FILE,
+    NO_LABEL,
+    FileStamp,
+    Sample,
+    file_stamp,
+    local_path,
+    pixel_limit,
+    shared_index,
+)
 from redistill.sources.images import MAX_ENCODED_BYTES, BadImage
 from redistill.sources.index import load_arrays, old_enough, repeats, save_arrays
 from redistill.sources.tar import Member, members
@@ -72,9 +81,15 @@ class WdsSource:
     class_names: tuple[str, ...] | None = None
 
     def __init__(
-        self, tars: list[Path], *, labelled: bool = True, max_pixels: int | None = None, spec: str | None = None
+        self,
+        tars: list[Path],
+        *,
+        labelled: bool = True,
+        max_pixels: int | None = None,
+        index_file: Path | None = None,
+        spec: str | None = None,
     ) -> None:
-        self.max_pixels = max_pixels
+        self.max_pixels, self.index_file = max_pixels, index_file
         self.tars = [_existing(tar).resolve() for tar in tars]
         self.spec = f"wds:{','.join(map(str, tars))}" if spec is None else spec
         self.description = {"kind": "wds"}
@@ -128,13 +143,19 @@ class WdsSource:
 
 def open_wds(spec: Spec) -> WdsSource:
     """A source from `wds:PATTERN?labels=none&max_pixels=400000000`."""
-    spec.refuse_unknown({"labels", "max_pixels"})
+    spec.refuse_unknown({"labels", "max_pixels", "index"})
     labels = spec.take("labels", "members")
     if labels not in ("members", "none"):
         raise UsageError(f"{spec.text!r}: expected labels=members or none, found {labels!r}")
     places = [_place(name) for name in _expand(spec)]  # all are valid before one is fetched
     tars = [_local_copy(place) if isinstance(place, Address) else place for place in places]
-    return WdsSource(tars, labelled=labels == "members", max_pixels=pixel_limit(spec), spec=spec.text)
+    return WdsSource(
+        tars,
+        labelled=labels == "members",
+        max_pixels=pixel_limit(spec),
+        index_file=shared_index(spec),
+        spec=spec.text,
+    )
 
 
 # -- which tars -------------------------------------------------------------------------------------------------------

@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from redistill_cache import open_archive
 from redistill_cli.__main__ import main
 
@@ -237,3 +239,21 @@ def test_doctor_without_arguments(run):
     assert diagnosis["cores"] >= 1
     assert diagnosis["limit"]
     assert diagnosis["views_per_second_and_core"] > 0
+
+
+def test_an_index_is_written_once_and_used_by_the_next_command(run, tmp_path: Path):
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        path = tmp_path / "train" / f"class{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).save(path)
+    made = run("index", "folder:train", "--out", "index.npz", "--json")
+    assert made.returncode == 0, made.stderr
+    assert json.loads(made.stdout) == {"images": 8, "bad": 0, "reused": 0, "path": "index.npz"}
+    teacher = ("--teacher", "demo:tiny?num_classes=2&weights=random", "--out", "a.redistill.zarr", "--workers", "0")
+    cached = run("cache-teacher", "folder:train?index=index.npz", *teacher, "--share", "1/2")
+    assert cached.returncode == 0, cached.stderr
+    assert "8 samples" in cached.stdout
+    wrong = run("cache-teacher", "folder:train?index=none.npz", *teacher)
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (3, 1)
+    assert "none.npz, found nothing; write it: redistill index DATA --out FILE" in wrong.stderr

@@ -262,3 +262,66 @@ def test_large_images_are_allowed_by_an_option_of_the_images(root: Path):
         index_source(redistill.open_source(f"folder:{root}"), workers=0)
     with pytest.raises(UsageError, match="expected max_pixels to be at least 1, found 0"):
         redistill.open_source(f"folder:{root}?max_pixels=0")
+
+
+# -- an index that machines share -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def elsewhere(root: Path, tmp_path: Path, cache: Path) -> Path:
+    """A copy of the images with other inodes, and an index.npz of the originals; nothing is cached here."""
+    index_source(FolderSource(root), workers=0, save_to=tmp_path / "shared" / "index.npz")
+    shutil.copytree(root, tmp_path / "copy")  # keeps modification times
+    shutil.rmtree(cache)
+    return tmp_path / "copy"
+
+
+def test_another_machine_reads_no_image_that_the_shared_index_has(root: Path, elsewhere: Path, tmp_path: Path):
+    spec = f"folder:{elsewhere}?index={tmp_path}/shared/index.npz"
+    index = index_source(redistill.open_source(spec), workers=0)
+    assert index.reused == 12
+    put(elsewhere / "class0" / "00.png", png(8, 9), at=LONG_AGO + 1)
+    put(elsewhere / "class1" / "new.png", png())
+    after = index_source(redistill.open_source(spec), workers=0, reuse=True)
+    assert (len(after), after.reused) == (13, 11)
+    assert same(after, index_source(FolderSource(elsewhere), workers=0, reuse=False))
+    assert same(index, index_source(FolderSource(root), workers=0, reuse=False))
+
+
+def test_an_image_that_changed_unnoticed_is_refused_when_it_is_rendered(elsewhere: Path, tmp_path: Path):
+    image = elsewhere / "class0" / "00.png"
+    put(image, image.read_bytes()[:-1] + b"\0")  # same size and modification time
+    source = redistill.open_source(f"folder:{elsewhere}?index={tmp_path}/shared/index.npz")
+    index = index_source(source, workers=0)
+    assert index.reused == 12
+    drawn = DrawnViews(index, parse_recipe("center?size=8"), seed=0, num_views=1)
+    dataset = redistill.ViewDataset(source, drawn)
+    dataset[1]
+    with pytest.raises(Refused, match=r"'class0/00.png' has changed since it was indexed"):
+        dataset[0]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"PK\3\4 not an index", "truncated", "pickled"])
+def test_a_shared_index_that_cannot_be_used_is_refused(elsewhere: Path, tmp_path: Path, content: bytes | str | None):
+    file = tmp_path / "shared" / "index.npz"
+    whole = file.read_bytes()
+    file.unlink()
+    if content == "pickled":
+        np.savez(file, version=np.array([{}], object))
+    elif content is not None:
+        file.write_bytes(whole[:-300] if content == "truncated" else content)
+    with pytest.raises(
+        Refused, match=r"expected an index of images at .*index.npz, found .*redistill index DATA --out"
+    ):
+        index_source(redistill.open_source(f"folder:{elsewhere}?index={file}"), workers=0)
+
+
+def test_only_sources_of_files_have_an_index_to_share(tmp_path: Path):
+    with pytest.raises(Refused, match="no files whose index could be shared"):
+        index_source(redistill.open_source("synthetic?n=4"), save_to=tmp_path / "index.npz")
+
+
+def test_an_index_that_cannot_be_written_is_refused(root: Path, tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(Refused, match="cannot write"):
+        index_source(FolderSource(root), save_to=tmp_path / "file" / "index.npz")
