@@ -48,6 +48,11 @@ class Share:
     def of(cls, text: str | None, environment: Mapping[str, str] = os.environ) -> Share:
         """The share that `text` ("i/n") or the environment states; one that is stated twice must be the same."""
         stated = dict(_from_environment(environment))
+        if {"torchrun", "srun"} <= stated.keys():
+            # One torchrun on each node, started by srun: torchrun counts its processes on all nodes.
+            each = _number(environment, LOCAL_COUNT[0]) or 1
+            if stated["torchrun"][1] == stated["srun"][1] * each:
+                del stated["srun"]
         if text is not None:
             index, count = parse_share(text)
         elif len(set(stated.values())) > 1:

@@ -29,7 +29,8 @@ ONE_TASK = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}
         (ARRAY, Share(2, 4)),
         (ARRAY | ONE_TASK, Share(2, 4)),
         (SRUN, Share(2, 4, 1, 2)),
-        (TORCHRUN | SRUN, Share(2, 4, 0, 2)),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "1"} | SRUN, Share(2, 4, 0, 1)),
+        (TORCHRUN | {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, Share(2, 4, 0, 2)),  # one torchrun on each node
         (TORCHRUN | ONE_TASK, Share(2, 4, 0, 2)),
         ({"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "3",
           "SLURM_ARRAY_TASK_MAX": "9", "SLURM_ARRAY_TASK_STEP": "2"}, Share(2, 4)),  # --array=3-9:2
@@ -46,6 +47,7 @@ def test_the_environment_states_the_share(environment: dict[str, str], expected:
     [
         (ARRAY | {"SLURM_PROCID": "1", "SLURM_NTASKS": "4"}, "1/4 from srun, 2/4 from the SLURM array"),
         (TORCHRUN | ARRAY | {"SLURM_ARRAY_TASK_ID": "3"}, "2/4 from torchrun, 3/4 from the SLURM array"),
+        (TORCHRUN | {"SLURM_PROCID": "1", "SLURM_NTASKS": "8"}, "2/4 from torchrun, 1/8 from srun"),  # --standalone
         ({"RANK": "one", "WORLD_SIZE": "2"}, "expected a number in RANK, found 'one'"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 and WORLD_SIZE=2; start with torchrun"),
         ({"RANK": "-1", "WORLD_SIZE": "2"}, "expected a number in RANK"),
