@@ -20,6 +20,7 @@ NAMES = (
     "views",
     "canaries",
     "archive",
+    "job_array",
     "codecs",
     "peers",
     "losses",

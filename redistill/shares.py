@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import TypeVar
 
 from redistill_cache.errors import UsageError
@@ -69,10 +70,14 @@ class Share:
         return self.local_rank == 0
 
     def work_order(self, blocks: Sequence[T], *, helps: bool = True) -> list[T]:
-        """This share of the blocks and, if it helps, the next shares, each of those backwards."""
-        shares = [list(blocks[index :: self.count]) for index in range(self.count)]
-        others = shares[self.index + 1 :] + shares[: self.index] if helps else []
-        return shares[self.index] + [block for share in others for block in reversed(share)]
+        """This share of the blocks and, if it helps, all others, in an order of its own.
+
+        Random orders rarely lead two helpers to the same block; with machines of unequal speed, following the order of
+        the shares computes several times as many blocks twice.
+        """
+        others = [block for i, block in enumerate(blocks) if i % self.count != self.index] if helps else []
+        Random(self.index).shuffle(others)
+        return [*blocks[self.index :: self.count], *others]
 
 
 def parse_share(text: str) -> tuple[int, int]:

@@ -73,6 +73,7 @@ def test_every_share_comes_to_every_block_and_begins_with_its_own():
     assert [order[:3] for order in orders] == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
     assert len({order[-1] for order in orders}) == 3, "processes that finish early help with different blocks"
     assert Share(1, 3).work_order(range(11), helps=False) == [1, 4, 7, 10]
+    assert orders == [Share(index, 3).work_order(range(11)) for index in range(3)]
 
 
 # -- one preparation a machine ----------------------------------------------------------------------------------------
