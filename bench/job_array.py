@@ -5,8 +5,8 @@ each operation on the disk advance its clock by a stated time, and the task with
 tasks can be measured on two cores, and every run gives the same figures. Tasks differ in speed by some percent, and
 writing is not overlapped with computing, as it is in a real run: the figures are upper bounds of the loss.
 
-`ratio` is the time in which the blocks could be computed by all tasks together, if blocks were infinitely small, over the
-time until the archive is sealed; `of_ideal` is that of whole blocks, given out by a scheduler that costs nothing.
+`ratio` is the time in which the blocks could be computed by all tasks together, if blocks were infinitely small, over
+the time until the archive is sealed; `of_ideal` is that of whole blocks, given out by a scheduler that costs nothing.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class Task(threading.Thread):
 
     def work(self) -> None:
         writer = ArchiveWriter.resume(self.path, files=self.files)
-        for block in self.share.work_order(writer.missing(PART)):
+        for block in self.share.work_order(writer.missing(PART)):  # all of them: every task starts with none
             self.clock.wait(self.files.seconds)  # to look for its record
             if writer.is_committed(block):
                 continue
@@ -199,7 +199,7 @@ def simulate(folder: Path, tasks: int, blocks_per_task: int, disk: str, expected
 
 
 def ideal_seconds(blocks: int, speeds: np.ndarray) -> float:
-    """The time of a scheduler that knows everything and costs nothing: each block goes to the task that ends it first."""
+    """The time of a scheduler that costs nothing: the next block goes to the task that is free first."""
     ends = [(BLOCK_SECONDS / speed, BLOCK_SECONDS / speed) for speed in speeds.tolist()]
     heapq.heapify(ends)
     last = 0.0

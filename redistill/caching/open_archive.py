@@ -16,7 +16,7 @@ from redistill_cache import Archive, ArchiveSpec, ArchiveWriter, TeacherSpec
 from redistill_cache.commits import Commits
 from redistill_cache.errors import Refused, SpecMismatch
 from redistill_cache.journal import TERMS
-from redistill_cache.layout import MANIFEST, Block, side_block
+from redistill_cache.layout import MANIFEST, Block, part_blocks, side_block
 from redistill_cache.open_state import read_state
 from redistill_cache.spec_files import list_teachers, read_root
 from redistill_cache.storage import LOCAL, Files, disk_trouble, is_leftover
@@ -32,6 +32,7 @@ from redistill.views.recipe_spec import recipe_text
 
 __all__ = [
     "archive_exists",
+    "blocks_to_write",
     "check_new_path",
     "create_archive",
     "is_prepared",
@@ -169,6 +170,13 @@ def missing_blocks(plan: Plan, writer: ArchiveWriter, part: str) -> list[Block]:
     return [block for block in writer.missing(part) if block.view < plan.spec.num_views]
 
 
+def blocks_to_write(plan: Plan, writer: ArchiveWriter, part: str, *, helps: bool = True) -> list[Block]:
+    """The missing blocks in the order of this process. A share is one of all blocks, whichever are missing by now."""
+    missing = set(missing_blocks(plan, writer, part))
+    blocks = list(part_blocks(writer.spec, part, plan.spec.num_views))
+    return [block for block in plan.share.work_order(blocks, helps=helps) if block in missing]
+
+
 def write_samples(plan: Plan, writer: ArchiveWriter) -> None:
     """Write the sample index. SpecMismatch where the archive has a different one."""
     index = plan.index
@@ -196,9 +204,8 @@ def remaining_bytes(plan: Plan, writer: ArchiveWriter, archive: Archive) -> int:
 
 def write_view_params(plan: Plan, writer: ArchiveWriter, view: int) -> None:
     """Write the parameters of every row of a view: a mixed row needs those of its partner, which may be any row."""
-    missing = [block for block in missing_blocks(plan, writer, "views") if block.view == view]
-    for block in plan.share.work_order(missing):
-        if not writer.is_committed(block):
+    for block in blocks_to_write(plan, writer, "views"):
+        if block.view == view and not writer.is_committed(block):
             writer.write(block, plan.views.params(view, np.arange(block.start, block.stop)))
 
 
@@ -207,7 +214,7 @@ def write_canaries(runner: TeacherRunner, writer: ArchiveWriter) -> None:
     plan = runner.plan
 
     def batches() -> Iterator[tuple[tuple[Block, np.ndarray], list[int]]]:
-        for block in plan.share.work_order(missing_blocks(plan, writer, "canaries")):
+        for block in blocks_to_write(plan, writer, "canaries"):
             if not writer.is_committed(block):
                 rows = canary_rows(plan.spec.seed, block.view, plan.spec.num_samples, plan.spec.canaries_per_view)
                 yield (block, rows), runner.indices(block.view, rows.tolist())

@@ -32,6 +32,7 @@ from redistill.caching.encoder import BlockEncoder, RunStats
 from redistill.caching.estimate import Estimate, estimate, refuse_small_disk, teacher_spec
 from redistill.caching.open_archive import (
     archive_exists,
+    blocks_to_write,
     check_new_path,
     create_archive,
     is_prepared,
@@ -220,7 +221,7 @@ def warn_of_chance_accuracy(plan: Plan, correct: int, labelled: int, progress: P
 def write_teacher(runner: TeacherRunner, writer: ArchiveWriter, stats: RunStats, progress: Progress) -> None:
     """Write the teacher's missing blocks, and the view parameters that are still missing after that."""
     plan = runner.plan
-    blocks = plan.share.work_order(missing_blocks(plan, writer, plan.part), helps=not plan.options.no_help)
+    blocks = blocks_to_write(plan, writer, plan.part, helps=not plan.options.no_help)
     if blocks:
         if stats.check is None:
             stats.check = check_first_batch(runner)
