@@ -67,7 +67,7 @@ class CacheResult:
     samples: int
     views: int
     images: int
-    """Views whose logits this process has committed."""
+    """Views whose signals this process has committed; counted once for every part that was written."""
     seconds: float
     images_per_second: float | None
     total_bytes: int
@@ -88,7 +88,7 @@ class CacheResult:
 
 def cache_teacher(options: CacheOptions, progress: Progress | None = None) -> CacheResult:
     """Run the teacher over all views that the archive lacks, and seal the archive when it is complete."""
-    stats, rank = RunStats(), Rank.from_environment()
+    runs, rank = [RunStats()], Rank.from_environment()
     progress = progress if progress is not None and rank.first else NoProgress()
     with stop_on_signals() as stop:
         with raise_on_signals():
@@ -100,15 +100,17 @@ def cache_teacher(options: CacheOptions, progress: Progress | None = None) -> Ca
         tell_left_out(plan, progress)
         for part in plan.parts:
             plan = plan.of(part)
+            runs += [RunStats()] if runs[-1].blocks else []
             if not rank.first:
                 rank.wait_until(partial(teacher_is_declared, plan), stop)
+                plan, writer = open_existing(plan)  # with the part that the first rank has declared
             with TeacherRunner(plan, stop) as runner:
-                writer = write_part(runner, writer, stats, progress)
+                writer = write_part(runner, writer, runs[-1], progress)
             needed = [name for name in writer.parts() if name == plan.folder or not name.startswith("teachers/")]
             missing = tuple(name for name in needed if missing_blocks(plan, writer, name)) if rank.first else ()
             identity = writer.seal(complete=True) if rank.first and not missing else None
     assert writer is not None
-    return cache_result(plan, writer, stats, identity, missing)
+    return cache_result(plan, writer, runs, identity, missing)
 
 
 def write_part(
@@ -342,9 +344,9 @@ def device_name(device: torch.device) -> str:
 
 
 def cache_result(
-    plan: Plan, writer: ArchiveWriter, stats: RunStats, identity: str | None, missing: tuple[str, ...]
+    plan: Plan, writer: ArchiveWriter, runs: Sequence[RunStats], identity: str | None, missing: tuple[str, ...]
 ) -> CacheResult:
-    seconds = stats.seconds
+    seconds, images, stats = runs[0].seconds, sum(run.rows for run in runs), runs[-1]
     description = describe(writer.read_back() if identity is None else open_archive(writer.path))
     signals = description["teachers"][plan.teacher_name].values()
     return CacheResult(
@@ -352,9 +354,9 @@ def cache_result(
         id=identity,
         samples=plan.spec.num_samples,
         views=plan.spec.num_views,
-        images=stats.rows,
+        images=images,
         seconds=seconds,
-        images_per_second=stats.rows / seconds if stats.rows else None,
+        images_per_second=images / seconds if images else None,
         total_bytes=description["total_bytes"],
         bytes_per_view=sum(signal["bytes_per_view"] for signal in signals),
         teacher=plan.teacher_name,

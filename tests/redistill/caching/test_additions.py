@@ -6,30 +6,36 @@ import os
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import redistill_cache
+import torch
 from redistill_cache.errors import Incomplete, RedistillError
 from redistill_cache.verify import verify
 from redistill_cache.writer import ArchiveWriter
 
-import redistill
 from redistill.caching import CacheOptions, cache_teacher, estimate_cache
 from redistill.caching.additions import missing_signal
-from redistill.devices import CPU
+from redistill.caching.pilot import stack_pixels
 from redistill.interrupts import Interrupted
 from redistill.models import open_model
 from redistill.progress import NoProgress
 from redistill.teachers import Teacher
-from tests.command_line import redistill as run_cli
-from tests.redistill.views.rendering import render_view
+from redistill.views import ViewDataset
 from tests.stage1 import FIVE_CLASSES, SignalAtBatch, command_line, file_hashes, five_class_options, start_command
 
 MANIFEST = "_redistill/manifest.json"
 ADDED = ("layer2", "penultimate")
+
+
+def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "redistill_cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 def added(path: Path, **changes: object) -> CacheOptions:
@@ -75,16 +81,18 @@ def test_signals_are_added_and_nothing_else_changes(finished: Path, extended: Pa
     archive = redistill_cache.open_archive(extended, verify="full")
     assert list(archive.teachers) == ["small"]
     assert archive.signals_of() == ("logits", *ADDED)
-    teacher = Teacher(open_model(FIVE_CLASSES["teacher"]), device=CPU, layers=ADDED)
+    teacher = Teacher(open_model(FIVE_CLASSES["teacher"]), device=torch.device("cpu"), layers=ADDED)
     for view in range(2):
-        signals = teacher(render_view(redistill.open_source(FIVE_CLASSES["data"]), archive, view))
+        dataset = ViewDataset(FIVE_CLASSES["data"], archive)
+        pixels = stack_pixels(dataset.__getitems__([dataset.index(view, row) for row in range(90)]))
+        signals = teacher(pixels)
         for layer in ADDED:
             exact = signals[layer].numpy().astype(np.float64)
             mean = archive.codec("small", layer).side()["offset"]
             distance = np.linalg.norm(exact - mean, axis=1)
             error = np.linalg.norm(archive.features(view, layer=layer) - exact, axis=1)
             assert (error <= 0.101 * np.maximum(distance, archive.codec("small", layer).config()["floor"])).all()
-            assert 0 < error.max()
+            assert error.max() > 0
     assert verify(extended, full=True).ok
 
 
@@ -228,7 +236,9 @@ def test_a_refusal_names_the_command_that_adds_what_is_missing(copy: Path):
     error = missing_signal(redistill_cache.open_archive(copy), "small", "layer3")
     assert error.exit_code == 3
     text = str(error)
-    assert text.startswith("archive has no 'layer3' of teacher 'small' (it has logits); add it: redistill cache-teacher ")
+    assert text.startswith(
+        "archive has no 'layer3' of teacher 'small' (it has logits); add it: redistill cache-teacher "
+    )
     command = shlex.split(text.partition("add it: redistill ")[2].replace("DATA", FIVE_CLASSES["data"], 1))
     result = run_cli(*command, "--workers", "0")
     assert result.returncode == 0, result.stderr
