@@ -21,6 +21,7 @@ NAMES = (
     "canaries",
     "archive",
     "codecs",
+    "features",
     "peers",
     "losses",
     "memory",

@@ -31,6 +31,8 @@ __all__ = ["Pilot", "TeacherRunner", "check_first_batch", "fit_codecs", "not_fin
 
 ROWS_PER_CLASS = 8
 PILOT_ROWS = (512, 16384)  # at least, at most
+# Where features are stored: a basis that is fitted to fewer than twice as many rows as values misses some directions.
+FEATURE_PILOT_ROWS = 4096
 # Codecs are compared on the last rows of the pilot, so any run of consecutive rows must be spread over all views too.
 STRIDE = 8
 CHECKED_IMAGES = 32
@@ -140,6 +142,7 @@ def pilot_indices(plan: Plan) -> np.ndarray:
     """Dataset indices, evenly spread over the rows of all views; so is any run of consecutive ones."""
     total = plan.spec.num_samples * plan.spec.num_views
     low, high = PILOT_ROWS
+    low = low if plan.part.signals == (LOGITS,) else FEATURE_PILOT_ROWS
     count = min(total, max(low, min(ROWS_PER_CLASS * plan.spec.num_classes, high)))
     indices = np.arange(count) * total // count
     return np.concatenate([indices[start::STRIDE] for start in range(STRIDE)])

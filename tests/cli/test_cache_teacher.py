@@ -55,7 +55,7 @@ def test_json_is_the_only_output(cached):
     assert (result["samples"], result["views"], result["images"], result["teacher"]) == (90, 2, 180, "small")
     assert result.keys() == {
         *("path", "id", "samples", "views", "images", "seconds", "images_per_second", "total_bytes"),
-        *("bytes_per_view", "teacher", "teacher_top1", "floor", "missing"),
+        *("bytes_per_view", "teacher", "signals", "teacher_top1", "floor", "missing"),
     }
     assert result["total_bytes"] == sum((Path("a.zarr") / name).stat().st_size for name in file_hashes(Path("a.zarr")))
     code, out, _ = cached("--views", "2", "--json")
