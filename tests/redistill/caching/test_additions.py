@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,12 @@ from redistill_cache.writer import ArchiveWriter
 
 from redistill.caching import CacheOptions, cache_teacher, estimate_cache
 from redistill.caching.additions import missing_signal
-from redistill.caching.pilot import stack_pixels
+from redistill.caching.pilot import pilot_indices, stack_pixels
+from redistill.caching.plan import make_plan
 from redistill.interrupts import Interrupted
 from redistill.models import open_model
 from redistill.progress import NoProgress
+from redistill.ranks import Rank
 from redistill.teachers import Teacher
 from redistill.views import ViewDataset
 from tests.stage1 import FIVE_CLASSES, SignalAtBatch, command_line, file_hashes, five_class_options, start_command
@@ -251,6 +254,16 @@ def test_the_estimate_is_of_what_is_added(copy: Path):
     estimate = estimate_cache(added(copy))
     assert list(estimate.codecs) == list(ADDED)
     assert estimate.view_bytes == 0 < whole.view_bytes
+
+
+def test_features_are_fitted_to_more_rows_than_logits(tmp_path: Path):
+    """A basis fitted to fewer rows than twice the width misses directions, and the rows are then stored exactly."""
+    options = five_class_options(tmp_path / "a.zarr", data="synthetic?n=2500&classes=5&size=16")
+    rows = {
+        signals: len(pilot_indices(make_plan(replace(options, signals=signals), Rank())))
+        for signals in (("logits",), ("logits", "penultimate"), ("penultimate",))
+    }
+    assert rows == {("logits",): 512, ("logits", "penultimate"): 4096, ("penultimate",): 4096}
 
 
 def test_removing_the_teacher_removes_what_was_added(copy: Path):
