@@ -33,8 +33,9 @@ def cache_teacher(
     Runs the teacher once over augmented views of every image. Run the same
     command again to resume after an interruption: committed blocks are not
     recomputed. With --signals, layers are stored too; those that a finished
-    teacher lacks are added to it, over the same views. Under torchrun the ranks share the work; the archive is
-    byte-identical for any number of ranks.
+    teacher lacks are added to it, over the same views. Under torchrun the
+    ranks share the work; the archive is byte-identical for any number of
+    ranks.
 
     Examples:
 
@@ -47,6 +48,11 @@ def cache_teacher(
       redistill cache-teacher cifar100:data --views 40 --recipe cifar \\
         --teacher 'cifar:resnet32x4?weights=r32x4.pt' \\
         --out r32x4.redistill.zarr
+
+    \b
+      redistill cache-teacher folder:imagenet/train \\
+        --teacher 'torchvision:resnet50?weights=DEFAULT' \\
+        --out resnet50.redistill.zarr --signals layer3,penultimate
 
     \b
       torchrun --nproc-per-node=8 -m redistill_cli cache-teacher \\

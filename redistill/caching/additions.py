@@ -7,6 +7,7 @@ see as that teacher's. Its name follows from its signals, so every rank and ever
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -64,12 +65,15 @@ def missing_signal(archive: Archive, teacher: str | None, signal: str) -> Refuse
     command = f"redistill cache-teacher DATA --teacher '{typed_model(spec)}' --teacher-name {spec.name}"
     return OutOfRange(
         f"archive has no {signal!r} of teacher {spec.name!r} (it has {', '.join(archive.signals_of(spec.name))}); add "
-        f"it: {command} --out {archive.path} --signals {signal}"
+        f"it: {command} --out {shlex.quote(str(archive.path))} --signals {signal}"
     )
 
 
 def typed_model(spec: TeacherSpec) -> str:
-    """The teacher as --teacher takes it, without the path of its weights, which no archive records."""
-    text, source = (str(spec.model.get(key) or "MODEL") for key in ("spec", "weights_source"))
-    weights = {"file": "weights=FILE", "python": "", "MODEL": ""}.get(source, f"weights={source}")
-    return f"{text}{'&' if '?' in text else '?'}{weights}" if weights and "weights=" not in text else text
+    """The teacher as --teacher takes it; FILE stands for the path of its weights, which no archive records."""
+    text, source = (str(spec.model.get(key) or "") for key in ("spec", "weights_source"))
+    if not text or source in ("", "python"):
+        return text or "MODEL"
+    # Weights that a library publishes are recorded as library:network.weights.
+    weights = "FILE" if source == "file" else source.rpartition(".")[2]
+    return f"{text}{'&' if '?' in text else '?'}weights={weights}"

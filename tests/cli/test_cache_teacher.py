@@ -111,7 +111,7 @@ WRONG = {
     "weights": (3, {"teacher": "demo:small?num_classes=5"}, (), "add weights=PATH"),
     "no data": (3, {"data": "folder:nowhere"}, (), "'nowhere' is not a folder"),
     "place": (3, {"out": "/dev/null/a.zarr"}, (), "/dev/null is a file"),
-    "nothing to extend": (3, {}, ("--extend-views",), "leave out --extend-views"),
+    "nothing to extend": (3, {}, ("--extend-views", "--views", "2"), "leave out --extend-views"),
     "network": (2, {"teacher": "torchvision:resnet5"}, (), "did you mean resnet50"),
     "layer": (2, {}, ("--signals", "layer9"), "did you mean layer3"),
     "codec": (2, {}, ("--codec", "topk"), "use --codec auto"),

@@ -17,11 +17,12 @@ import pytest
 import redistill_cache
 import torch
 from redistill_cache.errors import Incomplete, RedistillError
+from redistill_cache.spec import SignalSpec, TeacherSpec
 from redistill_cache.verify import verify
 from redistill_cache.writer import ArchiveWriter
 
 from redistill.caching import CacheOptions, cache_teacher, estimate_cache
-from redistill.caching.additions import missing_signal
+from redistill.caching.additions import missing_signal, typed_model
 from redistill.caching.pilot import pilot_indices, stack_pixels
 from redistill.caching.plan import make_plan
 from redistill.interrupts import Interrupted
@@ -247,6 +248,31 @@ def test_a_refusal_names_the_command_that_adds_what_is_missing(copy: Path):
     assert result.returncode == 0, result.stderr
     assert "logits, layer3" in result.stdout
     assert redistill_cache.open_archive(copy).signals_of() == ("logits", "layer3")
+
+
+@pytest.mark.parametrize(
+    ("spec", "source", "typed"),
+    [
+        (
+            "torchvision:resnet50",
+            "torchvision:ResNet50_Weights.IMAGENET1K_V2",
+            "torchvision:resnet50?weights=IMAGENET1K_V2",
+        ),
+        (
+            "timm:vit_base_patch16_224",
+            "timm:vit_base_patch16_224.augreg_in1k",
+            "timm:vit_base_patch16_224?weights=augreg_in1k",
+        ),
+        ("demo:large?num_classes=10", "file", "demo:large?num_classes=10&weights=FILE"),
+        ("demo:large?num_classes=10", "random", "demo:large?num_classes=10&weights=random"),
+        ("python:my.nets:net", "python", "python:my.nets:net"),
+        (None, None, "MODEL"),
+    ],
+)
+def test_the_teacher_of_an_archive_as_it_is_typed(spec: str | None, source: str | None, typed: str):
+    model = {} if spec is None else {"spec": spec, "weights_source": source}
+    signal = SignalSpec("logits", "float32", 10)
+    assert typed_model(TeacherSpec("net", (signal,), model)) == typed
 
 
 def test_the_estimate_is_of_what_is_added(copy: Path):
