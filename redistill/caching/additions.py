@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from redistill_cache import Archive, TeacherSpec
 from redistill_cache.errors import OutOfRange, Refused
@@ -25,6 +25,8 @@ class Part:
     name: str
     signals: tuple[str, ...]
     adds_to: str | None = None
+    batch_size: int | None = None
+    """That of the part where no option names its signals: it is continued as it was started."""
 
     @property
     def owner(self) -> str:
@@ -44,13 +46,20 @@ def parts_to_write(
     """
     if teacher not in declared:
         return (Part(teacher, tuple(signals)),)
-    own = [Part.of(spec) for spec in declared.values() if spec.owner == teacher]
+    own = {Part.of(spec): spec.model for spec in declared.values() if spec.owner == teacher}
     held = {signal for part in own for signal in part.signals}
-    chosen = [part for part in own if every or not set(part.signals).isdisjoint(signals)]
+    chosen = [part for part in own if not set(part.signals).isdisjoint(signals)]
+    if every:
+        others = (part for part in own if part not in chosen)
+        chosen += [replace(part, batch_size=as_batch_size(own[part].get("batch_size"))) for part in others]
     lacking = tuple(signal for signal in signals if signal not in held)
     if lacking:
         chosen.append(Part(name_of_addition(teacher, lacking), lacking, teacher))
     return tuple(sorted(chosen, key=lambda part: (part.adds_to is not None, part.name)))
+
+
+def as_batch_size(recorded: object) -> int | None:
+    return recorded if isinstance(recorded, int) and recorded > 0 else None
 
 
 def name_of_addition(teacher: str, signals: Sequence[str]) -> str:

@@ -194,7 +194,10 @@ def check_same_teacher(path: Path, declared: Mapping[str, TeacherSpec], plan: Pl
             network = TeacherSpec(base.name, base.signals, plan.model).network
             refuse_difference(base.network, network, where)
         if stored is not None:
-            refuse_difference(dict(stored.model), plan.model, where, unused_settings(plan.part.signals))
+            free = unused_settings(plan.part.signals)
+            if set(plan.part.signals).isdisjoint(plan.options.signals):  # views are added to it as it was started
+                free = ["batch_size", "codec", "fidelity", "feature_fidelity", "keep_shift"]
+            refuse_difference(dict(stored.model), plan.model, where, free)
     except SpecMismatch as error:
         raise SpecMismatch(f"{error}, or add it under another --teacher-name") from None
 

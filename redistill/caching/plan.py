@@ -79,6 +79,10 @@ class Plan:
         """The part, as blocks and their records name it."""
         return f"teachers/{self.part.name}"
 
+    @property
+    def batch_size(self) -> int:
+        return self.part.batch_size or self.options.batch_size
+
     def of(self, part: Part) -> Plan:
         """The plan to write this part."""
         return replace(self, part=part, model=self.model | {"signals": list(part.signals)})

@@ -277,7 +277,7 @@ def teacher_batches(
     runner: TeacherRunner, writer: ArchiveWriter, blocks: Sequence[Block]
 ) -> Iterator[tuple[tuple[Block, range], list[int]]]:
     """The batches of a block depend on the block alone, so its bytes do too. Skips blocks committed by other ranks."""
-    batch_size = runner.plan.options.batch_size
+    batch_size = runner.plan.batch_size
     for block in blocks:
         if writer.is_committed(block):
             continue

@@ -165,11 +165,13 @@ def test_ranks_do_not_change_a_byte(copy: Path, extended: Path, tmp_path: Path):
 def test_views_are_extended_in_all_parts(finished: Path, copy: Path, tmp_path: Path):
     alone = Path(shutil.copytree(finished, tmp_path / "alone.zarr"))
     cache_teacher(five_class_options(alone, seed=None, views=3, extend_views=True))
-    cache_teacher(added(copy))
+    # Other settings than the logits have: those of a part are continued.
+    cache_teacher(added(copy, batch_size=20, feature_fidelity=0.2))
     cache_teacher(added(copy, signals=("logits",), views=3, extend_views=True))
     archive = redistill_cache.open_archive(copy)
     assert [archive.views_of("small", name) for name in ("logits", *ADDED)] == [3, 3, 3]
     assert np.isfinite(archive.features(2, layer="layer2")).all()
+    assert archive.codec("small", "layer2").config()["fidelity"] == 0.2
     assert verify(copy, full=True).ok
     # The network also computes the added layers, which must not change a byte of the logits.
     expected, found = file_hashes(alone), file_hashes(copy)
