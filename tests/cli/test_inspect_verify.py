@@ -106,7 +106,7 @@ def test_inspect_shows_every_signal_with_its_bound(run, tmp_path: Path):
     [logits, layer2, penultimate] = [line.split() for line in lines if line.startswith("small")]
     assert logits[:5] == ["small", "logits", "linear", "5", "2"] or logits[2] == "compander"
     assert logits[6:8] == ["KL", "0.001"]
-    assert layer2[1:5] == ["layer2", "linear", "64", "2"]
+    assert layer2[1:5] == ["layer2", "linear", "32", "2"]
     assert layer2[6:8] == ["centred", "0.2"]
     assert float(layer2[8]) < float(layer2[9]) <= 0.2
     assert (penultimate[1], penultimate[6:8]) == ("penultimate", ["centred", "0.05"])
