@@ -17,7 +17,6 @@ one thread.
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,17 +25,14 @@ from pathlib import Path
 import harness
 import numpy as np
 import torch
-from redistill_cache import ArchiveSpec, SignalSpec, TeacherSpec, layout
 from redistill_cache.codecs import Codec, Encoded, fit_codec, join_encoded, kl_rows
 from redistill_cache.codecs.linear import LinearCodec
-from redistill_cache.shards import encode_shard
 
 from redistill.devices import pick_device
 from redistill.losses import power_divergence
 from redistill.models import open_model
 from redistill.teachers import Teacher
 
-VIEWS_OF_SIDE = 1_000_000
 PIECE = 512
 # Goals in bytes per view at fidelity 1e-3, by set and certified.
 GOALS = {("A", False): 28, ("B", False): 125, ("C", False): 165, ("A", True): 32, ("B", True): 150}
@@ -129,7 +125,7 @@ def score_few(rows: Logits, seed: int) -> dict[str, object]:
     for name in ("float16", "compander", "linear"):
         codec = fit_codec(name, rows.pilot)
         encoded = codec.encode(rows.scored)
-        result[f"{name}_bytes"] = written_bytes(codec, encoded)
+        result[f"{name}_bytes"] = harness.written_bytes(codec, encoded)
         result[f"{name}_max_kl"] = max(float(values.max()) for values in encoded.errors.values())
     return result
 
@@ -140,23 +136,6 @@ def small_classes(sets: Sequence[Logits], counts: Sequence[int], seeds: int) -> 
         if count <= rows.pilot.shape[1]:
             for made in few_classes(rows, count, seed):
                 yield score_few(made, seed)
-
-
-def written_bytes(codec: Codec, encoded: Encoded) -> float:
-    """Bytes per view of the shards of one block with these rows, and of a share of the side data."""
-    count = len(encoded)
-    signal = SignalSpec.of("logits", codec)
-    spec = ArchiveSpec(
-        num_samples=count, num_views=1, num_classes=codec.width, block_rows=1 << math.ceil(math.log2(count))
-    )
-    teacher = TeacherSpec("t", (signal,)).resolved(spec.block_rows)
-    arrays = layout.teacher_arrays(spec, teacher)
-    total = sum(len(encode_shard(arrays[f"logits/{name}"], np.asarray(a))) for name, a in encoded.arrays.items())
-    side = sum(
-        len(encode_shard(array, codec.side()[name.partition("/")[2]]))
-        for name, array in layout.side_arrays(teacher).items()
-    )
-    return total / count + side / VIEWS_OF_SIDE
 
 
 def gradient_error(exact: np.ndarray, stored: np.ndarray, temperature: float) -> float:
@@ -202,7 +181,7 @@ def score(rows: Logits, name: str, fidelity: float | None, certified: bool, code
         "codec": name,
         "fidelity": fidelity,
         "certified": certified,
-        "bytes_per_view": written_bytes(codec, encoded),
+        "bytes_per_view": harness.written_bytes(codec, encoded),
         "goal": GOALS.get((rows.name, certified)) if name == "linear" and fidelity == 1e-3 else None,
         "mean_kl_t1": float(np.mean(one)),
         "mean_kl_t4": float(np.mean(four)),

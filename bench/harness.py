@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from redistill_cache import ArchiveSpec, SignalSpec, TeacherSpec, layout
+from redistill_cache.codecs import Codec, Encoded
+from redistill_cache.shards import encode_shard
+
 Row = Mapping[str, Any]
+# Views that share the side data of a codec.
+VIEWS_OF_SIDE = 1_000_000
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -38,6 +46,23 @@ def peak_memory() -> int:
     """Peak resident bytes of this process. Not ru_maxrss, which a child process inherits from its parent."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+
+
+def written_bytes(codec: Codec, encoded: Encoded) -> float:
+    """Bytes per view of the shards of one block with these rows, and of a share of the side data."""
+    count = len(encoded)
+    signal = SignalSpec.of("rows", codec)
+    spec = ArchiveSpec(
+        num_samples=count, num_views=1, num_classes=codec.width, block_rows=1 << math.ceil(math.log2(count))
+    )
+    teacher = TeacherSpec("t", (signal,)).resolved(spec.block_rows)
+    arrays = layout.teacher_arrays(spec, teacher)
+    total = sum(len(encode_shard(arrays[f"rows/{name}"], np.asarray(a))) for name, a in encoded.arrays.items())
+    side = sum(
+        len(encode_shard(array, codec.side()[name.partition("/")[2]]))
+        for name, array in layout.side_arrays(teacher).items()
+    )
+    return total / count + side / VIEWS_OF_SIDE
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -22,6 +22,7 @@ NAMES = (
     "archive",
     "job_array",
     "codecs",
+    "features",
     "peers",
     "losses",
     "memory",

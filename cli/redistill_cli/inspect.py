@@ -91,19 +91,41 @@ def typed_recipe(recipe: dict[str, Any]) -> str:
         return json.dumps(recipe) if recipe else "none"
 
 
+# What the bound of a signal is about, by its metric, and the errors that are shown beside it.
+METRICS = {
+    "kl": ("KL", ("kl_t1", "kl_t4"), "KL: of the teacher's softmax from the stored one, at T=1 and T=4"),
+    "centred": ("centred", ("centred",), "centred: |error| relative to the distance of the row from the mean row"),
+    "relative": ("relative", ("relative",), "relative: |error| relative to |row|"),
+}
+
+
 def show_teachers(description: dict[str, Any]) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0))
-    kl_columns = tuple(f"{kind} KL\nT={t}" for kind in ("mean", "max") for t in (1, 4))
-    columns = ("teacher", "signal", "codec", "B/view", "bound", *kl_columns)
+    columns = ("teacher", "signal", "codec", "width", "views", "B/view", "bound", "mean error", "max error")
     for column in columns:
         table.add_column(column, justify="left" if column in columns[:3] else "right")
+    notes: dict[str, None] = {}
     for name, signals in description["teachers"].items():
         for signal, stored in signals.items():
             fidelity = stored["fidelity"] or {}
-            keys = ("bound", "mean_kl_t1", "mean_kl_t4", "max_kl_t1", "max_kl_t4")
-            numbers = [f"{fidelity[key]:.2g}" if fidelity.get(key) is not None else "-" for key in keys]
+            metric, errors, notes_of = METRICS.get(str(fidelity.get("metric")), ("", (), ""))
+            notes[notes_of] = None
+            bound = "-" if fidelity.get("bound") is None else f"{metric} {fidelity['bound']:.2g}"
+            mean, most = (numbers_of(fidelity, [f"{kind}_{error}" for error in errors]) for kind in ("mean", "max"))
             table.add_row(
-                harmless(name), harmless(signal), harmless(stored["codec"]), f"{stored['bytes_per_view']:.1f}", *numbers
+                *map(harmless, (name, signal, stored["codec"])),
+                f"{stored['width']:,}",
+                f"{stored['views']:,}",
+                f"{stored['bytes_per_view']:.1f}",
+                bound,
+                mean,
+                most,
             )
     console.print()
     console.print(table)
+    for text in filter(None, notes):
+        console.print(text)
+
+
+def numbers_of(fidelity: dict[str, Any], keys: list[str]) -> str:
+    return " ".join(f"{fidelity[key]:.1e}" if fidelity.get(key) is not None else "-" for key in keys) or "-"

@@ -31,6 +31,8 @@ __all__ = ["Pilot", "TeacherRunner", "check_first_batch", "fit_codecs", "not_fin
 
 ROWS_PER_CLASS = 8
 PILOT_ROWS = (512, 16384)  # at least, at most
+# Where features are stored: a basis that is fitted to fewer than twice as many rows as values misses some directions.
+FEATURE_PILOT_ROWS = 4096
 # Codecs are compared on the last rows of the pilot, so any run of consecutive rows must be spread over all views too.
 STRIDE = 8
 CHECKED_IMAGES = 32
@@ -108,36 +110,39 @@ class Pilot:
     """The teacher's signals for the pilot's views, and how fast they were computed."""
 
     rows: dict[str, np.ndarray]
+    """Of the signals that are stored."""
     images_per_second: float
     labelled: int
     correct: int
     """Labelled rows whose largest logit is that of the label."""
 
     def __len__(self) -> int:
-        return len(self.rows[LOGITS])
+        return len(next(iter(self.rows.values())))
 
 
 def run_pilot(runner: TeacherRunner) -> Pilot:
     plan, batch_size = runner.plan, runner.plan.options.batch_size
     indices = pilot_indices(plan)
     batches = ((part, part.tolist()) for part in np.split(indices, range(batch_size, len(indices), batch_size)))
-    outputs: dict[str, list[Tensor]] = {}
+    outputs: dict[str, list[Tensor]] = {name: [] for name in (LOGITS, *plan.part.signals)}
     label_parts, start = [], time.perf_counter()
     for batch, _, signals in runner.run(batches):
-        for name, rows in signals.items():
-            outputs.setdefault(name, []).append(rows.cpu())
+        for name, parts in outputs.items():
+            parts.append(signals[name].cpu())
         label_parts.append(plan.index.labels[batch % plan.spec.num_samples])
     seconds = time.perf_counter() - start
     stacked = {name: torch.cat(parts).numpy() for name, parts in outputs.items()}
     labels = np.concatenate(label_parts)
     correct = (stacked[LOGITS].argmax(1) == labels) & (labels >= 0)
-    return Pilot(stacked, len(indices) / seconds, int((labels >= 0).sum()), int(correct.sum()))
+    rows = {name: stacked[name] for name in plan.part.signals}
+    return Pilot(rows, len(indices) / seconds, int((labels >= 0).sum()), int(correct.sum()))
 
 
 def pilot_indices(plan: Plan) -> np.ndarray:
     """Dataset indices, evenly spread over the rows of all views; so is any run of consecutive ones."""
     total = plan.spec.num_samples * plan.spec.num_views
     low, high = PILOT_ROWS
+    low = low if plan.part.signals == (LOGITS,) else FEATURE_PILOT_ROWS
     count = min(total, max(low, min(ROWS_PER_CLASS * plan.spec.num_classes, high)))
     indices = np.arange(count) * total // count
     return np.concatenate([indices[start::STRIDE] for start in range(STRIDE)])
@@ -156,7 +161,7 @@ def choose_codec(plan: Plan, signal: str, rows: np.ndarray) -> Choice:
         head = None
     settings = CodecOptions(
         fidelity=options.fidelity if is_logits else options.feature_fidelity,
-        metric="kl" if is_logits else "relative",
+        metric="kl" if is_logits else "centred",
         keep_shift=is_logits and options.keep_shift,
         head=None if head is None else (head.weight.numpy(), head.bias.numpy()),
     )

@@ -8,12 +8,16 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from redistill_cache import ArchiveSpec, ArchiveWriter, ArraySpec, SignalSpec, TeacherSpec, open_archive
 from redistill_cache.codecs import BlockStats, fit_codec
+
+from redistill.caching import cache_teacher
+from tests.stage1 import five_class_options
 
 ROWS, VIEWS, CLASSES = 40, 2, 6
 
@@ -91,6 +95,30 @@ def test_inspect_as_text_without_escape_codes(run, archive: Path):
     assert "demo" in process.stdout
     assert "CC-BY-4.0" in process.stdout
     assert "\x1b" not in process.stdout
+
+
+def test_inspect_shows_every_signal_with_its_bound(run, tmp_path: Path):
+    path = tmp_path / "f.redistill.zarr"
+    options = five_class_options(path, signals=("logits", "layer2"), feature_fidelity=0.2)
+    cache_teacher(options)
+    cache_teacher(replace(options, signals=("penultimate",), feature_fidelity=0.05))
+    lines = [" ".join(line.split()) for line in run("inspect", path).stdout.splitlines()]
+    [logits, layer2, penultimate] = [line.split() for line in lines if line.startswith("small")]
+    assert logits[:5] == ["small", "logits", "linear", "5", "2"] or logits[2] == "compander"
+    assert logits[6:8] == ["KL", "0.001"]
+    assert layer2[1:5] == ["layer2", "linear", "32", "2"]
+    assert layer2[6:8] == ["centred", "0.2"]
+    assert float(layer2[8]) < float(layer2[9]) <= 0.2
+    assert (penultimate[1], penultimate[6:8]) == ("penultimate", ["centred", "0.05"])
+    assert any(line.startswith("centred: |error| relative to the distance") for line in lines)
+    described = json.loads(run("inspect", path, "--json").stdout)["teachers"]
+    assert list(described) == ["small"]
+    assert list(described["small"]) == ["logits", "layer2", "penultimate"]
+    stored = described["small"]["penultimate"]
+    assert (stored["codec"], stored["views"]) == ("linear", 2)
+    assert (stored["fidelity"]["bound"], stored["fidelity"]["metric"]) == (0.05, "centred")
+    assert 0 < stored["fidelity"]["mean_centred"] <= stored["fidelity"]["max_centred"] <= 0.05
+    assert stored["bytes_per_view"] == pytest.approx(sum(stored["bytes_per_view_by_array"].values()))
 
 
 def test_an_unfinished_archive_is_described(run, tmp_path: Path):

@@ -63,7 +63,7 @@ def test_missing_options_have_the_defaults_of_the_dataclasses():
     )
     values = parse(CacheOptions, "cache-teacher", "folder:images", "--teacher", "demo:tiny", "--out", "a.zarr")
     assert values == {"data": "folder:images", "teacher": "demo:tiny", "out": Path("a.zarr")}
-    assert CacheOptions(**values).views == 1
+    assert (CacheOptions(**values).views, CacheOptions(**values).signals) == (None, ("logits",))
 
 
 def test_several_values_are_repeated_or_separated_by_commas():
@@ -76,9 +76,21 @@ def test_several_values_are_repeated_or_separated_by_commas():
     assert (options.teachers, options.log) == (("a", "b"), ("csv",))
     assert options.optim.decay_milestones == (10, 20.5)
     values = parse(
-        CacheOptions, "cache-teacher", "x", "--teacher", "t", "--out", "a", "--signals", "layer3,penultimate"
+        CacheOptions,
+        "cache-teacher",
+        "x",
+        "--teacher",
+        "t",
+        "--out",
+        "a",
+        "--signals",
+        "layer3,logits,layer3,penultimate",
     )
     assert CacheOptions(**values).signals == ("logits", "layer3", "penultimate")
+    with pytest.raises(UsageError, match="--signals must be 1 to 64 of a-z"):
+        CacheOptions(**values | {"signals": ("Layer 3",)})
+    with pytest.raises(UsageError, match="--extend-views needs --views"):
+        CacheOptions(**values | {"extend_views": True})
 
 
 @pytest.mark.parametrize(("arguments", "amp"), [((), None), (("--amp",), True), (("--no-amp",), False)])
