@@ -37,6 +37,7 @@ __all__ = [
     "REDUCTIONS",
     "at_least_one",
     "check_classes",
+    "check_features",
     "check_labels",
     "check_logits",
     "check_matrix",
@@ -44,6 +45,7 @@ __all__ = [
     "fraction",
     "full_precision",
     "linear",
+    "non_negative",
     "one_of",
     "positive",
     "prepare",
@@ -83,21 +85,16 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
             f"the student has {student_logits.shape[1]} classes and the teacher {teacher_logits.shape[1]}; "
             "give the student as many outputs as the teacher has"
         )
-    check_same_batch("logits", student_logits, teacher_logits)
+    check_same_batch("student and teacher logits", student_logits, teacher_logits)
     refuse_non_finite(teacher_logits)
 
 
-def check_same_batch(what: str, student: Tensor, teacher: Tensor) -> None:
+def check_same_batch(what: str, first: Tensor, second: Tensor) -> None:
     """Refuse another number of rows or another device."""
-    if student.shape[0] != teacher.shape[0]:
-        raise UsageError(
-            f"student and teacher {what} must have the same number of rows, "
-            f"found {student.shape[0]} and {teacher.shape[0]}"
-        )
-    if student.device != teacher.device:
-        raise UsageError(
-            f"student and teacher {what} must be on the same device, found {student.device} and {teacher.device}"
-        )
+    if first.shape[0] != second.shape[0]:
+        raise UsageError(f"{what} must have the same number of rows, found {first.shape[0]} and {second.shape[0]}")
+    if first.device != second.device:
+        raise UsageError(f"{what} must be on the same device, found {first.device} and {second.device}")
 
 
 def check_matrix(side: str, logits: Tensor) -> None:
@@ -155,29 +152,40 @@ def full_precision(tensor: Tensor) -> torch.autocast:
 
 def prepare_features(student_features: Tensor, teacher_features: Tensor) -> tuple[Tensor, Tensor]:
     """Both features, checked, as [batch, width] float32 (float64 stays); the teacher's are detached."""
-    for side, features in (("student", student_features), ("teacher", teacher_features)):
-        if not isinstance(features, Tensor) or not features.is_floating_point() or features.dim() != 2:
-            found = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise UsageError(f"{side} features must be a floating point tensor [batch, width], found {found}")
-    check_same_batch("features", student_features, teacher_features)
+    check_features("student", student_features)
+    check_features("teacher", teacher_features)
+    check_same_batch("student and teacher features", student_features, teacher_features)
     refuse_non_finite(teacher_features)
     return at_full_precision(student_features, teacher_features)
 
 
-def linear(layer: nn.Linear, rows: Tensor) -> Tensor:
-    """The layer on rows of its width, in the precision of the rows also under autocast."""
-    if rows.shape[1] != layer.in_features:
-        raise UsageError(f"expected features of width {layer.in_features}, found {rows.shape[1]}")
+def check_features(side: str, features: Tensor, width: int | None = None) -> None:
+    """Refuse features that are not a floating point [batch, width] with at least 1 row, or have another width."""
+    if not isinstance(features, Tensor) or not features.is_floating_point():
+        kind = features.dtype if isinstance(features, Tensor) else type(features).__name__
+        raise UsageError(f"{side} features must be a floating point tensor, found {kind}")
+    if features.dim() != 2 or features.shape[0] < 1:
+        raise UsageError(f"{side} features must be [batch, width], found shape {list(features.shape)}")
+    if width is not None and features.shape[1] != width:
+        raise UsageError(f"expected {side} features of width {width}, found {features.shape[1]}")
+
+
+def linear(layer: nn.Linear, features: Tensor, side: str = "student") -> Tensor:
+    """The layer on features, in float32 (float64 stays) also under autocast."""
+    check_features(side, features, layer.in_features)
+    rows = features.to(torch.promote_types(torch.float32, features.dtype))
     bias = None if layer.bias is None else layer.bias.to(rows.dtype)
     with full_precision(rows):
         return F.linear(rows, layer.weight.to(rows.dtype), bias)
 
 
-def rows_of_classes(features: Tensor, labels: Tensor, num_classes: int) -> list[Tensor]:
-    """The rows of each class, in their order: [n_c, width] for c = 0..num_classes - 1."""
-    labels = check_classes(labels.cpu(), len(features), num_classes)
+def rows_of_classes(teacher_features: Tensor, labels: Tensor, width: int, num_classes: int) -> list[Tensor]:
+    """The rows of each class, in their order: float64 [n_c, width] for c = 0..num_classes - 1."""
+    check_features("teacher", teacher_features, width)
+    refuse_non_finite(teacher_features.cpu())
+    labels = check_classes(labels.cpu(), len(teacher_features), num_classes)
     counts = labels.bincount(minlength=num_classes).tolist()
-    return [features[chosen] for chosen in torch.split(labels.argsort(stable=True), counts)]
+    return [teacher_features[chosen].double() for chosen in torch.split(labels.argsort(stable=True), counts)]
 
 
 def refuse_unfitted(buffer: Tensor) -> None:
@@ -193,6 +201,13 @@ def positive(name: str, value: float) -> float:
     """A finite number above 0 (temperatures, exponents, weights that must not vanish)."""
     if not (0 < value < math.inf):
         raise UsageError(f"{name} must be a finite number above 0, found {value}")
+    return value
+
+
+def non_negative(name: str, value: float) -> float:
+    """A finite number of at least 0 (weights)."""
+    if not (0 <= value < math.inf):
+        raise UsageError(f"{name} must be a finite number, 0 or above, found {value}")
     return value
 
 

@@ -15,9 +15,11 @@ from torch.nn import functional as F
 from redistill.losses.checks import (
     at_least_one,
     check_classes,
+    check_features,
     check_reduction,
     full_precision,
     linear,
+    non_negative,
     one_of,
     positive,
     prepare_features,
@@ -46,6 +48,7 @@ class FeatureMatch(nn.Module):
 
     def __init__(self, *, student_width: int, teacher_width: int, match: str = "mse", project: str = "linear") -> None:
         super().__init__()
+        self.teacher_width = teacher_width
         self.match = one_of("match", match, ("mse", "cosine"))
         self.projector: nn.Linear | None = None
         if one_of("project", project, ("linear", "none")) == "linear":
@@ -58,8 +61,10 @@ class FeatureMatch(nn.Module):
 
     def forward(self, student_features: Tensor, teacher_features: Tensor, *, reduction: str = "batchmean") -> Tensor:
         student, teacher = prepare_features(student_features, teacher_features)
+        check_features("teacher", teacher, self.teacher_width)
         if self.projector is not None:
             student = linear(self.projector, student)
+        check_features("student", student, self.teacher_width)
         if self.match == "mse":
             return reduce_rows((student - teacher).square().mean(1), reduction)
         return reduce_rows(1 - (student * teacher).sum(1) / (length(student) * length(teacher)), reduction)
@@ -88,8 +93,9 @@ class NormDirection(nn.Module):
     @torch.no_grad()
     def fit(self, teacher_features: Tensor, labels: Tensor) -> None:
         """The directions of the classes."""
-        rows = rows_of_classes(teacher_features, labels, len(self.directions))
-        means = torch.stack([of_class.double().sum(0) / max(len(of_class), 1) for of_class in rows])
+        num_classes, width = self.directions.shape
+        rows = rows_of_classes(teacher_features, labels, width, num_classes)
+        means = torch.stack([of_class.sum(0) / max(len(of_class), 1) for of_class in rows])
         self.directions.copy_(means / length(means)[:, None])
 
     def forward(
@@ -97,9 +103,11 @@ class NormDirection(nn.Module):
     ) -> Tensor:
         student, teacher = prepare_features(student_features, teacher_features)
         refuse_unfitted(self.directions)
+        check_features("teacher", teacher, self.directions.shape[1])
         labels = check_classes(labels, len(student), len(self.directions))
         if self.projector is not None:
             student = linear(self.projector, student)
+        check_features("student", student, self.directions.shape[1])
         along = (student * self.directions.to(student.dtype)[labels]).sum(1)
         longest = torch.maximum(student.square().sum(1), teacher.square().sum(1))
         return reduce_rows(1 - along / torch.where(longest > 0, longest, 1.0).sqrt(), reduction)
@@ -120,8 +128,8 @@ class OrthogonalProjector(nn.Module):
 
     def __init__(self, n: int, m: int) -> None:
         super().__init__()
-        largest, self.k, self.wide = max(n, m), min(n, m), m < n
-        self.in_features = n
+        self.n, self.m, self.k = n, m, min(n, m)
+        largest = max(n, m)
         self.register_buffer("start", nn.init.orthogonal_(torch.empty(largest, largest)))
         self.free = nn.Parameter(torch.zeros(largest, self.k))
         """[L; R]; of L, the part below the diagonal."""
@@ -135,11 +143,10 @@ class OrthogonalProjector(nn.Module):
             generator = (lower - lower.T) / 2 + rest.T @ rest / 4
             top = torch.linalg.solve_ex(one + generator, one - generator).result
             weight = start @ torch.cat([top, -rest @ (one + top) / 2])
-        return weight.T if self.wide else weight
+        return weight.T if self.m < self.n else weight
 
     def forward(self, rows: Tensor) -> Tensor:
-        if rows.shape[1] != self.in_features:
-            raise UsageError(f"expected features of width {self.in_features}, found {rows.shape[1]}")
+        check_features("student", rows, self.n)
         weight = self.weight(rows.dtype)
         with full_precision(rows):
             return F.linear(rows, weight)
@@ -162,6 +169,7 @@ class OrthogonalMatch(nn.Module):
 
     def forward(self, student_features: Tensor, teacher_features: Tensor, *, reduction: str = "batchmean") -> Tensor:
         student, teacher = prepare_features(student_features, teacher_features)
+        check_features("teacher", teacher, self.projector.m)
         target = F.layer_norm(teacher, teacher.shape[1:])
         return reduce_rows(F.smooth_l1_loss(self.projector(student), target, reduction="none").mean(1), reduction)
 
@@ -188,7 +196,8 @@ class Contrast(nn.Module):
         max_scale: float = 10.0,
     ) -> None:
         super().__init__()
-        self.consistency, self.max_scale = consistency, positive("max_scale", max_scale)
+        self.consistency = non_negative("consistency", consistency)
+        self.max_scale = positive("max_scale", max_scale)
         self.embed_student = nn.Linear(student_width, at_least_one("width", width))
         self.embed_teacher = nn.Linear(teacher_width, width)
         self.log_scale = nn.Parameter(torch.tensor(1.0))
@@ -196,7 +205,7 @@ class Contrast(nn.Module):
     def forward(self, student_features: Tensor, teacher_features: Tensor, *, reduction: str = "batchmean") -> Tensor:
         student, teacher = prepare_features(student_features, teacher_features)
         check_reduction(reduction, per_row=False)
-        student, teacher = linear(self.embed_student, student), linear(self.embed_teacher, teacher)
+        student, teacher = linear(self.embed_student, student), linear(self.embed_teacher, teacher, "teacher")
         scale = self.log_scale.to(student.dtype).exp().clamp(max=self.max_scale)
         with full_precision(student):
             similarity = scale * (student / length(student)[:, None]) @ (teacher / length(teacher)[:, None]).T

@@ -14,9 +14,12 @@ from torch.nn import functional as F
 
 from redistill.losses.checks import (
     at_least_one,
+    check_features,
     check_labels,
+    check_same_batch,
     full_precision,
     linear,
+    non_negative,
     positive,
     prepare,
     prepare_features,
@@ -48,7 +51,7 @@ class DualHead(nn.Module):
 
     def forward(self, student_features: Tensor, teacher_logits: Tensor, *, reduction: str = "batchmean") -> Tensor:
         features = student_features.detach() if self.detach else student_features
-        student, teacher = logits_of(self.head, features, teacher_logits)
+        student, teacher = prepare(linear(self.head, features), teacher_logits)
         rows = kl_rows(log_probs(teacher, self.temperature), log_probs(student, self.temperature))
         return reduce_rows(self.temperature**2 * rows, reduction)
 
@@ -73,16 +76,10 @@ class ExitHead(nn.Module):
     def forward(
         self, student_features: Tensor, teacher_logits: Tensor, *, labels: Tensor, reduction: str = "batchmean"
     ) -> Tensor:
-        student, teacher = logits_of(self.head, student_features, teacher_logits)
+        student, teacher = prepare(linear(self.head, student_features), teacher_logits)
         true = F.one_hot(check_labels(labels, teacher), teacher.shape[1]).to(teacher.dtype)
         target = (log_probs(teacher, self.temperature).exp() + true) ** self.eps - true
         return reduce_rows(-(target * log_probs(student, self.temperature)).sum(1), reduction)
-
-
-def logits_of(head: nn.Linear, student_features: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits of a head on the student's features, and the teacher's."""
-    features, _ = prepare_features(student_features, teacher_logits)
-    return prepare(linear(head, features), teacher_logits)
 
 
 class SubclassHead(nn.Module):
@@ -128,12 +125,12 @@ class SubclassHead(nn.Module):
     @torch.no_grad()
     def fit(self, teacher_features: Tensor, labels: Tensor) -> None:
         """The rotated principal directions of each class, scaled to unit variance, and the class means along them."""
-        count = len(self.rotation)
-        for c, rows in enumerate(rows_of_classes(teacher_features, labels, len(self.directions))):
-            mean = rows.double().sum(0) / max(len(rows), 1)
-            principal = principal_directions(rows.double() - mean, count)
-            self.directions[c] = self.rotation.double() @ principal
-            self.offsets[c] = self.rotation.double() @ (principal @ mean)
+        num_classes, count, width = self.directions.shape
+        rotation = self.rotation.double()
+        for c, rows in enumerate(rows_of_classes(teacher_features, labels, width, num_classes)):
+            mean = rows.sum(0) / max(len(rows), 1)
+            self.directions[c] = rotation @ principal_directions(rows - mean, count)
+            self.offsets[c] = self.directions[c].double() @ mean
 
     def forward(
         self,
@@ -143,16 +140,18 @@ class SubclassHead(nn.Module):
         *,
         reduction: str = "batchmean",
     ) -> Tensor:
-        student, teacher = prepare_features(student_features, teacher_features)
-        _, logits = prepare_features(student_features, teacher_logits)
+        _, teacher = prepare_features(student_features, teacher_features)
         refuse_unfitted(self.offsets)
-        within = self.project(teacher) / self.sharpness
-        log_t = log_probs(logits, self.temperature)[:, :, None] + F.log_softmax(within, 2)
-        log_s = log_probs(linear(self.head, student), self.temperature)
+        student = linear(self.head, student_features).reshape(len(teacher), *self.offsets.shape)
+        _, logits = prepare(student[:, :, 0], teacher_logits)  # checks that they have the same classes
+        log_within = F.log_softmax(self.coordinates(teacher) / self.sharpness, 2)
+        log_t = log_probs(logits, self.temperature)[:, :, None] + log_within
+        log_s = log_probs(student.flatten(1), self.temperature)
         return reduce_rows(self.temperature**2 * kl_rows(log_t.flatten(1), log_s), reduction)
 
-    def project(self, teacher: Tensor) -> Tensor:
+    def coordinates(self, teacher: Tensor) -> Tensor:
         """u [batch, C, S]"""
+        check_features("teacher", teacher, self.directions.shape[2])
         directions, offsets = self.directions.to(teacher.dtype), self.offsets.to(teacher.dtype)
         with full_precision(teacher):
             along = F.linear(teacher, directions.flatten(0, 1), -offsets.flatten())
@@ -202,7 +201,8 @@ class AdaptedTeacher(nn.Module):
         temperature: float = 6.0,
     ) -> None:
         super().__init__()
-        self.adapter_weight, self.temperature = adapter_weight, positive("temperature", temperature)
+        self.adapter_weight = non_negative("adapter_weight", adapter_weight)
+        self.temperature = positive("temperature", temperature)
         self.first = nn.Linear(teacher_width, num_classes)
         self.down = nn.Linear(num_classes, at_least_one("hidden", hidden))
         self.up = nn.Linear(hidden, num_classes)
@@ -218,8 +218,9 @@ class AdaptedTeacher(nn.Module):
     ) -> Tensor:
         student, teacher = prepare(student_logits, teacher_logits)
         labels = check_labels(labels, student)
-        _, features = prepare_features(student_logits, teacher_features)
-        adapted = teacher - linear(self.up, linear(self.down, linear(self.first, features)).relu())
+        check_same_batch("student logits and teacher features", student, teacher_features)
+        classes = linear(self.first, teacher_features.detach(), "teacher")
+        adapted = teacher - linear(self.up, linear(self.down, classes).relu())
         log_t, log_s = log_probs(adapted, self.temperature), log_probs(student, self.temperature)
         own = F.cross_entropy(adapted, labels, reduction="none")
         return reduce_rows(self.temperature**2 * kl_rows(log_t, log_s) + self.adapter_weight * own, reduction)

@@ -14,6 +14,7 @@ from redistill.losses.checks import (
     at_least_one,
     check_reduction,
     full_precision,
+    non_negative,
     positive,
     prepare,
     prepare_features,
@@ -258,6 +259,8 @@ def rkd(
     """
     student, teacher = prepare_features(student_features, teacher_features)
     check_reduction(reduction, per_row=False)
+    non_negative("distance_weight", distance_weight)
+    non_negative("angle_weight", angle_weight)
     count, width = len(student), max(student.shape[1], teacher.shape[1])
     if count * count * max(count, width) > MAX_PAIRS:
         raise UsageError(

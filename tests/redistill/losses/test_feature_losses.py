@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from redistill_cache.errors import Refused, UsageError
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from redistill.losses import relational
 from redistill.losses.features import Contrast, FeatureMatch, NormDirection, OrthogonalMatch, OrthogonalProjector
@@ -64,17 +65,19 @@ def seen(dtype=torch.float64):
     return torch.tensor(rows, dtype=dtype), torch.tensor(labels)
 
 
-def make(name, dtype=torch.float64, sizes=SIZES):
+def make(name, dtype=torch.float64, sizes=SIZES, fit=True):
     """The loss of that name; a module has random parameters and has seen the teacher's rows."""
     kind, options = MAKE[name]
     if not isinstance(kind, type):
         return partial(kind, **options)
     torch.manual_seed(0)
-    module = kind(**{width: sizes[width] for width in WIDTHS.get(name, TWO_WIDTHS)}, **options).to(dtype)
+    module = kind(**{width: sizes[width] for width in WIDTHS.get(name, TWO_WIDTHS)}, **options)
+    if dtype == torch.float64:
+        module.double()
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-    if hasattr(module, "fit"):
+    if fit and hasattr(module, "fit"):
         module.fit(*seen(dtype))
     return module
 
@@ -346,19 +349,36 @@ def test_extreme_rows_give_finite_values_and_gradients(name, rows, kind):
         assert gradient is None or gradient.isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:.*device_type of 'cuda'")
 @pytest.mark.parametrize("name", NAMES)
-def test_forward_and_backward_run_where_nothing_can_be_read_back(name):
-    """On the meta device, whatever would synchronise an accelerator (item, bool, nonzero) raises."""
-    loss, values = make(name, torch.float32), batch(dtype=torch.float32)
-    if isinstance(loss, torch.nn.Module):
-        loss = copy.deepcopy(loss).to("meta")
-    values = {key: value.to("meta") for key, value in values.items()}
+def test_forward_never_waits_for_an_accelerator(name):
+    """On CUDA tensors without values (no such device is needed), what needs a value on the host raises."""
+    with FakeTensorMode(), torch.device("cuda"):
+        loss = make(name, torch.float32, fit=False)
+        values = {key: value.to("cuda") for key, value in batch(dtype=torch.float32).items()}
+        value = call(name, loss, values)
+        assert value.device.type == "cuda"
+        with pytest.raises(DataDependentOutputException):
+            value.item()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_and_backward_on_cuda_equal_the_cpu_and_never_wait(name):
+    loss, values = make(name), batch()
+    expected = call(name, loss, values)
+    on_device = loss.to("cuda") if isinstance(loss, torch.nn.Module) else loss
+    moved = {key: value.to("cuda") for key, value in values.items()}
     key = "student_logits" if name == "pesf" else "student_features"
-    student = values[key].requires_grad_()
-    value = call(name, loss, values | {key: student})
-    gradients = torch.autograd.grad(value, [student, *parameters_of(loss)])
-    assert value.shape == ()
-    assert all(gradient.device.type == "meta" for gradient in gradients)
+    student = moved[key].requires_grad_()
+    call(name, on_device, moved).backward()  # the first call sets up the libraries
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        value = call(name, on_device, moved | {key: student})
+        value.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(value.cpu(), expected)
 
 
 @pytest.mark.slow
@@ -449,7 +469,7 @@ def test_nd_and_lelp_accept_a_class_without_rows():
         if name == "nd":
             assert (value == 1).all()
         else:
-            assert (loss.project(values["teacher_features"])[:, 2] == 0).all()
+            assert (loss.coordinates(values["teacher_features"])[:, 2] == 0).all()
 
 
 @pytest.mark.parametrize(("n", "m"), [(5, 7), (7, 5), (6, 6), (1, 4), (512, 64), (64, 512)])
@@ -494,13 +514,15 @@ def test_dcd_is_bounded_in_scale_by_its_largest_and_learns_its_temperature():
 def test_lelp_coordinates_have_unit_variance_on_average_and_its_target_sums_to_the_teachers_classes():
     loss = make("lelp")
     features, labels = seen()
-    within = loss.project(features)
+    within = loss.coordinates(features)
     for c in range(CLASSES):
         own = within[labels == c, c]
         torch.testing.assert_close(own.mean(0), torch.zeros(3, dtype=own.dtype), atol=1e-9, rtol=0)
         assert own.square().mean().item() == pytest.approx(1.0)
     values = batch()
-    perfect = values["teacher_logits"][:, :, None] + 4 * (loss.project(values["teacher_features"]) / 0.7).log_softmax(2)
+    perfect = values["teacher_logits"][:, :, None] + 4 * (
+        loss.coordinates(values["teacher_features"]) / 0.7
+    ).log_softmax(2)
     head = torch.nn.Linear(3 * CLASSES, 3 * CLASSES, dtype=torch.float64)
     with torch.no_grad():
         head.weight.copy_(torch.eye(3 * CLASSES))
@@ -589,15 +611,15 @@ def bad(name, **changes):
         (lambda: relational.rkd(torch.ones(2, 3), torch.ones(2, 3), angle_weight=math.nan), "angle_weight must be"),
         (lambda: relational.rkd(torch.ones(2, 3), torch.ones(2, 3), distance_weight=-1.0), "distance_weight must be"),
         (lambda: Contrast(student_width=5, teacher_width=7, consistency=-0.5), "consistency must be"),
-        (bad("features", student_features=torch.zeros(ROWS, 4)), "expected features of width 5, found 4"),
+        (bad("features", student_features=torch.zeros(ROWS, 4)), "expected student features of width 5, found 4"),
         (bad("features", teacher_features=torch.zeros(ROWS, 8)), "expected teacher features of width 7, found 8"),
-        (bad("vkd", student_features=torch.zeros(ROWS, 4)), "expected features of width 5, found 4"),
+        (bad("vkd", student_features=torch.zeros(ROWS, 4)), "expected student features of width 5, found 4"),
         (bad("vkd", teacher_features=torch.zeros(ROWS, 8)), "expected teacher features of width 7, found 8"),
         (bad("nd", teacher_features=torch.zeros(ROWS, 8)), "expected teacher features of width 7, found 8"),
         (bad("lelp", teacher_features=torch.zeros(ROWS, 8)), "expected teacher features of width 7, found 8"),
-        (bad("lelp", teacher_logits=torch.zeros(ROWS, 3)), "4 classes"),
+        (bad("lelp", teacher_logits=torch.zeros(ROWS, 3)), "the teacher 3"),
         (bad("rkd", student_features=torch.zeros(5, 5)), "same number of rows, found 5 and 6"),
-        (bad("rkd", student_features=torch.zeros(ROWS, 5, 2)), r"\[batch, width\], found \[6, 5, 2\]"),
+        (bad("rkd", student_features=torch.zeros(ROWS, 5, 2)), r"\[batch, width\], found shape \[6, 5, 2\]"),
         (bad("dcd", student_features=torch.zeros(ROWS, 5).long()), "floating point"),
         (bad("pesf", teacher_features=torch.zeros(5, TEACHER)), "same number of rows"),
         (bad("lelp", teacher_logits=torch.zeros(5, CLASSES)), "same number of rows"),
