@@ -146,6 +146,7 @@ def mean(values):
 
 
 def ref_features(module, s, t, **_):
+    assert module.projector.bias is None
     return mean((a - b) ** 2 for a, b in zip(affine(module.projector, s), t, strict=True))
 
 
@@ -345,7 +346,7 @@ def test_extreme_rows_give_finite_values_and_gradients(name, rows, kind):
     assert value.isfinite()
     for gradient in gradients:
         # A gradient of 1/eps, from a row of length 0, would be finite and still end the run.
-        assert gradient is None or gradient.abs().max() <= 1e9
+        assert gradient is None or gradient.abs().max() <= 1e8
         assert gradient is None or gradient.isfinite().all()
 
 
