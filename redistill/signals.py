@@ -185,32 +185,42 @@ def tap(model: nn.Module, layers: Sequence[str], *, probe: Tensor | None = None)
     Layers are named and pooled as those of a teacher, but must be modules. `probe` is an input of the network, for one
     that does not accept 64 px.
     """
-    return check_taps(model, layers, probe_of(model) if probe is None else probe)[0]
+    layers = [layer for layer in dict.fromkeys(layers) if layer != LOGITS]
+    return Taps(model, layers, look_into(model, layers, probe_of(model) if probe is None else probe).head)
 
 
-def check_taps(model: nn.Module, layers: Sequence[str], probe: Tensor) -> tuple[Taps, dict[str, int]]:
-    """The taps of a network, and the width of every layer, from a run over `probe`."""
-    inner = [layer for layer in layers if layer not in (LOGITS, PENULTIMATE)]
+class Layers(NamedTuple):
+    """What a run over one batch shows of a network."""
+
+    head: str | None
+    """The name of the final linear layer, if its output is the logits."""
+    widths: dict[str, int]
+    """Of the requested layers."""
+
+
+def look_into(model: nn.Module, layers: Sequence[str], probe: Tensor) -> Layers:
+    """The head of a network and the widths of its layers; refused if it lacks one, or one is not a row per image."""
+    inner = [layer for layer in layers if layer != PENULTIMATE]
     names = {name for name, _ in model.named_modules() if name}
     for layer in inner:
         if layer not in names:
-            raise UsageError(f"the network has no layer {layer!r}; {suggest(layer, names)}")
+            raise UsageError(f"the network has no layer {layer!r}; {suggest(layer, names | {PENULTIMATE})}")
     with in_eval_mode(model), torch.no_grad():
         head = find_head(model, logits_of(model(probe)).shape[1], probe)
-        if PENULTIMATE in layers and head is None:
-            raise Refused("penultimate was requested, but the logits are not the output of one final linear layer")
         calls = outputs_in_order(model, probe)
+    if PENULTIMATE in layers and head is None:
+        raise Refused("the logits are not the output of one final linear layer, so there is no 'penultimate'")
+    widths = {}
     for layer in inner:
-        runs = [output for name, output in calls if name == layer]
-        if len(runs) != 1:
-            raise UsageError(f"layer {layer!r} runs {len(runs)} times in a forward pass; choose a layer that runs once")
-        if not isinstance(runs[0], Tensor):
-            raise Refused(f"layer {layer!r} returns {type(runs[0]).__name__}, expected a tensor")
-    widths = {layer: pool(output, layer).shape[1] for layer, output in calls if layer in inner}
-    taps = Taps(model, [layer for layer in layers if layer != LOGITS], head)
-    if PENULTIMATE in layers:
-        widths[PENULTIMATE] = taps.head.in_features
-    return taps, widths
+        outputs = [output for name, output in calls if name == layer]
+        if len(outputs) != 1 or not isinstance(outputs[0], Tensor):
+            found = f"{len(outputs)} outputs" if len(outputs) != 1 else type(outputs[0]).__name__
+            raise UsageError(f"layer {layer!r}: expected a tensor once in a forward pass, found {found}")
+        widths[layer] = pool(outputs[0], layer).shape[1]
+    last = None if head is None else model.get_submodule(head)
+    if isinstance(last, nn.Linear):
+        widths[PENULTIMATE] = last.in_features
+    return Layers(head, widths)
 
 
 def outputs_in_order(network: nn.Module, probe: Tensor) -> list[tuple[str, Any]]:
@@ -257,7 +267,7 @@ PARTS = 4
 
 
 def stage_ends(network: nn.Module, probe: Tensor) -> tuple[str, ...]:
-    """The names of the last modules of each resolution, in depth order; of a transformer, of each quarter of its blocks.
+    """The names of the last modules of each resolution, in depth order; of a transformer, of each quarter of it.
 
     layer1 to layer4 of a ResNet, features.1, .3, .5 and .7 of a ConvNeXt, encoder_layer_2, _5, _8 and _11 of a ViT-B.
     """

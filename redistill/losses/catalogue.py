@@ -26,6 +26,7 @@ from redistill.losses import (
     decoupled,
     divergences,
     features,
+    heads,
     hinton,
     power,
     ranking,
@@ -157,7 +158,16 @@ CATALOGUE: Mapping[str, Entry] = {
         Entry("label_smoothing", controls.label_smoothing, ce_weight=0.0, full_rows=False),
         Entry("virtual_teacher", controls.virtual_teacher, weight=0.1, ce_weight=0.9, full_rows=False),
         Entry("tf_kd", controls.tf_kd, weight=0.1, ce_weight=0.9, full_rows=False),
+        # On features.
         Entry("features", features.FeatureMatch, ce_on="head"),
+        Entry("rkd", relational.rkd, layers="penultimate", batch_statistics=True, per_row=False),
+        Entry("nd", features.NormDirection, weight=2.0, layers="penultimate"),
+        Entry("vkd", features.OrthogonalMatch, layers="penultimate"),
+        Entry("dcd", features.Contrast, layers="penultimate", batch_statistics=True, per_row=False),
+        Entry("dual", heads.DualHead, weight=0.5, ce_weight=0.5, layers="penultimate"),
+        Entry("exit", heads.ExitHead),
+        Entry("lelp", heads.SubclassHead, ce_on="head", layers="penultimate"),
+        Entry("pesf", heads.AdaptedTeacher, layers="penultimate"),
     )
 }
 
@@ -193,7 +203,9 @@ def make_loss(spec: Spec | str, **widths: int) -> tuple[Entry, Loss]:
     return entry, bind(spec, entry, options, widths)
 
 
-def read_loss(spec: Spec, *, also: Callable[[Entry], tuple[str, ...]] = lambda _: ()) -> tuple[Entry, dict[str, Option]]:
+def read_loss(
+    spec: Spec, *, also: Callable[[Entry], tuple[str, ...]] = lambda _: ()
+) -> tuple[Entry, dict[str, Option]]:
     """The entry and the options of a spec string, checked by a call on a tiny batch.
 
     `also` names the options of a spec string that the caller reads, such as the weight of a term.
@@ -223,13 +235,13 @@ def refused_as(spec: Spec) -> Iterator[None]:
         raise UsageError(f"{spec.text!r}: {error}") from None
 
 
-TINY = {"student_width": 8, "teacher_width": 8, "num_classes": 3}
+TINY = {"student_width": 256, "teacher_width": 256, "num_classes": 3}
 
 
 def _try_once(spec: Spec, entry: Entry, loss: Loss) -> None:
     """Call the loss once: it checks its options, so that a bad one is refused before any data is opened."""
     logits = torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 1.0], [2.0, 1.0, 0.0], [0.0, 1.0, 3.0]])
-    features = torch.eye(4, 8) + 0.1
+    features = torch.eye(4, 256) + 0.1
     batch: dict[str, Any] = {"labels": torch.tensor([0, 1, 2, 0]), "progress": TrainingProgress()}
     batch |= {"student_logits": logits, "teacher_logits": logits}
     batch |= {"student_features": features, "teacher_features": features}

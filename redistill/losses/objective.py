@@ -24,14 +24,14 @@ from redistill_cache.errors import Refused, SpecMismatch, UsageError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from redistill.losses.catalogue import Entry, bind, read_loss
+from redistill.losses.catalogue import Entry, Loss, bind, read_loss
 from redistill.losses.checks import check_labels, check_matrix
 from redistill.losses.curriculum import Schedule, Taid, TrainingProgress
 from redistill.losses.hinton import standardize
 from redistill.signals import HEAD_LOGITS, LOGITS
-from redistill.specs import Spec, did_you_mean, parse_spec
+from redistill.specs import Spec, parse_spec
 
-__all__ = ["Mix", "Needs", "Objective", "Pair", "Source", "Widths"]
+__all__ = ["Mix", "Needs", "Objective", "Pair", "Source", "Term", "Widths", "with_pairs"]
 
 TERM_OPTIONS = ("weight", "warmup", "decay", "decay_from", "floor", "label")
 CE_OPTIONS = ("weight", "smoothing", "on")
@@ -102,12 +102,19 @@ class Needs:
     def teacher(self) -> bool:
         return bool(self.sources) or self.open_pairs
 
+    @property
+    def taps(self) -> bool:
+        """Whether logits alone are not enough of the student."""
+        return bool(self.layers) or HEAD_LOGITS in self.outputs
+
 
 class Term(nn.Module):
     """One weighted, scheduled loss of an objective."""
 
-    def __init__(self, spec: Spec, widths: Widths | None) -> None:
+    def __init__(self, text: str, widths: Widths | None) -> None:
         super().__init__()
+        spec = parse_spec(text)
+        self.text = text
         self.entry, self.options = read_loss(spec, also=term_options)
         self.spec = spec
         self.label = spec.take("label", self.entry.name)
@@ -118,7 +125,8 @@ class Term(nn.Module):
         self.teacher = spec.options.get("teacher")
         self.pairs = _read_pairs(spec, self.entry) if self.entry.on_features else (Pair(None, None),)
         self.diagnostics = dict(self.entry.diagnostics(self.options))
-        losses = [self._bind(pair, widths) for pair in self.pairs or ()]
+        unknown = self.entry.widths and widths is None  # then it can only be asked what it needs
+        losses = [] if unknown else [self._bind(pair, widths) for pair in self.pairs or ()]
         if self.entry.on_features:
             self.losses = nn.ModuleList([loss for loss in losses if isinstance(loss, nn.Module)]) or losses
         else:
@@ -126,9 +134,7 @@ class Term(nn.Module):
 
     def _bind(self, pair: Pair, widths: Widths | None) -> Any:  # noqa: ANN401  a module or a function
         sizes: dict[str, int] = {}
-        if self.entry.widths:
-            if widths is None:
-                raise UsageError(f"{self.spec.text!r} has parameters of the size of its features; give their widths")
+        if widths is not None:
             if pair.student is not None:
                 sizes["student_width"] = widths.student[pair.student]
             if pair.teacher is not None:
@@ -181,21 +187,30 @@ class Term(nn.Module):
             log |= {f"{self.label}/{name}": figure(*logits.values()) for name, figure in self.diagnostics.items()}
         return value, log
 
+    def refuse_mix(self) -> None:
+        """Refuse mixed views for a loss that cannot be weighted row by row between two labels."""
+        if self.entry.labels and not self.entry.per_row:
+            raise Refused(
+                f"loss {self.label!r} needs one label per row and has no value per row, so it cannot be used with "
+                "mixed views; use a recipe without mixing"
+            )
+
     def _value(
-        self, loss: Any, rows: Rows, labels: Tensor | None, progress: TrainingProgress, mix: Mix | None  # noqa: ANN401
+        self,
+        loss: Loss,
+        rows: Rows,
+        labels: Tensor | None,
+        progress: TrainingProgress,
+        mix: Mix | None,
     ) -> Tensor:
         inputs: dict[str, Any] = {**rows}
         if "progress" in self.entry.inputs:
             inputs["progress"] = progress
         if not self.entry.labels:
-            return loss(**inputs)  # type: ignore[no-any-return]
+            return loss(**inputs)
         if mix is None:
-            return loss(**inputs, labels=labels)  # type: ignore[no-any-return]
-        if not self.entry.per_row:
-            raise Refused(
-                f"loss {self.label!r} needs one label per row and has no value per row, so it cannot be used with "
-                "mixed views; use a recipe without mixing"
-            )
+            return loss(**inputs, labels=labels)
+        self.refuse_mix()
         # On mixed views, a loss with labels is computed for both labels, weighted like the pixels of the row.
         own = loss(**inputs, labels=labels, reduction="none")
         partner = loss(**inputs, labels=mix.partner_labels, reduction="none")
@@ -209,14 +224,14 @@ class Objective(nn.Module):
     is what it trains. Terms with parameters (CTKD, projectors of features) or state (TAID) are sub-modules, so
     `parameters()`, `state_dict()`, `train()` and `to()` include them. A state dict of other specs is refused.
 
-    A term on features has pairs of layers in its spec; where it has parameters, `widths` are their sizes.
+    A term on features has pairs of layers in its spec; where it has parameters, `widths` are their sizes. Without
+    these, an objective can be asked for its needs and not be computed.
     """
 
     def __init__(self, specs: Sequence[str], widths: Widths | None = None) -> None:
         super().__init__()
-        parsed = [parse_spec(text) for text in specs]
-        hard = [spec for spec in parsed if spec.scheme == "ce"]
-        terms = [Term(spec, widths) for spec in parsed if spec.scheme != "ce"]
+        hard = [spec for spec in map(parse_spec, specs) if spec.scheme == "ce"]
+        terms = [Term(text, widths) for text in specs if parse_spec(text).scheme != "ce"]
         if len(hard) > 1:
             raise UsageError(f"'ce' is specified {len(hard)} times; specify it once")
         self.specs = tuple(specs)
@@ -229,7 +244,7 @@ class Objective(nn.Module):
     @property
     def needs(self) -> Needs:
         """What the training loop must pass to `forward`."""
-        terms = self._terms()
+        terms = self.all_terms
         logits = [ON[term.on] for term in terms if "student_logits" in term.entry.inputs]
         logits += [ON[self.ce_on]] if self.ce_weight > 0 else []
         pairs = [pair for term in terms for pair in term.pairs or ()]
@@ -244,11 +259,11 @@ class Objective(nn.Module):
     @property
     def follows_the_end(self) -> str | None:
         """The first term whose weight or target depends on the planned number of epochs."""
-        return next((term.label for term in self._terms() if term.follows_the_end), None)
+        return next((term.label for term in self.all_terms if term.follows_the_end), None)
 
     def refuse_codec(self, codec: Codec) -> None:
         """Refuse an archive whose codec stores less of a row of logits than a term needs."""
-        of_logits = [term for term in self._terms() if "teacher_logits" in term.entry.inputs]
+        of_logits = [term for term in self.all_terms if "teacher_logits" in term.entry.inputs]
         needs_rows = [term.label for term in of_logits if term.entry.full_rows and not codec.full_rows]
         if needs_rows:
             raise Refused(
@@ -264,7 +279,7 @@ class Objective(nn.Module):
 
     def fit(self, read: Callable[[Source], tuple[Tensor, Tensor]]) -> None:
         """Before the first step: terms that must see the teacher's features of many images get them, with labels."""
-        for term in self._terms():
+        for term in self.all_terms:
             for pair, loss in zip(term.pairs or (), getattr(term, "losses", ()), strict=False):
                 if hasattr(loss, "fit"):
                     assert pair.teacher is not None, f"{term.label} has nothing to fit to"
@@ -287,10 +302,14 @@ class Objective(nn.Module):
         student = {LOGITS: student} if isinstance(student, Tensor) else student
         teacher = {LOGITS: teacher} if isinstance(teacher, Tensor) else teacher or {}
         total, log = self._cross_entropy_part(student, labels, mix)
-        for term in self._terms():
+        for term in self.all_terms:
             missing = [source.key for source in term.sources if source.key not in teacher]
             if missing:
-                raise UsageError(f"loss {term.label!r} needs teacher {missing[0]}, found {', '.join(teacher) or 'none'}")
+                raise UsageError(
+                    f"loss {term.label!r} needs teacher {missing[0]}, found {', '.join(teacher) or 'none'}"
+                )
+            if term.entry.on_features and not term.losses:
+                raise UsageError(f"loss {term.label!r} needs pairs of layers and their widths")
             value, values = term(student, teacher, labels, progress, mix)
             total = total + term.weight * term.schedule.factor(progress) * value
             log |= values
@@ -301,9 +320,8 @@ class Objective(nn.Module):
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        # What is fitted before the first step is the same on all ranks, and averages would round it.
-        fitted = {id(b) for module in self.modules() if hasattr(module, "fit") for b in module.buffers()}
-        buffers = [b for b in self.buffers() if b.is_floating_point() and id(b) not in fitted]
+        # Those of terms on features are constants, the same on all ranks; an average would round them.
+        buffers = [buffer for term in self.all_terms if not term.entry.on_features for buffer in term.buffers()]
         for tensor in [*gradients, *buffers]:
             torch.distributed.all_reduce(tensor)
             tensor.div_(torch.distributed.get_world_size())
@@ -321,9 +339,10 @@ class Objective(nn.Module):
 
     def extra_repr(self) -> str:
         on = "" if self.ce_on == "all" else f" on {self.ce_on}"
-        return " + ".join([f"{self.ce_weight:g} ce{on}", *(f"{term.weight:g} {term.spec}" for term in self._terms())])
+        return " + ".join([f"{self.ce_weight:g} ce{on}", *(f"{term.weight:g} {term.spec}" for term in self.all_terms)])
 
-    def _terms(self) -> list[Term]:
+    @property
+    def all_terms(self) -> list[Term]:
         return [term for term in self.terms if isinstance(term, Term)]
 
     def _cross_entropy_part(
