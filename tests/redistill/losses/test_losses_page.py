@@ -28,7 +28,7 @@ def family():
 def test_the_page_has_every_loss_with_its_weights():
     on_logits = {name: entry for name, entry in CATALOGUE.items() if not entry.on_features}
     assert family() == {name: (entry.ce_weight, entry.weight) for name, entry in on_logits.items()}
-    assert ON_FEATURES == {name: entry.make for name, entry in CATALOGUE.items() if entry.on_features}
+    assert {name: entry.make for name, entry in CATALOGUE.items() if entry.on_features} == ON_FEATURES
 
 
 def test_the_plots_of_the_page_exist():

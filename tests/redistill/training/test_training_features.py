@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import shutil
 import tomllib
 from pathlib import Path
@@ -14,16 +16,18 @@ from redistill_cache.errors import Damaged, RedistillError, UsageError
 from safetensors import safe_open
 
 from redistill.evaluate import evaluate
-from redistill.interrupts import Interrupted
+from redistill.interrupts import Interrupted, stop_on_signals
 from redistill.models import open_model
 from redistill.progress import NoProgress, Progress
-from redistill.ranks import Rank, World
+from redistill.ranks import Rank, World, joined_world
 from redistill.training import TrainOptions, dry_run, train
 from redistill.training.checkpoint import LAST, read_state
+from redistill.training.loop import Training
 from redistill.training.prepare import TrainSetup, prepare
+from redistill.training.run_files import RunFiles
 from redistill.training.targets import CachedTargets
 from tests.redistill.training.runs import InterruptAt, history, weights
-from tests.redistill.training.train_process import SECONDS, start_ranks
+from tests.redistill.training.train_process import SECONDS, rank_environments
 from tests.small_archive import DATA, VAL, cache
 
 TEACHER = "demo:small?num_classes=8&weights=random"
@@ -300,7 +304,7 @@ def test_the_teachers_head(run):
     expected = features @ real.weight.detach().T + real.bias.detach()
     expected -= expected.mean(1, keepdim=True)
     assert (features @ weight.T + bias - expected).norm() < 0.1 * expected.norm()
-    unlabelled = run("unlabelled", losses=("features+ce?weight=0",), head="teacher", epochs=3)
+    unlabelled = run("unlabelled", losses=("features+ce?weight=0",), head="teacher", epochs=3, val=VAL)
     assert weights(train_on(unlabelled)) == weights(options.out), "the cross-entropy has nothing to train"
     with pytest.raises(Interrupted):
         train(run("resumed", head="teacher", val=VAL, epochs=3), InterruptAt(4))
@@ -322,7 +326,7 @@ def test_the_teachers_head(run):
         (
             {"losses": ("features?pairs=layer2:conv7",)},
             RedistillError,
-            "archive has no 'conv7' of teacher 'small' [(]it has logits, layer2, penultimate[)]; add it: redistill cache",
+            "has no 'conv7' of teacher 'small' [(]it has logits, layer2, penultimate[)]; add it: redistill",
         ),
         ({"losses": ("features?pairs=layer2",)}, UsageError, "expected pairs=STUDENT:TEACHER"),
         ({"losses": ("features?pairs=layer2:layer2,layer2:layer2",)}, UsageError, "twice"),
@@ -399,29 +403,39 @@ def test_features_come_from_one_teacher(run, archive: Path, tmp_path: Path):
     "loss", ["features", pytest.param("features?pairs=layer1:layer2+ce?weight=0", marks=pytest.mark.slow)]
 )
 def test_ranks_train_the_same_student(run, tmp_path: Path, loss: str):
-    """The second loss leaves layers without a gradient."""
-    arguments = ("train", DATA, "--archive", run().archive, "--student", "demo:tiny", "--loss", loss, "--epochs", "2")
-    arguments += (
-        "--opt",
-        "sgd",
-        "--lr",
-        "0.01",
-        "--workers",
-        "0",
-        "--batch-size",
-        "50",
-        "--log",
-        "csv",
-        "--device",
-        "cpu",
-    )
-    out = tmp_path / "two"
-    processes = start_ranks(2, *arguments, "--out", out, output=tmp_path / "two.txt", environment={})
+    """With the second loss, layers without a gradient. Rank r writes its student and its projectors to r.pt."""
+    plain = {"opt": "sgd", "lr": 0.01, "losses": (loss,)}
+    options = run("two", **plain)
+    context = multiprocessing.get_context("forkserver")
+    processes = [
+        context.Process(target=train_rank, args=(environment, options, tmp_path))
+        for environment in rank_environments(2)
+    ]
+    for process in processes:
+        process.start()
     for process in processes:
         process.join(SECONDS)
-    texts = [path.read_text() for path in sorted(tmp_path.glob("two.txt-*"))]
-    assert [process.exitcode for process in processes] == [0, 0], texts
-    assert not any("Warning" in text for text in texts), texts
-    alone = train_on(run("alone", losses=(loss,), opt="sgd", lr=0.01))
-    for row, expected in zip(history(out), history(alone), strict=True):
+    logs = [path.read_text() for path in sorted(tmp_path.glob("*.txt"))]
+    assert [process.exitcode for process in processes] == [0, 0], logs
+    assert not any("warning" in log.lower() for log in logs), logs
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert any(name.endswith("projector.weight") for name in first)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    alone = train_on(run("alone", **plain))
+    for row, expected in zip(history(options.out), history(alone), strict=True):
         assert float(row["train_features"]) == pytest.approx(float(expected["train_features"]), rel=0.05)
+
+
+def train_rank(environment: dict[str, str], options: TrainOptions, folder: Path) -> None:
+    """In a rank: train, and save every parameter of the student and of its objective."""
+    os.environ.update(environment)
+    with (folder / f"{environment['RANK']}.txt").open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    with joined_world("cpu") as world, stop_on_signals() as stop:
+        setup = prepare(options, world, NoProgress())
+        files = RunFiles(options, setup, first_epoch=0, writes=world.first)
+        files.finish(Training(options, world, setup, files, NoProgress(), stop).run(0, 0))
+    (member,) = setup.members
+    state = dict(member.module.named_parameters()) | dict(member.objective.named_parameters())
+    torch.save({name: value.detach().clone() for name, value in state.items()}, folder / f"{environment['RANK']}.pt")
