@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from redistill import losses
     from redistill.cached_teacher import CachedTeacher
     from redistill.models import open_model
+    from redistill.signals import tap
     from redistill.views.dataset import ViewDataset, render
     from redistill.views.sampler import ViewSampler
 
@@ -26,6 +27,7 @@ __all__ = [
     "open_model",
     "open_source",
     "render",
+    "tap",
 ]
 
 # Loaded at first use: these need torch, and the processes that only read and hash images should not wait for it.
@@ -36,6 +38,7 @@ LAZY = {
     "ViewSampler": "redistill.views.sampler",
     "losses": "redistill.losses",
     "render": "redistill.views.dataset",
+    "tap": "redistill.signals",
 }
 
 

@@ -16,10 +16,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from redistill.devices import refuse_out_of_memory
 from redistill.losses.curriculum import TrainingProgress
-from redistill.losses.objective import Mix, Objective
+from redistill.losses.objective import Mix, Needs, Objective
 from redistill.models import OpenedModel
 from redistill.optim import clip_gradients, lr_at, make_optimizer, set_lr
 from redistill.ranks import World
+from redistill.signals import HEAD_LOGITS, LOGITS, PENULTIMATE, Head, Taps
 from redistill.training.options import MemberSpec, TrainOptions
 
 __all__ = ["Member"]
@@ -28,7 +29,7 @@ __all__ = ["Member"]
 class Member:
     """A student of a cohort.
 
-    Members share the pixels and the teacher logits of a step and nothing else. Each has its own random state, so its
+    Members share the pixels and the teacher's rows of a step and nothing else. Each has its own random state, so its
     weights are the same as if it were trained alone.
     """
 
@@ -40,7 +41,15 @@ class Member:
         objective: Objective,
         world: World,
         amp: torch.dtype | None,
+        *,
+        head: str | None = None,
+        teacher_head: Head | None = None,
     ) -> None:
+        """`head` is the name of the last layer, for an objective that needs more of the network than its logits.
+
+        With `teacher_head`, the last layer is this one of the teacher behind the projector of the objective, at every
+        step, and is not trained.
+        """
         self.spec, self.options, self.opened, self.world, self.amp = spec, options, opened, world, amp
         self.optim = options.optim
         self.memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
@@ -48,6 +57,11 @@ class Member:
             self.module = opened.module.to(world.device, memory_format=self.memory_format)  # type: ignore[call-overload]
         self.normalise = opened.normalise().to(world.device)
         self.objective = objective.to(world.device)
+        self.head_name = head
+        self.teacher_head = (
+            None if teacher_head is None else Head(*(tensor.to(world.device) for tensor in teacher_head))
+        )
+        self._place_teacher_head()
         self.optimizer = make_optimizer(nn.ModuleList([self.module, self.objective]), self.optim)
         self.average = (
             AveragedModel(self.module, multi_avg_fn=averaging(options.ema), use_buffers=True)
@@ -55,7 +69,11 @@ class Member:
             else None
         )
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=amp is torch.float16)
-        self.wrapped = world.wrap(self.module, options.sync_bn)
+        if options.sync_bn:
+            self.module = world.synchronise_norms(self.module)
+        needs = objective.needs
+        tapped = Taps(self.module, needs.layers, head, outputs=needs.outputs) if needs.taps else self.module
+        self.wrapped = world.wrap(tapped, unused=needs.taps and not trains_all(needs, teacher_head))
         self.network: Any = torch.compile(self.wrapped) if options.compile else self.wrapped
         self.rng_state = initial_rng_state(spec.seed, world.rank.rank, world.device)
         self.history: list[dict[str, Any]] = []
@@ -70,7 +88,7 @@ class Member:
     def step(
         self,
         pixels: Tensor,
-        teacher: Tensor | None,
+        teacher: Mapping[str, Tensor] | None,
         labels: Tensor,
         mix: Mix | None,
         progress: TrainingProgress,
@@ -92,7 +110,7 @@ class Member:
             ):
                 total, values = self._forward(
                     pixels[part],
-                    None if teacher is None else teacher[part],
+                    None if teacher is None else {name: rows[part] for name, rows in teacher.items()},
                     labels[part],
                     None if mix is None else Mix(mix.partner_labels[part], mix.weights[part]),
                     progress,
@@ -104,16 +122,34 @@ class Member:
         clip_gradients([p for group in self.optimizer.param_groups for p in group["params"]], self.optim)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self._place_teacher_head()
         if self.average is not None:
             self.average.update_parameters(self.module)
 
     def _forward(
-        self, pixels: Tensor, teacher: Tensor | None, labels: Tensor, mix: Mix | None, progress: TrainingProgress
+        self,
+        pixels: Tensor,
+        teacher: Mapping[str, Tensor] | None,
+        labels: Tensor,
+        mix: Mix | None,
+        progress: TrainingProgress,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.autocast(self.world.device.type, self.amp) if self.amp is not None else nullcontext():
-            logits = self.network(self.normalise(pixels).contiguous(memory_format=self.memory_format))
-        loss: tuple[Tensor, dict[str, Tensor]] = self.objective(logits, teacher, labels, progress=progress, mix=mix)
+            outputs = self.network(self.normalise(pixels).contiguous(memory_format=self.memory_format))
+        loss: tuple[Tensor, dict[str, Tensor]] = self.objective(outputs, teacher, labels, progress=progress, mix=mix)
         return loss
+
+    @torch.no_grad()
+    def _place_teacher_head(self) -> None:
+        """logits = W_T P f + b_T, with the projector as it is now."""
+        match = self.objective.penultimate_match()
+        if self.teacher_head is None or match is None or self.head_name is None:
+            return
+        last = self.module.get_submodule(self.head_name).requires_grad_(False)
+        assert isinstance(last, nn.Linear), last
+        weight, projector = self.teacher_head.weight, match[1].projector
+        last.weight.copy_(weight if projector is None else weight @ projector.weight)
+        last.bias.copy_(self.teacher_head.bias)
 
     @contextmanager
     def _sync_gradients(self, sync: bool) -> Iterator[None]:
@@ -168,8 +204,9 @@ class Member:
 
     @property
     def weights_finite(self) -> bool:
-        """Running statistics of batch norms included."""
-        return all(bool(tensor.isfinite().all()) for tensor in self.module.state_dict().values())
+        """Running statistics of batch norms and parameters of losses included."""
+        tensors = [*self.module.state_dict().values(), *self.objective.parameters()]
+        return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
     @property
     def num_parameters(self) -> int:
@@ -189,6 +226,7 @@ class Member:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
+            "teacher_head": None if self.teacher_head is None else tuple(self.teacher_head),
             "noise": self.rng_state,
             "history": self.history,
             "best": self.best,
@@ -200,8 +238,8 @@ class Member:
     def refuse_more_epochs(self, saved: int, epochs: int) -> None:
         """Refuse to go on to `epochs` where the epochs up to `saved` would have been trained in another way."""
         term = self.objective.follows_the_end
-        if self.optim.sched == "cosine":
-            reason = "the learning rate of --sched cosine depends on the number of epochs"
+        if self.optim.sched in ("cosine", "onecycle"):
+            reason = f"the learning rate of --sched {self.optim.sched} depends on the number of epochs"
         elif term is not None:
             reason = f"the loss {term!r} changes with the share of the epochs that is done"
         else:
@@ -222,6 +260,8 @@ class Member:
         self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+        if self.teacher_head is not None:
+            self.teacher_head = Head(*(tensor.to(self.world.device) for tensor in state["teacher_head"]))
         self.history = list(state["history"])
         self.best, self.best_epoch = state["best"], state["best_epoch"]
         if self.world.first:
@@ -231,6 +271,12 @@ class Member:
         else:
             seed = f"{self.spec.seed} {(epoch, batch)}"
             self.rng_state = initial_rng_state(seed, self.world.rank.rank, self.world.device)
+
+
+def trains_all(needs: Needs, teacher_head: Head | None) -> bool:
+    """Whether the loss reaches every trained parameter of a network: all layers before the last one, and that one."""
+    last = HEAD_LOGITS in needs.outputs or teacher_head is not None
+    return LOGITS in needs.outputs or (PENULTIMATE in needs.layers and last)
 
 
 def even_parts(count: int, parts: int) -> list[slice]:
