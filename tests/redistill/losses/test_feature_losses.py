@@ -346,7 +346,7 @@ def test_extreme_rows_give_finite_values_and_gradients(name, rows, kind):
     assert value.isfinite()
     for gradient in gradients:
         # A gradient of 1/eps, from a row of length 0, would be finite and still end the run.
-        assert gradient is None or gradient.abs().max() <= 1e8
+        assert gradient is None or gradient.abs().max() <= (1e8 if kind == "huge" else 1e4)
         assert gradient is None or gradient.isfinite().all()
 
 
