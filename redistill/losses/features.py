@@ -50,9 +50,9 @@ class FeatureMatch(nn.Module):
         super().__init__()
         self.teacher_width = teacher_width
         self.match = one_of("match", match, ("mse", "cosine"))
-        self.projector: nn.Linear | None = None
+        self.project: nn.Module = nn.Identity()
         if one_of("project", project, ("linear", "none")) == "linear":
-            self.projector = nn.Linear(student_width, teacher_width, bias=False)
+            self.project = nn.Linear(student_width, teacher_width, bias=False)
         elif student_width != teacher_width:
             raise UsageError(
                 f"project=none needs layers of one width, found {student_width} in the student and {teacher_width} in "
@@ -62,8 +62,8 @@ class FeatureMatch(nn.Module):
     def forward(self, student_features: Tensor, teacher_features: Tensor, *, reduction: str = "batchmean") -> Tensor:
         student, teacher = prepare_features(student_features, teacher_features)
         check_features("teacher", teacher, self.teacher_width)
-        if self.projector is not None:
-            student = linear(self.projector, student)
+        if isinstance(self.project, nn.Linear):
+            student = linear(self.project, student)
         check_features("student", student, self.teacher_width)
         if self.match == "mse":
             return reduce_rows((student - teacher).square().mean(1), reduction)
@@ -119,7 +119,7 @@ class OrthogonalProjector(nn.Module):
     The weight is a random orthogonal matrix times the Cayley transform (I + A/2)^-1 (I - A/2) of a skew-symmetric A
     that is 0 outside its first k = min(n, m) columns and rows, of which the first k columns are taken:
         A = [[L - L^T, -R^T], [R, 0]],  G = (L - L^T)/2 + R^T R / 4,  Q = [(I + G)^-1 (I - G); -R (I + Q_1) / 2].
-    The inverse always exists, since the symmetric part of G is positive, so that nothing has to be checked on the
+    The inverse always exists, since the symmetric part of I + G is at least I, so that nothing has to be checked on the
     device. (torch's own parametrisation synchronises the device, and for unequal widths a weight decay sets its columns
     to 0.) L and R start at 0, and a weight decay pulls the map towards its start.
     """
@@ -155,8 +155,9 @@ class OrthogonalProjector(nn.Module):
 class OrthogonalMatch(nn.Module):
     """V_kD: mean over the elements of smooth_l1(P f_s - norm(f_t)), P an orthogonal projector, norm standardising rows.
 
-    P keeps the angles and distances of the student's rows, so that the student itself must learn the teacher's. norm is
-    the "task-specific normalisation" for classification: each teacher row gets mean 0 and variance 1 (layer norm).
+    If the teacher is at least as wide, P keeps the angles and distances of the student's rows, so that the student has
+    to learn the teacher's. norm is the "task-specific normalisation" for classification: each teacher row gets mean 0
+    and variance 1 (layer norm).
     Miles, Elezi and Deng, CVPR 2024 (arXiv 2403.06213), as in the authors' code for ImageNet, on pooled last features.
     Published: weight 1, CE 1, with a distillation token of the student beside it (KL, weight 1), which is not included;
     nor is the whitening for image generation.

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 
 import torch
-from redistill_cache.errors import UsageError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -95,7 +94,8 @@ class SubclassHead(nn.Module):
     Assumed: the scale d_c, T = 4 and its factor T², S = 4, β = 1. Results of this class are not results of the paper.
     Deviation: the published student has the subclass head alone, whose probabilities are summed by class; the saved
     student here has its own head, which the cross-entropy trains.
-    A class with fewer than two rows in `fit` has no directions; its target is spread evenly over its subclasses.
+    A class with fewer than two rows in `fit` has no directions; its target is spread evenly over its subclasses. If a
+    class has fewer than S directions, they are spread over all S by the rotation.
     Needs: features of both, logits of the teacher, `fit`, a head.
     """
 
@@ -114,10 +114,8 @@ class SubclassHead(nn.Module):
         temperature: float = 4.0,
     ) -> None:
         super().__init__()
-        if at_least_one("subclasses", subclasses) > teacher_width:
-            raise UsageError(f"subclasses must be at most the teacher's width, {teacher_width}, found {subclasses}")
         self.sharpness, self.temperature = positive("sharpness", sharpness), positive("temperature", temperature)
-        self.head = nn.Linear(student_width, num_classes * subclasses)
+        self.head = nn.Linear(student_width, num_classes * at_least_one("subclasses", subclasses))
         self.register_buffer("rotation", nn.init.orthogonal_(torch.empty(subclasses, subclasses)))
         self.register_buffer("directions", torch.full((num_classes, subclasses, teacher_width), math.nan))
         self.register_buffer("offsets", torch.full((num_classes, subclasses), math.nan))

@@ -146,12 +146,12 @@ def mean(values):
 
 
 def ref_features(module, s, t, **_):
-    assert module.projector.bias is None
-    return mean((a - b) ** 2 for a, b in zip(affine(module.projector, s), t, strict=True))
+    assert module.project.bias is None
+    return mean((a - b) ** 2 for a, b in zip(affine(module.project, s), t, strict=True))
 
 
 def ref_cosine(module, s, t, **_):
-    p = affine(module.projector, s)
+    p = affine(module.project, s)
     return 1 - dot(p, t) / norm(p) / norm(t)
 
 
@@ -346,7 +346,7 @@ def test_extreme_rows_give_finite_values_and_gradients(name, rows, kind):
     assert value.isfinite()
     for gradient in gradients:
         # A gradient of 1/eps, from a row of length 0, would be finite and still end the run.
-        assert gradient is None or gradient.abs().max() <= 1e8
+        assert gradient is None or gradient.abs().max() <= (1e8 if kind == "huge" else 1e4)
         assert gradient is None or gradient.isfinite().all()
 
 
@@ -532,6 +532,15 @@ def test_lelp_coordinates_have_unit_variance_on_average_and_its_target_sums_to_t
     assert loss(perfect.flatten(1), values["teacher_features"], values["teacher_logits"]).abs() < 1e-12
 
 
+def test_lelp_may_have_more_subclasses_than_directions():
+    loss = SubclassHead(**SIZES, subclasses=TEACHER + 3).double()
+    loss.fit(*seen())
+    features, labels = seen()
+    own = loss.coordinates(features)[labels == 1, 1]
+    assert own.square().mean().item() == pytest.approx(1.0)
+    assert torch.linalg.matrix_rank(own - own.mean(0)) == TEACHER
+
+
 def test_exit_with_eps_1_is_cross_entropy_with_the_teacher():
     torch.manual_seed(0)
     loss, values = ExitHead(student_width=STUDENT, num_classes=CLASSES).double(), batch()
@@ -585,6 +594,40 @@ def test_feature_matching_reaches_a_linear_image_of_the_student():
         assert value < 1e-3
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_student_learns_from_every_loss(name):
+    """Trained on half of the rows, a small network is closer to the teacher than before on the other half."""
+    sizes = {"student_width": 16, "teacher_width": TEACHER, "num_classes": CLASSES}
+    loss = make(name, torch.float32, sizes)
+    torch.manual_seed(1)
+    images = torch.randn(256, 8)
+    teacher = torch.nn.Sequential(torch.nn.Linear(8, TEACHER), torch.nn.Tanh())
+    teacher_head = torch.nn.Linear(TEACHER, CLASSES)
+    student = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU())
+    student_head = torch.nn.Linear(16, CLASSES)
+    with torch.no_grad():
+        targets = {"teacher_features": 2 * teacher(images)}
+        targets["teacher_logits"] = 3 * teacher_head(targets["teacher_features"])
+    targets["labels"] = targets["teacher_logits"].argmax(1)
+    if hasattr(loss, "fit"):
+        loss.fit(targets["teacher_features"], targets["labels"])
+
+    def value(rows):
+        features = student(images[rows])
+        outputs = {"student_features": features, "student_logits": student_head(features)}
+        return call(name, loss, outputs | {key: target[rows] for key, target in targets.items()})
+
+    seen_rows, other_rows = torch.arange(128), torch.arange(128, 256)
+    before = value(other_rows).item()
+    parameters = [*student.parameters(), *student_head.parameters(), *parameters_of(loss)]
+    optimiser = torch.optim.AdamW(parameters, lr=0.01)
+    for _ in range(100):
+        optimiser.zero_grad()
+        value(seen_rows).backward()
+        optimiser.step()
+    assert value(other_rows).item() < 0.8 * before
+
+
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -605,7 +648,7 @@ def bad(name, **changes):
         (lambda: Contrast(student_width=5, teacher_width=7, max_scale=0.0), "max_scale must be"),
         (lambda: DualHead(student_width=5, num_classes=4, temperature=-1.0), "temperature must be"),
         (lambda: ExitHead(student_width=5, num_classes=4, eps=0.0), "eps must be"),
-        (lambda: SubclassHead(**SIZES, subclasses=8), "at most the teacher's width, 7, found 8"),
+        (lambda: SubclassHead(**SIZES, subclasses=0), "subclasses must be at least 1"),
         (lambda: SubclassHead(**SIZES, sharpness=0.0), "sharpness must be"),
         (lambda: AdaptedTeacher(teacher_width=7, num_classes=4, hidden=0), "hidden must be"),
         (lambda: AdaptedTeacher(teacher_width=7, num_classes=4, adapter_weight=-1.0), "adapter_weight must be"),
