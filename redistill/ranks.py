@@ -167,7 +167,7 @@ class Heartbeat(threading.Thread):
         # A connection of its own: a call that waits, in another thread, would keep the one of the process group busy.
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         server = dist.TCPStore(address, port, timeout=timedelta(seconds=SILENT))  # type: ignore[attr-defined]
-        self._store = dist.PrefixStore("heartbeat", server)
+        self._store = dist.PrefixStore("heartbeat", server)  # type: ignore[attr-defined]
         self._store.set(str(rank.rank), "0")
 
     def run(self) -> None:
