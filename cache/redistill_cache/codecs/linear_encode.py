@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
+from importlib import import_module
 from types import ModuleType
 from typing import Literal, cast
 
@@ -47,6 +48,7 @@ __all__ = [
     "Quantizer",
     "encode_linear",
     "search_coefficients",
+    "triton_kernels",
 ]
 
 ROUNDINGS = ("plain", "shaped")
@@ -368,13 +370,18 @@ class Quantizer:
 
 def sweeps_of(backend: Backend) -> Sweeps:
     """Triton's on CUDA where it is installed."""
-    if not backend.on_host and backend.device.type == "cuda":
-        try:
-            from redistill_cache.codecs.triton_sweeps import TritonSweeps
-        except ImportError:
-            return ArraySweeps(backend)
-        return TritonSweeps()
-    return ArraySweeps(backend)
+    on_gpu = not backend.on_host and backend.device.type == "cuda"
+    kernels = triton_kernels() if on_gpu else None
+    sweeps: Sweeps = ArraySweeps(backend) if kernels is None else kernels.TritonSweeps()
+    return sweeps
+
+
+def triton_kernels() -> ModuleType | None:
+    """The sweeps in Triton; None where it is missing, as on Windows."""
+    try:
+        return import_module("redistill_cache.codecs.triton_sweeps")
+    except ImportError:
+        return None
 
 
 @cache

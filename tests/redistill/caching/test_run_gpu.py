@@ -15,6 +15,7 @@ import redistill
 from redistill.cached_teacher import CachedTeacher
 from redistill.caching import cache_teacher
 from redistill.models import open_model
+from redistill.progress import NoProgress
 from redistill.teachers import Teacher
 from tests.redistill.caching.test_run import render_view
 from tests.simulated_cuda import simulated_cuda
@@ -56,3 +57,22 @@ def test_in_float32_a_gpu_with_the_arithmetic_of_the_cpu_writes_its_bytes(tmp_pa
     rows = {name for name in expected if "/c." in name}
     assert len(rows) > 8
     assert {name: found.get(name) for name in rows} == {name: expected[name] for name in rows}
+
+
+class Said(NoProgress):
+    """Remembers what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def info(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_without_triton_the_encoder_runs_in_torch_and_says_so_once(tmp_path: Path):
+    said = Said()
+    with simulated_cuda():  # on which no kernel of Triton can run
+        cache_teacher(five_class_options(tmp_path / "a.zarr", device="cuda", codec="linear", views=1), said)
+    lines = [line for line in said.lines if "Triton" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("Triton is not installed, so encoding on cuda:0")
