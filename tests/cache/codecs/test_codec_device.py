@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from redistill_cache.codecs import fit_codec
+from redistill_cache.codecs.linear_encode import Quantizer
 from redistill_cache.codecs.protocol import indices_of, join_encoded
 from redistill_cache.rows import PackedView, _located
 
@@ -79,3 +80,28 @@ def test_gathered_rows_name_the_rows_that_sparse_arrays_hold():
     gathered = packed_view(codec, rows).gather(np.array([3, 152, 4, 151]))
     np.testing.assert_array_equal(gathered[indices_of("exact")], [1, 3])
     assert len(gathered["exact"]) == 2
+
+
+TRIALS = ("quantize", "project_only", "decoded_errors")
+
+
+@pytest.mark.parametrize("keep_shift", [False, True])
+def test_the_encoder_waits_once_for_every_trial_of_steps(monkeypatch: pytest.MonkeyPatch, keep_shift: bool):
+    """Whether rows meet the bound decides what is tried next. Besides: checks before, arrays after the trials."""
+    rows = logits()[:140]  # rows with enormous errors are measured once more
+    codec = fit_codec("linear", rows[:120], keep_shift=keep_shift)
+    trials: list[str] = []
+    for name in TRIALS:
+        method = getattr(Quantizer, name)
+        monkeypatch.setattr(Quantizer, name, lambda *args, name=name, do=method: trials.append(name) or do(*args))
+    with simulated_cuda() as gpu:
+        on_gpu = torch.from_numpy(rows).to(GPU)
+        codec.encode(on_gpu)  # copies constants
+        trials.clear()
+        with gpu.counting() as syncs:
+            join_encoded([codec.encode(on_gpu)])
+    waits = [sync for sync in syncs if any(sync.within(f" {name}") for name in TRIALS)]
+    assert len(trials) >= 4
+    assert len(waits) == len(trials), list(map(str, waits))
+    others = [sync for sync in syncs if sync not in waits]
+    assert len(others) <= 8, list(map(str, others))
