@@ -16,7 +16,7 @@ import torch
 from redistill_cache.errors import Refused, UsageError
 from torch import Tensor, nn
 
-from redistill.devices import refuse_out_of_memory
+from redistill.devices import exact_float32, refuse_out_of_memory
 from redistill.models import OpenedModel
 from redistill.models.weights import tensor_bytes
 from redistill.signals import LOGITS, PENULTIMATE, PROBE_SIZE, Head, Signals, find_head
@@ -52,11 +52,19 @@ class Teacher:
         model.module.eval().requires_grad_(False)
         if {*layers} - {LOGITS, PENULTIMATE} and not isinstance(model.module(self._noise()), Tensor):
             raise Refused(f"layers of {model.spec!r} cannot be stored: it does not return a tensor; use penultimate")
-        head = self.head_name if PENULTIMATE in layers else None
+        head = self.head_name if PENULTIMATE in layers or amp is not None else None
         self._removed_head = None if head is None else model.module.get_submodule(head)
         with refuse_out_of_memory(1, device):
             self.network = Signals(model.module, layers, head).eval().to(device, memory_format=self.memory_format)  # type: ignore[call-overload]
         self._run = torch.compile(self.network) if compile else self.network
+
+    @property
+    def precision(self) -> str:
+        """In which the logits are computed."""
+        if self.amp is None:
+            return "float32"
+        name = str(self.amp).removeprefix("torch.")
+        return name if self._removed_head is None else f"{name}, final layer float32"
 
     @property
     def signals(self) -> tuple[str, ...]:
@@ -91,7 +99,7 @@ class Teacher:
     def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
             raise UsageError(f"expected uint8 pixels [B, 3, H, W], found {pixels.dtype} {list(pixels.shape)}")
-        with refuse_out_of_memory(len(pixels), self.device):
+        with refuse_out_of_memory(len(pixels), self.device), exact_float32():
             moved = pixels.to(self.device, non_blocking=True).contiguous(memory_format=self.memory_format)
             with torch.autocast(self.device.type, self.amp) if self.amp is not None else nullcontext():
                 outputs: dict[str, Tensor] = self._run(self.normalise(moved))

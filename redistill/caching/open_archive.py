@@ -198,6 +198,13 @@ def check_same_teacher(path: Path, declared: Mapping[str, TeacherSpec], plan: Pl
     """Resume only with the same network and the same settings; add to a teacher only signals of the same network."""
     where = f"{path}: teacher {plan.teacher_name!r}"
     base, stored = declared.get(plan.teacher_name), declared.get(plan.part.name)
+    for spec in (base, stored):
+        precision = "" if spec is None else str(spec.model.get("precision"))
+        if plan.teacher.precision.startswith(f"{precision}, "):
+            raise SpecMismatch(
+                f"{where} was started by an earlier version, which rounded its logits to {precision}; use that "
+                "version, add the teacher under another --teacher-name, or start a new archive"
+            )
     try:
         if base is not None:
             network = TeacherSpec(base.name, base.signals, plan.model).network

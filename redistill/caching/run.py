@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from redistill_cache import ArchiveWriter, open_archive
+from redistill_cache.codecs.linear_encode import triton_kernels
 from redistill_cache.errors import Refused, SpecMismatch
 from redistill_cache.inspect import describe
 from redistill_cache.layout import Block
@@ -264,6 +265,7 @@ def write_blocks(
     plan = runner.plan
     total, images = sum(len(block.rows) for block in blocks), 0
     unchecked: tuple[int, range, Tensor] | None = None
+    tell_slow_encoder(plan, writer, progress)
     with BlockEncoder(plan, writer, stats) as encoder:
         for (block, rows), pixels, signals in runner.run(teacher_batches(runner, writer, blocks)):
             encoder.add(block, rows, signals)
@@ -283,6 +285,15 @@ def write_blocks(
                 unchecked = None
     if unchecked is not None:
         check_stored_batch(plan, writer, *unchecked)
+
+
+def tell_slow_encoder(plan: Plan, writer: ArchiveWriter, progress: Progress) -> None:
+    codecs = {signal.codec for signal in writer.teachers[plan.teacher_name].signals}
+    if plan.teacher.device.type == "cuda" and "linear" in codecs and triton_kernels() is None:
+        progress.info(
+            f"Triton is not installed, so encoding on {plan.teacher.device} runs in plain operations of torch, many "
+            "times slower; pip install triton"
+        )
 
 
 def teacher_batches(

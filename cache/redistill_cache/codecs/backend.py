@@ -13,9 +13,12 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Array", "Backend", "backend_of", "to_numpy"]
+__all__ = ["Array", "Backend", "backend_of", "encodable", "to_numpy"]
 
 Array = Any  # a numpy array or a torch tensor; typing both would import torch
+
+# torch keeps pinned memory for the next copy; what is larger is a constant, which is copied once.
+PINNED_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -38,13 +41,23 @@ class Backend:
         return nullcontext() if self.torch is None else self.torch.autocast(self.device.type, enabled=False)
 
     def constant(self, values: np.ndarray, dtype: str | None = None) -> Array:
-        """A numpy array, copied to the device."""
+        """A numpy array, copied to the device. The host does not wait for a GPU, unless the array is large."""
         values = np.ascontiguousarray(values, dtype=dtype)
         if self.torch is None:
             return values
         if not values.flags.writeable:
             values = values.copy()
-        return self.torch.from_numpy(values).to(self.device)
+        tensor = self.torch.from_numpy(values)
+        if self.device.type == "cuda" and tensor.nbytes <= PINNED_BYTES:
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+    def to_host(self, *arrays: Array) -> list[np.ndarray]:
+        """One value per row of each, [n], as float64 arrays on the host, in one copy for which it waits."""
+        if self.torch is None or not arrays:
+            return [array.astype(np.float64) for array in arrays]
+        together = self.torch.stack([array.to(self.torch.float64) for array in arrays])
+        return list(np.array(to_numpy(together)))
 
     def cast(self, x: Array, dtype: str) -> Array:
         if self.torch is None:
@@ -186,6 +199,11 @@ def backend_of(x: Array) -> Backend:
     if torch is not None and isinstance(x, torch.Tensor):
         return Backend(torch, x.device)
     raise TypeError(f"expected a numpy array or a torch tensor, found {type(x).__name__}")
+
+
+def encodable(rows: Array) -> Array:
+    """The rows where they can be encoded: on the host, if their device has no float64."""
+    return to_numpy(rows) if backend_of(rows).key.startswith("torch:mps") else rows
 
 
 def to_numpy(x: Array) -> np.ndarray:

@@ -14,11 +14,11 @@ the bound at every step are stored exactly.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from redistill_cache.codecs.backend import Array, backend_of, to_numpy
+from redistill_cache.codecs.backend import Array, backend_of, encodable, to_numpy
 from redistill_cache.codecs.protocol import Encoded, absent, exact_rows, sparse_rows
 from redistill_cache.codecs.stats import check_finite, error_names, log_softmax, rounded_up, row_errors, top1_kept
 from redistill_cache.spec import ArraySpec
@@ -47,6 +47,8 @@ class CompanderCodec:
     fidelity: float
     scale: int
     name: str = "compander"
+    # Cached per device: a copy to a GPU makes the host wait.
+    _log_steps: dict[str, Array] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     full_rows = True
     keeps_shift = False
@@ -73,6 +75,7 @@ class CompanderCodec:
         return {"q_high": (arrays["level"] & WIDE) != 0, "exact": (arrays["level"] & EXACT) != 0}
 
     def encode(self, rows: Array) -> Encoded:
+        rows = encodable(rows)
         check_finite(rows)
         backend = backend_of(rows)
         rows = backend.cast(rows, "float32")
@@ -88,7 +91,7 @@ class CompanderCodec:
         arrays = {
             "q": backend.cast(q % 256, "uint8"),
             "level": backend.constant(level),
-            "q_high": to_numpy(high).astype(np.uint8) if wide.any() else absent(tuple(q.shape), "uint8"),
+            "q_high": to_numpy(backend.cast(high, "uint8")) if wide.any() else absent(tuple(q.shape), "uint8"),
             "exact": exact_rows(rows, exact),
         }
         errors = {name: np.where(exact, 0.0, values) for name, values in search.errors.items()}
@@ -113,7 +116,9 @@ class CompanderCodec:
     def dequantize(self, q: Array, level: Array) -> Array:
         """Numbers of steps (float32) to logits."""
         backend = backend_of(q)
-        log_steps = backend.lookup(backend.constant(np.log2(STEPS), "float32"), level & LEVEL_MASK)
+        if backend.key not in self._log_steps:
+            self._log_steps[backend.key] = backend.constant(np.log2(STEPS), "float32")
+        log_steps = backend.lookup(self._log_steps[backend.key], level & LEVEL_MASK)
         octaves = backend.log2(backend.clip(q, ZERO_DECODES_AS, None)) + log_steps[:, None]
         return octaves * np.float32(2.0 * self.scale * np.log(2.0)).item()
 

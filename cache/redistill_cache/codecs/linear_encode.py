@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
+from importlib import import_module
 from types import ModuleType
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 
-from redistill_cache.codecs.backend import Array, Backend, to_numpy
+from redistill_cache.codecs.backend import Array, Backend, backend_of, to_numpy
 from redistill_cache.codecs.divergence import Softmax
 from redistill_cache.codecs.linear_decode import (
     ESCAPE_LIMIT,
@@ -25,7 +26,7 @@ from redistill_cache.codecs.linear_decode import (
     LinearDecoder,
     multipliers,
 )
-from redistill_cache.codecs.protocol import Encoded, absent, exact_rows, join_parts
+from redistill_cache.codecs.protocol import Encoded, absent, exact_rows, indices_of, join_parts
 from redistill_cache.codecs.rounding import (
     CLASSES,
     ArraySweeps,
@@ -37,7 +38,7 @@ from redistill_cache.codecs.rounding import (
     curvature,
     remaining_cost,
 )
-from redistill_cache.codecs.stats import METRICS, Centre, check_finite, error_names, rounded_up, row_errors, top1_kept
+from redistill_cache.codecs.stats import METRICS, Centre, check_finite, error_names, keeps_top1, rounded_up, row_errors
 from redistill_cache.strict_json import Fields, Json
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "Quantizer",
     "encode_linear",
     "search_coefficients",
+    "triton_kernels",
 ]
 
 ROUNDINGS = ("plain", "shaped")
@@ -160,8 +162,10 @@ class Quantized:
 
     def replace_rows(self, index: np.ndarray, other: Quantized, chosen: np.ndarray) -> None:
         """Replace rows `index` by rows `chosen` of `other`."""
-        self.k[index] = other.k[chosen]
-        self.shift[index] = other.shift[chosen]
+        backend = backend_of(self.k)
+        at, taken = backend.constant(index, "int64"), backend.constant(chosen, "int64")
+        self.k[at] = other.k[taken]
+        self.shift[at] = other.shift[taken]
         self.top1_kept[index] = other.top1_kept[chosen]
         for name, values in other.errors.items():
             self.errors[name][index] = values[chosen]
@@ -276,18 +280,18 @@ class Quantizer:
         fits = ((k >= least) & (k <= most)).all(1)
         k = self.backend.where(fits[:, None], k, k * 0.0)
         errors = self._product(k * multiplier - x, self._matrix) + slab.projected[at]
-        quantized = self._measured(slab, at, k, errors)
-        for values in quantized.errors.values():
-            values[~to_numpy(fits)] = np.inf
-        return quantized
+        return self._measured(slab, at, k, errors, fits)
 
     def project_only(self, slab: Slab, index: np.ndarray) -> Quantized:
         """Rows `index` without rounding: their errors are those of the projection, which no step reduces."""
         at = self.backend.constant(index, "int64")
         return self._measured(slab, at, slab.x[at], slab.projected[at])
 
-    def _measured(self, slab: Slab, at: Array, k: Array, errors: Array) -> Quantized:
-        """The exact errors of rows, rounded up a little: the last digits of sums depend on their order."""
+    def _measured(self, slab: Slab, at: Array, k: Array, errors: Array, *fits: Array) -> Quantized:
+        """The exact errors of rows, rounded up a little: the last digits of sums depend on their order.
+
+        They are infinite for rows that do not fit, if `fits` says which do. A GPU is waited for once.
+        """
         rows = slab.rows[at]
         shift = self.backend.zeros((len(rows),), "float32")
         if self.settings.keep_shift:
@@ -295,7 +299,12 @@ class Quantizer:
             # Added in float32 as by the decoder: a large shift leaves few digits for the logits.
             decoded = self.backend.cast(rows + errors, "float32") + shift[:, None]
             errors = self.backend.cast(decoded, "float64") - rows
-        return Quantized(k, shift, rounded_up(self._errors(slab, at, errors)), top1_kept(rows, rows + errors))
+        measured, kept, *fitting = self._errors(slab, at, errors, keeps_top1(rows, rows + errors), *fits)
+        rounded = rounded_up(measured)
+        for values in rounded.values():
+            for fit in fitting:
+                values[fit == 0] = np.inf
+        return Quantized(k, shift, rounded, kept != 0)
 
     def decoded_errors(
         self, slab: Slab, quantized: Quantized, index: np.ndarray, level: np.ndarray
@@ -308,30 +317,36 @@ class Quantizer:
             self.backend.constant(level[index], "uint8") | self.backend.cast((escape != 0).any(1), "uint8") * ESCAPED
         )
         arrays = {"q": packing.pack(self.backend, within), "level": flags, "escape": self.backend.cast(escape, "int16")}
+        # To find the rows that escape, a GPU would be waited for: all of them do, most by zero.
+        every = {} if self.backend.on_host else {indices_of("escape"): self.backend.constant(np.arange(self.tile_rows))}
         for tile in self._tiles(len(index)):
-            padded = {name: self._padded(array[tile]) for name, array in arrays.items()}
+            padded = {name: self._padded(array[tile]) for name, array in arrays.items()} | every
             parts.append(self.decoder.decode(padded)[: tile.stop - tile.start])
         decoded = self.backend.concatenate(parts)
         if self.settings.keep_shift:
             decoded = decoded + quantized.shift[at][:, None]
-        return self._errors(slab, at, self.backend.cast(decoded, "float64") - slab.rows[at])
+        measured: dict[str, np.ndarray]
+        measured, *_ = self._errors(slab, at, self.backend.cast(decoded, "float64") - slab.rows[at])
+        return measured
 
-    def _errors(self, slab: Slab, at: Array, errors: Array) -> dict[str, np.ndarray]:
-        """The errors in the metric of rows whose values have these errors."""
+    def _errors(self, slab: Slab, at: Array, errors: Array, *flags: Array) -> tuple[Any, ...]:
+        """The errors in the metric of rows whose values have these errors; and `flags` of these rows on the host."""
         rows = slab.rows[at]
         if slab.softmax is None:
-            return row_errors(rows, rows + errors, self.settings.metric, self._centre)
+            errors_of = row_errors(rows, rows + errors, self.settings.metric, self._centre)
+            return errors_of, *self.backend.to_host(*flags)
         softmax = slab.softmax
         if self._loops:
             sharp, soft = self._loops.divergences(softmax.weights, softmax.total_sharp, softmax.total_soft, at, errors)
         else:
             sharp, soft = softmax.divergences(self.backend, at, errors)
+        sharp, soft, *on_host = self.backend.to_host(sharp, soft, *flags)
         beyond = np.flatnonzero(np.isnan(sharp) | np.isnan(soft))
         if len(beyond):
             chosen = self.backend.constant(beyond, "int64")
             values = row_errors(rows[chosen], rows[chosen] + errors[chosen], "kl")
             sharp[beyond], soft[beyond] = (values[name] for name in error_names("kl"))
-        return dict(zip(error_names("kl"), (sharp, soft), strict=True))
+        return dict(zip(error_names("kl"), (sharp, soft), strict=True)), *on_host
 
     def _heaviest(self, rows: Array) -> Array:
         count = min(CLASSES, self.decoder.width)
@@ -389,13 +404,18 @@ class Quantizer:
 
 def sweeps_of(backend: Backend) -> Sweeps:
     """Triton's on CUDA where it is installed."""
-    if not backend.on_host and backend.device.type == "cuda":
-        try:
-            from redistill_cache.codecs.triton_sweeps import TritonSweeps
-        except ImportError:
-            return ArraySweeps(backend)
-        return TritonSweeps()
-    return ArraySweeps(backend)
+    on_gpu = not backend.on_host and backend.device.type == "cuda"
+    kernels = triton_kernels() if on_gpu else None
+    sweeps: Sweeps = ArraySweeps(backend) if kernels is None else kernels.TritonSweeps()
+    return sweeps
+
+
+def triton_kernels() -> ModuleType | None:
+    """The sweeps in Triton; None where it is missing, as on Windows."""
+    try:
+        return import_module("redistill_cache.codecs.triton_sweeps")
+    except ImportError:
+        return None
 
 
 @cache
@@ -504,7 +524,7 @@ class _LevelSearch:
         arrays = {
             "q": packing.pack(backend, within),
             "level": backend.constant(level),
-            "escape": to_numpy(escape).astype(np.int16) if escaped.any() else absent(tuple(k.shape), "int16"),
+            "escape": to_numpy(backend.cast(escape, "int16")) if escaped.any() else absent(tuple(k.shape), "int16"),
             "exact": exact_rows(self.slab.rows, exact),
         }
         if self.quantizer.settings.keep_shift:

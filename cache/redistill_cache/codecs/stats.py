@@ -28,6 +28,7 @@ __all__ = [
     "check_finite",
     "check_stats",
     "error_names",
+    "keeps_top1",
     "kl_rows",
     "log_softmax",
     "merge_stats",
@@ -140,9 +141,14 @@ def rounded_up(errors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def top1_kept(exact: Array, decoded: Array) -> np.ndarray:
     """Whether the largest decoded value of every row is at a maximum of the exact row."""
+    return np.array(to_numpy(keeps_top1(exact, decoded)))
+
+
+def keeps_top1(exact: Array, decoded: Array) -> Array:
+    """The same, on the device."""
     backend = backend_of(exact)
     best = backend.argmax_of_row(decoded)[:, None]
-    return np.array(to_numpy((backend.take(exact, best) == backend.max_of_row(exact))[:, 0]))
+    return (backend.take(exact, best) == backend.max_of_row(exact))[:, 0]
 
 
 # -- statistics of a block --------------------------------------------------------------------------------------------
