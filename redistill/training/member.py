@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from redistill_cache.errors import Refused, SpecMismatch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from redistill.devices import refuse_out_of_memory
 from redistill.losses.curriculum import TrainingProgress
@@ -20,6 +19,7 @@ from redistill.losses.objective import Mix, Objective
 from redistill.models import OpenedModel
 from redistill.optim import clip_gradients, lr_at, make_optimizer, set_lr
 from redistill.ranks import World
+from redistill.training.average import AveragedWeights
 from redistill.training.options import MemberSpec, TrainOptions
 
 __all__ = ["Member"]
@@ -49,11 +49,7 @@ class Member:
         self.normalise = opened.normalise().to(world.device)
         self.objective = objective.to(world.device)
         self.optimizer = make_optimizer(nn.ModuleList([self.module, self.objective]), self.optim)
-        self.average = (
-            AveragedModel(self.module, multi_avg_fn=averaging(options.ema), use_buffers=True)
-            if options.ema is not None
-            else None
-        )
+        self.average = None if options.ema is None else AveragedWeights(self.module, options.ema)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=amp is torch.float16)
         self.wrapped = world.wrap(self.module, options.sync_bn)
         self.network: Any = torch.compile(self.wrapped) if options.compile else self.wrapped
@@ -105,7 +101,7 @@ class Member:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average is not None:
-            self.average.update_parameters(self.module)
+            self.average.update(self.module)
 
     def _forward(
         self, pixels: Tensor, teacher: Tensor | None, labels: Tensor, mix: Mix | None, progress: TrainingProgress
@@ -214,23 +210,31 @@ class Member:
     def load(self, state: Mapping[str, Any], epoch: int, batch: int) -> None:
         """Restore the state that rank 0 saved after `batch` batches of `epoch`.
 
-        Rank 0 also restores its random state and sums; the other ranks derive a new random state from the position.
+        Rank 0 also restores its sums and random states. The other ranks derive new random states from the position; so
+        does rank 0 for a type of device that the saved run had not.
         """
         self.module.load_state_dict(state["module"])
         self.objective.load_state_dict(state["objective"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        self._load_optimizer(state["optimizer"])
+        if state["scaler"]:  # it is empty where the earlier part of the run did not scale
+            self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.history = list(state["history"])
         self.best, self.best_epoch = state["best"], state["best_epoch"]
+        seed = f"{self.spec.seed} {(epoch, batch)}"
+        self.rng_state = initial_rng_state(seed, self.world.rank.rank, self.world.device)
         if self.world.first:
-            self.rng_state = state["noise"]
+            saved = state["noise"]
+            self.rng_state |= {name: saved[name] for name in self.rng_state if name in saved}
             self.sums = {name: total.to(self.world.device) for name, total in state["sums"].items()}
             self.rows = state["rows"]
-        else:
-            seed = f"{self.spec.seed} {(epoch, batch)}"
-            self.rng_state = initial_rng_state(seed, self.world.rank.rank, self.world.device)
+
+    def _load_optimizer(self, state: Mapping[str, Any]) -> None:
+        """Restore the optimiser; which of torch's implementations computes its steps depends on the device of now."""
+        implementation = [{"fused": group["fused"]} for group in self.optimizer.param_groups]
+        groups = [saved | own for saved, own in zip(state["param_groups"], implementation, strict=True)]
+        self.optimizer.load_state_dict({**state, "param_groups": groups})
 
 
 def even_parts(count: int, parts: int) -> list[slice]:
@@ -252,10 +256,6 @@ def refuse_too_few_rows(rows: int, student: str) -> Iterator[None]:
             f"the batch norms of {student!r} cannot be trained on {rows} views at a time; use a larger --batch-size or "
             "--size, or a smaller --grad-accum"
         ) from None
-
-
-def averaging(decay: float) -> Any:  # noqa: ANN401  what AveragedModel takes
-    return get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
 
 
 def initial_rng_state(seed: object, rank: int, device: torch.device) -> dict[str, Tensor]:

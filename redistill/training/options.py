@@ -39,8 +39,9 @@ MAX_MEMBERS = 1000
 MAX_TERMS = 32  # of a loss
 LISTS = ("students", "losses", "seeds", "teachers", "log")
 PATHS = ("archive", "out", "val_archive")
-# These do not change the result, so they may differ when a run is resumed.
+# These do not change the result, or no more than rounding (device), so they may differ when a run is resumed.
 FREE_ON_RESUME = (
+    "device",
     "out",
     "data",
     "archive",

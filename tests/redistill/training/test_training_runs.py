@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from redistill_cache import open_archive
 from redistill_cache.errors import Damaged, Refused, SpecMismatch
 from safetensors.torch import load_file
@@ -141,6 +142,12 @@ def test_another_option_is_refused_by_name(options):
         with pytest.raises(SpecMismatch, match="use the original value to resume") as error:
             train(options(**{"epochs": 1, **changed}))
         assert next(iter(changed)) in str(error.value)
+
+
+def test_the_device_may_change(options):
+    with pytest.raises(Interrupted):
+        train(options(device="auto" if not torch.cuda.is_available() else "cuda"), InterruptAt(7))
+    assert train(options(device="cpu"))[0].epochs == 3
 
 
 def test_a_finished_run_is_not_run_again(options):
