@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from redistill_cache.errors import Refused, UsageError
 
-__all__ = ["one_thread", "pick_amp", "pick_device", "refuse_out_of_memory"]
+__all__ = ["fastest_convolutions", "one_thread", "pick_amp", "pick_device", "refuse_out_of_memory"]
 
 # A failed allocation on a CPU is a plain RuntimeError; only its text tells it from others.
 HOST_OUT_OF_MEMORY = ("DefaultCPUAllocator", "not enough memory", "can't allocate memory")
@@ -60,6 +60,17 @@ def refuse_out_of_memory(batch_size: int, device: torch.device) -> Iterator[None
             raise
         advice = f"try --batch-size {batch_size // 2}" if batch_size > 1 else "not even one image fits"
         raise Refused(f"{device} ran out of memory on a batch of {batch_size}; {advice}") from error
+
+
+@contextmanager
+def fastest_convolutions(device: torch.device) -> Iterator[None]:
+    """On a GPU, let cuDNN try its algorithms on every new shape and use the fastest: a run has two or three shapes."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or device.type == "cuda"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 @contextmanager

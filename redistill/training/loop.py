@@ -12,6 +12,7 @@ import time
 from redistill_cache.errors import RedistillError, Refused
 from redistill_cache.storage import disk_trouble
 
+from redistill.devices import fastest_convolutions
 from redistill.interrupts import StopRequest, raise_on_signals, stop_on_signals
 from redistill.losses.curriculum import TrainingProgress
 from redistill.losses.objective import Mix
@@ -22,9 +23,10 @@ from redistill.training.checkpoint import has_checkpoint, load_checkpoint, save_
 from redistill.training.feed import BatchPlan, TrainBatch
 from redistill.training.options import TrainOptions
 from redistill.training.prepare import TrainSetup, prepare
-from redistill.training.run_files import EpochTimes, RunFiles, TrainResult, refuse_foreign_folder
+from redistill.training.run_files import RunFiles, TrainResult, refuse_foreign_folder
 from redistill.training.settings import settings_in_effect
 from redistill.training.targets import CachedTargets
+from redistill.training.throughput import Throughput, clock_of
 
 __all__ = ["Diverged", "train"]
 
@@ -42,7 +44,7 @@ class Diverged(RedistillError):
 
 def train(options: TrainOptions, progress: Progress | None = None) -> list[TrainResult]:
     """Train every member of the cohort and return their results. Resumes the run in `options.out`, if any."""
-    with joined_world(options.device) as world, stop_on_signals(RESUME) as stop:
+    with joined_world(options.device) as world, fastest_convolutions(world.device), stop_on_signals(RESUME) as stop:
         if progress is None or not world.first:
             progress = NoProgress()
         refuse_earlier_run(options)
@@ -81,7 +83,7 @@ class Training:
         self.feed, self.members, self.targets = setup.feed, setup.members, setup.targets
         self.validation, self.use = setup.validation, setup.use
         self.labels, self.judged = setup.archive.labels, False
-        self.throughput = Throughput()
+        self.throughput = Throughput(clock_of(world.device))
         self.last_save = time.monotonic()
         self.check_every = CHECK_ALONE[world.device.type] if world.size == 1 else CHECK_RANKS
 
@@ -134,13 +136,9 @@ class Training:
                 self.progress.warning(text)
 
     def _step(self, item: TrainBatch) -> None:
-        """Copy one batch to the device, and do one step of every member on it."""
-        plan, images, device = item.plan, item.images, self.world.device
-        pixels = images.pixels.to(device, non_blocking=True)
-        labels = images.labels.to(device, non_blocking=True)
-        mix = None
-        if images.partner_labels is not None and images.mix_weights is not None:
-            mix = Mix(images.partner_labels.to(device), images.mix_weights.to(device))
+        """One step of every member on one batch. Nothing in it waits for a GPU."""
+        plan, (pixels, labels, partner_labels, mix_weights) = item
+        mix = None if partner_labels is None or mix_weights is None else Mix(partner_labels, mix_weights)
         teacher = None if self.targets is None else self.targets(plan, pixels)
         progress = TrainingProgress(plan.epoch + plan.batch / plan.batches, self.feed.epochs)
         rank_weight = len(pixels) * self.world.size / plan.global_size
@@ -248,26 +246,3 @@ class Training:
         """Stop every rank, including those that received no signal."""
         self.stop.number = self.stop.number or 15
         self.stop.raise_if_set(RESUME)
-
-
-class Throughput:
-    """Images per second of an epoch, and the share of the time spent waiting for data; validation is not counted."""
-
-    def __init__(self) -> None:
-        self.start()
-
-    def start(self) -> None:
-        self.started = self.last_done = time.perf_counter()
-        self.waited = 0.0
-        self.images = 0
-
-    def batch_ready(self) -> None:
-        self.waited += time.perf_counter() - self.last_done
-
-    def batch_done(self, images: int) -> None:
-        self.last_done = time.perf_counter()
-        self.images += images
-
-    def times(self) -> EpochTimes:
-        seconds = max(time.perf_counter() - self.started, 1e-9)
-        return EpochTimes(seconds, self.images / seconds, self.waited / seconds)

@@ -52,7 +52,7 @@ class Member:
         self.average = None if options.ema is None else AveragedWeights(self.module, options.ema)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=amp is torch.float16)
         self.wrapped = world.wrap(self.module, options.sync_bn)
-        self.network: Any = torch.compile(self.wrapped) if options.compile else self.wrapped
+        self.network: Any = torch.compile(self.wrapped, dynamic=False) if options.compile else self.wrapped
         self.rng_state = initial_rng_state(spec.seed, world.rank.rank, world.device)
         self.history: list[dict[str, Any]] = []
         self.best = -math.inf
