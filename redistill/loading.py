@@ -90,6 +90,9 @@ class BatchLoader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
         """Stop the workers now: if this is left to the end of the interpreter, each of them may take seconds."""
         if hasattr(self._iterator, "_shutdown_workers"):
             self._iterator._shutdown_workers()

@@ -89,11 +89,11 @@ class Training:
 
     def run(self, epoch: int, batch: int) -> list[Metrics | None]:
         """Train from this batch to the end; the metrics of every member after the last epoch."""
-        if epoch == self.feed.epochs:
-            return self._validate()
         metrics: list[Metrics | None] = []
         current_epoch = None
         try:
+            if epoch == self.feed.epochs:
+                return self._validate()
             for item in self.feed.start(epoch, batch):
                 plan = item.plan
                 if plan.epoch != current_epoch:
@@ -107,8 +107,7 @@ class Training:
                 if plan.last:
                     metrics = self._end_epoch(plan.epoch)
         finally:
-            if self.targets is not None:
-                self.targets.close()
+            self._close()
         return metrics
 
     def first_step(self) -> None:
@@ -123,8 +122,14 @@ class Training:
             self._refuse_infinite_weights("epoch 1, batch 1")
         finally:
             batches.close()
-            if self.targets is not None:
-                self.targets.close()
+            self._close()
+
+    def _close(self) -> None:
+        """Stop background work: views being loaded, and the workers of validation."""
+        if self.targets is not None:
+            self.targets.close()
+        if self.validation is not None:
+            self.validation.close()
 
     def _begin_epoch(self, epoch: int) -> None:
         if self.targets is not None:

@@ -241,6 +241,26 @@ def test_an_error_after_the_workers_have_started_stops_them(options, tmp_path: P
     assert not multiprocessing.active_children()
 
 
+class Processes(NoProgress):
+    """The child processes at the end of every epoch."""
+
+    def __init__(self) -> None:
+        self.of_epochs: list[set[int | None]] = []
+
+    def epoch(self, *_: object, **__: object) -> None:
+        self.of_epochs.append({process.pid for process in multiprocessing.active_children()})
+
+
+def test_the_workers_of_validation_stay_until_the_end(options, monkeypatch: pytest.MonkeyPatch):
+    """Two of training and two of validation, where its pixels do not fit in memory; their start takes seconds."""
+    monkeypatch.setattr("redistill.training.validate.CACHED_BYTES", 0)
+    processes = Processes()
+    train(options(workers=2, val=VAL), processes)
+    assert [len(pids) for pids in processes.of_epochs] == [4, 4, 4]
+    assert len(set.union(*processes.of_epochs)) == 4
+    assert not multiprocessing.active_children()
+
+
 @pytest.mark.slow
 def test_an_unfinished_archive_is_refused_and_the_command_ends(options, tmp_path: Path):
     unfinished = shutil.copytree(options().archive, tmp_path / "unfinished.redistill.zarr")
