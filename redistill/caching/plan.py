@@ -107,6 +107,7 @@ def make_plan(options: CacheOptions, rank: Rank, progress: Callable[[int, int], 
         amp=pick_amp(device, options.amp),
         channels_last=options.channels_last,
         compile=options.compile,
+        batch_size=options.batch_size,
         layers=options.layers,
     )
     source = open_source(options.data)

@@ -52,7 +52,7 @@ class Member:
         self.average = None if options.ema is None else AveragedWeights(self.module, options.ema)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=amp is torch.float16)
         self.wrapped = world.wrap(self.module, options.sync_bn)
-        self.network: Any = torch.compile(self.wrapped, dynamic=False) if options.compile else self.wrapped
+        self.network: Any = compiled(self.wrapped, len(options.members)) if options.compile else self.wrapped
         self.rng_state = initial_rng_state(spec.seed, world.rank.rank, world.device)
         self.history: list[dict[str, Any]] = []
         self.best = -math.inf
@@ -235,6 +235,21 @@ class Member:
         implementation = [{"fused": group["fused"]} for group in self.optimizer.param_groups]
         groups = [saved | own for saved, own in zip(state["param_groups"], implementation, strict=True)]
         self.optimizer.load_state_dict({**state, "param_groups": groups})
+
+
+# Batches, and parts of them, have two sizes that differ by one; a batch and its parts may together have three.
+SHAPES = 3
+
+
+def compiled(network: nn.Module, members: int) -> Any:  # noqa: ANN401  called as the network
+    """`network` compiled once for every shape. A graph of dynamic shapes would be slower in every step.
+
+    Members of one architecture family run the same code, and torch keeps few compilations of it by default, beyond
+    which it silently stops to compile.
+    """
+    config = torch._dynamo.config
+    config.cache_size_limit = max(config.cache_size_limit, SHAPES * members)
+    return torch.compile(network, dynamic=False)
 
 
 def even_parts(count: int, parts: int) -> list[slice]:
