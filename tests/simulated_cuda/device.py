@@ -178,7 +178,7 @@ class SimulatedTensor(torch.Tensor):
         self.gpu.wait("copy to the host")
         return self.data_on_cpu.tolist()
 
-    def record_stream(self, s: Any) -> None:
+    def record_stream(self, s: Any) -> None:  # noqa: ARG002  the name that torch gives it
         """torch's own takes its own streams only."""
         self.gpu.recorded += 1
 
