@@ -79,8 +79,8 @@ class CachedTeacher:
             decode_rows(self._kept(signal, view), row_of[part], self.device)
             for view, part in zip(used, parts, strict=True)
         ]
-        order = torch.from_numpy(np.argsort(np.concatenate(parts), kind="stable"))
-        return torch.cat(logits)[order.to(self.device)]
+        order = np.argsort(np.concatenate(parts), kind="stable")
+        return torch.cat(logits)[on_device(order, self.device)]
 
     def _current(self, signal: str, view: int) -> PackedView:
         """A view that follows the one before, or one that is kept already."""
@@ -114,11 +114,11 @@ def decode_rows(view: PackedView, rows: np.ndarray, device: torch.device) -> Ten
     """float32 [n, width] on `device`. Packed rows are what is copied to a GPU; they are decoded there."""
     if device.type == "cpu":  # numpy has less overhead per operation than torch, and multiplies as fast
         return torch.from_numpy(view.decode(rows))
-    packed = {}
-    for name, array in view.gather(rows).items():
-        tensor = torch.from_numpy(array)
-        if device.type == "cuda":
-            tensor = tensor.pin_memory()
-        packed[name] = tensor.to(device, non_blocking=True)
-    decoded: Tensor = view.codec.decode(packed)
+    decoded: Tensor = view.codec.decode({name: on_device(array, device) for name, array in view.gather(rows).items()})
     return decoded
+
+
+def on_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy for which the host does not wait, if it is one to a GPU."""
+    tensor = torch.from_numpy(array)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

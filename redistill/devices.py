@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from redistill_cache.errors import Refused, UsageError
 
-__all__ = ["fastest_convolutions", "one_thread", "pick_amp", "pick_device", "refuse_out_of_memory"]
+__all__ = ["exact_float32", "fastest_convolutions", "one_thread", "pick_amp", "pick_device", "refuse_out_of_memory"]
 
 # A failed allocation on a CPU is a plain RuntimeError; only its text tells it from others.
 HOST_OUT_OF_MEMORY = ("DefaultCPUAllocator", "not enough memory", "can't allocate memory")
+
+# (where, attribute, value without TF32). torch 2.9 renamed them, and must not be asked for both.
+TF32_SWITCHES: list[tuple[Any, str, object]] = (
+    [(torch.backends.cudnn.conv, "fp32_precision", "ieee"), (torch.backends.cuda.matmul, "fp32_precision", "ieee")]
+    if hasattr(torch.backends.cudnn, "conv")
+    else [(torch.backends.cudnn, "allow_tf32", False), (torch.backends.cuda.matmul, "allow_tf32", False)]
+)
 
 
 def pick_device(text: str = "auto", *, local_rank: int = 0) -> torch.device:
@@ -48,6 +56,19 @@ def pick_amp(device: torch.device, amp: bool | None) -> torch.dtype | None:
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16
     return torch.bfloat16
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Products of float32 in float32: torch lets convolutions on a GPU round their operands to TF32 by default."""
+    before = [getattr(place, name) for place, name, _ in TF32_SWITCHES]
+    try:
+        for place, name, off in TF32_SWITCHES:
+            setattr(place, name, off)
+        yield
+    finally:
+        for (place, name, _), value in zip(TF32_SWITCHES, before, strict=True):
+            setattr(place, name, value)
 
 
 @contextmanager

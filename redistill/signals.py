@@ -33,15 +33,16 @@ class Signals(nn.Module):
     """A network whose output is a dictionary of float32 rows: logits and the requested layers."""
 
     def __init__(self, network: nn.Module, layers: Sequence[str], head: str | None) -> None:
-        """`head` names the final linear layer of `network`; if `penultimate` is requested, it is moved out of it."""
+        """`head` names the final linear layer of `network`. It is moved out of it: its input is `penultimate`, and it
+        runs in float32 whatever the precision of the rest, since rounded logits have ties and cost twice the bytes."""
         super().__init__()
         self.layers = tuple(layers)
         self.head: nn.Module | None = None
-        if PENULTIMATE in layers:
-            if head is None:
-                raise Refused("penultimate was requested, but the logits are not the output of one final linear layer")
+        if head is not None:
             self.head = network.get_submodule(head)
             network.set_submodule(head, nn.Identity())
+        elif PENULTIMATE in layers:
+            raise Refused("penultimate was requested, but the logits are not the output of one final linear layer")
         self.end = PENULTIMATE if self.head is not None else LOGITS
         inner = [layer for layer in layers if layer not in (LOGITS, PENULTIMATE)]
         self.has_inner = bool(inner)
@@ -51,7 +52,8 @@ class Signals(nn.Module):
         output = self.network(x)
         outputs: dict[str, Tensor] = dict(output) if self.has_inner else {self.end: logits_of(output)}
         if self.head is not None:
-            outputs[LOGITS] = self.head(outputs[PENULTIMATE])
+            with torch.autocast(x.device.type, enabled=False):
+                outputs[LOGITS] = self.head(outputs[PENULTIMATE].float())
         rows = {LOGITS: outputs[LOGITS].float()}
         return rows | {layer: pool(outputs[layer].float(), layer) for layer in self.layers if layer != LOGITS}
 

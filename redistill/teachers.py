@@ -16,7 +16,7 @@ import torch
 from redistill_cache.errors import Refused, UsageError
 from torch import Tensor, nn
 
-from redistill.devices import refuse_out_of_memory
+from redistill.devices import exact_float32, refuse_out_of_memory
 from redistill.models import OpenedModel
 from redistill.models.weights import tensor_bytes
 from redistill.signals import LOGITS, PENULTIMATE, Head, Signals, find_head
@@ -56,12 +56,20 @@ class Teacher:
         model.module.eval().requires_grad_(False)
         if {*layers} - {LOGITS, PENULTIMATE} and not isinstance(model.module(self._noise()), Tensor):
             raise Refused(f"layers of {model.spec!r} cannot be stored: it does not return a tensor; use penultimate")
-        head = self.head_name if PENULTIMATE in layers else None
+        head = self.head_name if PENULTIMATE in layers or amp is not None else None
         self._removed_head = None if head is None else model.module.get_submodule(head)
         with refuse_out_of_memory(1, device):
             self.network = Signals(model.module, layers, head).eval().to(device, memory_format=self.memory_format)  # type: ignore[call-overload]
         self._run = torch.compile(self.network, dynamic=False) if compile else self.network
         self.batch_size = batch_size
+
+    @property
+    def precision(self) -> str:
+        """In which the logits are computed."""
+        if self.amp is None:
+            return "float32"
+        name = str(self.amp).removeprefix("torch.")
+        return name if self._removed_head is None else f"{name}, final layer float32"
 
     @property
     def signals(self) -> tuple[str, ...]:
@@ -100,7 +108,7 @@ class Teacher:
         if missing > 0 and self._run is not self.network:
             padded = nn.functional.pad(pixels, (0, 0, 0, 0, 0, 0, 0, missing))
             return {name: rows[:-missing] for name, rows in self(padded).items()}
-        with refuse_out_of_memory(len(pixels), self.device):
+        with refuse_out_of_memory(len(pixels), self.device), exact_float32():
             moved = pixels.to(self.device, non_blocking=True).contiguous(memory_format=self.memory_format)
             with torch.autocast(self.device.type, self.amp) if self.amp is not None else nullcontext():
                 outputs: dict[str, Tensor] = self._run(self.normalise(moved))

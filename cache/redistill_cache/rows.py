@@ -20,6 +20,7 @@ import numpy as np
 from redistill_cache import layout, limits
 from redistill_cache.codecs import Codec, open_codec
 from redistill_cache.codecs.linear import LinearCodec
+from redistill_cache.codecs.protocol import indices_of
 from redistill_cache.errors import Damaged, Incomplete, OutOfRange, UsageError
 from redistill_cache.layout import ArrayLayout, Block
 from redistill_cache.machine import require_memory
@@ -236,14 +237,18 @@ class PackedView:
         return sum(a.nbytes for a in self.arrays.values()) + sum(p.nbytes + v.nbytes for p, v in self.sparse.values())
 
     def gather(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """The packed rows [n, ...] of these rows, ready for `codec.decode`, on the host or on a device."""
+        """The packed rows [n, ...] of these rows, ready for `codec.decode`, on the host or on a device.
+
+        Beside a sparse array are the indices of the gathered rows that need it, so that no device has to find them.
+        """
         # `take`, because it is faster than [rows]; bench/archive.py compares the two.
         gathered = {name: array.take(rows, axis=0) for name, array in self.arrays.items()}
         for name, (positions, values) in self.sparse.items():
             needed = positions.take(rows)
-            needed = needed[needed >= 0]
-            if len(needed):
-                gathered[name] = values.take(needed, axis=0)
+            index = np.flatnonzero(needed >= 0)
+            if len(index):
+                gathered[name] = values.take(needed[index], axis=0)
+                gathered[indices_of(name)] = index
         return gathered
 
     def decode(self, rows: np.ndarray) -> np.ndarray:

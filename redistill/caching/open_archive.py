@@ -176,6 +176,12 @@ def write_samples(plan: Plan, writer: ArchiveWriter) -> None:
 
 def check_same_teacher(path: Path, teacher: TeacherSpec, plan: Plan) -> None:
     """Resume only with the same network and the same settings."""
+    stored, now = str(teacher.model.get("precision")), plan.teacher.precision
+    if now.startswith(f"{stored}, "):
+        raise SpecMismatch(
+            f"{path}: teacher {teacher.name!r} was started by an earlier version, which rounded its logits to "
+            f"{stored}; use that version, add the teacher under another --teacher-name, or start a new archive"
+        )
     try:
         refuse_difference(dict(teacher.model), plan.model, f"{path}: teacher {teacher.name!r}")
     except SpecMismatch as error:

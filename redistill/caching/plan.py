@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from redistill_cache import ArchiveSpec
 from redistill_cache.errors import Refused, UsageError
 from redistill_cache.spec_files import read_root
@@ -211,7 +210,7 @@ def describe_teacher(options: CacheOptions, teacher: Teacher) -> dict[str, Any]:
     """The network and every setting that affects the stored values. On resume, all of them must be the same."""
     settings = {
         "device": teacher.device.type,
-        "precision": str(teacher.amp or torch.float32).removeprefix("torch."),
+        "precision": teacher.precision,
         "channels_last": options.channels_last,
         "compile": options.compile,
         "batch_size": options.batch_size,

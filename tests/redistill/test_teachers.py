@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.models import VisionTransformer
 
-from redistill.devices import pick_amp, pick_device, refuse_out_of_memory
+from redistill.devices import TF32_SWITCHES, pick_amp, pick_device, refuse_out_of_memory
 from redistill.models import OpenedModel, open_model
 from redistill.signals import pool
 from redistill.teachers import Teacher, check_teacher
@@ -85,6 +85,50 @@ def test_options_do_not_change_the_logits_beyond_rounding():
     half = teacher(amp=torch.bfloat16)(images())["logits"]
     assert half.dtype == torch.float32
     assert 0 < (half - plain).abs().max() < 0.1 * plain.std()
+
+
+@pytest.mark.parametrize("layers", [(), ("penultimate",)])
+def test_the_final_layer_runs_in_float32_whatever_the_precision(layers: tuple[str, ...]):
+    """Rounded logits have ties at the top, and errors that no basis of few directions holds."""
+    mixed = teacher(opened("cifar:resnet8", 40), amp=torch.bfloat16, layers=layers)
+    logits = mixed(images(64))["logits"]
+    assert not torch.equal(logits, logits.bfloat16().float())
+    assert mixed.precision == "bfloat16, final layer float32"
+    exact = teacher(opened("cifar:resnet8", 40))
+    assert exact.precision == "float32"
+    assert (logits - exact(images(64))["logits"]).abs().max() < 0.05 * logits.std()
+
+
+class NoFinalLayer(nn.Module):
+    """Logits that are not the output of a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x).mean((2, 3))
+
+
+def test_without_a_final_linear_layer_the_recorded_precision_is_that_of_the_network():
+    mixed = teacher(of_module(NoFinalLayer()), amp=torch.bfloat16)
+    assert mixed(images())["logits"].dtype == torch.float32
+    assert mixed.precision == "bfloat16"
+
+
+class SeesTF32(NoFinalLayer):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen = [getattr(place, name) for place, name, _ in TF32_SWITCHES]
+        return super().forward(x)
+
+
+def test_float32_is_not_rounded_to_tf32():
+    before = [getattr(place, name) for place, name, _ in TF32_SWITCHES]
+    module = SeesTF32()
+    teacher(of_module(module))(images())
+    assert module.seen == [off for _, _, off in TF32_SWITCHES]
+    assert [getattr(place, name) for place, name, _ in TF32_SWITCHES] == before
+    assert before != module.seen, "torch rounds convolutions by default"
 
 
 def test_a_model_without_weights_is_refused():

@@ -14,7 +14,7 @@ the bound at every step are stored exactly.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -47,6 +47,8 @@ class CompanderCodec:
     fidelity: float
     scale: int
     name: str = "compander"
+    # Cached per device: a copy to a GPU makes the host wait.
+    _log_steps: dict[str, Array] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     full_rows = True
     keeps_shift = False
@@ -110,7 +112,9 @@ class CompanderCodec:
     def dequantize(self, q: Array, level: Array) -> Array:
         """Numbers of steps (float32) to logits."""
         backend = backend_of(q)
-        log_steps = backend.lookup(backend.constant(np.log2(STEPS), "float32"), level & LEVEL_MASK)
+        if backend.key not in self._log_steps:
+            self._log_steps[backend.key] = backend.constant(np.log2(STEPS), "float32")
+        log_steps = backend.lookup(self._log_steps[backend.key], level & LEVEL_MASK)
         octaves = backend.log2(backend.clip(q, ZERO_DECODES_AS, None)) + log_steps[:, None]
         return octaves * np.float32(2.0 * self.scale * np.log(2.0)).item()
 

@@ -13,7 +13,17 @@ from redistill_cache.errors import Damaged
 from redistill_cache.spec import ArraySpec
 from redistill_cache.strict_json import Json
 
-__all__ = ["Codec", "Encoded", "absent", "exact_rows", "is_absent", "join_encoded", "join_parts", "sparse_rows"]
+__all__ = [
+    "Codec",
+    "Encoded",
+    "absent",
+    "exact_rows",
+    "indices_of",
+    "is_absent",
+    "join_encoded",
+    "join_parts",
+    "sparse_rows",
+]
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,10 @@ class Codec(Protocol):
 
     @property
     def sparse(self) -> frozenset[str]:
-        """The sparse arrays. `decode` takes each of them whole, or only the rows of `rows_needing`, or not at all."""
+        """The sparse arrays. `decode` takes each of them whole, or only the rows of `rows_needing`, or not at all.
+
+        It also takes the indices of these rows, under the name `indices_of(name)`.
+        """
 
     def config(self) -> dict[str, Json]:
         """Plain JSON; with `side`, all that `open_codec` needs."""
@@ -123,6 +136,11 @@ def is_absent(array: np.ndarray) -> bool:
     return array.size == 0 or not any(array.strides)
 
 
+def indices_of(name: str) -> str:
+    """The name, among the arrays to decode, of the indices of the rows that a sparse array holds."""
+    return f"rows of {name}"
+
+
 def exact_rows(rows: Array, exact: np.ndarray) -> np.ndarray:
     """The sparse array of rows stored bit for bit: the flagged rows, and zeros for the others, on the host."""
     shape = (len(exact), int(rows.shape[1]))
@@ -139,11 +157,14 @@ def sparse_rows(
 ) -> tuple[Array | None, Array | None]:
     """(indices of the flagged rows, their rows of array `name`), or (None, None) if there are none.
 
-    On a device, rows need a sparse array only if it is passed: checking the flags would cost a synchronisation.
+    On a device, rows need a sparse array only if it is passed, and the indices are those passed with it, if they are:
+    reading the flags would make the host wait.
     """
-    array = arrays.get(name)
+    array, index = arrays.get(name), arrays.get(indices_of(name))
     if array is None and not backend.on_host:
         return None, None
+    if array is not None and index is not None:
+        return index, array
     index = backend.rows_where((flags & flag) != 0)
     if len(index) == 0:
         return None, None

@@ -13,6 +13,7 @@ from redistill_cache.errors import Refused, SpecMismatch, UsageError
 from redistill_cache.verify import verify
 
 from redistill.caching import cache_teacher
+from tests.attacks.forge import documents, forge
 from tests.stage1 import file_hashes, five_class_options, odd_teacher
 
 
@@ -21,6 +22,16 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("archive") / "a.zarr"
     cache_teacher(five_class_options(path))
     return path
+
+
+def test_a_teacher_of_an_earlier_version_with_rounded_logits_is_not_continued(tmp_path: Path):
+    path = tmp_path / "a.zarr"
+    cache_teacher(five_class_options(path, amp=True, views=1))
+    root, teachers = documents(path)
+    teachers["small"]["model"]["precision"] = "bfloat16"
+    forge(path, root, teachers)
+    with pytest.raises(SpecMismatch, match=r"earlier version, which rounded its logits to bfloat16.*--teacher-name"):
+        cache_teacher(five_class_options(path, amp=True, views=2, extend_views=True))
 
 
 @pytest.mark.parametrize(
