@@ -14,7 +14,7 @@ from torch import Tensor
 
 from redistill.signals import LOGITS
 
-__all__ = ["CachedTeacher", "DeviceView", "decode_rows", "room_for_rows"]
+__all__ = ["SHARE_OF_GPU", "CachedTeacher", "DeviceView", "Placed", "decode_rows", "placed"]
 
 Numbers = Tensor | np.ndarray | Sequence[int]
 # The largest share of a GPU's free memory that teacher rows may take, and the bytes that are copied there at once.
@@ -54,7 +54,7 @@ class CachedTeacher:
         self._loaders: dict[str, ViewLoader] = {}
         self._mixed: OrderedDict[tuple[str, int], PackedView] = OrderedDict()  # the last used at the end
         # By signal, and by view where batches mix views: the view, and itself or its copy on a GPU.
-        self._placed: dict[tuple[str, int | None], tuple[PackedView, PackedView | DeviceView]] = {}
+        self._placed: dict[tuple[str, int | None], tuple[PackedView, Placed]] = {}
 
     def __repr__(self) -> str:
         return f"<CachedTeacher {self.name} of {self.archive!r} on {self.device}>"
@@ -124,7 +124,7 @@ def as_numbers(numbers: int | Numbers) -> np.ndarray:
     return array.astype(np.int64)
 
 
-def decode_rows(view: PackedView | DeviceView, rows: np.ndarray, device: torch.device) -> Tensor:
+def decode_rows(view: Placed, rows: np.ndarray, device: torch.device) -> Tensor:
     """float32 [n, width] on `device`. Packed rows are what is copied to a GPU; they are decoded there."""
     if isinstance(view, DeviceView):
         return view.decode(rows)
@@ -148,6 +148,7 @@ class DeviceView:
         self.codec, self.device, self.nbytes = view.codec, device, view.nbytes
         self._arrays = {name: copied(array, device) for name, array in view.arrays.items()}
         self._sparse = {name: (at.copy(), copied(values, device)) for name, (at, values) in view.sparse.items()}
+        self.decode(np.zeros(1, np.int64))  # copies the constants of the codec, for which the host waits
 
     def decode(self, rows: np.ndarray) -> Tensor:
         """float32 [n, width] of these rows."""
@@ -161,6 +162,15 @@ class DeviceView:
                 gathered[indices_of(name)] = on_device(of_batch, self.device)
         decoded: Tensor = self.codec.decode(gathered)
         return decoded
+
+
+Placed = PackedView | DeviceView
+
+
+def placed(views: Sequence[Sequence[PackedView]], device: torch.device, memory_gib: float) -> list[list[Placed]]:
+    """The views of every signal, on a GPU if all of them fit there; for `decode_rows`."""
+    fit = sum(view.nbytes for of_signal in views for view in of_signal) <= room_for_rows(device, memory_gib)
+    return [[DeviceView(view, device) if fit else view for view in of_signal] for of_signal in views]
 
 
 def room_for_rows(device: torch.device, memory_gib: float, taken: int = 0) -> int:

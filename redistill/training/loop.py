@@ -11,7 +11,9 @@ import time
 
 from redistill_cache.errors import RedistillError, Refused
 from redistill_cache.storage import disk_trouble
+from redistill_cache.wording import human_bytes
 
+from redistill.cached_teacher import SHARE_OF_GPU
 from redistill.devices import fastest_convolutions
 from redistill.interrupts import StopRequest, raise_on_signals, stop_on_signals
 from redistill.losses.curriculum import TrainingProgress
@@ -137,6 +139,8 @@ class Training:
             self.targets.begin_epoch(self.feed.views(epoch), self.feed.views(epoch + 1) if more else None)
         if isinstance(self.targets, CachedTargets) and self.world.first and not self.judged:
             self.judged = True
+            if self.world.device.type == "cuda":
+                self.progress.info(rows_on_gpu(self.targets))
             for text in self.targets.at_chance(self.labels):
                 self.progress.warning(text)
 
@@ -251,3 +255,12 @@ class Training:
         """Stop every rank, including those that received no signal."""
         self.stop.number = self.stop.number or 15
         self.stop.raise_if_set(RESUME)
+
+
+def rows_on_gpu(targets: CachedTargets) -> str:
+    if targets.device_bytes:
+        return f"teacher rows of an epoch: {human_bytes(targets.device_bytes)} on {targets.device}"
+    return (
+        f"teacher rows are copied to {targets.device} with every batch: those of an epoch exceed --cache-memory, or "
+        f"{SHARE_OF_GPU:.0%} of its free memory"
+    )

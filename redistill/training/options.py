@@ -188,7 +188,11 @@ class TrainOptions:
     )
     cache_memory: float = field(
         default=4.0,
-        metadata=option("GiB of memory for teacher rows; above it, they are stored in a temporary file.", at_least=0),
+        metadata=option(
+            "GiB of memory for teacher rows, on the host and on a GPU; above it, they are stored in a temporary file, "
+            "and copied to the GPU with every batch.",
+            at_least=0,
+        ),
     )
     allow_missing: bool = field(
         default=False, metadata=option("Train on the matching images even if others are missing.")

@@ -18,7 +18,7 @@ from redistill_cache.errors import RedistillError, Refused
 from redistill_cache.wording import human_bytes
 from torch import Tensor
 
-from redistill.cached_teacher import decode_rows
+from redistill.cached_teacher import DeviceView, Placed, decode_rows, placed
 from redistill.ranks import RANK_EXITED, World
 from redistill.signals import LOGITS
 from redistill.teachers import Teacher
@@ -40,20 +40,22 @@ class CachedTargets:
     def __init__(self, shared_views: SharedViews, device: torch.device) -> None:
         self.shared_views, self.device = shared_views, device
         self._resident: list[list[PackedView]] = []
+        self._placed: list[list[Placed]] = []
         self._views: tuple[int, ...] = ()
 
     def begin_epoch(self, views: tuple[int, ...], next_views: tuple[int, ...] | None) -> None:
         """Make the views of an epoch resident, and start to load those of the next."""
-        self._resident = []  # their buffers are about to be reused
+        self._resident, self._placed = [], []  # their buffers are about to be reused
         self._resident, self._views = self.shared_views.load(views, next_views), views
+        self._placed = placed(self._resident, self.device, self.shared_views.memory_gib)
 
     def __call__(self, plan: BatchPlan, pixels: Tensor) -> Tensor:
         del pixels
         assert plan.views == self._views, f"views {self._views} are resident, the batch is of views {plan.views}"
-        logits = [self._teacher_logits(views, plan) for views in self._resident]
+        logits = [self._teacher_logits(views, plan) for views in self._placed]
         return logits[0] if len(logits) == 1 else torch.stack(logits).mean(0)
 
-    def _teacher_logits(self, views: Sequence[PackedView], plan: BatchPlan) -> Tensor:
+    def _teacher_logits(self, views: Sequence[Placed], plan: BatchPlan) -> Tensor:
         """Of one teacher, in the order of the batch: the views of an image follow each other."""
         logits = [decode_rows(view, plan.rows, self.device) for view in views]
         return logits[0] if len(logits) == 1 else torch.stack(logits, 1).flatten(0, 1)
@@ -78,8 +80,14 @@ class CachedTargets:
                     f"than by chance ({chance:.1%}): check its weights, its classes and the labels"
                 )
 
+    @property
+    def device_bytes(self) -> int:
+        """Of the rows that are on a GPU; the rows of a batch are copied there where this is 0."""
+        views = [view for of_signal in self._placed for view in of_signal]
+        return sum(view.nbytes for view in views if isinstance(view, DeviceView))
+
     def close(self) -> None:
-        self._resident = []
+        self._resident, self._placed = [], []
         self.shared_views.close()
 
 
@@ -112,7 +120,7 @@ class SharedViews:
     def __init__(
         self, archive: Archive, teachers: Sequence[str], views_per_image: int, memory_gib: float, world: World
     ) -> None:
-        self.world = world
+        self.world, self.memory_gib = world, memory_gib
         self.teachers = tuple(teachers)
         self.codecs = [archive.codec(teacher, LOGITS) for teacher in teachers]
         self.shared = world.rank.local_world_size > 1 and Path("/proc/self/fd").exists()
