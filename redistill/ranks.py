@@ -9,9 +9,10 @@ anyway. So ranks may die, and a resumed run may have more or fewer of them.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -27,6 +28,9 @@ from redistill.interrupts import StopRequest
 __all__ = ["RANK_EXITED", "Rank", "World", "joined_world"]
 
 POLL_SECONDS = 0.25
+# How often a rank shows that it lives, and for how long it may fail to.
+BEAT_SECONDS, SILENT = 1.0, 45.0
+DONE, FAILED = b"done", b"failed"
 # Rank 0 may index a million images before the first step, while the others wait. This timeout need not detect a dead
 # process: torchrun and gloo notice that at once.
 CONTROL_TIMEOUT = timedelta(hours=24)
@@ -86,6 +90,7 @@ class World:
     device: torch.device
     control: dist.ProcessGroup | None = None
     """A gloo group for everything but gradients, so that no GPU is synchronised for it."""
+    heartbeat: Heartbeat | None = None
 
     @property
     def size(self) -> int:
@@ -146,6 +151,62 @@ class World:
                 self.barrier()
 
 
+class Heartbeat(threading.Thread):
+    """Tells the other ranks every second that this one lives, and notices when one of them does not.
+
+    A rank that waits for a GPU does not notice that another one died: NCCL would let it wait for ten minutes. So the
+    communication of the GPU is aborted, which raises an error in the thread that waits.
+    """
+
+    def __init__(self, rank: Rank, device: torch.device) -> None:
+        super().__init__(name="heartbeat", daemon=True)
+        self.rank, self.device = rank, device
+        self.lost = threading.Event()
+        """Another rank has died, or left with an error."""
+        self._end = threading.Event()
+        # A connection of its own: a call that waits, in another thread, would keep the one of the process group busy.
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        server = dist.TCPStore(address, port, timeout=timedelta(seconds=SILENT))  # type: ignore[attr-defined]
+        self._store = dist.PrefixStore("heartbeat", server)  # type: ignore[attr-defined]
+        self._store.set(str(rank.rank), "0")
+
+    def run(self) -> None:
+        others = [str(rank) for rank in range(self.rank.world_size) if rank != self.rank.rank]
+        last, since = [b""] * len(others), [time.monotonic()] * len(others)
+        beats = 0
+        while not self._end.wait(BEAT_SECONDS):
+            beats += 1
+            try:
+                self._store.set(str(self.rank.rank), str(beats))
+                now = self._store.multi_get(others)
+            except RuntimeError:  # the rank that holds the store is gone
+                now = [FAILED] * len(others)
+            for i, (old, new) in enumerate(zip(last, now, strict=True)):
+                since[i] = since[i] if old == new else time.monotonic()
+            last = now
+            silent = (time.monotonic() - at > SILENT for word, at in zip(now, since, strict=True) if word != DONE)
+            if FAILED in now or any(silent):
+                self.lost.set()
+                self.abort()
+                return
+
+    def leave(self, *, failed: bool) -> None:
+        """Tell the others that this rank has ended."""
+        self._end.set()
+        self.join(SILENT)
+        with suppress(RuntimeError):
+            self._store.set(str(self.rank.rank), (FAILED if failed else DONE).decode())
+        if failed:
+            self.abort()
+
+    def abort(self) -> None:
+        """End what the GPU communicates. To destroy the process group instead could wait for the other ranks."""
+        if self.device.type == "cuda":
+            with suppress(RuntimeError):
+                world: Any = dist.group.WORLD
+                world._get_backend(self.device).abort()
+
+
 @contextmanager
 def joined_world(device: str) -> Iterator[World]:
     """The world of this process, with a process group when torchrun started it."""
@@ -155,16 +216,20 @@ def joined_world(device: str) -> Iterator[World]:
         yield World(rank, rank_device)
         return
     if rank_device.type == "cuda":
-        torch.cuda.set_device(rank_device)
+        # On an error, abort what the GPU waits for; do not abort the process, which could not say why.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
         dist.init_process_group("nccl", device_id=rank_device)
     else:
         dist.init_process_group("gloo")
+    control: Any = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+    heartbeat = Heartbeat(rank, rank_device)
+    heartbeat.start()
     try:
-        control: Any = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
-        yield World(rank, rank_device, control)
-    except RuntimeError as error:
-        if "by peer" not in str(error):
-            raise
-        raise Refused(RANK_EXITED) from error
-    finally:
-        dist.destroy_process_group()
+        yield World(rank, rank_device, control, heartbeat)
+    except BaseException as error:
+        heartbeat.leave(failed=True)
+        if isinstance(error, RuntimeError) and (heartbeat.lost.is_set() or "by peer" in str(error)):
+            raise Refused(RANK_EXITED) from error
+        raise
+    heartbeat.leave(failed=False)
+    dist.destroy_process_group()

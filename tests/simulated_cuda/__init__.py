@@ -12,6 +12,6 @@ Speed, memory and the order of work on streams are not simulated, and neither ar
 """
 
 from tests.simulated_cuda.device import SimulatedGPU, Sync
-from tests.simulated_cuda.runtime import simulated_cuda
+from tests.simulated_cuda.runtime import simulated_cuda, simulated_mps
 
-__all__ = ["SimulatedGPU", "Sync", "simulated_cuda"]
+__all__ = ["SimulatedGPU", "Sync", "simulated_cuda", "simulated_mps"]

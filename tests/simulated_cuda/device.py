@@ -86,11 +86,17 @@ class SimulatedGPU:
     """What the simulated devices of one `simulated_cuda` context saw."""
 
     count: int = 1
+    kind: str = "cuda"
+    """cuda, or mps, which has no float64."""
+    largest: int | None = None
+    """Bytes of the largest tensor that there is memory for."""
     syncs: list[Sync] = field(default_factory=list)
     kernels: Counter[str] = field(default_factory=Counter)
     threads: threading.local = field(default_factory=threading.local)
     pinned: dict[int, torch.UntypedStorage] = field(default_factory=dict)
     """Pinned host memory by address; kept, so that no address is used twice."""
+    to_host: list[tuple[torch.dtype, int]] = field(default_factory=list)
+    """The type and the number of values of every copy to the host."""
     generators: dict[int, torch.Generator] = field(default_factory=dict)
     recorded: int = 0
     """Calls of Tensor.record_stream."""
@@ -162,9 +168,13 @@ class SimulatedTensor(torch.Tensor):
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
-        return torch.device("cuda", self.index)
+        return torch.device(self.gpu.kind, self.index)
 
-    is_cuda, is_cpu, is_meta = True, False, False  # type: ignore[assignment]
+    @property
+    def is_cuda(self) -> bool:  # type: ignore[override]
+        return self.gpu.kind == "cuda"
+
+    is_cpu, is_meta = False, False  # type: ignore[assignment]
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"SimulatedTensor({list(self.shape)}, {self.dtype}, {self.device})"
@@ -198,17 +208,27 @@ class CudaMode(TorchDispatchMode):
         return dispatch(SimulatedTensor.gpu, func, args, kwargs or {})
 
 
-class Autocast(TorchFunctionMode):
-    """torch.autocast("cuda"): torch's own looks for the device in C++."""
+class Calls(TorchFunctionMode):
+    """torch.autocast("cuda"), since torch's own looks for the device in C++; and the number of a device without one."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.device:
+            return func(*args, **(kwargs or {}))
+        args, kwargs = tree_map(numbered, (args, kwargs or {}))
         dtype = None
         if torch.is_autocast_enabled("cuda"):
             name = func.__name__.strip("_")
             dtype = torch.get_autocast_dtype("cuda") if name in LOWER else torch.float32 if name in FLOAT32 else None
         if dtype is not None:
-            args, kwargs = tree_map(lambda leaf: cast(leaf, dtype), (args, kwargs or {}))
-        return func(*args, **(kwargs or {}))
+            args, kwargs = tree_map(lambda leaf: cast(leaf, dtype), (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def numbered(leaf: Any) -> Any:
+    """The device of this kind with its number: without one, torch would ask a driver."""
+    gpu = SimulatedTensor.gpu
+    is_unnumbered = isinstance(leaf, (str, torch.device)) and str(leaf) == gpu.kind
+    return torch.device(gpu.kind, gpu.current) if is_unnumbered else leaf
 
 
 def cast(leaf: Any, dtype: torch.dtype) -> Any:
@@ -221,7 +241,7 @@ def dispatch(gpu: SimulatedGPU, func: Any, args: tuple[Any, ...], kwargs: dict[s
     ours = [tensor for tensor in tensors if isinstance(tensor, SimulatedTensor)]
     name = func._schema.name.removeprefix("aten::")
     requested = None if kwargs.get("device") is None else torch.device(kwargs["device"])
-    if not ours and not is_simulated(requested):
+    if not ours and not is_simulated(gpu, requested):
         return func(*args, **kwargs)
     if name == "_to_copy":
         return to_copy(gpu, func, args[0], dict(kwargs))
@@ -239,16 +259,17 @@ def dispatch(gpu: SimulatedGPU, func: Any, args: tuple[Any, ...], kwargs: dict[s
     if requested is not None:
         inner["device"] = CPU
     result = compute(gpu, func, name, unwrapped(args), inner, index)
+    check_result(gpu, result)
     wrapped = tree_map(lambda leaf: SimulatedTensor(leaf, index) if isinstance(leaf, torch.Tensor) else leaf, result)
     return return_and_correct_aliasing(func, args, kwargs, wrapped) if ours else wrapped
 
 
-def is_simulated(requested: torch.device | None) -> bool:
+def is_simulated(gpu: SimulatedGPU, requested: torch.device | None) -> bool:
     """Whether an operation that takes no tensor of ours creates one."""
     if requested is None:
         return False
     is_meant = torch_device.CURRENT_DEVICE == META  # within `with torch.device("meta")`
-    return requested.type == "cuda" or (requested == META and not is_meant)
+    return requested.type == gpu.kind or (requested == META and not is_meant)
 
 
 def unwrapped(tree: Any) -> Any:
@@ -296,6 +317,15 @@ def compute(gpu: SimulatedGPU, func: Any, name: str, args: Any, kwargs: dict[str
         torch.set_rng_state(host)
 
 
+def check_result(gpu: SimulatedGPU, result: Any) -> None:
+    for leaf in tree_leaves(result):
+        if isinstance(leaf, torch.Tensor):
+            if gpu.kind == "mps" and leaf.dtype == torch.float64:
+                raise TypeError("Cannot convert a MPS Tensor to float64 dtype, which MPS does not support")
+            if gpu.largest is not None and leaf.nbytes > gpu.largest:
+                raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {leaf.nbytes} bytes")
+
+
 def to_copy(gpu: SimulatedGPU, func: Any, source: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
     """`.to`, `.cpu` and `.cuda`."""
     target = torch.device(kwargs["device"]) if kwargs.get("device") is not None else source.device
@@ -310,7 +340,8 @@ def to_copy(gpu: SimulatedGPU, func: Any, source: torch.Tensor, kwargs: dict[str
     if "device" in kwargs:
         kwargs["device"] = CPU
     copied = func(unwrapped(source), **kwargs)
-    if target.type == "cuda":
+    if target.type == gpu.kind:
+        check_result(gpu, copied)
         return SimulatedTensor(copied, gpu.current if target.index is None else target.index)
     return copied
 
@@ -326,6 +357,7 @@ def copy_into(
 
 def count_copy(gpu: SimulatedGPU, source: torch.Tensor, target: torch.device, non_blocking: bool) -> None:
     if target.type == "cpu":
+        gpu.to_host.append((source.dtype, source.numel()))
         if not non_blocking:
             gpu.wait("copy to the host")
     elif not non_blocking:

@@ -13,31 +13,68 @@ from unittest import mock
 import torch
 from torch.optim import optimizer as optimizers
 
-from tests.simulated_cuda.device import Autocast, CudaMode, SimulatedGPU, SimulatedTensor
+from tests.simulated_cuda.device import Calls, CudaMode, SimulatedGPU, SimulatedTensor
 
 MEMORY = 1 << 36
 TRITON_SWEEPS = "redistill_cache.codecs.triton_sweeps"  # a compiled kernel needs a driver
 
 
 @contextlib.contextmanager
-def simulated_cuda(devices: int = 1, *, bf16: bool = True) -> Iterator[SimulatedGPU]:
-    """Simulate this many GPUs, with or without bfloat16, in this thread and in those that start meanwhile."""
-    gpu = SimulatedGPU(devices)
-    if hasattr(torch._C, "_ensureCUDADeviceGuardSet"):  # so that "cuda" without a number has one without a driver too
+def simulated_cuda(devices: int = 1, *, bf16: bool = True, largest: int | None = None) -> Iterator[SimulatedGPU]:
+    """Simulate this many GPUs, with or without bfloat16, in this thread and in those that start meanwhile.
+
+    `largest`: bytes of the largest tensor that there is memory for.
+    """
+    gpu = SimulatedGPU(devices, largest=largest)
+    if hasattr(torch._C, "_ensureCUDADeviceGuardSet"):  # torch's own stand-in where it finds no driver
         torch._C._ensureCUDADeviceGuardSet()
-    overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
     with contextlib.ExitStack() as stack:
-        for owner, replacements in stand_ins(gpu, bf16):
-            for name, value in replacements.items():
-                stack.enter_context(mock.patch.object(owner, name, value, create=True))
+        replace(stack, torch.cuda, cuda_functions(gpu, bf16))
+        replace(
+            stack, optimizers, {"_foreach_supported_types": [*optimizers._foreach_supported_types, SimulatedTensor]}
+        )
         # Not patch.dict, which would forget all modules that are imported meanwhile.
         stack.callback(restore_module, sys.modules.get(TRITON_SWEEPS))
         sys.modules[TRITON_SWEEPS] = None  # type: ignore[assignment]
-        stack.enter_context(mock.patch.object(SimulatedTensor, "gpu", gpu, create=True))
+        stack.enter_context(simulated(gpu))
+        yield gpu
+
+
+@contextlib.contextmanager
+def simulated_mps() -> Iterator[SimulatedGPU]:
+    """Simulate the GPU of a Mac, which has no float64."""
+    gpu = SimulatedGPU(kind="mps")
+    with contextlib.ExitStack() as stack:
+        replace(stack, torch.backends.mps, {"is_available": lambda: True})
+        stack.enter_context(simulated(gpu))
+        yield gpu
+
+
+@contextlib.contextmanager
+def simulated(gpu: SimulatedGPU) -> Iterator[None]:
+    """What both kinds of device need."""
+    overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
+    start_thread: Callable[[threading.Thread], None] = threading.Thread._bootstrap_inner  # type: ignore[attr-defined]
+
+    def bootstrap(thread: threading.Thread) -> None:
+        with simulating():
+            start_thread(thread)
+
+    with contextlib.ExitStack() as stack:
+        replace(stack, SimulatedTensor, {"gpu": gpu})
+        replace(stack, torch.Tensor, pinning(gpu))
+        replace(stack, torch, {"Generator": Generator})
+        replace(stack, threading.Thread, {"_bootstrap_inner": bootstrap})
+        # Parameters that move to the device are new ones: those of the CPU cannot hold a tensor of another class.
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrite)
         stack.enter_context(simulating())
-        yield gpu
+        yield
+
+
+def replace(stack: contextlib.ExitStack, owner: Any, replacements: dict[str, Any]) -> None:
+    for name, value in replacements.items():
+        stack.enter_context(mock.patch.object(owner, name, value, create=True))
 
 
 def restore_module(module: ModuleType | None) -> None:
@@ -52,13 +89,34 @@ def simulating() -> Iterator[None]:
     before = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") copies where the mode sees it
     try:
-        with CudaMode(), Autocast():
+        with CudaMode(), Calls():
             yield
     finally:
         torch._C._set_only_lift_cpu_tensors(before)
 
 
-def stand_ins(gpu: SimulatedGPU, bf16: bool) -> list[tuple[Any, dict[str, Any]]]:
+class Generator(torch.Generator):
+    """A generator of any device, on the CPU."""
+
+    def __new__(cls, *_: Any, **__: Any) -> Generator:
+        return super().__new__(cls)
+
+
+def pinning(gpu: SimulatedGPU) -> dict[str, Any]:
+    def pin_memory(tensor: torch.Tensor, *_: Any) -> torch.Tensor:
+        if tensor.device.type != "cpu":
+            raise RuntimeError(f"cannot pin {tensor.type()}: only dense CPU tensors can be pinned")
+        copy = tensor.clone(memory_format=torch.preserve_format)
+        gpu.pinned[copy.untyped_storage().data_ptr()] = copy.untyped_storage()
+        return copy
+
+    def is_pinned(tensor: torch.Tensor, *_: Any) -> bool:
+        return tensor.device.type == "cpu" and gpu.is_pinned(tensor)
+
+    return {"pin_memory": pin_memory, "is_pinned": is_pinned}
+
+
+def cuda_functions(gpu: SimulatedGPU, bf16: bool) -> dict[str, Any]:
     def index_of(device: Any = None) -> int:
         device = torch.device(device) if isinstance(device, str) else device
         index = device.index if isinstance(device, torch.device) else device
@@ -78,23 +136,6 @@ def stand_ins(gpu: SimulatedGPU, bf16: bool) -> list[tuple[Any, dict[str, Any]]]
     def seed_all(seed: int) -> None:
         for index in range(gpu.count):
             gpu.generator(index).manual_seed(seed)
-
-    def pin(tensor: torch.Tensor, *_: Any) -> torch.Tensor:
-        if not tensor.device.type == "cpu":
-            raise RuntimeError(f"cannot pin {tensor.type()}: only dense CPU tensors can be pinned")
-        copy = tensor.clone(memory_format=torch.preserve_format)
-        gpu.pinned[copy.untyped_storage().data_ptr()] = copy.untyped_storage()
-        return copy
-
-    def bootstrap(thread: threading.Thread) -> None:
-        with simulating():
-            start_thread(thread)
-
-    start_thread: Callable[[threading.Thread], None] = threading.Thread._bootstrap_inner  # type: ignore[attr-defined]
-
-    class Generator(torch.Generator):
-        def __new__(cls, *_: Any, **__: Any) -> Generator:
-            return super().__new__(cls)
 
     class Event:
         def __init__(self, *_: Any, **__: Any) -> None: ...
@@ -129,7 +170,7 @@ def stand_ins(gpu: SimulatedGPU, bf16: bool) -> list[tuple[Any, dict[str, Any]]]
         def synchronize(self) -> None:
             gpu.wait("Stream.synchronize")
 
-    cuda = {
+    return {
         "_lazy_init": lambda: None,
         "is_available": lambda: True,
         "is_initialized": lambda: True,
@@ -159,12 +200,3 @@ def stand_ins(gpu: SimulatedGPU, bf16: bool) -> list[tuple[Any, dict[str, Any]]]
         "get_rng_state": lambda device=None: gpu.generator(index_of(device)).get_state(),
         "set_rng_state": lambda state, device=None: gpu.generator(index_of(device)).set_state(state),
     }
-    tensor = {"pin_memory": pin, "is_pinned": lambda self, *_: self.device.type == "cpu" and gpu.is_pinned(self)}
-    types = [*optimizers._foreach_supported_types, SimulatedTensor]
-    return [
-        (torch.cuda, cuda),
-        (torch.Tensor, tensor),
-        (torch, {"Generator": Generator}),
-        (threading.Thread, {"_bootstrap_inner": bootstrap}),
-        (optimizers, {"_foreach_supported_types": types}),
-    ]
