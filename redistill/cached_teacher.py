@@ -128,8 +128,8 @@ def decode_rows(view: Placed, rows: np.ndarray, device: torch.device) -> Tensor:
     """float32 [n, width] on `device`. Packed rows are what is copied to a GPU; they are decoded there."""
     if isinstance(view, DeviceView):
         return view.decode(rows)
-    if device.type == "cpu":  # numpy has less overhead per operation than torch, and multiplies as fast
-        return torch.from_numpy(view.decode(rows))
+    if device.type != "cuda":  # numpy has less overhead than torch, and multiplies as fast; MPS has no float64
+        return torch.from_numpy(view.decode(rows)).to(device)
     decoded: Tensor = view.codec.decode({name: on_device(array, device) for name, array in view.gather(rows).items()})
     return decoded
 

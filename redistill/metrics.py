@@ -217,8 +217,8 @@ def batch_sums(
     return MetricSums(
         top1=int(right.sum()),
         top5=int((rank_of_label(logits, labels) < 5).sum()),
-        nll=float(-log_p.gather(1, true).double().sum()),
-        brier=float(brier.double().sum()),
+        nll=total(-log_p.gather(1, true)),
+        brier=total(brier),
         class_rows=class_counts(labels, logits.shape[1]),
         class_right=class_counts(labels[right], logits.shape[1]),
         confidence=(confidence.float().cpu().numpy(),),
@@ -242,6 +242,11 @@ def agreement_sums(logits: Tensor, labels: Tensor, teacher_logits: Tensor, tempe
     )
 
 
+def total(rows: Tensor) -> float:
+    """The sum in float64, which MPS does not have."""
+    return float((rows.cpu() if rows.device.type == "mps" else rows).double().sum())
+
+
 def widened(logits: Tensor) -> Tensor:
     """float32, or float64 as it is."""
     return logits if logits.dtype == torch.float64 else logits.float()
@@ -249,7 +254,7 @@ def widened(logits: Tensor) -> Tensor:
 
 def kl_sum(teacher_logits: Tensor, logits: Tensor, temperature: float) -> float:
     rows = kl_rows(log_probs(widened(teacher_logits), temperature), log_probs(widened(logits), temperature))
-    return float(rows.double().sum())
+    return total(rows)
 
 
 def predictions(logits: Tensor) -> Tensor:

@@ -225,7 +225,14 @@ def joined_world(device: str) -> Iterator[World]:
     if rank_device.type == "cuda":
         # On an error, abort what the GPU waits for; do not abort the process, which could not say why.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
-        dist.init_process_group("nccl", device_id=rank_device)
+        try:
+            dist.init_process_group("nccl", device_id=rank_device)
+        except RuntimeError as error:
+            if "Duplicate GPU" not in str(error):
+                raise
+            raise Refused(
+                f"two processes would use the same GPU, one of them {rank_device}; start one process for each GPU"
+            ) from error
     else:
         dist.init_process_group("gloo")
     control: Any = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)

@@ -21,6 +21,7 @@ import torch
 from redistill_cache import ArchiveWriter
 from redistill_cache.codecs import BlockStats, Codec, Encoded, NotFinite, join_encoded
 from redistill_cache.codecs.stats import check_finite
+from redistill_cache.errors import Refused
 from redistill_cache.layout import Block
 from redistill_cache.machine import usable_cores
 from redistill_cache.rows import open_signal
@@ -29,7 +30,7 @@ from torch import Tensor
 from redistill.caching.open_archive import write_view_params
 from redistill.caching.pilot import not_finite_error
 from redistill.caching.plan import Plan
-from redistill.devices import refuse_out_of_memory
+from redistill.devices import is_out_of_memory
 from redistill.signals import LOGITS
 from redistill.teachers import TeacherCheck
 
@@ -43,6 +44,8 @@ MIN_PIECE_ROWS = 1024
 MAX_PIECE_VALUES = 1 << 24
 # Rows that a thread encodes at a time.
 THREAD_ROWS = 512
+# A GPU that has no room for this many rows is full.
+FEWEST_ROWS = 64
 # Pieces waiting for the thread: more would only take memory.
 QUEUE_SIZE = 2
 
@@ -113,7 +116,7 @@ class BlockEncoder:
         self._queue: queue.Queue[Piece | None] = queue.Queue(QUEUE_SIZE)
         self._error: BaseException | None = None
         # Half of the cores: the teacher's forward pass, or the workers that render for a GPU, need the others.
-        self._threads = max(1, usable_cores() // plan.rank.local_world_size // 2) if self._device.type == "cpu" else 1
+        self._threads = max(1, usable_cores() // plan.rank.local_world_size // 2) if self._device.type != "cuda" else 1
         self._thread = threading.Thread(target=self._run, name="encode and write", daemon=True)
 
     def __enter__(self) -> BlockEncoder:
@@ -177,15 +180,22 @@ class BlockEncoder:
     def _encode(self, piece: Piece, encoders: ThreadPoolExecutor) -> dict[str, Encoded]:
         encoded = {}
         for name, codec in self._codecs.items():
-            with refuse_out_of_memory(self._plan.options.batch_size, self._device):
+            try:
                 rows = torch.cat(piece.signals[name])
-                try:
-                    check_finite(rows)
-                    parts = encode_in_threads(codec, rows, encoders)
-                except NotFinite as error:
-                    row = piece.start + error.rows[0]
-                    raise not_finite_error(self._plan, name, piece.block.view, row) from error
-                encoded[name] = join_encoded(parts)  # moves it to the host, so all work on the device is done
+                check_finite(rows)
+                parts = encode_in_threads(codec, rows, encoders)
+            except NotFinite as error:
+                row = piece.start + error.rows[0]
+                raise not_finite_error(self._plan, name, piece.block.view, row) from error
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise Refused(
+                    f"{self._device} ran out of memory while it encoded {piece.rows:,} rows of {name}, beside the "
+                    f"teacher; end other programs that use its memory, or use a smaller --batch-size than "
+                    f"{self._plan.options.batch_size}"
+                ) from error
+            encoded[name] = join_encoded(parts)
         return encoded
 
     def _write(self, block: Block, pieces: list[dict[str, Encoded]], predictions: np.ndarray) -> None:
@@ -207,11 +217,24 @@ class BlockEncoder:
 
 
 def encode_in_threads(codec: Codec, rows: Tensor, encoders: ThreadPoolExecutor) -> list[Encoded]:
-    """The bytes of a row depend on that row alone, so its thread does not matter. A device encodes all rows at once."""
-    if rows.device.type != "cpu":
-        return [codec.encode(rows)]
-    host = rows.numpy()
+    """The bytes of a row depend on that row alone, so its thread does not matter. A GPU encodes all rows at once."""
+    if rows.device.type == "cuda":
+        return encode_on_gpu(codec, rows)
+    host = rows.cpu().numpy()  # from MPS, which has no float64
     return list(encoders.map(codec.encode, (host[at : at + THREAD_ROWS] for at in range(0, len(host), THREAD_ROWS))))
+
+
+def encode_on_gpu(codec: Codec, rows: Tensor) -> list[Encoded]:
+    """Encoded rows on the host, so that all work on the GPU is done. With too little memory, fewer rows at a time."""
+    try:
+        return [join_encoded([codec.encode(rows)])]
+    except RuntimeError as error:
+        if not is_out_of_memory(error) or len(rows) <= FEWEST_ROWS:
+            raise
+    # Here, since the traceback of the error holds the tensors that are in the way.
+    torch.cuda.empty_cache()
+    half = len(rows) // 2
+    return encode_on_gpu(codec, rows[:half]) + encode_on_gpu(codec, rows[half:])
 
 
 def max_piece_rows(device: torch.device, width: int) -> int:

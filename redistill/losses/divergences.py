@@ -206,8 +206,11 @@ def _alpha_beta_rows(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) ->
         return 0.5 * log_ratio.square().sum(dim=1)
     if abs(beta) < 0.05:
         # |α| <= |β|, so both are nearly 0, and the difference below cancels all but a fraction β/2.
-        dtype, log_p, log_q = log_p.dtype, log_p.double(), log_q.double()
-        return _alpha_beta_terms(log_q, log_p - log_q, alpha, beta).sum(dim=1).to(dtype)
+        device, dtype = log_p.device, log_p.dtype
+        if device.type == "mps":  # it has no float64
+            log_p, log_q = log_p.cpu(), log_q.cpu()
+        log_p, log_q = log_p.double(), log_q.double()
+        return _alpha_beta_terms(log_q, log_p - log_q, alpha, beta).sum(dim=1).to(device, dtype)
     return _alpha_beta_terms(log_q, log_ratio, alpha, beta).sum(dim=1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from redistill.devices import precision_text
 from redistill.optim import OptimConfig
 from redistill.ranks import World
 from redistill.signals import LOGITS
@@ -34,7 +35,7 @@ def settings_in_effect(options: TrainOptions, setup: TrainSetup, world: World) -
             f"{options.batch_size:,}, {options.views_per_image} view{'s' * (options.views_per_image > 1)} per image, "
             f"{batches:,} batches per epoch"
         ),
-        "device": f"{world.device}, {setup.members[0].amp or 'torch.float32'}".replace("torch.", "")
+        "device": f"{world.device}, {precision_text(world.device, setup.members[0].amp)}"
         + (f", {world.size} processes" if world.size > 1 else ""),
     }
 

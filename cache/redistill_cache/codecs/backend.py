@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Array", "Backend", "backend_of", "to_numpy"]
+__all__ = ["Array", "Backend", "backend_of", "encodable", "to_numpy"]
 
 Array = Any  # a numpy array or a torch tensor; typing both would import torch
 
@@ -186,6 +186,11 @@ def backend_of(x: Array) -> Backend:
     if torch is not None and isinstance(x, torch.Tensor):
         return Backend(torch, x.device)
     raise TypeError(f"expected a numpy array or a torch tensor, found {type(x).__name__}")
+
+
+def encodable(rows: Array) -> Array:
+    """The rows where they can be encoded: on the host, if their device has no float64."""
+    return to_numpy(rows) if backend_of(rows).key.startswith("torch:mps") else rows
 
 
 def to_numpy(x: Array) -> np.ndarray:

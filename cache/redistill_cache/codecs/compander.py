@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from redistill_cache.codecs.backend import Array, backend_of, to_numpy
+from redistill_cache.codecs.backend import Array, backend_of, encodable, to_numpy
 from redistill_cache.codecs.protocol import Encoded, absent, exact_rows, sparse_rows
 from redistill_cache.codecs.stats import check_finite, error_names, log_softmax, rounded_up, row_errors, top1_kept
 from redistill_cache.spec import ArraySpec
@@ -75,6 +75,7 @@ class CompanderCodec:
         return {"q_high": (arrays["level"] & WIDE) != 0, "exact": (arrays["level"] & EXACT) != 0}
 
     def encode(self, rows: Array) -> Encoded:
+        rows = encodable(rows)
         check_finite(rows)
         backend = backend_of(rows)
         rows = backend.cast(rows, "float32")
@@ -90,7 +91,7 @@ class CompanderCodec:
         arrays = {
             "q": backend.cast(q % 256, "uint8"),
             "level": backend.constant(level),
-            "q_high": to_numpy(high).astype(np.uint8) if wide.any() else absent(tuple(q.shape), "uint8"),
+            "q_high": to_numpy(backend.cast(high, "uint8")) if wide.any() else absent(tuple(q.shape), "uint8"),
             "exact": exact_rows(rows, exact),
         }
         errors = {name: np.where(exact, 0.0, values) for name, values in search.errors.items()}

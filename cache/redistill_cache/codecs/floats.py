@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from redistill_cache.codecs.backend import Array, backend_of
+from redistill_cache.codecs.backend import Array, backend_of, encodable
 from redistill_cache.codecs.protocol import Encoded, exact_rows, sparse_rows
 from redistill_cache.codecs.stats import check_finite, error_names, rounded_up, row_errors, top1_kept
 from redistill_cache.spec import ArraySpec
@@ -47,6 +47,7 @@ class Float32Codec:
         return {}
 
     def encode(self, rows: Array) -> Encoded:
+        rows = encodable(rows)
         check_finite(rows)
         every = np.ones(len(rows), bool)
         values = backend_of(rows).cast(rows, "float32")
@@ -105,6 +106,7 @@ class Float16Codec:
         return {"exact": (arrays["flags"] & EXACT) != 0}
 
     def encode(self, rows: Array) -> Encoded:
+        rows = encodable(rows)
         check_finite(rows)
         backend = backend_of(rows)
         rows = backend.cast(rows, "float32")

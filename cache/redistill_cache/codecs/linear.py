@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from redistill_cache.codecs.backend import Array, Backend, backend_of, to_numpy
+from redistill_cache.codecs.backend import Array, Backend, backend_of, encodable, to_numpy
 from redistill_cache.codecs.linear_decode import ESCAPE_LIMIT, ESCAPED, EXACT, LinearDecoder, Packing, packing_flaw
 from redistill_cache.codecs.linear_encode import LinearSettings, Quantizer, encode_linear
 from redistill_cache.codecs.protocol import Encoded
@@ -111,8 +111,9 @@ class LinearCodec:
         return {"escape": (level & ESCAPED) != 0, "exact": (level & EXACT) != 0}
 
     def encode(self, rows: Array) -> Encoded:
+        rows = encodable(rows)
         backend = backend_of(rows)
-        if backend.on_host or backend.device.type == "mps":  # numpy is faster than torch there, and MPS has no float64
+        if backend.on_host:  # numpy is faster than torch there
             rows, backend = to_numpy(rows), Backend()
         with PREPARING:  # threads share the constants of the first one
             if backend.key not in self._quantizers:

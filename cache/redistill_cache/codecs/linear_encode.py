@@ -504,7 +504,7 @@ class _LevelSearch:
         arrays = {
             "q": packing.pack(backend, within),
             "level": backend.constant(level),
-            "escape": to_numpy(escape).astype(np.int16) if escaped.any() else absent(tuple(k.shape), "int16"),
+            "escape": to_numpy(backend.cast(escape, "int16")) if escaped.any() else absent(tuple(k.shape), "int16"),
             "exact": exact_rows(self.slab.rows, exact),
         }
         if self.quantizer.settings.keep_shift:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from redistill_cache.codecs.backend import Array, Backend, backend_of, to_numpy
+from redistill_cache.codecs.backend import Array, Backend, backend_of, encodable, to_numpy
 from redistill_cache.codecs.protocol import Encoded
 from redistill_cache.codecs.stats import check_finite, row_errors, top1_kept
 from redistill_cache.spec import ArraySpec
@@ -55,6 +55,7 @@ class TopKCodec:
         return {}
 
     def encode(self, rows: Array) -> Encoded:
+        rows = encodable(rows)
         check_finite(rows)
         backend = backend_of(rows)
         rows = backend.cast(rows, "float32")
