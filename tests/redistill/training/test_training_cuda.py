@@ -34,6 +34,12 @@ def mixing_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cache(path, recipe="rrc?size=32&mixup=0.2&cutmix=1", views=2)
 
 
+@pytest.fixture(scope="session")
+def feature_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("archive") / "features.redistill.zarr"
+    return cache(path, signals=("logits", "layer2", "penultimate"), views=2)
+
+
 @pytest.mark.parametrize(
     "changed",
     [
@@ -61,6 +67,16 @@ def test_no_step_waits_for_mixed_views(options, mixing_archive: Path):
         train(options(archive=mixing_archive, device="cuda", epochs=2, losses=("kl+ce?weight=1",)))
     assert waits_in_steps(gpu) == []
     assert gpu.recorded == 2 * 5 * 4, "pixels, labels, partner labels and weights"
+
+
+@pytest.mark.parametrize(
+    "changed", [{}, {"losses": ("features+kl+ce?weight=1", "rkd+ce?weight=1"), "ema": 0.9}, {"head": "teacher"}]
+)
+def test_no_step_waits_for_features(options, feature_archive: Path, changed: dict):
+    run = {"losses": ("features",), "archive": feature_archive, "device": "cuda", "epochs": 2, "val": VAL}
+    with simulated_cuda() as gpu:
+        train(options(**{**run, **changed}))
+    assert waits_in_steps(gpu) == []
 
 
 def test_a_gpu_without_bfloat16_scales_losses_without_a_wait(options):
@@ -108,12 +124,12 @@ def test_it_trains_as_the_cpu_does(options, tmp_path: Path):
 @pytest.mark.parametrize("opt", ["nesterov", "adamw"])
 @pytest.mark.parametrize("first", ["cpu", "cuda:0"])
 def test_a_run_goes_on_with_another_device(options, first: str, opt: str):
-    """cpu -> cuda:0 and cuda:0 -> cpu, with the average of weights and a loss that learns parameters."""
+    """cpu -> cuda:1 and cuda:0 -> cpu, with the average of weights and a loss that learns parameters."""
     changed = {"ema": 0.9, "opt": opt, "lr": 1e-3, "losses": ("ctkd+ce?weight=1",), "val": VAL, "amp": False}
     with simulated_cuda(2):
         with pytest.raises(Interrupted):
             train(options(device=first, **changed), InterruptAt(2))
-        (result,) = train(options(device="cuda:0" if first == "cpu" else "cpu", **changed))
+        (result,) = train(options(device="cuda:1" if first == "cpu" else "cpu", **changed))
     assert result.epochs == 3
 
 
