@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from redistill.signals import LOGITS
 
-__all__ = ["SHARE_OF_GPU", "CachedTeacher", "DeviceView", "Placed", "decode_rows", "placed"]
+__all__ = ["SHARE_OF_GPU", "CachedTeacher", "DeviceView", "Placed", "decode_rows", "placed", "room_for_rows"]
 
 Numbers = Tensor | np.ndarray | Sequence[int]
 # The largest share of a GPU's free memory that teacher rows may take, and the bytes that are copied there at once.
@@ -93,10 +94,14 @@ class CachedTeacher:
         key = (signal, None if alone else view)
         if key not in self._placed or self._placed[key][0] is not packed:
             self._placed.pop(key, None)  # makes room
-            taken = sum(placed.nbytes for _, placed in self._placed.values() if isinstance(placed, DeviceView))
-            fits = packed.nbytes + taken <= room_for_rows(self.device, self.memory_gib, taken)
-            self._placed[key] = packed, DeviceView(packed, self.device) if fits else packed
+            taken = sum(place.nbytes for _, place in self._placed.values() if isinstance(place, DeviceView))
+            [[place]] = placed([[packed]], self.device, self._room - taken)
+            self._placed[key] = packed, place
         return decode_rows(self._placed[key][1], rows, self.device)
+
+    @cached_property
+    def _room(self) -> int:
+        return room_for_rows(self.device, self.memory_gib)
 
     def _current(self, signal: str, view: int) -> PackedView:
         """A view that follows the one before."""
@@ -167,18 +172,23 @@ class DeviceView:
 Placed = PackedView | DeviceView
 
 
-def placed(views: Sequence[Sequence[PackedView]], device: torch.device, memory_gib: float) -> list[list[Placed]]:
-    """The views of every signal, on a GPU if all of them fit there; for `decode_rows`."""
-    fit = sum(view.nbytes for of_signal in views for view in of_signal) <= room_for_rows(device, memory_gib)
-    return [[DeviceView(view, device) if fit else view for view in of_signal] for of_signal in views]
+def placed(views: Sequence[Sequence[PackedView]], device: torch.device, room: int) -> list[list[Placed]]:
+    """The views of every signal, on a GPU if all of them fit into `room` bytes there; for `decode_rows`."""
+    on_host: list[list[Placed]] = [[*of_signal] for of_signal in views]
+    if sum(view.nbytes for of_signal in views for view in of_signal) > room:
+        return on_host
+    try:
+        return [[DeviceView(view, device) for view in of_signal] for of_signal in views]
+    except torch.OutOfMemoryError:  # `room` was measured earlier
+        return on_host
 
 
-def room_for_rows(device: torch.device, memory_gib: float, taken: int = 0) -> int:
-    """Bytes for teacher rows on a GPU, of which `taken` are in use; none on other devices."""
+def room_for_rows(device: torch.device, memory_gib: float) -> int:
+    """Bytes for teacher rows on a GPU; none on other devices. Ask once: torch keeps memory that a step has freed."""
     if device.type != "cuda":
         return 0
     free, _ = torch.cuda.mem_get_info(device)
-    return int(min(memory_gib * 2**30, SHARE_OF_GPU * (free + taken)))
+    return int(min(memory_gib * 2**30, SHARE_OF_GPU * free))
 
 
 def copied(array: np.ndarray, device: torch.device) -> Tensor:

@@ -87,6 +87,7 @@ class Training:
         self.feed, self.members, self.targets = setup.feed, setup.members, setup.targets
         self.validation, self.use, self.fixed = setup.validation, setup.use, setup.fixed
         self.labels, self.judged = setup.archive.labels, False
+        self.rows_on_gpu: bool | None = None
         self.throughput = Throughput(clock_of(world.device))
         self.last_save = time.monotonic()
         self.check_every = CHECK_ALONE[world.device.type] if world.size == 1 else CHECK_RANKS
@@ -139,12 +140,25 @@ class Training:
         if self.targets is not None:
             more = epoch + 1 < self.feed.epochs
             self.targets.begin_epoch(self.feed.views(epoch), self.feed.views(epoch + 1) if more else None)
+            self._say_where_rows_are()
         if isinstance(self.targets, CachedTargets) and self.world.first and not self.judged:
             self.judged = True
-            if self.world.device.type == "cuda":
-                self.progress.info(rows_on_gpu(self.targets))
             for text in self.targets.at_chance(self.labels):
                 self.progress.warning(text)
+
+    def _say_where_rows_are(self) -> None:
+        """On a GPU or not; in the first epoch, and again if that changes."""
+        if not isinstance(self.targets, CachedTargets) or self.world.device.type != "cuda":
+            return
+        on_gpu = self.targets.device_bytes > 0
+        if on_gpu != self.rows_on_gpu:
+            self.rows_on_gpu = on_gpu
+            self.progress.info(
+                f"teacher rows of an epoch: {human_bytes(self.targets.device_bytes)} on {self.world.device}"
+                if on_gpu
+                else f"teacher rows are copied to {self.world.device} with every batch: those of an epoch do not fit "
+                f"there (at most --cache-memory, and {SHARE_OF_GPU:.0%} of its free memory)"
+            )
 
     def _step(self, item: TrainBatch) -> None:
         """One step of every member on one batch. Nothing in it waits for a GPU."""
@@ -257,12 +271,3 @@ class Training:
         """Stop every rank, including those that received no signal."""
         self.stop.number = self.stop.number or 15
         self.stop.raise_if_set(RESUME)
-
-
-def rows_on_gpu(targets: CachedTargets) -> str:
-    if targets.device_bytes:
-        return f"teacher rows of an epoch: {human_bytes(targets.device_bytes)} on {targets.device}"
-    return (
-        f"teacher rows are copied to {targets.device} with every batch: those of an epoch exceed --cache-memory, or "
-        f"{SHARE_OF_GPU:.0%} of its free memory"
-    )

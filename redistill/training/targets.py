@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -18,7 +19,7 @@ from redistill_cache.errors import RedistillError, Refused
 from redistill_cache.wording import human_bytes
 from torch import Tensor
 
-from redistill.cached_teacher import DeviceView, Placed, decode_rows, placed
+from redistill.cached_teacher import DeviceView, Placed, decode_rows, placed, room_for_rows
 from redistill.ranks import RANK_EXITED, World
 from redistill.signals import LOGITS
 from redistill.teachers import Teacher
@@ -56,7 +57,7 @@ class CachedTargets:
         """Make the views of an epoch resident, and start to load those of the next."""
         self._resident, self._placed = [], []  # their buffers are about to be reused
         self._resident, self._views = self.shared_views.load(views, next_views), views
-        self._placed = placed(self._resident, self.device, self.shared_views.memory_gib)
+        self._placed = placed(self._resident, self.device, self._room)
 
     def __call__(self, plan: BatchPlan, pixels: Tensor) -> dict[str, Tensor]:
         del pixels
@@ -95,6 +96,10 @@ class CachedTargets:
                     f"teacher {name} predicts {right:.1%} of {len(rows):,} labels in view {view.view}, no more "
                     f"than by chance ({chance:.1%}): check its weights, its classes and the labels"
                 )
+
+    @cached_property
+    def _room(self) -> int:
+        return room_for_rows(self.device, self.shared_views.memory_gib)
 
     @property
     def device_bytes(self) -> int:

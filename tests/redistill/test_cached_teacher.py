@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from redistill_cache import open_archive
+from redistill_cache import PackedView, open_archive
 from redistill_cache.codecs import fit_codec
 from redistill_cache.errors import OutOfRange, UsageError
 
 import redistill
-from redistill.cached_teacher import DeviceView, decode_rows
+from redistill.cached_teacher import DeviceView, decode_rows, placed, room_for_rows
 from tests import tiny_archive
 from tests.cache.codecs.test_codec_device import CODECS, GPU, logits, packed_view
 from tests.simulated_cuda import SimulatedGPU, simulated_cuda
@@ -125,3 +125,23 @@ def test_a_view_stays_until_the_next_one_is_used(archive):
             for _ in range(3):
                 teacher(ROWS[:1], 0)
             assert bytes_sent(gpu) - sent <= 3 * 3 * 8, "the number of a row, and of those in sparse arrays"
+
+
+@pytest.mark.parametrize(
+    ("room", "largest", "kind"), [(1 << 20, None, DeviceView), (100, None, PackedView), (1 << 20, 100, PackedView)]
+)
+def test_views_stay_on_the_host_without_room_or_memory(room: int, largest: int | None, kind: type):
+    view = packed_view(fit_codec("linear", logits()[:120]), logits())
+    with simulated_cuda(largest=largest):
+        assert [[type(one) for one in views] for views in placed([[view, view], [view]], GPU, room)] == [
+            [kind] * 2,
+            [kind],
+        ]
+
+
+def test_the_room_is_a_quarter_of_the_free_memory():
+    with simulated_cuda():
+        free, _ = torch.cuda.mem_get_info(GPU)
+        assert room_for_rows(GPU, 1e6) == free // 4
+        assert room_for_rows(GPU, 0.5) == 2**29
+    assert room_for_rows(torch.device("cpu"), 4.0) == 0

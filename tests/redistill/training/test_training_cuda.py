@@ -96,7 +96,7 @@ def test_rows_that_do_not_fit_on_the_gpu_are_copied_without_a_wait(options, tmp_
     assert waits[0] == waits[1]
     assert all(wait.startswith("blocking copy to the device at codecs/backend.py") for wait in waits[0])
     (told,) = [text for text in infos[-1].texts if "copied to cuda:0 with every batch" in text]
-    assert "exceed --cache-memory, or 25% of its free memory" in told
+    assert "do not fit there (at most --cache-memory, and 25% of its free memory)" in told
 
 
 def test_rows_that_fit_are_on_the_gpu_and_the_run_says_so(options):
