@@ -33,8 +33,8 @@ from redistill.specs import first_line
 
 __all__ = ["BatchLoader", "default_workers", "refuse_few_open_files", "worker_context"]
 
-# More than one GPU can use; each takes a few hundred MiB and FILES_OF_WORKER of the usual 1,024 open files.
-MAX_WORKERS = 64
+# By default. Those of training and of validation together stay within 1,024 open files, the usual limit.
+MAX_WORKERS = 48
 PREFETCH = 4
 # Where Linux keeps the semaphores of processes, a page for each: three of a worker, and eight of all together.
 SHM, LOCKS_OF_WORKER, LOCKS_OF_WORKERS = Path("/dev/shm"), 3, 8

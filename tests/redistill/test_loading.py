@@ -21,7 +21,7 @@ import pytest
 import torch
 from redistill_cache.errors import Refused
 
-from redistill.loading import BatchLoader, _InMemoryFile, default_workers
+from redistill.loading import FILES_OF_WORKER, FILES_OF_WORKERS, BatchLoader, _InMemoryFile, default_workers
 from redistill.training.feed import ViewBatch, collate_views
 from redistill.views.dataset import RenderedView
 
@@ -94,10 +94,11 @@ def test_too_few_open_files_are_refused_before_the_workers_start():
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-@pytest.mark.parametrize(("cores", "processes", "workers"), [(1, 2, 1), (40, 1, 40), (128, 8, 16), (192, 1, 64)])
+@pytest.mark.parametrize(("cores", "processes", "workers"), [(1, 2, 1), (40, 1, 40), (128, 8, 16), (192, 1, 48)])
 def test_a_worker_for_every_core(monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, workers: int):
     monkeypatch.setattr("redistill.loading.usable_cores", lambda: cores)
     assert default_workers(processes) == workers
+    assert 2 * (FILES_OF_WORKERS + FILES_OF_WORKER * workers) < 1024 - 100, "of training and of validation"
 
 
 # -- whole commands ---------------------------------------------------------------------------------------------------
