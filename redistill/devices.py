@@ -12,6 +12,7 @@ from redistill_cache.errors import Refused, UsageError
 
 __all__ = [
     "exact_float32",
+    "fastest_convolutions",
     "is_out_of_memory",
     "one_thread",
     "pick_amp",
@@ -130,6 +131,17 @@ def refuse_out_of_memory(batch_size: int, device: torch.device) -> Iterator[None
             raise
         advice = f"try --batch-size {batch_size // 2}" if batch_size > 1 else "not even one image fits"
         raise Refused(f"{device} ran out of memory on a batch of {batch_size}; {advice}") from error
+
+
+@contextmanager
+def fastest_convolutions(device: torch.device) -> Iterator[None]:
+    """On a GPU, let cuDNN try its algorithms on every new shape and use the fastest: a run has two or three shapes."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or device.type == "cuda"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 @contextmanager

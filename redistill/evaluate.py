@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -100,9 +101,10 @@ def evaluate(
         raise Refused(f"the data has {len(names)} classes, the student {model.num_classes}")
     network = model.module.to(torch_device).eval()
     start = time.perf_counter()
-    (sums,) = validation.metric_sums(
-        [(network, model.normalise().to(torch_device))], torch_device, pick_amp(torch_device, amp)
-    )
+    with closing(validation):
+        (sums,) = validation.metric_sums(
+            [(network, model.normalise().to(torch_device))], torch_device, pick_amp(torch_device, amp)
+        )
     images_per_second = len(validation) / (time.perf_counter() - start)
     return Evaluation(str(path), model.portable_spec, sums.metrics(), names, images_per_second)
 

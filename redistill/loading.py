@@ -33,8 +33,11 @@ from redistill.specs import first_line
 
 __all__ = ["BatchLoader", "default_workers", "refuse_few_open_files", "worker_context"]
 
-MAX_WORKERS = 16
+# By default. Those of training and of validation together stay within 1,024 open files, the usual limit.
+MAX_WORKERS = 48
 PREFETCH = 4
+# Where Linux keeps the semaphores of processes, a page for each: three of a worker, and eight of all together.
+SHM, LOCKS_OF_WORKER, LOCKS_OF_WORKERS = Path("/dev/shm"), 3, 8
 # Open files of the main process: of a worker (pipes, and one for each batch that it may be ahead), and of all together.
 FILES_OF_WORKER, FILES_OF_WORKERS = 4 + PREFETCH, 12
 
@@ -87,6 +90,9 @@ class BatchLoader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
         """Stop the workers now: if this is left to the end of the interpreter, each of them may take seconds."""
         if hasattr(self._iterator, "_shutdown_workers"):
             self._iterator._shutdown_workers()
@@ -120,6 +126,7 @@ class BatchLoader:
         """The batches of a new pass, by workers that start now or wait for it since the last one."""
         if self._workers and self._iterator is None:
             refuse_few_open_files(self._workers)
+            refuse_full_shm(self._workers)
             with interrupts_blocked():  # the server imports torch for seconds, and Ctrl-C would end it
                 forkserver.ensure_running()
         try:
@@ -262,6 +269,20 @@ def too_few_open_files(workers: int) -> Refused:
     return Refused(
         f"this process may open {limit} files, too few for {workers} workers; raise ulimit -n or use fewer --workers"
     )
+
+
+def refuse_full_shm(workers: int) -> None:
+    """torch would print a traceback beside the error."""
+    if not SHM.is_dir():
+        return
+    system = os.statvfs(SHM)
+    needed = (LOCKS_OF_WORKER * workers + LOCKS_OF_WORKERS) * mmap.PAGESIZE
+    free = system.f_bavail * system.f_frsize
+    if system.f_blocks and free < needed:  # no blocks: unlimited
+        raise Refused(
+            f"{SHM} has {human_bytes(free)} left, too little for the locks of {workers} workers "
+            f"({human_bytes(needed)}); free or enlarge it (docker run --shm-size), or use --workers 0"
+        )
 
 
 def worker_exited(iterator: object) -> bool:

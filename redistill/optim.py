@@ -135,17 +135,21 @@ def half_cosine(start: float, end: float, part: float) -> float:
 
 
 def make_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimiser of the module's trainable parameters, at the learning rate of step 0."""
+    """The optimiser of the module's trainable parameters, at the learning rate of step 0.
+
+    On a GPU it is torch's fused one: a few kernels a step, and no wait for the GPU under a gradient scaler.
+    """
     import torch
 
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     groups = parameter_groups(named, config)
     lr = lr_at(config, 0.0)
+    fused = True if all(p.device.type == "cuda" for _, p in named) else None
     if config.opt == "adam":
-        return torch.optim.Adam(groups, lr=lr)
+        return torch.optim.Adam(groups, lr=lr, fused=fused)
     if config.opt == "adamw":
-        return torch.optim.AdamW(groups, lr=lr)
-    return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.opt == "nesterov")
+        return torch.optim.AdamW(groups, lr=lr, fused=fused)
+    return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.opt == "nesterov", fused=fused)
 
 
 def parameter_groups(named: list[tuple[str, nn.Parameter]], config: OptimConfig) -> list[dict[str, Any]]:

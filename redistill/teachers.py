@@ -7,8 +7,8 @@ error, and each would fill an archive with logits that are not a function of the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -40,8 +40,10 @@ class Teacher:
         amp: torch.dtype | None = None,
         channels_last: bool = True,
         compile: bool = False,  # noqa: A002  # the name of the option
+        batch_size: int = 0,
         layers: Sequence[str] = (),
     ) -> None:
+        """With `compile`, batches below `batch_size` are padded to it: the network is compiled for one shape."""
         if model.weights_source is None:
             raise Refused(f"the teacher {model.spec!r} has no weights; add weights=PATH, or weights=random for a test")
         self.model = model
@@ -56,7 +58,8 @@ class Teacher:
         self._removed_head = None if head is None else model.module.get_submodule(head)
         with refuse_out_of_memory(1, device):
             self.network = Signals(model.module, layers, head).eval().to(device, memory_format=self.memory_format)  # type: ignore[call-overload]
-        self._run = torch.compile(self.network) if compile else self.network
+        self._run = torch.compile(self.network, dynamic=False) if compile else self.network
+        self.batch_size = batch_size
 
     @property
     def precision(self) -> str:
@@ -99,6 +102,10 @@ class Teacher:
     def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
             raise UsageError(f"expected uint8 pixels [B, 3, H, W], found {pixels.dtype} {list(pixels.shape)}")
+        missing = self.batch_size - len(pixels)
+        if missing > 0 and self._run is not self.network:
+            padded = nn.functional.pad(pixels, (0, 0, 0, 0, 0, 0, 0, missing))
+            return {name: rows[:-missing] for name, rows in self(padded).items()}
         with refuse_out_of_memory(len(pixels), self.device), exact_float32():
             moved = pixels.to(self.device, non_blocking=True).contiguous(memory_format=self.memory_format)
             with torch.autocast(self.device.type, self.amp) if self.amp is not None else nullcontext():
@@ -108,6 +115,15 @@ class Teacher:
         if shape != expected:
             raise Refused(f"expected logits {expected} from {self.model.spec!r}, found {shape}; see num_classes=")
         return outputs
+
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Run the network as it is: compiling it takes minutes for every batch size, and checks use several."""
+        self._run, compiled = self.network, self._run
+        try:
+            yield
+        finally:
+            self._run = compiled
 
 
 # -- the check on the first batch -------------------------------------------------------------------------------------
@@ -135,6 +151,11 @@ class TeacherCheck:
 def check_teacher(teacher: Teacher, pixels: Tensor) -> TeacherCheck:
     """Run the teacher several times over `pixels` [B >= 4, 3, H, W]; refuse it, or measure its reproducibility."""
     assert len(pixels) >= 4, len(pixels)
+    with teacher.uncompiled():
+        return check_uncompiled(teacher, pixels)
+
+
+def check_uncompiled(teacher: Teacher, pixels: Tensor) -> TeacherCheck:
     refuse_train_mode(teacher)
     before = state_digests(teacher.network)
     first, second = teacher(pixels), teacher(pixels)

@@ -127,6 +127,7 @@ def make_plan(options: CacheOptions, share: Share, progress: Callable[[int, int]
         amp=pick_amp(device, options.amp),
         channels_last=options.channels_last,
         compile=options.compile,
+        batch_size=options.batch_size,
         layers=list(dict.fromkeys(signal for part in parts for signal in part.signals if signal != LOGITS)),
     )
     source = open_source(options.data)

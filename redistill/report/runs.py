@@ -50,7 +50,7 @@ TEACHER = ("top1_where_teacher_right", "top1_where_teacher_wrong")
 # Columns of metrics.csv that hold text.
 TEXT_COLUMNS = ("view",)
 # Options that do not separate groups: they vary with the seed, are named in another way, or do not change the result.
-NOT_GROUPED = {*FREE_ON_RESUME, "seeds", "order_seed", "losses", "students", "device", "compile", "channels_last"}
+NOT_GROUPED = {*FREE_ON_RESUME, "seeds", "order_seed", "losses", "students", "compile", "channels_last"}
 SEPARATOR = " · "
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 Rows = npt.NDArray[np.int64]
+CPU = torch.device("cpu")
 
 
 class BatchPlan(NamedTuple):
@@ -65,6 +66,7 @@ class ViewBatch(NamedTuple):
 class TrainBatch(NamedTuple):
     plan: BatchPlan
     images: ViewBatch
+    """On the device."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Feed:
     rank: int = 0
     world_size: int = 1
     workers: int = 0
-    pin: bool = False
+    device: torch.device = CPU
 
     def views(self, epoch: int) -> tuple[int, ...]:
         num_views = self.dataset.views.num_views if self.num_views is None else self.num_views
@@ -110,9 +112,37 @@ class Feed:
                     plan = BatchPlan(current, i, len(batches), views, rows, len(batches[i]) * len(views))
                     yield plan, [self.dataset.index(view, row) for row in rows.tolist() for view in views]
 
-        with BatchLoader(self.dataset, workers=self.workers, collate=collate_views, pin=self.pin) as loader:
-            for plan, images in loader.load(plans()):
-                yield TrainBatch(plan, images)
+        pin = self.device.type == "cuda"
+        with BatchLoader(self.dataset, workers=self.workers, collate=collate_views, pin=pin) as loader:
+            yield from on_device(loader.load(plans()), self.device)
+
+
+def on_device(batches: Iterator[tuple[BatchPlan, ViewBatch]], device: torch.device) -> Iterator[TrainBatch]:
+    """The batches on the device. To a GPU, a stream of its own copies each of them while the step before it runs: that
+    step has been queued when the next batch is asked for."""
+    if device.type != "cuda":
+        for plan, images in batches:
+            yield TrainBatch(plan, moved(images, device))
+        return
+    copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    for plan, images in batches:
+        with torch.cuda.stream(copies):
+            copied = moved(images, device)
+        steps = torch.cuda.current_stream(device)
+        steps.wait_stream(copies)
+        for tensor in copied:
+            if tensor is not None:
+                tensor.record_stream(steps)  # its memory belongs to `copies`, which must not reuse it too early
+        yield TrainBatch(plan, copied)
+
+
+def moved(images: ViewBatch, device: torch.device) -> ViewBatch:
+    """Pinned tensors are copied to a GPU without a wait."""
+
+    def move(tensor: Tensor | None) -> Any:  # noqa: ANN401  None for None
+        return None if tensor is None else tensor.to(device, non_blocking=True)
+
+    return ViewBatch(*map(move, images))
 
 
 def epoch_batches(seed: int, epoch: int, rows: Rows, batch_size: int) -> list[Rows]:

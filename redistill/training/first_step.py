@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from redistill.devices import fastest_convolutions
 from redistill.interrupts import raise_on_signals, stop_on_signals
 from redistill.progress import NoProgress, Progress
 from redistill.ranks import World, joined_world
@@ -65,7 +66,7 @@ class DryRun:
 
 def dry_run(options: TrainOptions, progress: Progress | None = None) -> DryRun:
     """Prepare a run as `train` does, and do its first step. Every rank must call it."""
-    with joined_world(options.device) as world, stop_on_signals() as stop:
+    with joined_world(options.device) as world, fastest_convolutions(world.device), stop_on_signals() as stop:
         if progress is None or not world.first:
             progress = NoProgress()
         refuse_earlier_run(options)

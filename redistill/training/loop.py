@@ -11,7 +11,10 @@ import time
 
 from redistill_cache.errors import RedistillError, Refused
 from redistill_cache.storage import disk_trouble
+from redistill_cache.wording import human_bytes
 
+from redistill.cached_teacher import SHARE_OF_GPU
+from redistill.devices import fastest_convolutions
 from redistill.interrupts import StopRequest, raise_on_signals, stop_on_signals
 from redistill.losses.curriculum import TrainingProgress
 from redistill.losses.objective import Mix
@@ -22,9 +25,10 @@ from redistill.training.checkpoint import has_checkpoint, load_checkpoint, save_
 from redistill.training.feed import BatchPlan, TrainBatch
 from redistill.training.options import TrainOptions
 from redistill.training.prepare import TrainSetup, prepare
-from redistill.training.run_files import EpochTimes, RunFiles, TrainResult, refuse_foreign_folder
+from redistill.training.run_files import RunFiles, TrainResult, refuse_foreign_folder
 from redistill.training.settings import settings_in_effect
 from redistill.training.targets import CachedTargets
+from redistill.training.throughput import Throughput, clock_of
 
 __all__ = ["Diverged", "train"]
 
@@ -42,7 +46,7 @@ class Diverged(RedistillError):
 
 def train(options: TrainOptions, progress: Progress | None = None) -> list[TrainResult]:
     """Train every member of the cohort and return their results. Resumes the run in `options.out`, if any."""
-    with joined_world(options.device) as world, stop_on_signals(RESUME) as stop:
+    with joined_world(options.device) as world, fastest_convolutions(world.device), stop_on_signals(RESUME) as stop:
         if progress is None or not world.first:
             progress = NoProgress()
         refuse_earlier_run(options)
@@ -83,17 +87,18 @@ class Training:
         self.feed, self.members, self.targets = setup.feed, setup.members, setup.targets
         self.validation, self.use, self.fixed = setup.validation, setup.use, setup.fixed
         self.labels, self.judged = setup.archive.labels, False
-        self.throughput = Throughput()
+        self.rows_on_gpu: bool | None = None
+        self.throughput = Throughput(clock_of(world.device))
         self.last_save = time.monotonic()
         self.check_every = CHECK_ALONE[world.device.type] if world.size == 1 else CHECK_RANKS
 
     def run(self, epoch: int, batch: int) -> list[Metrics | None]:
         """Train from this batch to the end; the metrics of every member after the last epoch."""
-        if epoch == self.feed.epochs:
-            return self._validate()
         metrics: list[Metrics | None] = []
         current_epoch = None
         try:
+            if epoch == self.feed.epochs:
+                return self._validate()
             for item in self.feed.start(epoch, batch):
                 plan = item.plan
                 if plan.epoch != current_epoch:
@@ -107,8 +112,7 @@ class Training:
                 if plan.last:
                     metrics = self._end_epoch(plan.epoch)
         finally:
-            if self.targets is not None:
-                self.targets.close()
+            self._close()
         return metrics
 
     def first_step(self) -> None:
@@ -123,26 +127,43 @@ class Training:
             self._refuse_infinite_weights("epoch 1, batch 1")
         finally:
             batches.close()
-            if self.targets is not None:
-                self.targets.close()
+            self._close()
+
+    def _close(self) -> None:
+        """Stop background work: views being loaded, and the workers of validation."""
+        if self.targets is not None:
+            self.targets.close()
+        if self.validation is not None:
+            self.validation.close()
 
     def _begin_epoch(self, epoch: int) -> None:
         if self.targets is not None:
             more = epoch + 1 < self.feed.epochs
             self.targets.begin_epoch(self.feed.views(epoch), self.feed.views(epoch + 1) if more else None)
+            self._say_where_rows_are()
         if isinstance(self.targets, CachedTargets) and self.world.first and not self.judged:
             self.judged = True
             for text in self.targets.at_chance(self.labels):
                 self.progress.warning(text)
 
+    def _say_where_rows_are(self) -> None:
+        """On a GPU or not; in the first epoch, and again if that changes."""
+        if not isinstance(self.targets, CachedTargets) or self.world.device.type != "cuda":
+            return
+        on_gpu = self.targets.device_bytes > 0
+        if on_gpu != self.rows_on_gpu:
+            self.rows_on_gpu = on_gpu
+            self.progress.info(
+                f"teacher rows of an epoch: {human_bytes(self.targets.device_bytes)} on {self.world.device}"
+                if on_gpu
+                else f"teacher rows are copied to {self.world.device} with every batch: those of an epoch do not fit "
+                f"there (at most --cache-memory, and {SHARE_OF_GPU:.0%} of its free memory)"
+            )
+
     def _step(self, item: TrainBatch) -> None:
-        """Copy one batch to the device, and do one step of every member on it."""
-        plan, images, device = item.plan, item.images, self.world.device
-        pixels = images.pixels.to(device, non_blocking=True)
-        labels = images.labels.to(device, non_blocking=True)
-        mix = None
-        if images.partner_labels is not None and images.mix_weights is not None:
-            mix = Mix(images.partner_labels.to(device), images.mix_weights.to(device))
+        """One step of every member on one batch. Nothing in it waits for a GPU."""
+        plan, (pixels, labels, partner_labels, mix_weights) = item
+        mix = None if partner_labels is None or mix_weights is None else Mix(partner_labels, mix_weights)
         teacher = None if self.targets is None else self.targets(plan, pixels)
         progress = TrainingProgress(plan.epoch + plan.batch / plan.batches, self.feed.epochs)
         rank_weight = len(pixels) * self.world.size / plan.global_size
@@ -250,26 +271,3 @@ class Training:
         """Stop every rank, including those that received no signal."""
         self.stop.number = self.stop.number or 15
         self.stop.raise_if_set(RESUME)
-
-
-class Throughput:
-    """Images per second of an epoch, and the share of the time spent waiting for data; validation is not counted."""
-
-    def __init__(self) -> None:
-        self.start()
-
-    def start(self) -> None:
-        self.started = self.last_done = time.perf_counter()
-        self.waited = 0.0
-        self.images = 0
-
-    def batch_ready(self) -> None:
-        self.waited += time.perf_counter() - self.last_done
-
-    def batch_done(self, images: int) -> None:
-        self.last_done = time.perf_counter()
-        self.images += images
-
-    def times(self) -> EpochTimes:
-        seconds = max(time.perf_counter() - self.started, 1e-9)
-        return EpochTimes(seconds, self.images / seconds, self.waited / seconds)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from redistill_cache.errors import Refused, SpecMismatch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from redistill.devices import refuse_out_of_memory
 from redistill.losses.curriculum import TrainingProgress
@@ -21,6 +20,7 @@ from redistill.models import OpenedModel
 from redistill.optim import clip_gradients, lr_at, make_optimizer, set_lr
 from redistill.ranks import World
 from redistill.signals import HEAD_LOGITS, LOGITS, PENULTIMATE, Head, Taps
+from redistill.training.average import AveragedWeights
 from redistill.training.options import MemberSpec, TrainOptions
 
 __all__ = ["Member"]
@@ -63,18 +63,14 @@ class Member:
         )
         self._place_teacher_head()
         self.optimizer = make_optimizer(nn.ModuleList([self.module, self.objective]), self.optim)
-        self.average = (
-            AveragedModel(self.module, multi_avg_fn=averaging(options.ema), use_buffers=True)
-            if options.ema is not None
-            else None
-        )
+        self.average = None if options.ema is None else AveragedWeights(self.module, options.ema)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=amp is torch.float16)
         if options.sync_bn:
             self.module = world.synchronise_norms(self.module)
         needs = objective.needs
         tapped = Taps(self.module, needs.layers, head, outputs=needs.outputs) if needs.taps else self.module
         self.wrapped = world.wrap(tapped, unused=needs.taps and not trains_all(needs, teacher_head))
-        self.network: Any = torch.compile(self.wrapped) if options.compile else self.wrapped
+        self.network: Any = compiled(self.wrapped, len(options.members)) if options.compile else self.wrapped
         self.rng_state = initial_rng_state(spec.seed, world.rank.rank, world.device)
         self.history: list[dict[str, Any]] = []
         self.best = -math.inf
@@ -124,7 +120,7 @@ class Member:
         self.scaler.update()
         self._place_teacher_head()
         if self.average is not None:
-            self.average.update_parameters(self.module)
+            self.average.update(self.module)
 
     def _forward(
         self,
@@ -252,25 +248,48 @@ class Member:
     def load(self, state: Mapping[str, Any], epoch: int, batch: int) -> None:
         """Restore the state that rank 0 saved after `batch` batches of `epoch`.
 
-        Rank 0 also restores its random state and sums; the other ranks derive a new random state from the position.
+        Rank 0 also restores its sums and random states. The other ranks derive new random states from the position; so
+        does rank 0 for a type of device that the saved run had not.
         """
         self.module.load_state_dict(state["module"])
         self.objective.load_state_dict(state["objective"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        self._load_optimizer(state["optimizer"])
+        if state["scaler"]:  # it is empty where the earlier part of the run did not scale
+            self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         if self.teacher_head is not None:
             self.teacher_head = Head(*(tensor.to(self.world.device) for tensor in state["teacher_head"]))
         self.history = list(state["history"])
         self.best, self.best_epoch = state["best"], state["best_epoch"]
+        seed = f"{self.spec.seed} {(epoch, batch)}"
+        self.rng_state = initial_rng_state(seed, self.world.rank.rank, self.world.device)
         if self.world.first:
-            self.rng_state = state["noise"]
+            saved = state["noise"]
+            self.rng_state |= {name: saved[name] for name in self.rng_state if name in saved}
             self.sums = {name: total.to(self.world.device) for name, total in state["sums"].items()}
             self.rows = state["rows"]
-        else:
-            seed = f"{self.spec.seed} {(epoch, batch)}"
-            self.rng_state = initial_rng_state(seed, self.world.rank.rank, self.world.device)
+
+    def _load_optimizer(self, state: Mapping[str, Any]) -> None:
+        """Restore the optimiser; which of torch's implementations computes its steps depends on the device of now."""
+        implementation = [{"fused": group["fused"]} for group in self.optimizer.param_groups]
+        groups = [saved | own for saved, own in zip(state["param_groups"], implementation, strict=True)]
+        self.optimizer.load_state_dict({**state, "param_groups": groups})
+
+
+# Batches, and parts of them, have two sizes that differ by one; a batch and its parts may together have three.
+SHAPES = 3
+
+
+def compiled(network: nn.Module, members: int) -> Any:  # noqa: ANN401  called as the network
+    """`network` compiled once for every shape. A graph of dynamic shapes would be slower in every step.
+
+    Members of one architecture family run the same code, and torch keeps few compilations of it by default, beyond
+    which it silently stops to compile.
+    """
+    config = torch._dynamo.config
+    config.cache_size_limit = max(config.cache_size_limit, SHAPES * members)
+    return torch.compile(network, dynamic=False)
 
 
 def trains_all(needs: Needs, teacher_head: Head | None) -> bool:
@@ -298,10 +317,6 @@ def refuse_too_few_rows(rows: int, student: str) -> Iterator[None]:
             f"the batch norms of {student!r} cannot be trained on {rows} views at a time; use a larger --batch-size or "
             "--size, or a smaller --grad-accum"
         ) from None
-
-
-def averaging(decay: float) -> Any:  # noqa: ANN401  what AveragedModel takes
-    return get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
 
 
 def initial_rng_state(seed: object, rank: int, device: torch.device) -> dict[str, Tensor]:

@@ -39,8 +39,9 @@ MAX_MEMBERS = 1000
 MAX_TERMS = 32  # of a loss
 LISTS = ("students", "losses", "seeds", "teachers", "log")
 PATHS = ("archive", "out", "val_archive")
-# These do not change the result, so they may differ when a run is resumed.
+# These do not change the result, or no more than rounding (device), so they may differ when a run is resumed.
 FREE_ON_RESUME = (
+    "device",
     "out",
     "data",
     "archive",
@@ -195,7 +196,11 @@ class TrainOptions:
     )
     cache_memory: float = field(
         default=4.0,
-        metadata=option("GiB of memory for teacher rows; above it, they are stored in a temporary file.", at_least=0),
+        metadata=option(
+            "GiB of memory for teacher rows, on the host and on a GPU; above it, they are stored in a temporary file, "
+            "and copied to the GPU with every batch.",
+            at_least=0,
+        ),
     )
     allow_missing: bool = field(
         default=False, metadata=option("Train on the matching images even if others are missing.")

@@ -145,7 +145,7 @@ def prepare(options: TrainOptions, world: World, progress: Progress, saved: Arch
         rank=world.rank.rank,
         world_size=world.size,
         workers=workers,
-        pin=world.device.type == "cuda",
+        device=world.device,
     )
     feed.global_batches(0)  # refuses a batch size that is too small for the ranks
     members = [

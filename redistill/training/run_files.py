@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from redistill_cache.errors import Refused, UsageError
 from redistill_cache.storage import LOCAL, disk_trouble, is_leftover, read_small
@@ -30,8 +30,9 @@ from redistill.training.checkpoint import has_checkpoint, remove_partial_files
 from redistill.training.member import Member
 from redistill.training.options import CONFIG, TrainOptions, read_config, write_config
 from redistill.training.prepare import TrainSetup
+from redistill.training.throughput import EpochTimes
 
-__all__ = ["BEST", "RESULT", "STUDENT", "EpochTimes", "RunFiles", "TrainResult", "headline", "refuse_foreign_folder"]
+__all__ = ["BEST", "RESULT", "STUDENT", "RunFiles", "TrainResult", "headline", "refuse_foreign_folder"]
 
 RESULT = "result.json"
 STUDENT = "student.safetensors"
@@ -62,13 +63,6 @@ def is_run(folder: Path) -> bool:
         return {"students", "archive"} <= read_config(folder / CONFIG).keys()
     except UsageError:
         return False
-
-
-class EpochTimes(NamedTuple):
-    seconds: float
-    images_per_second: float
-    waiting: float
-    """Share of the time in which no batch was ready, or the teacher's view was still loading."""
 
 
 @dataclass(frozen=True)

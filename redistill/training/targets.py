@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -18,7 +19,7 @@ from redistill_cache.errors import RedistillError, Refused
 from redistill_cache.wording import human_bytes
 from torch import Tensor
 
-from redistill.cached_teacher import decode_rows
+from redistill.cached_teacher import DeviceView, Placed, decode_rows, placed, room_for_rows
 from redistill.ranks import RANK_EXITED, World
 from redistill.signals import LOGITS
 from redistill.teachers import Teacher
@@ -49,22 +50,24 @@ class CachedTargets:
     def __init__(self, shared_views: SharedViews, device: torch.device) -> None:
         self.shared_views, self.device = shared_views, device
         self._resident: list[list[PackedView]] = []
+        self._placed: list[list[Placed]] = []
         self._views: tuple[int, ...] = ()
 
     def begin_epoch(self, views: tuple[int, ...], next_views: tuple[int, ...] | None) -> None:
         """Make the views of an epoch resident, and start to load those of the next."""
-        self._resident = []  # their buffers are about to be reused
+        self._resident, self._placed = [], []  # their buffers are about to be reused
         self._resident, self._views = self.shared_views.load(views, next_views), views
+        self._placed = placed(self._resident, self.device, self._room)
 
     def __call__(self, plan: BatchPlan, pixels: Tensor) -> dict[str, Tensor]:
         del pixels
         assert plan.views == self._views, f"views {self._views} are resident, the batch is of views {plan.views}"
         rows: dict[str, list[Tensor]] = {}
-        for read, views in zip(self.shared_views.reads, self._resident, strict=True):
+        for read, views in zip(self.shared_views.reads, self._placed, strict=True):
             rows.setdefault(read.key, []).append(self._rows_of(views, plan))
         return {key: values[0] if len(values) == 1 else torch.stack(values).mean(0) for key, values in rows.items()}
 
-    def _rows_of(self, views: Sequence[PackedView], plan: BatchPlan) -> Tensor:
+    def _rows_of(self, views: Sequence[Placed], plan: BatchPlan) -> Tensor:
         """Of one signal, in the order of the batch: the views of an image follow each other."""
         rows = [decode_rows(view, plan.rows, self.device) for view in views]
         return rows[0] if len(rows) == 1 else torch.stack(rows, 1).flatten(0, 1)
@@ -94,8 +97,18 @@ class CachedTargets:
                     f"than by chance ({chance:.1%}): check its weights, its classes and the labels"
                 )
 
+    @cached_property
+    def _room(self) -> int:
+        return room_for_rows(self.device, self.shared_views.memory_gib)
+
+    @property
+    def device_bytes(self) -> int:
+        """Of the rows that are on a GPU; the rows of a batch are copied there where this is 0."""
+        views = [view for of_signal in self._placed for view in of_signal]
+        return sum(view.nbytes for view in views if isinstance(view, DeviceView))
+
     def close(self) -> None:
-        self._resident = []
+        self._resident, self._placed = [], []
         self.shared_views.close()
 
 
@@ -128,7 +141,7 @@ class SharedViews:
     def __init__(
         self, archive: Archive, reads: Sequence[Read], views_per_image: int, memory_gib: float, world: World
     ) -> None:
-        self.world = world
+        self.world, self.memory_gib = world, memory_gib
         self.reads = tuple(reads)
         self.codecs = [archive.codec(read.teacher, read.signal) for read in reads]
         self.shared = world.rank.local_world_size > 1 and Path("/proc/self/fd").exists()

@@ -50,6 +50,7 @@ class Validation:
         self.rows = np.flatnonzero(labels >= 0)[rank::world_size]
         self.batch_size, self.workers = batch_size, workers
         self._cached: list[tuple[np.ndarray, Tensor]] = []
+        self._loader: BatchLoader | None = None
 
     @classmethod
     def open(
@@ -126,8 +127,8 @@ class Validation:
     ) -> list[MetricSums]:
         """The sums of each student over this rank's images, from one pass over them."""
         totals: list[MetricSums | None] = [None] * len(students)
-        for rows, pixels in self._batches():
-            moved = pixels.to(device)
+        for rows, pixels in self._batches(device):
+            moved = pixels.to(device, non_blocking=True)
             labels = torch.from_numpy(self.labels[rows]).to(device)
             teacher = None if self.teacher_logits is None else torch.from_numpy(self.teacher_logits[rows]).to(device)
             for i, (network, normalise) in enumerate(students):
@@ -144,8 +145,8 @@ class Validation:
             raise Refused(f"{len(self.labels)} validation images are too few for this number of ranks")
         return complete
 
-    def _batches(self) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """(rows, uint8 pixels) of this rank."""
+    def _batches(self, device: torch.device) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """(rows, uint8 pixels) of this rank. The first pass starts the workers, which stay for the following ones."""
         if self._cached:
             yield from self._cached
             return
@@ -153,12 +154,22 @@ class Validation:
         cache = len(self.rows) * 3 * self.dataset.size**2 <= CACHED_BYTES
         indices = ((rows, [self.dataset.index(0, row) for row in rows.tolist()]) for rows in batches)
         cached = []
-        with BatchLoader(self.dataset, workers=self.workers, collate=collate_views) as loader:
-            for rows, images in loader.load(indices):
-                if cache:
-                    cached.append((rows, images.pixels))
-                yield rows, images.pixels
+        if self._loader is None:
+            pin = device.type == "cuda" and not cache
+            self._loader = BatchLoader(self.dataset, workers=self.workers, collate=collate_views, pin=pin)
+        for rows, images in self._loader.load(indices):
+            if cache:
+                cached.append((rows, images.pixels))
+            yield rows, images.pixels
         self._cached = cached
+        if cache:
+            self.close()
+
+    def close(self) -> None:
+        """Stop the workers."""
+        if self._loader is not None:
+            self._loader.close()
+            self._loader = None
 
 
 def validation_recipe(size: int) -> Recipe:

@@ -7,11 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from redistill_cache import open_archive
+from redistill_cache import PackedView, open_archive
+from redistill_cache.codecs import fit_codec
 from redistill_cache.errors import OutOfRange, UsageError
 
 import redistill
+from redistill.cached_teacher import DeviceView, decode_rows, placed, room_for_rows
 from tests import tiny_archive
+from tests.cache.codecs.test_codec_device import CODECS, GPU, logits, packed_view
+from tests.simulated_cuda import SimulatedGPU, simulated_cuda
 
 STORED = np.stack([tiny_archive.stored_logits(view) for view in range(3)])
 ROWS = np.array([7, 49, 7, 0, 12, 31])
@@ -70,3 +74,74 @@ def test_no_rows(archive):
 def test_what_is_no_row_or_view_is_refused(archive, rows, views, error: type[Exception], message: str):
     with pytest.raises(error, match=message):
         redistill.CachedTeacher(archive)(rows, views)
+
+
+# -- on a GPU, a simulated one ----------------------------------------------------------------------------------------
+
+
+def bytes_sent(gpu: SimulatedGPU) -> int:
+    return sum(storage.nbytes() for storage in gpu.pinned.values())
+
+
+@pytest.mark.parametrize(("name", "settings", "needed"), CODECS)
+def test_rows_on_a_gpu_are_gathered_there_without_a_wait(name: str, settings: dict, needed: set):
+    """Every codec, with rows that need sparse arrays and without."""
+    view = packed_view(fit_codec(name, logits()[:120], **settings), logits())
+    batches = [np.arange(160), np.array([141, 3, 152, 3]), np.array([5])]
+    with simulated_cuda() as gpu:
+        resident = DeviceView(view, GPU)
+        resident.decode(batches[0])  # copies constants
+        sent = bytes_sent(gpu)
+        with gpu.counting() as syncs:
+            found = [decode_rows(resident, rows, GPU) for rows in batches]
+        assert [str(sync) for sync in syncs] == []
+        assert bytes_sent(gpu) - sent <= (1 + 2 * len(needed)) * 8 * sum(map(len, batches)), "the numbers of rows"
+        expected = [decode_rows(view, rows, GPU).cpu() for rows in batches]
+        assert all(torch.equal(one.cpu(), other) for one, other in zip(found, expected, strict=True))
+
+
+def test_the_views_of_a_teacher_stay_on_its_gpu_where_they_fit(archive):
+    """One view after the other, and mixed; a small limit leaves them on the host, with the same rows."""
+    selections: dict[float, list[int]] = {}
+    for memory_gib in (4.0, 1e-6):
+        with simulated_cuda() as gpu:
+            teacher = redistill.CachedTeacher(archive, "cuda:0", memory_gib=memory_gib)
+            for views in (0, 1, VIEWS, 2):
+                before = gpu.kernels["index_select"]
+                rows = teacher(ROWS, views)
+                selections.setdefault(memory_gib, []).append(gpu.kernels["index_select"] - before)
+                assert rows.device == GPU
+                np.testing.assert_allclose(rows.cpu().numpy(), STORED[views, ROWS], rtol=1e-5, atol=1e-5)
+    on_gpu, on_host = selections.values()
+    assert all(one > other for one, other in zip(on_gpu, on_host, strict=True)), selections
+
+
+def test_a_view_stays_until_the_next_one_is_used(archive):
+    with simulated_cuda() as gpu:
+        teacher = redistill.CachedTeacher(archive, "cuda:0")
+        for views in (0, VIEWS):
+            teacher(ROWS, views)
+            sent = bytes_sent(gpu)
+            for _ in range(3):
+                teacher(ROWS[:1], 0)
+            assert bytes_sent(gpu) - sent <= 3 * 3 * 8, "the number of a row, and of those in sparse arrays"
+
+
+@pytest.mark.parametrize(
+    ("room", "largest", "kind"), [(1 << 20, None, DeviceView), (100, None, PackedView), (1 << 20, 100, PackedView)]
+)
+def test_views_stay_on_the_host_without_room_or_memory(room: int, largest: int | None, kind: type):
+    view = packed_view(fit_codec("linear", logits()[:120]), logits())
+    with simulated_cuda(largest=largest):
+        assert [[type(one) for one in views] for views in placed([[view, view], [view]], GPU, room)] == [
+            [kind] * 2,
+            [kind],
+        ]
+
+
+def test_the_room_is_a_quarter_of_the_free_memory():
+    with simulated_cuda():
+        free, _ = torch.cuda.mem_get_info(GPU)
+        assert room_for_rows(GPU, 1e6) == free // 4
+        assert room_for_rows(GPU, 0.5) == 2**29
+    assert room_for_rows(torch.device("cpu"), 4.0) == 0

@@ -21,7 +21,7 @@ import pytest
 import torch
 from redistill_cache.errors import Refused
 
-from redistill.loading import BatchLoader, _InMemoryFile
+from redistill.loading import FILES_OF_WORKER, FILES_OF_WORKERS, BatchLoader, _InMemoryFile, default_workers
 from redistill.training.feed import ViewBatch, collate_views
 from redistill.views.dataset import RenderedView
 
@@ -94,14 +94,21 @@ def test_too_few_open_files_are_refused_before_the_workers_start():
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+@pytest.mark.parametrize(("cores", "processes", "workers"), [(1, 2, 1), (40, 1, 40), (128, 8, 16), (192, 1, 48)])
+def test_a_worker_for_every_core(monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, workers: int):
+    monkeypatch.setattr("redistill.loading.usable_cores", lambda: cores)
+    assert default_workers(processes) == workers
+    assert 2 * (FILES_OF_WORKERS + FILES_OF_WORKER * workers) < 1024 - 100, "of training and of validation"
+
+
 # -- whole commands ---------------------------------------------------------------------------------------------------
 
 DATA, MODEL = "synthetic?classes=4&n=512&size=64", "demo:tiny?num_classes=4&weights=random"
 
 
-def small_shm(*command: object) -> subprocess.CompletedProcess[str]:
-    """`redistill ...` with a /dev/shm that holds two batches of the test."""
-    script = 'mount -t tmpfs -o size=2m tmpfs /dev/shm && exec "$@"'
+def small_shm(*command: object, size: str = "2m") -> subprocess.CompletedProcess[str]:
+    """`redistill ...` with a /dev/shm of this size; the default holds two batches of the test."""
+    script = f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"'
     arguments = [sys.executable, "-m", "redistill_cli", *map(str, command)]
     return subprocess.run(
         ["unshare", "-m", "sh", "-c", script, "sh", *arguments],
@@ -131,6 +138,18 @@ def test_both_stages_run_with_a_small_shm(tmp_path: Path):
     trained = small_shm("train", DATA, "--archive", archive, *plain, *common, "--out", run)
     assert (trained.returncode, "Traceback" in trained.stderr) == (0, False), trained.stderr
     assert np.isfinite(float((run / "metrics.csv").read_text().splitlines()[1].split(",")[2]) or 0)
+
+
+@pytest.mark.skipif(not can_mount(), reason="may not mount a small /dev/shm")
+def test_a_full_shm_is_refused_in_one_line(tmp_path: Path):
+    """The semaphores of the workers do not fit."""
+    common = ("--teacher", MODEL, "--recipe", "rrc?size=64", "--views", 1, "--workers", 8, "--out", tmp_path / "a.zarr")
+    found = small_shm("cache-teacher", DATA, *common, size="64k")
+    assert found.returncode == 3
+    (line,) = [line for line in found.stderr.splitlines() if "shm" in line or "rror" in line]
+    assert line.startswith("redistill: /dev/shm has ")
+    assert "too little for the locks of 8 workers (128.0 KiB); free or enlarge it" in line
+    assert "Traceback" not in found.stderr
 
 
 def has_child(pid: int, mark: str) -> bool:

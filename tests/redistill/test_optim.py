@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from redistill_cache.errors import UsageError
@@ -11,6 +12,7 @@ from torch import nn
 
 from redistill.models import demo
 from redistill.optim import OptimConfig, clip_gradients, lr_at, make_optimizer, preset, set_lr
+from tests.simulated_cuda import simulated_cuda
 
 
 def test_cosine_against_torch():
@@ -114,6 +116,28 @@ def test_every_optimiser_lowers_a_loss(opt: str):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("opt", ["sgd", "nesterov", "adam", "adamw"])
+def test_on_a_gpu_one_kernel_updates_all_weights(opt: str):
+    config = OptimConfig(opt=opt, lr=0.1, momentum=0.9, weight_decay=0.01)
+
+    def trained(device: str) -> list[float]:
+        weights = nn.Linear(3, 2, bias=False).to(device)
+        with torch.no_grad():
+            weights.weight.fill_(1.0)
+        optimizer = make_optimizer(weights, config)
+        for _ in range(3):
+            optimizer.zero_grad()
+            weights(torch.ones(2, 3, device=device)).square().mean().backward()
+            optimizer.step()
+        return weights.weight.tolist()
+
+    with simulated_cuda() as gpu:
+        found = trained("cuda:0")
+    assert [name for name in gpu.kernels if name.startswith("_fused_")], gpu.kernels
+    assert {name for name in gpu.kernels if name.startswith("_foreach_")} <= {"_foreach_add_"}, "counts steps"
+    assert np.allclose(found, trained("cpu"))
 
 
 def test_sgd_has_plain_momentum():

@@ -98,6 +98,8 @@ class SimulatedGPU:
     to_host: list[tuple[torch.dtype, int]] = field(default_factory=list)
     """The type and the number of values of every copy to the host."""
     generators: dict[int, torch.Generator] = field(default_factory=dict)
+    recorded: int = 0
+    """Calls of Tensor.record_stream."""
 
     @property
     def current(self) -> int:
@@ -186,6 +188,10 @@ class SimulatedTensor(torch.Tensor):
         self.gpu.wait("copy to the host")
         return self.data_on_cpu.tolist()
 
+    def record_stream(self, s: Any) -> None:  # noqa: ARG002  the name that torch gives it
+        """torch's own takes its own streams only."""
+        self.gpu.recorded += 1
+
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return dispatch(cls.gpu, func, args, kwargs or {})
@@ -244,8 +250,6 @@ def dispatch(gpu: SimulatedGPU, func: Any, args: tuple[Any, ...], kwargs: dict[s
     if name == "_local_scalar_dense":
         gpu.wait("item")
         return func(args[0].data_on_cpu)
-    if name == "record_stream":
-        return None
     if name == "_fused_sdp_choice":
         return 0  # in plain operations; those of a CPU have no kernel here
     index = device_of(gpu, name, args, tensors, ours, requested)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from redistill_cache import open_archive
 from redistill_cache.errors import Damaged, Refused, SpecMismatch
 from safetensors.torch import load_file
@@ -143,6 +144,12 @@ def test_another_option_is_refused_by_name(options):
         assert next(iter(changed)) in str(error.value)
 
 
+def test_the_device_may_change(options):
+    with pytest.raises(Interrupted):
+        train(options(device="auto" if not torch.cuda.is_available() else "cuda"), InterruptAt(7))
+    assert train(options(device="cpu"))[0].epochs == 3
+
+
 def test_a_finished_run_is_not_run_again(options):
     first = train(options(epochs=1, val=VAL))[0]
     second = train(options(epochs=1, val=VAL))[0]
@@ -231,6 +238,26 @@ def test_an_error_after_the_workers_have_started_stops_them(options, tmp_path: P
     with pytest.raises(Damaged) as caught:  # holds the traceback, and with it all frames
         train(options(archive=damaged, workers=2))
     assert "SHA-256" in str(caught.value)
+    assert not multiprocessing.active_children()
+
+
+class Processes(NoProgress):
+    """The child processes at the end of every epoch."""
+
+    def __init__(self) -> None:
+        self.of_epochs: list[set[int | None]] = []
+
+    def epoch(self, *_: object, **__: object) -> None:
+        self.of_epochs.append({process.pid for process in multiprocessing.active_children()})
+
+
+def test_the_workers_of_validation_stay_until_the_end(options, monkeypatch: pytest.MonkeyPatch):
+    """Two of training and two of validation, where its pixels do not fit in memory; their start takes seconds."""
+    monkeypatch.setattr("redistill.training.validate.CACHED_BYTES", 0)
+    processes = Processes()
+    train(options(workers=2, val=VAL), processes)
+    assert [len(pids) for pids in processes.of_epochs] == [4, 4, 4]
+    assert len(set.union(*processes.of_epochs)) == 4
     assert not multiprocessing.active_children()
 
 
