@@ -21,6 +21,7 @@ import re
 import shutil
 import socket
 import stat
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from redistill_cache import layout, limits
 from redistill_cache.addresses import Address, checked_id, parse_address
 from redistill_cache.download import (
     POLL_S,
+    FileSink,
     Notify,
     Transfer,
     Unreachable,
@@ -42,7 +44,7 @@ from redistill_cache.download import (
     read_address,
     say,
 )
-from redistill_cache.errors import Damaged, Incomplete, Refused, UsageError
+from redistill_cache.errors import Incomplete, Refused, UsageError
 from redistill_cache.journal import FileEntry, parse_header, sha256
 from redistill_cache.open_state import ArchiveState, read_state
 from redistill_cache.storage import LEFTOVER, LOCAL, disk_trouble, read_small
@@ -242,32 +244,31 @@ def _fetch_all(
         )
     for folder in sorted({(target / name).parent for name in missing}):
         LOCAL.make_directories(folder)
-    names: dict[Transfer, str] = {}
+    open_files: set[BinaryIO] = set()
+    lock = threading.Lock()
 
-    def transfers() -> Iterator[Transfer]:
-        for name, entry in missing.items():
-            transfer = Transfer(address.child(name), new_partial(target / name), entry.size)
-            names[transfer] = name
-            yield transfer
+    def transfer(name: str, entry: FileEntry) -> Transfer:
+        file = new_partial(target / name)
+        open_files.add(file)
 
-    def done(transfer: Transfer) -> None:
-        nonlocal received
-        name = names.pop(transfer)
-        transfer.file.close()
-        if transfer.result != missing[name]:
-            raise Damaged(
-                f"{transfer.address}: size or SHA-256 differ from the manifest; fetch it again, or contact its owner"
-            )
-        publish_partial(transfer.file, target / name)
-        received += missing[name].size
+        def arrived() -> None:
+            nonlocal received
+            file.close()
+            publish_partial(file, target / name)
+            with lock:
+                received += entry.size
+
+        return Transfer(address.child(name), FileSink(file, entry.size, expected=entry, arrived=arrived))
+
+    def watch() -> None:
         if progress is not None:
             progress(received, total)
 
     try:
-        download(transfers(), done=done, notify=notify)
+        download((transfer(*item) for item in missing.items()), watch=watch, notify=notify)
     finally:
-        for transfer in names:
-            transfer.file.close()
+        for file in open_files:
+            file.close()
 
 
 def _is_fetched(path: Path, entry: FileEntry) -> bool:
@@ -303,11 +304,11 @@ def fetch_file(
             free = shutil.disk_usage(target.parent).free
             try:
                 with new_partial(target) as file:
-                    transfer = Transfer(address, file, min(most, free), most_announced=free)
-                    download([transfer], notify=notify, stopped=stopped)
-                    if file.tell() > transfer.most:
+                    sink = FileSink(file, min(most, free), most_announced=free)
+                    download([Transfer(address, sink)], notify=notify, stopped=stopped)
+                    if file.tell() > sink.most:
                         raise Refused(
-                            f"{address}: more than {transfer.most} bytes, and the server does not announce how many; "
+                            f"{address}: more than {sink.most} bytes, and the server does not announce how many; "
                             "not kept"
                         )
                 check(Path(file.name))
