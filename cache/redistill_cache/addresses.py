@@ -1,7 +1,8 @@
 """Addresses: the one place where they are parsed, and where their secrets are removed from text.
 
     https://example.org/lab/r50.redistill.zarr#sha256=ID     an archive that must have this id
-    s3://bucket/r50.redistill.zarr   gs://...   hf://...     through fsspec
+    hf://datasets/ORG/NAME/r50.redistill                     a file or folder of the hub
+    s3://bucket/r50.redistill.zarr   gs://...                through fsspec
 
 An address may come from a stranger's file, so it names one file or folder on one server: no other scheme, no chain of
 fsspec's ('::'), no '.' or '..'. User name, password and values such as '?token=' are secrets: they are

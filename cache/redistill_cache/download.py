@@ -39,6 +39,7 @@ from redistill_cache.addresses import Address, parse_address, redact
 from redistill_cache.errors import Damaged, RedistillError, Refused, UsageError
 from redistill_cache.journal import FileEntry
 from redistill_cache.storage import open_regular
+from redistill_cache.tokens import on_the_hub, token_of
 from redistill_cache.wording import human_bytes, one_line
 
 __all__ = ["FileSink", "Notify", "Sink", "Transfer", "Unreachable", "download", "is_offline", "read_address", "say"]
@@ -68,7 +69,7 @@ REDIRECTING = (301, 302, 303, 307, 308)
 # Errors of the local disk, not of the network.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 # Extras of this project that install the packages for a scheme.
-EXTRAS = {"s3": "s3", "hf": "hub"}
+EXTRAS = {"s3": "s3"}
 OFFLINE = "REDISTILL_OFFLINE"
 CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)")
 
@@ -248,8 +249,8 @@ def download(
 ) -> None:
     """Receive every file; `watch` is called again and again in the caller's thread, and once all are received.
 
-    http and https use the standard library, the other schemes fsspec. `Unreachable` or `Refused` when the attempts of a
-    file have failed, when nothing comes, or when too little comes for too long, of which `notify` tells before;
+    http, https and hf use the standard library, the other schemes fsspec. `Unreachable` or `Refused` when the attempts
+    of a file have failed, when nothing comes, or when too little comes for too long, of which `notify` tells before;
     `Damaged` when a file is not the expected one.
     """
     waiting = iter(transfers)
@@ -419,7 +420,7 @@ class _Attempts:
             self.asked += wait
         patience = PATIENCE_S if self.server.answered else FIRST_PATIENCE_S
         late = now + wait > self.since + patience + self.asked or self.asked > ASKED_IN_ALL_S
-        if transfer.address.scheme not in ("http", "https"):
+        if transfer.address.scheme not in ("http", "https", "hf"):
             late = self.count >= BUCKET_ATTEMPTS
         if final or late or transfer.hurried or transfer.stop.is_set():
             tried = f", {self.count} attempts in {now - self.since:.0f} s" if self.count > 1 else ""
@@ -509,7 +510,7 @@ class Answer:
 @contextmanager
 def _stream(transfer: Transfer, first: int, last: int | None) -> Iterator[Answer]:
     address = transfer.address
-    if address.scheme in ("http", "https"):
+    if address.scheme in ("http", "https", "hf"):
         with _opened(transfer, first, last) as response:
             yield _answer(transfer, response, first)
         return
@@ -557,6 +558,8 @@ def _answer(transfer: Transfer, response: http.client.HTTPResponse, first: int) 
 def _opened(transfer: Transfer, first: int, last: int | None) -> http.client.HTTPResponse:
     """The response to a request for the file, after a few redirects at most."""
     opener, address = _opener(Reach(transfer)), transfer.address
+    address = on_the_hub(address) if address.scheme == "hf" else address
+    address = replace(address, authorization=address.authorization or token_of(address))
     for _ in range(REDIRECTS + 1):
         request = urllib.request.Request(address.url)
         if address.authorization is not None:
