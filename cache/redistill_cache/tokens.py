@@ -1,7 +1,9 @@
-"""Bearer tokens of servers. They come from the environment or from the store of huggingface_hub, and are never printed.
+"""Bearer tokens of servers.
 
-REDISTILL_TOKENS='https://data.example.org=TOKEN http://10.1.2.3:8080=TOKEN'     one server each, and no other gets it
-hf://...                        HF_TOKEN, or what 'hf auth login' stored
+    REDISTILL_TOKENS='https://data.example.org=TOKEN http://10.1.2.3:8080=TOKEN'     each goes to its server only
+    HF_TOKEN, or what 'hf auth login' stored                                         for hf://
+
+They come from the environment or from the store of huggingface_hub, and are never printed.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ def token_of(address: Address) -> str | None:
 def on_the_hub(address: Address) -> Address:
     """The https address of a file at hf://[datasets/]ORG/NAME[@REVISION]/PATH, with the user's token."""
     try:
-        import huggingface_hub
+        import huggingface_hub  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
         raise Refused(
             f"{address}: hf:// needs a package that is not installed ({one_line(error)}); pip install 'redistill[hub]'"
