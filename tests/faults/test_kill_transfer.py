@@ -37,37 +37,38 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "a"
 
 
-def run(code: str, *arguments: object, seconds: float | None = None) -> bool:
-    """Run a process, or kill it after so many seconds; whether it was killed."""
+def run(code: str, *arguments: object, seconds: float | None = None) -> float | None:
+    """Run a process, or kill it after so many seconds; the seconds that it took, None if it was killed."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "now\n"
+        start = time.monotonic()
         try:
             _, err = process.communicate(timeout=300 if seconds is None else seconds)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
-            return True
+            return None
     assert process.returncode == 0, err
-    return False
+    return time.monotonic() - start
 
 
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def kill_often(command: Callable[[float | None], bool], check: Callable[[], None], out: Path, rounds: int) -> None:
+def kill_often(
+    command: Callable[[float | None], float | None], check: Callable[[], None], out: Path, rounds: int
+) -> None:
     """Kill the command at a moment of its usual time, twice for some; check what is there; then let it end."""
     print(f"replay with REDISTILL_SEED={SEED}")
     draw = random.Random(SEED)
-    start = time.monotonic()
-    command(None)
-    duration, killed = time.monotonic() - start, 0
+    duration, killed = command(None) or 0.0, 0
     for _ in range(rounds):
         shutil.rmtree(out)
         for _ in range(draw.randint(1, 2)):
-            killed += command(draw.random() * duration * 0.8)
+            killed += command(draw.random() * duration * 0.6) is None
             check()
         command(None)
         check()
@@ -89,11 +90,11 @@ def kill_pack(source: Path, tmp_path: Path, rounds: int) -> None:
         assert whole.items() <= expected.items()
         assert "manifest.json" not in whole or whole == expected
 
-    def command(seconds: float | None) -> bool:
-        killed = run(PACK, source, out, seconds=seconds)
+    def command(seconds: float | None) -> float | None:
+        took = run(PACK, source, out, seconds=seconds)
         out.mkdir(exist_ok=True)
-        assert killed or files(out) == expected
-        return killed
+        assert took is None or files(out) == expected
+        return took
 
     kill_often(command, check, out, rounds)
 
@@ -120,14 +121,14 @@ def kill_fetch(source: Path, tmp_path: Path, form: str, views: int, rounds: int)
         for view in range(archive.num_views):
             archive.logits(view)
 
-    def command(seconds: float | None) -> bool:
-        killed = run(FETCH, f"{flaky.address}/x", out, views, seconds=seconds)
+    def command(seconds: float | None) -> float | None:
+        took = run(FETCH, f"{flaky.address}/x", out, views, seconds=seconds)
         out.mkdir(exist_ok=True)
-        if not killed:
+        if took is not None:
             assert verify(out, full=True).ok
             here = {name: data for name, data in contents(out).items() if name != "_redistill/copy.json"}
             assert here == expected if not views else here.items() < expected.items()
-        return killed
+        return took
 
     served = {f"x/{path.relative_to(sent)}": path.read_bytes() for path in sent.rglob("*") if path.is_file()}
     with serving(Flaky(served, fault)) as flaky:
