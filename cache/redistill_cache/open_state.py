@@ -92,6 +92,10 @@ def read_state(path: Path, *, allow_partial: bool) -> ArchiveState:
     try:
         data = read_small(path / layout.MANIFEST, limits.MAX_MANIFEST_BYTES)
     except FileNotFoundError:
+        if (path / layout.COPY).exists():
+            raise Incomplete(
+                f"{path} is a copy that was not fetched completely; run 'redistill archive fetch' to it again"
+            ) from None
         if not allow_partial:
             raise Incomplete(
                 f"{path} is not finished: it was never sealed; run the command that writes it again, "
