@@ -52,7 +52,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return
 
     def do_GET(self) -> None:
-        request = Request(self.path, dict(self.headers), time.monotonic())
+        request = Request(self.path, dict(self.headers), time.time())
         self.flaky.requests.append(request)
         try:
             self.answer(request, self.flaky.fault(len(self.flaky.requests) - 1, request))

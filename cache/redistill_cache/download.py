@@ -55,7 +55,7 @@ WAIT_S, LONGEST_WAIT_S = 1.0, 30.0  # before another attempt; doubled each time
 ASKED_S, ASKED_IN_ALL_S = 300.0, 900.0
 NOTICED_S = 5.0  # a wait that the user is told of
 BUCKET_ATTEMPTS = 3  # packages for buckets try again themselves
-WRONG_BODIES = 3  # with another hash than expected, before the file is called damaged
+WRONG_BODIES = 3  # with another hash than expected, before a file is called damaged
 MOST_TIMES = 4  # bytes of all attempts together, in sizes of the file
 TOO_BUSY = (408, 425, 429)
 # All connections of a download together.
@@ -339,11 +339,12 @@ class _Attempts:
 
     def __init__(self, transfer: Transfer, server: Server) -> None:
         self.transfer, self.server = transfer, server
-        self.furthest, self.count, self.wrong_bodies = 0, 0, 0
+        self.furthest = 0
+        self.wrong_at, self.wrong_bodies = -1, 0
         self._progressed()
 
     def _progressed(self) -> None:
-        self.since, self.wait, self.asked = time.monotonic(), WAIT_S, 0.0
+        self.since, self.count, self.wait, self.asked = time.monotonic(), 0, WAIT_S, 0.0
 
     def run(self) -> None:
         transfer = self.transfer
@@ -353,9 +354,7 @@ class _Attempts:
             try:
                 self._once()
             except RedistillError as error:
-                wrong = isinstance(error, Damaged)
-                self.wrong_bodies += wrong
-                if not wrong or self.wrong_bodies >= WRONG_BODIES or transfer.hurried:
+                if not isinstance(error, Damaged) or transfer.hurried or self._is_wrong_again():
                     raise _of(transfer.address, error) from error
                 transfer.version = None
                 transfer.sink.restart()
@@ -407,6 +406,14 @@ class _Attempts:
                 f"sent {human_bytes(transfer.received)} in {self.count} attempts and not the whole file; try again "
                 "later, or from another address"
             )
+
+    def _is_wrong_again(self) -> bool:
+        """Whether the bytes up to here were wrong too often."""
+        position, _ = self.transfer.sink.wanted
+        if position > self.wrong_at:
+            self.wrong_at, self.wrong_bodies = position, 0
+        self.wrong_bodies += 1
+        return self.wrong_bodies >= WRONG_BODIES
 
     def _wait_or_give_up(self, error: Exception) -> None:
         transfer, now, status = self.transfer, time.monotonic(), _status(error)
