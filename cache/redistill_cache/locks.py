@@ -27,7 +27,7 @@ from redistill_cache.verified_files import cache_folder
 
 __all__ = ["DOCUMENTS", "locked", "new_partial", "publish_partial", "remove_partials", "sweep", "sweep_unfinished"]
 
-DOCUMENTS = "documents-"
+DOCUMENTS = "redistill-documents-"  # folders that a fetch removes
 WAITING_S = 60.0  # between two messages about the process that is waited for
 
 

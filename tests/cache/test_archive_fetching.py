@@ -347,11 +347,13 @@ def test_what_a_killed_fetch_left_is_swept_by_the_next_one(shared: Path, serve: 
     killed.communicate()
     assert partials(tmp_path)
     identity = str(open_archive(shared / NAME).id)
-    (tmp_path / "cache" / "redistill" / "archives" / identity / "documents-old" / "teachers").mkdir(parents=True)
+    (tmp_path / "cache" / "redistill" / "archives" / identity / "redistill-documents-old" / "teachers").mkdir(
+        parents=True
+    )
     address, _ = serve(shared)
     fetch_archive(f"{address}/second.zarr")
     assert not partials(tmp_path)
-    assert not list((tmp_path / "cache").rglob("documents-*"))
+    assert not list((tmp_path / "cache").rglob("*documents-*"))
     assert verify(fetch_archive(f"{address}/{NAME}"), full=True).ok
 
 

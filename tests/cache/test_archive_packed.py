@@ -278,6 +278,12 @@ def test_teachers_with_fewer_views_have_as_many_in_a_copy(tmp_path: Path):
 
 def test_a_folder_with_something_else_is_left_alone(sealed: Path, packed_copy: Path, tmp_path: Path):
     out = tmp_path / "out"
+    (out / "redistill-documents-0" / "documents").mkdir(parents=True)  # of a killed fetch
+    (out / "_redistill").mkdir()
+    (out / "_redistill" / f"copy.json.{'0' * 32}.partial").write_text("")
+    fetch_archive(str(packed_copy), out)
+    assert_is(out, sealed)
+    shutil.rmtree(out)
     out.mkdir()
     (out / "thesis.tex").write_text("mine")
     with pytest.raises(Refused, match="holds other files"):

@@ -81,7 +81,7 @@ def kill_often(
         command(None)
         check()
         assert not list(out.rglob("*.partial"))
-        assert not list(out.rglob("documents-*"))
+        assert not list(out.rglob("*documents-*"))
 
 
 def kill_pack(source: Path, tmp_path: Path, rounds: int) -> None:
