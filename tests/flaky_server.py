@@ -96,6 +96,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = data[first:stop]
         if fault == "wrong":
             body = body[:-1] + bytes([body[-1] ^ 1])
+        if fault == "wrong later" and len(body) > 60_000:
+            body = body[:60_000] + bytes([body[60_000] ^ 1]) + body[60_001:]
         if fault == "longer":
             body += b"more"
         if self.flaky.etags:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from redistill_cache import download, fetch_archive
+from redistill_cache import download, fetch_archive, packed
 from redistill_cache.addresses import parse_address
 from redistill_cache.download import FileSink, Transfer, Unreachable
 from redistill_cache.errors import Damaged, RedistillError, Refused, UsageError
@@ -190,6 +190,31 @@ def test_wrong_bytes_are_damage_in_the_end():
         with pytest.raises(Damaged, match=r"/a: size or SHA-256 differ from the manifest"):
             receive(flaky)
         assert len(flaky.requests) == 3
+
+
+def test_a_tar_whose_members_are_wrong_one_after_another_arrives():
+    """Each request has a wrong byte in the member after the one it begins with."""
+    members = {str(number): random.Random(number).randbytes(50_000) for number in range(8)}
+    entries = {name: FileEntry(len(data), hashlib.sha256(data).hexdigest()) for name, data in members.items()}
+    pieces = [packed.header(name, len(data)) + data + packed.padding(len(data)) for name, data in members.items()]
+    for fault in ("wrong later", "wrong"):
+        got: dict[str, io.BytesIO] = {}
+
+        def open_file(name: str, got: dict[str, io.BytesIO] = got) -> FileSink:
+            got[name] = io.BytesIO()
+            return FileSink(got[name], entries[name].size, expected=entries[name])
+
+        with serving(Flaky({"a": b"".join(pieces) + packed.END}, lambda *_, fault=fault: fault)) as flaky:
+            sink = packed.TarSink(entries, members, members.keys(), open_file)
+            transfer = Transfer(parse_address(f"{flaky.address}/a"), sink)
+            if fault == "wrong":
+                with pytest.raises(Damaged, match=r"/a: 7: size or SHA-256 differ"):
+                    download.download([transfer])
+                assert len(flaky.requests) == download.WRONG_BODIES
+                continue
+            download.download([transfer])
+            assert {name: file.getvalue() for name, file in got.items()} == members
+            assert len(flaky.requests) > download.WRONG_BODIES
 
 
 # -- many faults ------------------------------------------------------------------------------------------------------
