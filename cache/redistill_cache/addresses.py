@@ -1,7 +1,8 @@
 """Addresses: the one place where they are parsed, and where their secrets are removed from text.
 
     https://example.org/lab/r50.redistill.zarr#sha256=ID     an archive that must have this id
-    s3://bucket/r50.redistill.zarr   gs://...   hf://...     through fsspec
+    hf://datasets/ORG/NAME/r50.redistill                     a file or folder of the hub
+    s3://bucket/r50.redistill.zarr   gs://...                through fsspec
 
 An address may come from a stranger's file, so it names one file or folder on one server: no other scheme, no chain of
 fsspec's ('::'), no '.' or '..'. User name, password and values such as '?token=' are secrets: they are
@@ -14,13 +15,25 @@ import base64
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from urllib.parse import SplitResult, unquote, urlsplit
+from pathlib import Path
+from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from redistill_cache.errors import UsageError
 
-__all__ = ["SCHEMES", "Address", "checked_id", "is_address", "parse_address", "redact", "split_pin", "with_pin"]
+__all__ = [
+    "SCHEMES",
+    "Address",
+    "address_of_path",
+    "checked_id",
+    "is_address",
+    "parse_address",
+    "redact",
+    "split_pin",
+    "with_pin",
+]
 
 SCHEMES = ("http", "https", "s3", "gs", "hf")
+LOCAL_SCHEME = "file"
 MAX_ADDRESS = 4096
 HIDDEN = "***"
 
@@ -44,7 +57,7 @@ class Address:
     """The id that an archive at this address must have."""
 
     def __str__(self) -> str:
-        return redact(self.url)
+        return str(self.local) if self.scheme == LOCAL_SCHEME else redact(self.url)
 
     @property
     def url(self) -> str:
@@ -60,6 +73,12 @@ class Address:
         """The last part of the path, or the host where there is none."""
         return unquote(self.parts.path.rpartition("/")[2]) or self.parts.netloc
 
+    @property
+    def local(self) -> Path:
+        """Of a file or folder on this machine."""
+        assert self.scheme == LOCAL_SCHEME
+        return Path(unquote(self.parts.path))
+
     def child(self, path: str) -> Address:
         """A file in this folder."""
         return Address(self.parts._replace(path=f"{self.parts.path}/{path}"), self.authorization)
@@ -67,6 +86,11 @@ class Address:
 
 def is_address(text: object) -> bool:
     return "://" in str(text)
+
+
+def address_of_path(path: Path) -> Address:
+    """A file or folder on this machine. No text is parsed to one: an address from a file reaches servers only."""
+    return Address(SplitResult(LOCAL_SCHEME, "", quote(str(path.absolute())), "", ""))
 
 
 def parse_address(text: str, schemes: Sequence[str] = SCHEMES) -> Address:

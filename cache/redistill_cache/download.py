@@ -3,10 +3,15 @@
 Threads receive, the caller's thread watches them. So a server that sends nothing, a byte a second or an endless header
 ends the download whatever the protocol is, and Ctrl-C ends it at once. The threads are daemons: none of them keeps a
 process alive.
+
+What may pass is tried again: 408, 425, 429, 5xx, a connection that breaks, bytes with another hash. The waits grow, or
+are those that the server asks for with Retry-After. A file that broke off is continued where it ended, where the
+server can do that.
 """
 
 from __future__ import annotations
 
+import email.utils
 import errno
 import hashlib
 import http.client
@@ -14,6 +19,8 @@ import io
 import ipaddress
 import logging
 import os
+import random
+import re
 import ssl
 import threading
 import time
@@ -25,21 +32,32 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from queue import Empty, SimpleQueue
 from socket import SHUT_RDWR, socket
-from typing import IO, BinaryIO, cast
+from typing import IO, BinaryIO, Protocol, cast
 from urllib.parse import urljoin
 
 from redistill_cache.addresses import Address, parse_address, redact
-from redistill_cache.errors import RedistillError, Refused, UsageError
+from redistill_cache.errors import Damaged, RedistillError, Refused, UsageError
 from redistill_cache.journal import FileEntry
+from redistill_cache.storage import open_regular
+from redistill_cache.tokens import on_the_hub, token_of
 from redistill_cache.wording import human_bytes, one_line
 
-__all__ = ["Notify", "Transfer", "Unreachable", "download", "is_offline", "read_address", "say"]
+__all__ = ["FileSink", "Notify", "Sink", "Transfer", "Unreachable", "download", "is_offline", "read_address", "say"]
 
 PIECE = 1 << 20
 TIMEOUT_S = 60.0  # without a byte
 HURRIED_S = 10.0
-WAITS = (1.0, 4.0)  # seconds before another attempt
 CONNECTIONS = 8
+# How long a file that makes no progress is tried again: of a server that answers, and of one that never did.
+PATIENCE_S, FIRST_PATIENCE_S = 120.0, 20.0
+WAIT_S, LONGEST_WAIT_S = 1.0, 30.0  # before another attempt; doubled each time
+# What a server may ask for with Retry-After: at once, and in all before a file makes progress again.
+ASKED_S, ASKED_IN_ALL_S = 300.0, 900.0
+NOTICED_S = 5.0  # a wait that the user is told of
+BUCKET_ATTEMPTS = 3  # packages for buckets try again themselves
+WRONG_BODIES = 3  # with another hash than expected, before a file is called damaged
+MOST_TIMES = 4  # bytes of all attempts together, in sizes of the file
+TOO_BUSY = (408, 425, 429)
 # All connections of a download together.
 SLOW_BYTES_PER_S = 10 << 10
 REQUEST_BYTES = 16 << 10  # what a file counts in addition: requests and the disk take time, however small it is
@@ -51,15 +69,21 @@ REDIRECTING = (301, 302, 303, 307, 308)
 # Errors of the local disk, not of the network.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 # Extras of this project that install the packages for a scheme.
-EXTRAS = {"s3": "s3", "hf": "hub"}
+EXTRAS = {"s3": "s3"}
 OFFLINE = "REDISTILL_OFFLINE"
+CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)")
 
 Notify = Callable[[str], None]
 say: Notify = logging.getLogger("redistill_cache").warning
+spread = random.Random().uniform  # machines that were refused together do not come back together
 
 
 class Unreachable(Refused):
     """The server is away, or too slow to be of use."""
+
+
+class Interrupted(ConnectionError):
+    """An answer that another attempt may complete."""
 
 
 def is_offline() -> bool:
@@ -67,27 +91,123 @@ def is_offline() -> bool:
     return os.environ.get(OFFLINE, "0") not in ("", "0")
 
 
+# -- where the bytes go -----------------------------------------------------------------------------------------------
+
+
+class Sink(Protocol):
+    """What takes the bytes of one file at an address. It may want some ranges of them only."""
+
+    @property
+    def done(self) -> bool: ...
+
+    @property
+    def verifies(self) -> bool:
+        """Whether parts of two versions of a file would be noticed."""
+
+    @property
+    def wanted(self) -> tuple[int, int | None]:
+        """The range that is wanted next; without an end, up to that of the file."""
+
+    @property
+    def end(self) -> int:
+        """No byte from this position on is taken."""
+
+    def announced(self, length: int) -> None:
+        """The file has this length, says its server."""
+
+    def restart(self) -> None:
+        """The bytes come from the first one again: what is not verified yet is dropped."""
+
+    def take(self, position: int, piece: bytes) -> None:
+        """The next bytes of the file, the first one at `position`. `Damaged` when they are known to be wrong."""
+
+    def ended(self) -> None:
+        """The file has no more bytes. `Damaged` when they are not those that are expected."""
+
+
+class FileSink:
+    """A whole file, with the size and hash that are expected, or at most `most` bytes.
+
+    One byte more is taken, so that too many are noticed. `arrived` is called once the file is right.
+    """
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        most: int,
+        *,
+        most_announced: int | None = None,
+        expected: FileEntry | None = None,
+        arrived: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.file = file
+        self.most = most
+        self.most_announced = most_announced  # replaces `most` where the server announces the length
+        self.expected = expected
+        self.done = False
+        self._arrived = arrived
+        self._digest, self._size = hashlib.sha256(), 0
+
+    @property
+    def verifies(self) -> bool:
+        return self.expected is not None
+
+    @property
+    def wanted(self) -> tuple[int, int | None]:
+        return self._size, None
+
+    @property
+    def end(self) -> int:
+        return self.most + 1
+
+    def announced(self, length: int) -> None:
+        if self.most_announced is None:
+            return
+        self.most = self.most_announced
+        if length > self.most:
+            raise Refused(f"needs {length} bytes, {self.most} are free; free some space")
+
+    def restart(self) -> None:
+        self.file.seek(0)
+        self.file.truncate()
+        self._digest, self._size = hashlib.sha256(), 0
+
+    def take(self, position: int, piece: bytes) -> None:
+        assert position == self._size
+        self._digest.update(piece)
+        self._size += self.file.write(piece)
+
+    def ended(self) -> None:
+        if self.expected is not None and FileEntry(self._size, self._digest.hexdigest()) != self.expected:
+            raise Damaged("size or SHA-256 differ from the manifest; fetch it again, or contact its owner")
+        self.done = True
+        self._arrived()
+
+
+# -- transfers --------------------------------------------------------------------------------------------------------
+
+
 @dataclass(eq=False)
 class Transfer:
     """One file that is received, as its thread and the watching thread see it."""
 
     address: Address
-    file: BinaryIO
-    most: int
-    """Bytes that are accepted. The transfer stops one byte later, so that the caller sees that there are too many."""
-    most_announced: int | None = None
-    """Replaces `most` where the server announces the length."""
+    sink: Sink
     hurried: bool = False
     """One attempt and a short timeout: there is something else to use."""
-    result: FileEntry | None = None
-    """Size and hash of the bytes received."""
     error: Exception | None = None
     received: int = 0
     """Bytes of all attempts."""
     last: float = field(default_factory=time.monotonic)
     """When the last bytes came."""
+    waits: bool = False
+    """Until another attempt."""
     stop: threading.Event = field(default_factory=threading.Event)
     connection: socket | None = None
+    ranges: bool = True
+    """Whether the server is asked for a part of the file."""
+    version: str | None = None
+    """ETag or time of the file that the sink has the beginning of."""
 
     @property
     def timeout(self) -> float:
@@ -101,10 +221,20 @@ class Transfer:
                 self.connection.shutdown(SHUT_RDWR)
 
 
+@dataclass(eq=False)
+class Server:
+    """What the transfers of a download tell each other about their server."""
+
+    answered: bool = False
+    busy_until: float = 0.0
+    """When it may be asked again, as it said itself."""
+    trouble: str = ""
+
+
 def read_address(address: Address, most: int, *, hurried: bool = False, notify: Notify = say) -> bytes:
     """The bytes of a small file: `Refused` when there are more than `most`."""
     file = io.BytesIO()
-    download([Transfer(address, file, most, hurried=hurried)], notify=notify)
+    download([Transfer(address, FileSink(file, most), hurried=hurried)], notify=notify)
     if file.tell() > most:
         raise Refused(f"{address}: more than the limit of {most} bytes for this file; not read")
     return file.getvalue()
@@ -113,19 +243,20 @@ def read_address(address: Address, most: int, *, hurried: bool = False, notify: 
 def download(
     transfers: Iterable[Transfer],
     *,
-    done: Callable[[Transfer], None] = lambda _: None,
+    watch: Callable[[], None] = lambda: None,
     notify: Notify = say,
     stopped: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Receive every file; `done` is called for each in the caller's thread.
+    """Receive every file; `watch` is called again and again in the caller's thread, and once all are received.
 
-    http and https use the standard library, the other schemes fsspec. `Unreachable` or `Refused` when the attempts of a
-    file have failed, when nothing comes, or when too little comes for too long, of which `notify` tells before.
+    http, https and hf use the standard library, the other schemes fsspec. `Unreachable` or `Refused` when the attempts
+    of a file have failed, when nothing comes, or when too little comes for too long, of which `notify` tells before;
+    `Damaged` when a file is not the expected one.
     """
     waiting = iter(transfers)
     running: set[Transfer] = set()
     ended: SimpleQueue[Transfer] = SimpleQueue()
-    rate = Rate()
+    server, rate = Server(), Rate()
     more = True
     try:
         while more or running:
@@ -133,11 +264,11 @@ def download(
                 transfer = next(waiting, None)
                 more = transfer is not None
                 if transfer is not None:
-                    if is_offline():
+                    if is_offline() and transfer.address.scheme != "file":
                         raise Refused(f"{transfer.address} is not on this machine, and --offline contacts no server")
                     transfer.last = time.monotonic()
                     running.add(transfer)
-                    threading.Thread(target=_receive, args=(transfer, ended), daemon=True).start()
+                    threading.Thread(target=_receive, args=(transfer, server, ended), daemon=True).start()
             try:
                 transfer = ended.get(timeout=POLL_S)
             except Empty:
@@ -147,28 +278,35 @@ def download(
                 rate.ended += transfer.received + REQUEST_BYTES
                 if transfer.error is not None:
                     raise transfer.error
-                done(transfer)
+            watch()
             if stopped():
                 raise Refused("the download was stopped")
             rate.watch(running, notify)
+            if server.trouble:
+                notify(server.trouble)
+                server.trouble = ""
     finally:
         for transfer in running:
             transfer.abandon()
 
 
 class Rate:
-    """Bytes per minute of all connections of a download."""
+    """Bytes per minute of all connections of a download, without the time in which all of them wait."""
 
     def __init__(self) -> None:
         self.ended = 0  # bytes of the transfers that have ended
         self.minute_began, self.before, self.slow_minutes = time.monotonic(), 0, 0
+        self.seen = self.minute_began
 
     def watch(self, running: Iterable[Transfer], notify: Notify) -> None:
         now = time.monotonic()
         for transfer in running:
             most = 2 * transfer.timeout  # the limit of the socket was not enough
-            if now - transfer.last > most:
+            if not transfer.waits and now - transfer.last > most:
                 raise Unreachable(f"{transfer.address}: no bytes for {most:.0f} s; try again later")
+        if running and all(transfer.waits for transfer in running):
+            self.minute_began += now - self.seen
+        self.seen = now
         if now - self.minute_began < MINUTE_S:
             return
         total = self.ended + sum(transfer.received for transfer in running)
@@ -188,88 +326,205 @@ class Rate:
 # -- one file, in its thread ------------------------------------------------------------------------------------------
 
 
-def _receive(transfer: Transfer, ended: SimpleQueue[Transfer]) -> None:
+def _receive(transfer: Transfer, server: Server, ended: SimpleQueue[Transfer]) -> None:
     try:
-        transfer.result = _attempt(transfer)
+        _Attempts(transfer, server).run()
     except Exception as error:  # noqa: BLE001  raised in the caller's thread
         transfer.error = error
     ended.put(transfer)
 
 
-def _attempt(transfer: Transfer) -> FileEntry:
-    waits = () if transfer.hurried else WAITS
-    for wait in (*waits, None):
-        try:
-            transfer.file.seek(0)
-            transfer.file.truncate()
-            return _copy(transfer)
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            if isinstance(error, RedistillError) or (isinstance(error, OSError) and error.errno in DISK_ERRORS):
-                raise
-            final = _is_final(error) or transfer.stop.is_set()
-            if final or wait is None:
-                raise (Refused if final else Unreachable)(
-                    f"cannot fetch {transfer.address}: {redact(one_line(error))}; check the address and the network, "
-                    "then try again"
-                ) from error
-            transfer.stop.wait(wait)
-    raise AssertionError("the last attempt returns or raises")
+class _Attempts:
+    """The attempts to receive one file."""
+
+    def __init__(self, transfer: Transfer, server: Server) -> None:
+        self.transfer, self.server = transfer, server
+        self.furthest = 0
+        self.wrong_at, self.wrong_bodies = -1, 0
+        self._progressed()
+
+    def _progressed(self) -> None:
+        self.since, self.count, self.wait, self.asked = time.monotonic(), 0, WAIT_S, 0.0
+
+    def run(self) -> None:
+        transfer = self.transfer
+        while not (transfer.sink.done or transfer.stop.is_set()):
+            self.asked += self._pause(self.server.busy_until - time.monotonic())
+            self.count += 1
+            try:
+                self._once()
+            except RedistillError as error:
+                if not isinstance(error, Damaged) or transfer.hurried or self._is_wrong_again():
+                    raise _of(transfer.address, error) from error
+                transfer.version = None
+                transfer.sink.restart()
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+                    raise
+                self._wait_or_give_up(error)
+
+    def _once(self) -> None:
+        """One request, and what it gives."""
+        transfer, sink = self.transfer, self.transfer.sink
+        first, last = sink.wanted
+        if not transfer.ranges or not (sink.verifies or transfer.version):
+            first, last = 0, None
+        with _stream(transfer, first, last) as answer:
+            self.server.answered = True
+            if answer.first < sink.wanted[0]:
+                sink.restart()
+            if answer.length is not None:
+                sink.announced(answer.length)
+            position = answer.first
+            end = last if answer.is_range and last is not None else sink.end
+            while position < end and not transfer.stop.is_set():
+                piece = answer.read(min(PIECE, end - position))
+                if not piece:
+                    break
+                if position == 0:
+                    _refuse_html(piece)
+                sink.take(position, piece)
+                position += len(piece)
+                self._count(len(piece))
+        if transfer.stop.is_set() or sink.done or (answer.is_range and position == last):
+            return
+        if position < end and position < (position if answer.length is None else answer.length):
+            # http.client does not check
+            raise Interrupted(f"the connection closed after {position} of {answer.length} bytes")
+        sink.ended()
+
+    def _count(self, received: int) -> None:
+        transfer = self.transfer
+        transfer.received += received
+        transfer.last = time.monotonic()
+        position, _ = transfer.sink.wanted
+        if position > self.furthest:
+            self.furthest = position
+            self._progressed()
+        elif transfer.received > MOST_TIMES * max(transfer.sink.end, PIECE):
+            raise Unreachable(
+                f"sent {human_bytes(transfer.received)} in {self.count} attempts and not the whole file; try again "
+                "later, or from another address"
+            )
+
+    def _is_wrong_again(self) -> bool:
+        """Whether the bytes up to here were wrong too often."""
+        position, _ = self.transfer.sink.wanted
+        if position > self.wrong_at:
+            self.wrong_at, self.wrong_bodies = position, 0
+        self.wrong_bodies += 1
+        return self.wrong_bodies >= WRONG_BODIES
+
+    def _wait_or_give_up(self, error: Exception) -> None:
+        transfer, now, status = self.transfer, time.monotonic(), _status(error)
+        self.server.answered |= status is not None
+        if status == 416 and transfer.sink.wanted != (0, None):  # the file has become shorter, or takes no ranges
+            transfer.ranges = False
+        final = _is_final(error) and (status != 416 or transfer.ranges)
+        wait, asked = self.wait * spread(0.75, 1.25), _retry_after(error)
+        if asked is not None:
+            wait = max(min(asked, ASKED_S), wait)
+            self.asked += wait
+        patience = PATIENCE_S if self.server.answered else FIRST_PATIENCE_S
+        late = now + wait > self.since + patience + self.asked or self.asked > ASKED_IN_ALL_S
+        if transfer.address.scheme not in ("http", "https", "hf"):
+            late = self.count >= BUCKET_ATTEMPTS
+        if final or late or transfer.hurried or transfer.stop.is_set():
+            tried = f", {self.count} attempts in {now - self.since:.0f} s" if self.count > 1 else ""
+            raise (Refused if final else Unreachable)(
+                f"cannot fetch {transfer.address}: {redact(one_line(error))}{tried}; check the address and the "
+                "network, then try again"
+            ) from error
+        if asked is not None:
+            self.server.busy_until = max(self.server.busy_until, now + wait)
+        if wait >= NOTICED_S and not self.server.trouble:
+            self.server.trouble = f"{transfer.address}: {redact(one_line(error))}; trying again in {wait:.0f} s"
+        self.wait = min(2 * self.wait, LONGEST_WAIT_S)
+        self._pause(wait)
+
+    def _pause(self, seconds: float) -> float:
+        if seconds <= 0:
+            return 0.0
+        self.transfer.waits = True
+        self.transfer.stop.wait(seconds)
+        self.transfer.last = time.monotonic()
+        self.transfer.waits = False
+        return seconds
 
 
-def _copy(transfer: Transfer) -> FileEntry:
-    digest, size = hashlib.sha256(), 0
-    with _stream(transfer) as (read, length):
-        if length is not None and transfer.most_announced is not None:
-            transfer.most = transfer.most_announced
-            if length > transfer.most:
-                raise Refused(f"{transfer.address}: needs {length} bytes, {transfer.most} are free; free some space")
-        most = transfer.most
-        while not transfer.stop.is_set() and size <= most:
-            piece = read(min(PIECE, most + 1 - size))
-            if not piece:
-                break
-            if size == 0:
-                _refuse_html(transfer.address, piece)
-            digest.update(piece)
-            size += transfer.file.write(piece)
-            transfer.received += len(piece)
-            transfer.last = time.monotonic()
-    if length is not None and size < length and size <= most and not transfer.stop.is_set():
-        raise ConnectionError(f"the connection closed after {size} of {length} bytes")  # http.client does not check
-    return FileEntry(size, digest.hexdigest())
+def _of(address: Address, error: RedistillError) -> RedistillError:
+    """The error with the address in front, unless it names it."""
+    return error if str(address) in str(error) else type(error)(f"{address}: {error}")
 
 
-def _refuse_html(address: Address, piece: bytes) -> None:
+def _refuse_html(piece: bytes) -> None:
     start = piece[:64].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if start.startswith((b"<!doctype html", b"<html")):
         raise Refused(
-            f"{address}: the server sent a web page instead of the file, such as a login or an error page; expected "
-            "an address under which the files themselves are"
+            "the server sent a web page instead of the file, such as a login or an error page; expected an address "
+            "under which the files themselves are"
         )
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The HTTP status of an error of the standard library, or of a package for buckets."""
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def _retry_after(error: Exception) -> float | None:
+    """The seconds that the server asks to wait, given as such or as a date."""
+    headers = getattr(error, "headers", None) or getattr(getattr(error, "response", None), "headers", None) or {}
+    text = str(headers.get("Retry-After") or "").strip()
+    if re.fullmatch(r"\d{1,9}", text):
+        return float(text)
+    try:
+        date = email.utils.parsedate_to_datetime(text)
+        return max(0.0, date.timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return None
 
 
 def _is_final(error: Exception) -> bool:
     """Whether a retry cannot help."""
-    client_error = isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500
-    return client_error or is_missing(error) or isinstance(error, ValueError)
+    status = _status(error)
+    refused = status is not None and 400 <= status < 500 and status not in TOO_BUSY
+    distrusted = isinstance(getattr(error, "reason", None), ssl.SSLCertVerificationError)
+    return refused or distrusted or is_missing(error) or isinstance(error, (ValueError, PermissionError))
 
 
 def is_missing(error: BaseException | None) -> bool:
-    return isinstance(error, FileNotFoundError) or (isinstance(error, urllib.error.HTTPError) and error.code == 404)
+    return isinstance(error, FileNotFoundError) or _status(error) == 404
 
 
 # -- protocols --------------------------------------------------------------------------------------------------------
 
-Read = Callable[[int], bytes]
+
+@dataclass(frozen=True)
+class Answer:
+    """What a request gives: the bytes of the file from `first` on, which may be before those that were asked for."""
+
+    read: Callable[[int], bytes]
+    """The next bytes, at most as many as it is asked for."""
+    first: int
+    is_range: bool
+    length: int | None
+    """Of the whole file, where the server says it."""
 
 
 @contextmanager
-def _stream(transfer: Transfer) -> Iterator[tuple[Read, int | None]]:
-    """A function that returns the next bytes, at most as many as it is asked for; and the length that was announced."""
+def _stream(transfer: Transfer, first: int, last: int | None) -> Iterator[Answer]:
     address = transfer.address
-    if address.scheme in ("http", "https"):
-        with _opened(transfer) as response:
-            yield response.read1, response.length  # read would wait for all the bytes it is asked for
+    if address.scheme in ("http", "https", "hf"):
+        with _opened(transfer, first, last) as response:
+            yield _answer(transfer, response, first)
+        return
+    if address.scheme == "file":
+        with os.fdopen(open_regular(address.local), "rb") as file:
+            file.seek(first)
+            yield Answer(cast("Callable[[int], bytes]", file.read), first, True, os.fstat(file.fileno()).st_size)
         return
     try:
         import fsspec  # type: ignore[import-untyped]
@@ -282,20 +537,44 @@ def _stream(transfer: Transfer) -> Iterator[tuple[Read, int | None]]:
         ) from error
     try:
         with opened as stream:
-            yield cast("IO[bytes]", stream).read, None
+            remote = cast("IO[bytes]", stream)
+            if first:
+                remote.seek(first)
+            yield Answer(remote.read, first, True, None)
     except (OSError, RedistillError):
         raise
     except Exception as error:  # packages for buckets have their own exceptions
         raise ConnectionError(redact(one_line(error))) from error
 
 
-def _opened(transfer: Transfer) -> http.client.HTTPResponse:
+def _answer(transfer: Transfer, response: http.client.HTTPResponse, first: int) -> Answer:
+    tag = response.headers.get("ETag", "W/")
+    version = response.headers.get("Last-Modified") if tag.startswith("W/") else tag
+    read = response.read1  # read would wait for all the bytes it is asked for
+    if response.status != 206:
+        transfer.version = version
+        return Answer(read, 0, False, response.length)
+    match = CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+    if match is None or int(match[1]) != first:
+        transfer.ranges = False
+        raise Interrupted("the server sent another part of the file than it was asked for")
+    transfer.version = transfer.version or version
+    return Answer(read, first, True, None if match[3] == "*" else int(match[3]))
+
+
+def _opened(transfer: Transfer, first: int, last: int | None) -> http.client.HTTPResponse:
     """The response to a request for the file, after a few redirects at most."""
     opener, address = _opener(Reach(transfer)), transfer.address
+    address = on_the_hub(address) if address.scheme == "hf" else address
+    address = replace(address, authorization=address.authorization or token_of(address))
     for _ in range(REDIRECTS + 1):
         request = urllib.request.Request(address.url)
         if address.authorization is not None:
             request.add_header("Authorization", address.authorization)
+        if first or last is not None:
+            request.add_header("Range", f"bytes={first}-{'' if last is None else last - 1}")
+            if transfer.version is not None:
+                request.add_header("If-Range", transfer.version)
         try:
             return cast("http.client.HTTPResponse", opener.open(request, timeout=transfer.timeout))
         except urllib.error.HTTPError as error:

@@ -1,32 +1,37 @@
-"""Archives and files at an address: a verified copy in the cache folder, fetched once.
+"""Archives and files at an address: a verified copy in the cache folder, or in a folder of the user's, fetched once.
 
-The manifest identifies an archive and lists every other file with its hash. The copy is in a folder named after the
-archive's id, so that an archive that replaces another at the same address gets a new copy. Files are fetched in any
-order, and each gets its final name once its hash is verified; the manifest is written last, so an interrupted copy is
-not an archive yet, and the next call fetches only what is missing.
+The manifest identifies an archive and lists every other file with its hash. The copy in the cache folder is in a folder
+named after the archive's id, so that an archive that replaces another at the same address gets a new copy. Files are
+fetched in any order, and each gets its final name once its hash is verified; the manifest is written last, so an
+interrupted copy is not an archive yet, and the next call fetches only what is missing. A copy may hold the first views
+only (copies.py), and get more by another call.
 
-    archives/ID/NAME     a copy; whole once its manifest has the hash ID
+    archives/ID/NAME     a copy; whole once its manifest has the hash ID and nothing notes that views are missing
     addresses/HASH       the id of the archive that was fetched last from the address with this hash
     locks/HASH           held by the process that fetches something; says which one it is
 
 A whole copy is used without its server: when the id is pinned, when no server may be contacted, and when it is away.
+An address holds an archive as it is, or in packed form (packed.py); so may a local folder.
 """
 
 from __future__ import annotations
 
-import glob
 import re
 import shutil
-import uuid
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
-from redistill_cache import layout, limits
-from redistill_cache.addresses import Address, checked_id, parse_address
+from redistill_cache import layout, limits, packed
+from redistill_cache.addresses import Address, address_of_path, checked_id, is_address, parse_address, split_pin
+from redistill_cache.copies import held_views, note_views, remove_note
 from redistill_cache.download import (
+    FileSink,
     Notify,
     Transfer,
     Unreachable,
@@ -36,44 +41,64 @@ from redistill_cache.download import (
     read_address,
     say,
 )
-from redistill_cache.errors import Damaged, Incomplete, Refused, UsageError
-from redistill_cache.journal import FileEntry, parse_header, sha256
-from redistill_cache.locks import locked, unlocked
-from redistill_cache.open_state import ArchiveState, read_state
-from redistill_cache.storage import LEFTOVER, LOCAL, disk_trouble, read_small
-from redistill_cache.verified_files import cache_folder
+from redistill_cache.errors import Damaged, Incomplete, OutOfRange, Refused, UsageError
+from redistill_cache.journal import FileEntry, Header, parse_files, parse_header, sha256
+from redistill_cache.locks import (
+    DOCUMENTS,
+    locked,
+    new_partial,
+    publish_partial,
+    remove_partials,
+    sweep,
+    sweep_unfinished,
+)
+from redistill_cache.open_state import ArchiveState, committed_file, files_of_views, read_state
+from redistill_cache.storage import LOCAL, disk_trouble, read_small
+from redistill_cache.verified_files import HashedFile, VerifiedFiles, cache_folder, stamp_of
 
-__all__ = ["check_id", "fetch_archive", "fetch_file", "fetched_description"]
+__all__ = ["check_id", "fetch_archive", "fetch_file", "fetched_description", "locate"]
 
 FetchProgress = Callable[[int, int], None]
-
-DOCUMENTS = "documents-"
 
 
 # -- archives ---------------------------------------------------------------------------------------------------------
 
 
+def locate(location: str) -> Address:
+    """The address of an archive: of a server, or of a folder of this machine."""
+    if is_address(location):
+        return parse_address(location)
+    path, pin = split_pin(location)
+    return replace(address_of_path(Path(path)), pin=pin)
+
+
 def fetch_archive(
     url: str,
+    out: str | Path | None = None,
     *,
+    views: int | None = None,
     id: str | None = None,  # noqa: A002  the archive's own word for it
     progress: FetchProgress | None = None,
     notify: Notify = say,
 ) -> Path:
-    """The local copy of the sealed archive at `url`; `progress(bytes done, total bytes)` while it is fetched.
+    """The local copy of the sealed archive at `url`, an address or a path; `progress(bytes done, total bytes)`.
 
+    It is in the folder `out`, or in the cache folder. With `views`, it gets at least these first views; without, all.
     With `id`, or '#sha256=ID' after the address, the archive must be this one. `notify` is told in one line when a copy
     is used because the server is away, of a slow server, and which process is waited for.
     """
-    address = parse_address(url)
+    address = locate(url)
     pin = agreed(address, address.pin, id)
+    if out is not None:
+        return _fetched(fetch_manifest(address, pin, notify), Path(out).absolute(), views, progress, notify)
     found = copy_or_manifest(address, pin, notify)
     if isinstance(found, Path):
         return found
-    identity = sha256(found)
-    path = whole_copy(identity) or _fetched(address, found, progress, notify)
-    if remembered(address) != identity:
-        remember(address, identity)
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", address.name)[-80:].lstrip(".") or "archive"
+    target = cache_folder() / "archives" / found.id / (name + ".zarr" * name.endswith(".redistill"))
+    path = whole_copy(found.id) or _fetched(found, target, views, progress, notify)
+    if remembered(address) != found.id and whole_copy(found.id) is not None:
+        remember(address, found.id)
     return path
 
 
@@ -85,19 +110,21 @@ def fetched_description(
     notify: Notify = say,
 ) -> Iterator[ArchiveState]:
     """The state of the archive at `url` from its metadata alone; from its copy where that is whole."""
-    address = parse_address(url)
+    address = locate(url)
     found = copy_or_manifest(address, agreed(address, address.pin, id), notify)
-    copy = found if isinstance(found, Path) else whole_copy(sha256(found))
+    copy = found if isinstance(found, Path) else whole_copy(found.id)
     if copy is not None:
         yield read_state(copy, allow_partial=False)
         return
-    assert isinstance(found, bytes)
-    with TemporaryDirectory(prefix="redistill-") as folder, _documents(address, found, Path(folder), notify) as state:
+    assert isinstance(found, Remote)
+    with TemporaryDirectory(prefix="redistill-") as folder, _documents(found, Path(folder), notify) as state:
         yield state
 
 
-def copy_or_manifest(address: Address, pin: str | None, notify: Notify) -> Path | bytes:
+def copy_or_manifest(address: Address, pin: str | None, notify: Notify) -> Path | Remote:
     """The whole copy of the archive at an address where its server is not needed or not there; else its manifest."""
+    if address.scheme == "file":
+        return fetch_manifest(address, pin, notify)
     known = whole_copy(pin or remembered(address))
     if known is not None and (pin is not None or is_offline()):
         return known
@@ -107,15 +134,12 @@ def copy_or_manifest(address: Address, pin: str | None, notify: Notify) -> Path 
             "--offline"
         )
     try:
-        manifest = _fetch_manifest(address, notify, hurried=known is not None)
+        return fetch_manifest(address, pin, notify, hurried=known is not None)
     except Unreachable as error:
         if known is None:
             raise
         notify(f"{error}; using the copy that was fetched before, id {known.parent.name}")
         return known
-    if pin is not None and sha256(manifest) != pin:
-        raise other_archive(str(address), pin, sha256(manifest))
-    return manifest
 
 
 def agreed(where: object, pin: str | None, identity: str | None) -> str | None:
@@ -145,6 +169,8 @@ def whole_copy(identity: str | None) -> Path | None:
     if identity is None:
         return None
     for manifest in sorted((cache_folder() / "archives" / identity).glob(f"*/{layout.MANIFEST}")):
+        if (manifest.parent / layout.COPY_NAME).exists():
+            continue
         with disk_trouble("read", manifest):
             if sha256(read_small(manifest, limits.MAX_MANIFEST_BYTES)) == identity:
                 return manifest.parent.parent
@@ -171,102 +197,227 @@ def remembered(address: Address) -> str | None:
     return text if re.fullmatch(r"[0-9a-f]{64}", text) else None
 
 
-def _fetch_manifest(address: Address, notify: Notify, *, hurried: bool) -> bytes:
+# -- what an address holds --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A sealed archive at an address, in either form."""
+
+    address: Address
+    manifest: bytes
+    packed: bool
+
+    @property
+    def id(self) -> str:
+        return sha256(self.manifest)
+
+    @property
+    def header(self) -> Header:
+        return parse_header(self.manifest, str(self.address))
+
+    def transfers(
+        self, files: Mapping[str, FileEntry], wanted: AbstractSet[str], open_file: Callable[[str], FileSink]
+    ) -> Iterator[Transfer]:
+        """Receive the files that are wanted, view by view; `open_file` gives the place for each."""
+        if not self.packed:
+            for name in sorted(wanted, key=lambda name: (-1 if (v := layout.view_of_file(name)) is None else v, name)):
+                yield Transfer(self.address.child(name), open_file(name))
+            return
+        for tar, names in packed.contents(files, self.header.views).items():
+            if not wanted.isdisjoint(names):
+                yield Transfer(self.address.child(tar), packed.TarSink(files, names, wanted, open_file))
+
+
+def fetch_manifest(address: Address, pin: str | None, notify: Notify, *, hurried: bool = False) -> Remote:
+    """The manifest of the archive at an address, where it has one in the place of either form."""
+    forms = [(layout.MANIFEST, False), (packed.MANIFEST, True)]
+    missing: Refused | None = None
+    for name, is_packed in sorted(forms, key=lambda form: form[1] != address.name.endswith(".redistill")):
+        try:
+            data = read_address(address.child(name), limits.MAX_MANIFEST_BYTES, hurried=hurried, notify=notify)
+        except Refused as error:
+            if not is_missing(error.__cause__):
+                raise
+            missing = error
+            continue
+        if pin is not None and sha256(data) != pin:
+            raise other_archive(str(address), pin, sha256(data))
+        return Remote(address, data, is_packed)
+    raise Incomplete(
+        f"{address} is not a finished archive: it has no {layout.MANIFEST} and no {packed.MANIFEST}; expected the "
+        "address of a folder like name.redistill.zarr that 'redistill cache-teacher' has finished, or its packed form"
+    ) from missing
+
+
+# -- a copy -----------------------------------------------------------------------------------------------------------
+
+
+def id_of_copy(path: Path) -> str | None:
+    """The id in its manifest; None before it has one."""
     try:
-        return read_address(address.child(layout.MANIFEST), limits.MAX_MANIFEST_BYTES, hurried=hurried, notify=notify)
-    except Refused as error:
-        if not is_missing(error.__cause__):
-            raise
-        raise Incomplete(
-            f"{address} is not a finished archive: it has no {layout.MANIFEST}; expected the address of a folder like "
-            "name.redistill.zarr that 'redistill cache-teacher' has finished"
-        ) from error
+        return sha256(read_small(path / layout.MANIFEST, limits.MAX_MANIFEST_BYTES))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
-def _fetched(address: Address, manifest: bytes, progress: FetchProgress | None, notify: Notify) -> Path:
-    """The copy of the archive with this manifest, which is fetched unless another process did it in the meantime."""
-    identity = sha256(manifest)
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", address.name)[-80:].lstrip(".") or "archive"
-    target = cache_folder() / "archives" / identity / name
+def _fetched(remote: Remote, target: Path, views: int | None, progress: FetchProgress | None, notify: Notify) -> Path:
+    """The copy of an archive at `target`, with these first views at least."""
+    cached = target.is_relative_to(cache_folder())
+    folder = target.parent if cached else target
     with disk_trouble("write", target):
         sweep()
         LOCAL.make_directories(target)
-        with locked(target.parent, f"fetches {address}", notify):
-            copy = whole_copy(identity)
-            if copy is not None:
-                return copy
-            sweep_unfinished(target.parent)
+        with locked(folder, f"fetches {remote.address}", notify):
+            if whole_copy(remote.id) == target:  # another process fetched it in the meantime
+                return target
+            if not cached:
+                _refuse_other_folder(target, remote.id)
+            sweep_unfinished(folder)
             try:
-                with _documents(address, manifest, target.parent, notify) as state:
-                    files = dict(state.files)
-                _fetch_all(address, target, files, progress, notify)
+                with _documents(remote, folder, notify) as state:
+                    if views is not None and not 1 <= views <= state.num_views:
+                        raise OutOfRange(f"{remote.address} has {state.num_views} views, {views} are asked for")
+                    _complete(remote, state, target, views, progress, notify)
             finally:
-                sweep_unfinished(target.parent)
-            LOCAL.make_directories(target / layout.JOURNAL)
-            LOCAL.publish(target / layout.MANIFEST, manifest)
+                sweep_unfinished(folder)
     return target
 
 
+def _refuse_other_folder(target: Path, identity: str) -> None:
+    """Refuse to fetch to a folder of the user's with anything but a copy of this archive, or the beginning of one."""
+    there = id_of_copy(target)
+    begun = held_views(target, identity, limits.MAX_VIEWS) is not None or all(map(_is_of_a_fetch, target.iterdir()))
+    if there not in (None, identity) or (there is None and not begun):
+        found = "other files" if there is None else f"the archive with id {there}"
+        raise Refused(f"{target} holds {found}, and the archive {identity} is to be fetched; choose another folder")
+
+
+def _is_of_a_fetch(path: Path) -> bool:
+    """Whether a fetch that was killed before it had its note left this in an empty folder."""
+    if path.name == layout.JOURNAL and path.is_dir():
+        return all(inner.name.startswith(layout.COPY_NAME) for inner in path.iterdir())
+    return path.name.startswith(DOCUMENTS)
+
+
 @contextmanager
-def _documents(address: Address, manifest: bytes, folder: Path, notify: Notify) -> Iterator[ArchiveState]:
+def _documents(remote: Remote, folder: Path, notify: Notify) -> Iterator[ArchiveState]:
     """The state of an archive from its documents, which are fetched to `folder` and checked against its manifest."""
-    header = parse_header(manifest, str(address.child(layout.MANIFEST)))
+    where = str(remote.address)
+    header = parse_header(remote.manifest, where)
+    names = ["zarr.json", *(layout.teacher_path(name) for name in header.teachers)]
     with TemporaryDirectory(dir=folder, prefix=DOCUMENTS) as temporary:
-        documents = Path(temporary)
-        for name in ("zarr.json", *(layout.teacher_path(name) for name in header.teachers)):
-            data = read_address(address.child(name), limits.MAX_METADATA_BYTES, notify=notify)
-            LOCAL.make_directories((documents / name).parent)
-            LOCAL.write(documents / name, data)
+        documents = Path(temporary) / "documents"  # one folder down, where no copy is looked for
+        if remote.packed:
+            files = parse_files(remote.manifest, header, where)
+            for name in names:
+                if name not in files or files[name].size > limits.MAX_ROOT_BYTES:
+                    raise Damaged(f"{where}: the manifest lacks {name}, or lists it as too large; it was edited")
+            _receive(remote, files, set(names), documents, notify)
+        else:
+            for name in names:  # while views are added, zarr.json is not the one in the manifest, and can be read
+                data = read_address(remote.address.child(name), limits.MAX_ROOT_BYTES, notify=notify)
+                LOCAL.make_directories((documents / name).parent)
+                LOCAL.write(documents / name, data)
         LOCAL.make_directories(documents / layout.JOURNAL)
-        LOCAL.write(documents / layout.MANIFEST, manifest)
+        LOCAL.write(documents / layout.MANIFEST, remote.manifest)
         yield read_state(documents, allow_partial=False)
 
 
-def _fetch_all(
-    address: Address, target: Path, files: dict[str, FileEntry], progress: FetchProgress | None, notify: Notify
+def _complete(
+    remote: Remote,
+    state: ArchiveState,
+    target: Path,
+    views: int | None,
+    progress: FetchProgress | None,
+    notify: Notify,
 ) -> None:
-    missing = {name: entry for name, entry in files.items() if not _is_fetched(target / name, entry)}
+    """Fetch what a copy lacks for its first views, or for all."""
+    held = held_views(target, remote.id, state.num_views)
+    begun = id_of_copy(target) != remote.id
+    if not begun:
+        views = None if views is None or held is None else max(views, held)
+    goal = state.num_views if views is None else views
+    files = files_of_views(state.files, goal)
+    verified = VerifiedFiles(target, remote.id)
+    here = replace(state, path=target, verified_files=verified, extended={})
+    missing = {name for name in files if not _is_here(here, name)}
     total = sum(entry.size for entry in files.values())
-    received = total - sum(entry.size for entry in missing.values())
+    received = total - sum(files[name].size for name in missing)
     free = shutil.disk_usage(target).free
     if total - received > free:
         raise Refused(
-            f"{address}: needs {total - received} bytes, {free} are free at {target}; free some space, "
+            f"{remote.address}: needs {total - received} bytes, {free} are free at {target}; free some space, "
             "or set XDG_CACHE_HOME to a folder on a larger disk"
         )
-    for folder in sorted({(target / name).parent for name in missing}):
-        LOCAL.make_directories(folder)
-    names: dict[Transfer, str] = {}
+    if begun:
+        note_views(target, remote.id, goal)
+    lock = threading.Lock()
 
-    def transfers() -> Iterator[Transfer]:
-        for name, entry in missing.items():
-            transfer = Transfer(address.child(name), new_partial(target / name), entry.size)
-            names[transfer] = name
-            yield transfer
-
-    def done(transfer: Transfer) -> None:
+    def arrived(name: str) -> None:
         nonlocal received
-        name = names.pop(transfer)
-        transfer.file.close()
-        if transfer.result != missing[name]:
-            raise Damaged(
-                f"{transfer.address}: size or SHA-256 differ from the manifest; fetch it again, or contact its owner"
-            )
-        publish_partial(transfer.file, target / name)
-        received += missing[name].size
+        with lock:
+            received += files[name].size
+        verified.add([HashedFile(name, files[name], stamp_of((target / name).stat()))])
+
+    def watch() -> None:
         if progress is not None:
             progress(received, total)
 
+    _receive(remote, state.files, missing, target, notify, arrived=arrived, watch=watch)
+    if goal < state.num_views:
+        note_views(target, remote.id, goal)
+    if begun:
+        LOCAL.publish(target / layout.MANIFEST, remote.manifest)
+    if goal == state.num_views:
+        remove_note(target)
+
+
+def _is_here(state: ArchiveState, name: str) -> bool:
+    with committed_file(state, name) as (_, problem):
+        return problem is None
+
+
+def _receive(
+    remote: Remote,
+    files: Mapping[str, FileEntry],
+    wanted: AbstractSet[str],
+    target: Path,
+    notify: Notify,
+    *,
+    arrived: Callable[[str], None] = lambda _: None,
+    watch: Callable[[], None] = lambda: None,
+) -> None:
+    """Receive files to `target`; each gets its name once its hash is verified."""
+    for folder in sorted({(target / name).parent for name in wanted}):
+        LOCAL.make_directories(folder)
+    unfinished: set[BinaryIO] = set()
+    over, lock = False, threading.Lock()
+
+    def open_file(name: str) -> FileSink:
+        with lock:
+            if over:  # in the thread of a transfer that was abandoned
+                raise Refused("the download was stopped")
+            file = new_partial(target / name)
+            unfinished.add(file)
+
+        def publish() -> None:
+            with disk_trouble("write", target / name):
+                file.close()
+                publish_partial(file, target / name)
+                arrived(name)
+            with lock:
+                unfinished.discard(file)
+
+        return FileSink(file, files[name].size, expected=files[name], arrived=publish)
+
     try:
-        download(transfers(), done=done, notify=notify)
+        download(remote.transfers(files, wanted, open_file), watch=watch, notify=notify)
     finally:
-        for transfer in names:
-            transfer.file.close()
-
-
-def _is_fetched(path: Path, entry: FileEntry) -> bool:
-    """Whether a file was fetched. It got its name after its hash was verified, so checking its size is enough."""
-    return path.is_file() and path.stat().st_size == entry.size
+        with lock:
+            over = True
+            for file in unfinished:
+                file.close()
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -303,56 +454,14 @@ def fetch_file(
             free = shutil.disk_usage(target.parent).free
             try:
                 with new_partial(target) as file:
-                    transfer = Transfer(address, file, min(most, free), most_announced=free)
-                    download([transfer], notify=notify, stopped=stopped)
-                    if file.tell() > transfer.most:
+                    sink = FileSink(file, min(most, free), most_announced=free)
+                    download([Transfer(address, sink)], notify=notify, stopped=stopped)
+                    if file.tell() > sink.most:
                         raise Refused(
-                            f"{address}: more than {transfer.most} bytes, and the server does not announce how many; "
+                            f"{address}: more than {sink.most} bytes, and the server does not announce how many; "
                             "not kept"
                         )
                 check(Path(file.name))
                 publish_partial(file, target)
             finally:
                 remove_partials(target)
-
-
-# -- temporary files --------------------------------------------------------------------------------------------------
-
-
-def new_partial(target: Path) -> BinaryIO:
-    return target.with_name(f"{target.name}.{uuid.uuid4().hex}{LEFTOVER}").open("xb")
-
-
-def publish_partial(file: BinaryIO, target: Path) -> None:
-    LOCAL.sync_file(Path(file.name))
-    LOCAL.rename(Path(file.name), target)
-    LOCAL.sync_directory(target.parent)
-
-
-def remove_partials(target: Path) -> None:
-    """Of a file whose lock is held."""
-    for partial in target.parent.glob(f"{glob.escape(target.name)}.*{LEFTOVER}"):
-        partial.unlink(missing_ok=True)
-
-
-def sweep() -> None:
-    """Remove what killed fetches left in the cache folder; what a running process fetches is locked."""
-    with suppress(OSError):
-        for folder in (cache_folder() / "archives").glob("*"):
-            if not any(folder.glob(f"*/{layout.MANIFEST}")):
-                with unlocked(folder) as is_free:
-                    if is_free:
-                        sweep_unfinished(folder)
-        for partial in (cache_folder() / "tars").glob(f"*{LEFTOVER}"):
-            with unlocked(partial.with_name(partial.name.rsplit(".", 2)[0])) as is_free:
-                if is_free:
-                    partial.unlink(missing_ok=True)
-
-
-def sweep_unfinished(folder: Path) -> None:
-    """Remove temporary files and folders of an archive whose lock is held; its files that are whole stay."""
-    for path in folder.glob("*"):
-        if path.name.startswith((DOCUMENTS, "tmp")):
-            shutil.rmtree(path, ignore_errors=True)
-    for partial in folder.rglob(f"*{LEFTOVER}"):
-        partial.unlink(missing_ok=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from redistill_cache import layout
-from redistill_cache.addresses import is_address, parse_address
+from redistill_cache.addresses import is_address
 from redistill_cache.codecs.stats import summarise
 from redistill_cache.download import Notify, say
-from redistill_cache.fetching import fetched_description
+from redistill_cache.fetching import fetched_description, locate
+from redistill_cache.packed import is_packed
 from redistill_cache.reader import Archive, open_archive
 from redistill_cache.spec import SignalSpec, TeacherSpec
 
@@ -17,23 +18,24 @@ __all__ = ["describe", "describe_at"]
 
 def describe_at(location: str, *, notify: Notify = say) -> dict[str, Any]:
     """The description of the archive at a path or an address, of which only the metadata are fetched."""
-    if not is_address(location):
+    if not (is_address(location) or is_packed(location)):
         return describe(open_archive(location, allow_partial=True))
     with fetched_description(location, notify=notify) as state:
-        return describe(Archive(state)) | {"path": str(parse_address(location))}
+        return describe(Archive(state)) | {"path": str(locate(location))}
 
 
 def describe(archive: Archive) -> dict[str, Any]:
     """Identity, sizes, recipe, provenance, and per teacher and signal: codec, bytes per view, achieved fidelity."""
     state, spec = archive.state, archive.spec
     manifest = archive.path / layout.MANIFEST
-    total = sum(entry.size for entry in state.files.values()) + (manifest.stat().st_size if archive.complete else 0)
+    total = sum(entry.size for entry in state.files.values()) + (manifest.stat().st_size if archive.id else 0)
     return {
         "path": str(archive.path),
         "id": archive.id,
         "complete": archive.complete,
         "num_samples": archive.num_samples,
         "num_views": archive.num_views,
+        "sealed_views": state.sealed_views or None,
         "teacher_views": {name: state.views_of(name) for name in archive.teachers},
         "num_classes": archive.num_classes,
         "class_names": None if spec.class_names is None else list(spec.class_names),

@@ -7,6 +7,7 @@ that it never has to interpret one.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -40,6 +41,7 @@ __all__ = [
     "side_block",
     "teacher_arrays",
     "view_arrays",
+    "view_of_file",
 ]
 
 
@@ -187,6 +189,8 @@ def _bytes_codec(itemsize: int) -> dict[str, Json]:
 JOURNAL = "_redistill"
 BLOCKS = f"{JOURNAL}/blocks"
 MANIFEST = f"{JOURNAL}/manifest.json"
+COPY_NAME = "copy.json"
+COPY = f"{JOURNAL}/{COPY_NAME}"  # of a copy that holds some views only
 NOTES = f"{JOURNAL}/notes"
 QUARANTINE = f"{JOURNAL}/quarantine"
 OLD_MANIFEST = f"{QUARANTINE}/manifest.json"  # of an archive that was unsealed to rewrite damaged blocks
@@ -435,6 +439,18 @@ def _views_of(part: str, views: int, teacher_views: Mapping[str, int]) -> int:
 
 def _shards(arrays: Mapping[str, ArrayLayout], view: int = 0, index: int = 0) -> list[str]:
     return [array.shard_path(view, index) for array in arrays.values()]
+
+
+OF_A_VIEW = re.compile(
+    r"_redistill/blocks/(?:views|canaries|teachers\.[^./]+)\.(\d{1,9})\.\d+\.json"
+    r"|(?:views|canaries|teachers/[^/]+/[^/]+)/[^/]+/c\.(\d{1,9})\.[^/]*"
+)
+
+
+def view_of_file(name: str) -> int | None:
+    """The view that a file of an archive is of; None if it is of the archive as a whole. The path tells."""
+    match = OF_A_VIEW.fullmatch(name)
+    return None if match is None else int(match[1] or match[2])
 
 
 def expected_files(

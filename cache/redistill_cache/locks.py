@@ -1,41 +1,86 @@
-"""Locks between the processes of one machine, in the cache folder. The kernel releases those of a process that dies."""
+"""One process of a machine at a time prepares, fetches or packs something; and the temporary files of who holds a lock.
+
+A lock is held by an open file in the cache folder, so that it ends with its process. It says which process that is.
+"""
 
 from __future__ import annotations
 
 import fcntl
+import glob
 import os
+import shutil
 import socket
 import stat
 import time
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from redistill_cache import layout
+from redistill_cache.download import POLL_S, Notify
 from redistill_cache.errors import Refused
 from redistill_cache.journal import sha256
-from redistill_cache.storage import LOCAL
+from redistill_cache.storage import LEFTOVER, LOCAL
 from redistill_cache.verified_files import cache_folder
 
-__all__ = ["locked", "unlocked"]
+__all__ = ["DOCUMENTS", "locked", "new_partial", "publish_partial", "remove_partials", "sweep", "sweep_unfinished"]
 
-POLL_S = 0.1
+DOCUMENTS = "redistill-documents-"  # folders that a fetch removes
 WAITING_S = 60.0  # between two messages about the process that is waited for
 LONGEST_S = 24 * 3600.0  # longer than any step that is done under a lock
 
 
+def new_partial(target: Path) -> BinaryIO:
+    return target.with_name(f"{target.name}.{uuid.uuid4().hex}{LEFTOVER}").open("xb")
+
+
+def publish_partial(file: BinaryIO, target: Path) -> None:
+    LOCAL.sync_file(Path(file.name))
+    LOCAL.rename(Path(file.name), target)
+    LOCAL.sync_directory(target.parent)
+
+
+def remove_partials(target: Path) -> None:
+    """Of a file whose lock is held."""
+    for partial in target.parent.glob(f"{glob.escape(target.name)}.*{LEFTOVER}"):
+        partial.unlink(missing_ok=True)
+
+
+def sweep() -> None:
+    """Remove what killed fetches left in the cache folder; what a running process fetches is locked."""
+    with suppress(OSError):
+        for folder in (cache_folder() / "archives").glob("*"):
+            manifests = folder.glob(f"*/{layout.MANIFEST}")
+            if all((manifest.parent / layout.COPY_NAME).exists() for manifest in manifests):  # none is whole
+                with unlocked(folder) as is_free:
+                    if is_free:
+                        sweep_unfinished(folder)
+        for partial in (cache_folder() / "tars").glob(f"*{LEFTOVER}"):
+            with unlocked(partial.with_name(partial.name.rsplit(".", 2)[0])) as is_free:
+                if is_free:
+                    partial.unlink(missing_ok=True)
+
+
+def sweep_unfinished(folder: Path) -> None:
+    """Remove temporary files and folders of an archive whose lock is held; its files that are whole stay."""
+    for path in folder.glob(f"{DOCUMENTS}*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for partial in folder.rglob(f"*{LEFTOVER}"):
+        partial.unlink(missing_ok=True)
+
+
 @contextmanager
-def locked(
-    target: Path, doing: str, notify: Callable[[str], None], until: Callable[[], bool] = lambda: False
-) -> Iterator[None]:
+def locked(target: Path, doing: str, notify: Notify, until: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """One process of this machine does something with `target`; the others wait for it, and say for whom.
 
     They wait for the lock, or `until` this is true: then the block needs no lock.
     """
-    with _lock_file(target) as file:
+    with lock_file(target) as file:
         began = time.monotonic()
-        notified = began + 1 - WAITING_S  # not at once: a lock may be held for a moment only
-        while not (has_lock := _acquire(file)) and not until():
+        notified = began + 1 - WAITING_S  # not at once: a sweep holds a lock for a moment
+        while not (has_lock := acquire(file)) and not until():
             now = time.monotonic()
             if now - notified >= WAITING_S:
                 notified = now
@@ -55,12 +100,12 @@ def locked(
 
 @contextmanager
 def unlocked(target: Path) -> Iterator[bool]:
-    """Whether no process holds the lock; none takes it within the block."""
-    with _lock_file(target) as file:
-        yield _acquire(file)
+    """Whether no process fetches something; none begins to within the block."""
+    with lock_file(target) as file:
+        yield acquire(file)
 
 
-def _lock_file(target: Path) -> BinaryIO:
+def lock_file(target: Path) -> BinaryIO:
     path = cache_folder() / "locks" / sha256(str(target).encode())[:40]
     LOCAL.make_directories(path.parent)
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # opening a pipe does not wait
@@ -71,7 +116,7 @@ def _lock_file(target: Path) -> BinaryIO:
     return file
 
 
-def _acquire(file: BinaryIO) -> bool:
+def acquire(file: BinaryIO) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -17,6 +17,7 @@ from typing import Literal
 from redistill_cache import layout, limits
 from redistill_cache.codecs.stats import check_stats
 from redistill_cache.commits import Commits
+from redistill_cache.copies import held_views
 from redistill_cache.errors import Damaged, Incomplete, Refused, UsageError
 from redistill_cache.journal import FileEntry, Record, parse_files, parse_header, sha256
 from redistill_cache.layout import Block, all_blocks, expected_files
@@ -34,6 +35,7 @@ __all__ = [
     "check_side_size",
     "check_sizes_on_disk",
     "committed_file",
+    "files_of_views",
     "read_committed",
     "read_state",
 ]
@@ -59,6 +61,14 @@ class ArchiveState:
     verified_files: VerifiedFiles = field(repr=False)
     extended: Mapping[str, FileEntry] = field(repr=False, default_factory=dict)
     """The zarr.json files of a sealed archive as a writer that adds views to it has replaced them, or will."""
+    sealed_views: int = 0
+    """Of the manifest: more than `num_views` if this is a copy that holds some views only."""
+    listed: Mapping[str, FileEntry] = field(repr=False, default_factory=dict)
+    """The files of the manifest, those that this copy does not hold included."""
+
+    @property
+    def is_partial_copy(self) -> bool:
+        return self.id is not None and self.num_views < self.sealed_views
 
     def views_of(self, teacher: str) -> int:
         """The number of leading views that a teacher has."""
@@ -82,6 +92,10 @@ def read_state(path: Path, *, allow_partial: bool) -> ArchiveState:
     try:
         data = read_small(path / layout.MANIFEST, limits.MAX_MANIFEST_BYTES)
     except FileNotFoundError:
+        if (path / layout.COPY).exists():
+            raise Incomplete(
+                f"{path} is a copy that was not fetched completely; run 'redistill archive fetch' to it again"
+            ) from None
         if not allow_partial:
             raise Incomplete(
                 f"{path} is not finished: it was never sealed; run the command that writes it again, "
@@ -107,7 +121,7 @@ def _sealed(path: Path, root: Document[ArchiveSpec], data: bytes) -> ArchiveStat
     identity = sha256(data)
     declared = root
     verified_files = VerifiedFiles(path, identity)
-    if _sizes_checked(identity) not in verified_files:
+    if _sizes_checked(identity, header.views) not in verified_files:
         walk_regular(path, most=2 * data.count(b"\n") + EXTRA_FILES)  # no links anywhere, not even as folders
     documents = read_teachers(path, header.teachers, root)
     teachers = {name: document.spec for name, document in documents.items()}
@@ -128,12 +142,30 @@ def _sealed(path: Path, root: Document[ArchiveSpec], data: bytes) -> ArchiveStat
         committed=None,
         verified_files=verified_files,
         extended={} if root is declared else _metadata_entries(declared, teachers),
+        sealed_views=header.views,
+        listed=files,
     )
     _check_list(state)
     _check_metadata(state, root, documents)
     _check_size_bounds(state)
     _check_stats(state)
-    return state
+    held = held_views(path, identity, header.views)
+    return state if held is None else _of_views(state, held)
+
+
+def _of_views(state: ArchiveState, views: int) -> ArchiveState:
+    """What a copy of an archive offers that holds its first views."""
+    return replace(
+        state,
+        num_views=views,
+        teacher_views={name: count for name, count in state.teacher_views.items() if count < views},
+        files=files_of_views(state.files, views),
+    )
+
+
+def files_of_views(files: Mapping[str, FileEntry], views: int) -> dict[str, FileEntry]:
+    """The files that the first views need: theirs, and those of the archive as a whole."""
+    return {name: entry for name, entry in files.items() if (layout.view_of_file(name) or 0) < views}
 
 
 def _sealed_root(declared: Document[ArchiveSpec], sealed: FileEntry | None, views: int) -> Document[ArchiveSpec]:
@@ -369,15 +401,18 @@ def check_metadata_on_disk(state: ArchiveState) -> None:
 
 def check_sizes_on_disk(state: ArchiveState) -> None:
     """Every file must exist, be regular and have its size. Checked once per machine and manifest; reads check again."""
-    if state.id is None or _sizes_checked(state.id) in state.verified_files:
+    if state.id is None:
+        return
+    checked = _sizes_checked(state.id, state.num_views)
+    if checked in state.verified_files:
         return
     for name in state.files:
         with committed_file(state, name, hashing="never") as (_, problem):
             if problem:
                 raise Damaged(f"{state.path / name} {problem}; {VERIFY_ADVICE}")
-    state.verified_files.add([_sizes_checked(state.id)])
+    state.verified_files.add([checked])
 
 
-def _sizes_checked(identity: str) -> HashedFile:
-    """The entry that records that all files of an archive had their committed sizes on this machine."""
-    return HashedFile(WHOLE, FileEntry(0, identity))
+def _sizes_checked(identity: str, views: int) -> HashedFile:
+    """The entry that records that all files of these views of an archive had their committed sizes on this machine."""
+    return HashedFile(WHOLE, FileEntry(views, identity))

@@ -33,6 +33,7 @@ from redistill_cache.open_state import (
     check_sizes_on_disk,
     read_state,
 )
+from redistill_cache.packed import is_packed
 from redistill_cache.rows import (
     Buffers,
     PackedView,
@@ -65,12 +66,13 @@ def open_archive(
 
     Without `allow_partial` an archive must be sealed; with it, an unsealed one offers exactly its committed blocks.
     Every file is hashed when it is first read on this machine; `verify="full"` hashes all of them now.
-    An archive at an address (http(s)://, s3://, gs://, hf://) is fetched once, and its local copy is opened. With `id`,
-    or '#sha256=ID' after the path or address, the archive must be this one.
+    An archive at an address (http(s)://, s3://, gs://, hf://), or in packed form, is fetched once, and its local copy
+    is opened. With `id`, or '#sha256=ID' after the path or address, the archive must be this one. A copy that holds
+    some of the views offers exactly these.
     """
     if verify not in ("once", "full"):
         raise UsageError(f"verify must be 'once' or 'full', found {verify!r}")
-    if is_address(path):
+    if is_address(path) or is_packed(path):
         path = fetch_archive(str(path), id=id)
     else:
         location, pin = split_pin(str(path))
@@ -130,7 +132,8 @@ class Archive:
 
     @property
     def complete(self) -> bool:
-        return self.state.id is not None
+        """Whether the archive is sealed and all of its views are here."""
+        return self.state.id is not None and not self.state.is_partial_copy
 
     @property
     def num_samples(self) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 from redistill_cache import layout
 from redistill_cache.codecs.stats import check_stats, merge_stats
 from redistill_cache.commits import Commits
+from redistill_cache.copies import refuse_partial_copy
 from redistill_cache.errors import Damaged, RedistillError
 from redistill_cache.layout import Block, all_blocks
 from redistill_cache.open_state import ArchiveState, check_metadata_on_disk, committed_file, read_state
@@ -50,6 +51,10 @@ class VerifyReport:
     """Blocks that an unfinished archive still lacks, so 0 before it is sealed; None for a sealed archive."""
     canaries_per_view: int | None = None
     """0: no images can be compared with the archive; None if it could not be opened."""
+    views: int | None = None
+    """Those that are here; None if the archive could not be opened."""
+    sealed_views: int | None = None
+    """Those of the archive: more for a copy that holds some views only. None for an unfinished archive."""
     alignment: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -85,6 +90,8 @@ def verify(path: str | Path, *, full: bool = False, progress: VerifyProgress | N
         hashed_bytes=sum(file.entry.size for file in hashed),
         missing_blocks=missing,
         canaries_per_view=state.spec.canaries_per_view,
+        views=state.num_views,
+        sealed_views=state.sealed_views or None,
     )
 
 
@@ -104,7 +111,7 @@ def _damaged_stats(state: ArchiveState) -> list[DamagedFile]:
             merged = merge_stats(document.spec, [record.stats for record in records])
         except Damaged as error:
             return [DamagedFile(layout.BLOCKS, None, f"has a record that does not agree with its block: {error}")]
-        if merged != state.stats[name]:
+        if merged != state.stats[name] and not state.is_partial_copy:
             reason = f"does not state the statistics of teacher {name!r} that its commit records add up to"
             return [DamagedFile(layout.MANIFEST, None, reason)]
     return []
@@ -176,7 +183,9 @@ def _extra_files(state: ArchiveState) -> list[DamagedFile]:
     """Files of a sealed archive that are neither in its manifest nor part of an unfinished addition."""
     if state.id is None:
         return []
-    known = state.files.keys() | {layout.MANIFEST}
+    known = state.listed.keys() | {layout.MANIFEST}
+    if state.is_partial_copy:
+        known = known | {layout.COPY}
     sealed = tuple(f"teachers/{name}/" for name in state.teachers)
     extra = []
     for name in sorted(walk_regular(state.path, most=MOST_FILES) - known):
@@ -199,6 +208,7 @@ def quarantine(path: str | Path, damaged: tuple[DamagedFile, ...], *, files: Fil
     """
     path = Path(path)
     with disk_trouble("quarantine in", path):
+        refuse_partial_copy(path, "moving damaged blocks aside")
         state = read_state(path, allow_partial=True)
         names = {file.block for file in damaged if file.block}
         every_block = all_blocks(state.spec, state.teachers, state.num_views, state.teacher_views)

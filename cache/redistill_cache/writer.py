@@ -24,6 +24,7 @@ from redistill_cache import layout, limits
 from redistill_cache.codecs import open_codec
 from redistill_cache.codecs.stats import check_stats, merge_stats
 from redistill_cache.commits import ArchiveFolders, Commits
+from redistill_cache.copies import refuse_partial_copy
 from redistill_cache.errors import Damaged, Incomplete, OutOfRange, Refused, SpecMismatch, UsageError
 from redistill_cache.journal import FILES, TERMS, FileEntry, Manifest, Record, parse_header, parse_record, sha256
 from redistill_cache.keys import PackedKeys, keys_flaw, pack_keys
@@ -203,6 +204,7 @@ class ArchiveWriter:
         """Continue an archive, sealed or not. `SpecMismatch` names the field in which `spec` differs from it."""
         path = Path(path).absolute()
         with disk_trouble("resume", path):
+            refuse_partial_copy(path, "changing it")
             root = read_root(path)
             if spec is not None:
                 refuse_difference(root.spec.to_json(), spec.resolved().to_json(), str(path), NOT_COMPARED)
@@ -227,6 +229,7 @@ class ArchiveWriter:
         """
         path = Path(path).absolute()
         with disk_trouble("extend", path):
+            refuse_partial_copy(path, "changing it")
             root = read_root(path)
             root.require_writable(path)
             stored = root.spec

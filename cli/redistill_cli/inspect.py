@@ -15,6 +15,7 @@ from redistill_cli.rendering import (
     PATH_OR_URL,
     Offline,
     console,
+    held_views,
     key_values,
     note,
     print_json,
@@ -57,7 +58,7 @@ def show_summary(description: dict[str, Any]) -> None:
         [
             ("archive", d["path"]),
             ("id", d["id"] or "not sealed"),
-            ("state", "complete" if d["complete"] else f"unfinished, {d['committed_blocks']} blocks committed"),
+            ("state", state(d)),
             ("samples", f"{d['num_samples']:,}, {len(d['excluded'])} excluded"),
             ("views", f"{d['num_views']:,}{fewer_views(d)}"),
             ("classes", f"{d['num_classes']:,}"),
@@ -69,6 +70,14 @@ def show_summary(description: dict[str, Any]) -> None:
             ("citation", d["citation"] or "not stated"),
         ]
     )
+
+
+def state(description: dict[str, Any]) -> str:
+    if description["complete"]:
+        return "complete"
+    if description["id"] is None:
+        return f"unfinished, {description['committed_blocks']} blocks committed"
+    return f"a copy that {held_views(description['num_views'], description['sealed_views'])}"
 
 
 def fewer_views(description: dict[str, Any]) -> str:

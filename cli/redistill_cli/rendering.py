@@ -24,6 +24,7 @@ __all__ = [
     "ProgressBar",
     "TerminalProgress",
     "console",
+    "held_views",
     "human_seconds",
     "key_values",
     "local_archive",
@@ -218,6 +219,11 @@ def set_offline(offline: bool) -> None:
         os.environ[OFFLINE] = "1"
 
 
+def held_views(here: int, sealed: int) -> str:
+    """What a copy holds of its archive."""
+    return f"holds {'view 0' if here == 1 else f'views 0-{here - 1}'} of {sealed}"
+
+
 def note(text: str) -> None:
     """A message of a download."""
     typer.echo(f"redistill: {harmless(text)}", err=True)
@@ -228,14 +234,15 @@ def local_archive(location: str) -> Path: ...
 @overload
 def local_archive(location: None) -> None: ...
 def local_archive(location: str | None) -> Path | None:
-    """The path of an archive, which is downloaded once if its location is a URL, and which must have a pinned id."""
-    from redistill_cache.addresses import is_address, parse_address, split_pin
-    from redistill_cache.fetching import check_id, fetch_archive
+    """The path of an archive, which is fetched once from a URL or from its packed form, and must have a pinned id."""
+    from redistill_cache.addresses import is_address, split_pin
+    from redistill_cache.fetching import check_id, fetch_archive, locate
+    from redistill_cache.packed import is_packed
 
     if location is None:
         return None
-    if is_address(location):
-        with ProgressBar(f"fetch {parse_address(location)}", "B") as bar:
+    if is_address(location) or is_packed(location):
+        with ProgressBar(f"fetch {locate(location)}", "B") as bar:
             return fetch_archive(location, progress=bar.update, notify=bar.write)
     path, identity = split_pin(location)
     if identity is not None:

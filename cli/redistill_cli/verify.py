@@ -14,6 +14,7 @@ from redistill_cli.rendering import (
     PATH_OR_URL,
     Offline,
     ProgressBar,
+    held_views,
     local_archive,
     print_json,
     set_offline,
@@ -110,9 +111,12 @@ def _show(archive: Path, report: VerifyReport, moved: list[str]) -> None:
             f"{report.checked_files} files it has are ok; run the command that writes it again"
         )
         return
+    here, sealed = report.views or 0, report.sealed_views or 0
+    partial = f"; a copy that {held_views(here, sealed)}" if here < sealed else ""
     typer.echo(
         f"{harmless(archive)}: {report.checked_files:,} files ok, {report.hashed_files:,} of them hashed now "
         f"({human_bytes(report.hashed_bytes)})"
+        + partial
         + ("" if report.canaries_per_view else "; it has no canaries, so no images can be compared with it")
     )
     if report.alignment is not None:

@@ -32,7 +32,8 @@ PAGE = b"\n <!DOCTYPE html><html>please log in</html>"
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(download, "WAITS", (0.0, 0.0))
+    for patience in ("FIRST_PATIENCE_S", "PATIENCE_S"):
+        monkeypatch.setattr(download, patience, 0.0)
     return tmp_path / "cache" / "redistill"
 
 

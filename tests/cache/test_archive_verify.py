@@ -50,6 +50,8 @@ def test_an_undamaged_archive_is_ok(archive_copy: Path):
         "hashed_bytes": sum(map(len, contents(archive_copy).values())) - len(manifest(archive_copy)),
         "missing_blocks": None,
         "canaries_per_view": SPEC.canaries_per_view,
+        "views": SPEC.num_views,
+        "sealed_views": SPEC.num_views,
         "alignment": None,
     }
     again = verify(archive_copy)

@@ -26,7 +26,8 @@ Serve = Callable[..., tuple[str, list[str]]]
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("REDISTILL_OFFLINE", "0")  # restores it after a command that sets it
-    monkeypatch.setattr(download, "WAITS", (0.0, 0.0))
+    for patience in ("FIRST_PATIENCE_S", "PATIENCE_S"):
+        monkeypatch.setattr(download, patience, 0.0)
 
     def call(*arguments: object) -> tuple[int, str, str]:
         """Exit code, stdout and stderr of a command."""

@@ -70,3 +70,36 @@ def test_licence_and_citation_are_set_later(run, tmp_path: Path):
     assert "--licence or --citation" in nothing.stderr
     missing = run("archive", "edit", tmp_path / "none", "--licence", "x")
     assert (missing.returncode, missing.stderr.count("\n")) == (3, 1)
+
+
+def test_pack_and_fetch_by_and_by(run, tmp_path: Path, serve):
+    path = cache(tmp_path / "shared" / "a.redistill.zarr", views=3)
+    packed = path.with_name("a.redistill")
+    done = run("archive", "pack", path, packed)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "5 files, " in done.stdout
+    address, _ = serve(path.parent)
+    identity = open_archive(path).id
+    for location, views, held in ((f"{address}/a.redistill", "1", "view 0 of 3"), (str(path), "2", "views 0-1 of 3")):
+        fetched = run("archive", "fetch", location, tmp_path / "out", "--views", views)
+        assert (fetched.returncode, fetched.stderr) == (0, "")
+        assert fetched.stdout == f"{tmp_path / 'out'}: id {identity}, holds {held}\n"
+        assert f"a copy that holds {held}" in run("inspect", tmp_path / "out").stdout
+        verified = run("verify", tmp_path / "out", "--full")
+        assert verified.returncode == 0
+        assert f"; a copy that holds {held}" in verified.stdout
+    train = ("train", DATA, "--student", "demo:tiny", "--workers", "0", "--epochs", "1", "--device", "cpu", "--dry-run")
+    dry = run(*train, "--archive", tmp_path / "out", "--out", "run")
+    assert dry.returncode == 0, dry.stderr
+    assert ", 2 views" in dry.stdout + dry.stderr
+    edit = run("archive", "edit", tmp_path / "out", "--licence", "CC0-1.0")
+    assert (edit.returncode, edit.stderr.count("\n")) == (3, 1)
+    assert "holds some views of its archive only" in edit.stderr
+    more = run("archive", "fetch", packed, tmp_path / "out", "--views", "4")
+    assert (more.returncode, more.stderr.count("\n")) == (3, 1)
+    assert "has 3 views, 4 are asked for" in more.stderr
+    rest = run("archive", "fetch", packed, tmp_path / "out")
+    assert "holds views 0-2 of 3" in rest.stdout
+    assert "complete" in run("inspect", tmp_path / "out").stdout
+    dry = run(*train, "--archive", f"{address}/a.redistill", "--out", "run2")
+    assert ", 3 views" in dry.stdout + dry.stderr

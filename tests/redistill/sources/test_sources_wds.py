@@ -390,7 +390,8 @@ def test_remote_tars_are_downloaded_once(tmp_path: Path, cache: Path, serve: Any
 
 def test_downloads_that_fail_leave_nothing(tmp_path: Path, cache: Path, serve: Any, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "www").mkdir()
-    monkeypatch.setattr(download, "WAITS", (0.0, 0.0))
+    for patience in ("FIRST_PATIENCE_S", "PATIENCE_S"):
+        monkeypatch.setattr(download, patience, 0.0)
     shard(tmp_path / "www" / "a.tar", 0, 2)
     address, _ = serve(tmp_path / "www")
     assert "cannot fetch" in refusal(f"wds:{address}/a.tar.short")
