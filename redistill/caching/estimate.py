@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +76,13 @@ class Estimate:
 
 
 def teacher_spec(plan: Plan, codecs: Mapping[str, Codec]) -> TeacherSpec:
-    """The teacher's specification in the archive."""
-    return TeacherSpec(
-        plan.teacher_name, tuple(SignalSpec.of(name, codec) for name, codec in codecs.items()), plan.model
-    )
+    """The teacher's specification in the archive. It records the zstd levels, for resumed runs and other ranks."""
+    signals, level = (SignalSpec.of(name, codec) for name, codec in codecs.items()), plan.options.zstd_level
+    if level is not None:
+        signals = (
+            replace(signal, arrays=tuple(replace(array, level=level) for array in signal.arrays)) for signal in signals
+        )
+    return TeacherSpec(plan.teacher_name, tuple(signals), plan.model)
 
 
 def estimate(plan: Plan, pilot: Pilot, choices: Mapping[str, Choice]) -> Estimate:

@@ -176,10 +176,17 @@ def write_samples(plan: Plan, writer: ArchiveWriter) -> None:
 
 def check_same_teacher(path: Path, teacher: TeacherSpec, plan: Plan) -> None:
     """Resume only with the same network and the same settings."""
+    options = plan.options
     try:
         refuse_difference(dict(teacher.model), plan.model, f"{path}: teacher {teacher.name!r}")
     except SpecMismatch as error:
         raise SpecMismatch(f"{error}, or add it under another --teacher-name") from None
+    levels, level = sorted({array.level for signal in teacher.signals for array in signal.arrays}), options.zstd_level
+    if level is not None and levels != [level]:
+        raise SpecMismatch(
+            f"{path}: teacher {teacher.name!r} was started with zstd level {' and '.join(map(str, levels))}, now it is "
+            f"{level}; leave out --zstd-level to use that of the archive, or start a new archive"
+        )
 
 
 def remaining_bytes(plan: Plan, writer: ArchiveWriter, archive: Archive) -> int:
