@@ -11,7 +11,7 @@ With `--classes`, sets of few classes are made from these, and only the bytes of
 Bytes are those of the shards of an archive, and of the side data shared by a million views. Gradients are those of
 the power divergence with respect to a student of logits 0.7 z + noise; the error is relative, in the Euclidean norm,
 averaged over rows. A truncated codec decodes the classes outside of the top k as one value. Seconds are CPU seconds of
-one thread.
+one thread. Rows "zstd level N" have all arrays of the archive at that level (cache-teacher --zstd-level).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import harness
@@ -38,6 +38,7 @@ from redistill.teachers import Teacher
 
 VIEWS_OF_SIDE = 1_000_000
 PIECE = 512
+ZSTD_LEVELS = (1, 3, 9, 15, 17, 19)
 # Goals in bytes per view at fidelity 1e-3, by set and certified.
 GOALS = {("A", False): 28, ("B", False): 125, ("C", False): 165, ("A", True): 32, ("B", True): 150}
 
@@ -142,10 +143,15 @@ def small_classes(sets: Sequence[Logits], counts: Sequence[int], seeds: int) -> 
                 yield score_few(made, seed)
 
 
-def written_bytes(codec: Codec, encoded: Encoded) -> float:
-    """Bytes per view of the shards of one block with these rows, and of a share of the side data."""
+def written_bytes(codec: Codec, encoded: Encoded, level: int | None = None) -> float:
+    """Bytes per view of the shards of one block with these rows, and of a share of the side data.
+
+    `level` is that of zstd, by default the codec's own for every array.
+    """
     count = len(encoded)
     signal = SignalSpec.of("logits", codec)
+    if level is not None:
+        signal = replace(signal, arrays=tuple(replace(array, level=level) for array in signal.arrays))
     spec = ArchiveSpec(
         num_samples=count, num_views=1, num_classes=codec.width, block_rows=1 << math.ceil(math.log2(count))
     )
@@ -157,6 +163,16 @@ def written_bytes(codec: Codec, encoded: Encoded) -> float:
         for name, array in layout.side_arrays(teacher).items()
     )
     return total / count + side / VIEWS_OF_SIDE
+
+
+def zstd_trade(name: str, codec: Codec, encoded: Encoded) -> Iterator[dict[str, object]]:
+    """Bytes per view, and microseconds of one thread to compress a row, by level of zstd."""
+    for level in ZSTD_LEVELS:
+        start = time.process_time()
+        size = written_bytes(codec, encoded, level)
+        microseconds = 1e6 * (time.process_time() - start) / len(encoded)
+        shared = {"set": name, "codec": f"linear, zstd level {level}", "fidelity": 1e-3, "certified": True}
+        yield {**shared, "bytes_per_view": size, "zstd_us_per_row": microseconds}
 
 
 def gradient_error(exact: np.ndarray, stored: np.ndarray, temperature: float) -> float:
@@ -187,14 +203,18 @@ def decode_and_bare_product(codec: Codec, encoded: Encoded, batch: int) -> tuple
     return min(seconds[0]), min(seconds[1])
 
 
+def in_pieces(codec: Codec, rows: Logits) -> Encoded:
+    starts = range(0, len(rows.scored), PIECE)
+    return join_encoded([codec.encode(rows.scored[at : at + PIECE]) for at in starts])
+
+
 def score(rows: Logits, name: str, fidelity: float | None, certified: bool, codec: Codec) -> dict[str, object]:
-    pieces = [rows.scored[at : at + PIECE] for at in range(0, len(rows.scored), PIECE)]
-    codec.encode(pieces[0][:64])  # constants of the encoder, compiled loops
+    codec.encode(rows.scored[:64])  # constants of the encoder, compiled loops
     start = time.process_time()
-    encoded = join_encoded([codec.encode(piece) for piece in pieces])
+    encoded = in_pieces(codec, rows)
     encode_seconds = time.process_time() - start
     stored = np.asarray(codec.decode(encoded.arrays))
-    decode_seconds, bare_seconds = decode_and_bare_product(codec, encoded, len(pieces[0]))
+    decode_seconds, bare_seconds = decode_and_bare_product(codec, encoded, min(PIECE, len(rows.scored)))
     one, four = (kl_rows(rows.scored, stored, t) for t in (1.0, 4.0))
     first = slice(0, 512)
     return {
@@ -257,6 +277,8 @@ def main() -> None:
             fit_seconds = time.process_time() - start
             rows.append(score(one, name, fidelity, certified, codec) | {"fit_seconds": fit_seconds})
             print(harness.table(rows[-1:]).splitlines()[-1], flush=True)
+            if (name, fidelity, certified) == ("linear", 1e-3, True):
+                rows.extend(zstd_trade(one.name, codec, in_pieces(codec, one)))
             start = time.process_time()
     print()
     harness.report("codecs", rows, args)
