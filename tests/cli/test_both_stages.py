@@ -237,3 +237,16 @@ def test_doctor_without_arguments(run):
     assert diagnosis["cores"] >= 1
     assert diagnosis["limit"]
     assert diagnosis["views_per_second_and_core"] > 0
+
+
+def test_doctor_says_what_limits_both_stages(run, tmp_path: Path):
+    options = ("--teacher", "demo:tiny?num_classes=10&weights=random", "--student", "demo:tiny")
+    text = run("doctor", *options, "--archive-dir", tmp_path).stdout
+    lines = {line.split("  ")[0]: line for line in text.splitlines()}
+    assert "limited by the" in lines["stage 1"]
+    assert "limited by the" in lines["stage 2"]
+    assert "worker" in lines["stage 1"]
+    assert list(tmp_path.glob(".redistill-doctor-*")) == []
+    missing = run("doctor", *options, "--archive-dir", tmp_path / "missing")
+    assert missing.returncode == 3
+    assert len(missing.stderr.splitlines()) == 1
