@@ -12,7 +12,7 @@ from redistill_cache.codecs.linear_decode import LEVELS_PER_OCTAVE, LinearDecode
 from redistill_cache.codecs.linear_encode import LARGEST_VALUE, LinearSettings, Quantizer, search_coefficients
 from redistill_cache.codecs.rounding import Factors
 
-__all__ = ["fit_linear", "fit_packing"]
+__all__ = ["fit_linear", "fit_packing", "spans"]
 
 # A row starts two octaves below the coarsest step, so that it can get a finer or a coarser one.
 START_LEVEL = 2 * LEVELS_PER_OCTAVE
@@ -170,12 +170,16 @@ def principal_basis(rows: np.ndarray, *, shift_free: bool, max_rank: int) -> Bas
         directions, spread = _principal(centred / largest)
         spread = spread * largest
     full_rank = width - 1 if shift_free else width
-    # Twice as many rows as values span every direction that a linear head can output; fewer may not.
-    if width <= MAX_COMPLETED_WIDTH and full_rank <= max_rank and len(rows) < 2 * width:
+    if width <= MAX_COMPLETED_WIDTH and full_rank <= max_rank and not spans(rows):
         others = complete(directions, shift_free=shift_free)
         directions = np.concatenate([directions, others])
         spread = np.concatenate([spread, np.zeros(len(others))])
     return Basis(directions[:max_rank], offset, spread[:max_rank])
+
+
+def spans(rows: np.ndarray) -> bool:
+    """Twice as many rows as values span every direction that a linear head can output; fewer may not."""
+    return len(rows) >= 2 * rows.shape[1]
 
 
 def _principal(centred: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
