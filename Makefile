@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two processes by default: torch start-up dominates the quick suite on small machines.
 JOBS ?= 2
 
-.PHONY: demo test slow lint package bench clean
+.PHONY: demo test slow lint package bench gpu clean
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else "redistill needs Python >= 3.11, found %d.%d; try make PYTHON=python3.12" % v)'
@@ -48,6 +48,10 @@ package: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python bench/run.py
+
+# Acceptance on one GPU, in at most eight minutes; without one, it says so and ends with code 3.
+gpu: $(VENV)/.installed
+	$(BIN)/python bench/gpu.py
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info

@@ -11,7 +11,7 @@ With `--classes`, sets of few classes are made from these, and only the bytes of
 Bytes are those of the shards of an archive, and of the side data shared by a million views. Gradients are those of
 the power divergence with respect to a student of logits 0.7 z + noise; the error is relative, in the Euclidean norm,
 averaged over rows. A truncated codec decodes the classes outside of the top k as one value. Seconds are CPU seconds of
-one thread.
+one thread. Rows "zstd level N" have all arrays of the archive at that level (cache-teacher --zstd-level).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from redistill.models import open_model
 from redistill.teachers import Teacher
 
 PIECE = 512
+ZSTD_LEVELS = (1, 3, 9, 15, 17, 19)
 # Goals in bytes per view at fidelity 1e-3, by set and certified.
 GOALS = {("A", False): 28, ("B", False): 125, ("C", False): 165, ("A", True): 32, ("B", True): 150}
 
@@ -138,6 +139,16 @@ def small_classes(sets: Sequence[Logits], counts: Sequence[int], seeds: int) -> 
                 yield score_few(made, seed)
 
 
+def zstd_trade(name: str, codec: Codec, encoded: Encoded) -> Iterator[dict[str, object]]:
+    """Bytes per view, and microseconds of one thread to compress a row, by level of zstd."""
+    for level in ZSTD_LEVELS:
+        start = time.process_time()
+        size = harness.written_bytes(codec, encoded, level)
+        microseconds = 1e6 * (time.process_time() - start) / len(encoded)
+        shared = {"set": name, "codec": f"linear, zstd level {level}", "fidelity": 1e-3, "certified": True}
+        yield {**shared, "bytes_per_view": size, "zstd_us_per_row": microseconds}
+
+
 def gradient_error(exact: np.ndarray, stored: np.ndarray, temperature: float) -> float:
     """Mean over rows of |gradient with stored logits - gradient with exact logits| / |gradient with exact logits|."""
     noise = np.random.default_rng(0).normal(0, 1, exact.shape)
@@ -166,14 +177,18 @@ def decode_and_bare_product(codec: Codec, encoded: Encoded, batch: int) -> tuple
     return min(seconds[0]), min(seconds[1])
 
 
+def in_pieces(codec: Codec, rows: Logits) -> Encoded:
+    starts = range(0, len(rows.scored), PIECE)
+    return join_encoded([codec.encode(rows.scored[at : at + PIECE]) for at in starts])
+
+
 def score(rows: Logits, name: str, fidelity: float | None, certified: bool, codec: Codec) -> dict[str, object]:
-    pieces = [rows.scored[at : at + PIECE] for at in range(0, len(rows.scored), PIECE)]
-    codec.encode(pieces[0][:64])  # constants of the encoder, compiled loops
+    codec.encode(rows.scored[:64])  # constants of the encoder, compiled loops
     start = time.process_time()
-    encoded = join_encoded([codec.encode(piece) for piece in pieces])
+    encoded = in_pieces(codec, rows)
     encode_seconds = time.process_time() - start
     stored = np.asarray(codec.decode(encoded.arrays))
-    decode_seconds, bare_seconds = decode_and_bare_product(codec, encoded, len(pieces[0]))
+    decode_seconds, bare_seconds = decode_and_bare_product(codec, encoded, min(PIECE, len(rows.scored)))
     one, four = (kl_rows(rows.scored, stored, t) for t in (1.0, 4.0))
     first = slice(0, 512)
     return {
@@ -236,6 +251,8 @@ def main() -> None:
             fit_seconds = time.process_time() - start
             rows.append(score(one, name, fidelity, certified, codec) | {"fit_seconds": fit_seconds})
             print(harness.table(rows[-1:]).splitlines()[-1], flush=True)
+            if (name, fidelity, certified) == ("linear", 1e-3, True):
+                rows.extend(zstd_trade(one.name, codec, in_pieces(codec, one)))
             start = time.process_time()
     print()
     harness.report("codecs", rows, args)

@@ -9,6 +9,7 @@ import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,15 @@ def peak_memory() -> int:
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
-def written_bytes(codec: Codec, encoded: Encoded) -> float:
-    """Bytes per view of the shards of one block with these rows, and of a share of the side data."""
+def written_bytes(codec: Codec, encoded: Encoded, level: int | None = None) -> float:
+    """Bytes per view of the shards of one block with these rows, and of a share of the side data.
+
+    `level` is that of zstd, by default the codec's own for every array.
+    """
     count = len(encoded)
     signal = SignalSpec.of("rows", codec)
+    if level is not None:
+        signal = replace(signal, arrays=tuple(replace(array, level=level) for array in signal.arrays))
     spec = ArchiveSpec(
         num_samples=count, num_views=1, num_classes=codec.width, block_rows=1 << math.ceil(math.log2(count))
     )

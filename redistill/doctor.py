@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,22 +18,25 @@ from typing import Any
 import numpy as np
 import torch
 from redistill_cache import Archive, open_archive
+from redistill_cache.codecs import fit_codec, join_encoded
+from redistill_cache.codecs.catalogue import compressed_size
 from redistill_cache.errors import Refused
 from redistill_cache.machine import usable_cores, usable_memory
 from redistill_cache.storage import LOCAL, disk_trouble
 
 from redistill.cached_teacher import decode_rows
-from redistill.devices import one_thread, pick_device
+from redistill.devices import one_thread, pick_amp, pick_device, refuse_out_of_memory
 from redistill.loading import default_workers, refuse_few_open_files, worker_context
-from redistill.models import open_model
+from redistill.models import OpenedModel, open_model
 from redistill.signals import LOGITS
 from redistill.sources.base import ObjectSource, Sample, Source
 from redistill.sources.index import index_source
 from redistill.sources.open_source import open_source
+from redistill.teachers import Teacher
 from redistill.views import DrawnViews, ViewDataset, parse_recipe
 from redistill.views.view_params import archive_recipe
 
-__all__ = ["Diagnosis", "examine"]
+__all__ = ["Diagnosis", "Stage", "balance", "examine"]
 
 PACKAGES = ("redistill", "torch", "torchvision", "zarr", "numcodecs", "numpy", "pillow", "webdataset")
 EXTRAS = ("timm", "wandb", "tensorboard")
@@ -45,11 +50,28 @@ BYTES_WRITTEN = 32 << 20
 # What a torch DataLoader keeps there for each worker: by default two batches; with the batch size of `train`.
 SHM, BATCHES_AHEAD, BATCH, COMMON_SIZE = Path("/dev/shm"), 2, 128, 224
 ROWS_DECODED = 4096
+# A first batch shows how long one takes; the batch of a run is measured if it takes at most this long.
+FIRST_BATCH, SECONDS_PER_BATCH = 8, 2.0
+# The encoder is measured on random logits of at most this many classes and this rank.
+MOST_CLASSES, MOST_RANK, ROWS_ENCODED = 1000, 512, 1024
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage would run at on this machine, and why."""
+
+    images_per_second: float
+    limit: str
+    """The name of the rate that limits it."""
+    rates: dict[str, float]
+    """Images per second of each part alone: the loader with all workers or cores, the others with the whole device."""
+    workers: int
+    """Rendering processes with which the loader keeps up with the other parts, or takes its share of the cores."""
 
 
 @dataclass
 class Diagnosis:
-    """Facts, rates and advice. Rates that need an archive are None without one."""
+    """Facts, rates and advice. Rates that need an archive or a teacher are None without one."""
 
     versions: dict[str, str | None]
     python: str
@@ -68,10 +90,22 @@ class Diagnosis:
     views_per_second_and_core: float
     student: str
     student_images_per_second: float
+    student_batch: int
+    """Below that of training where that would take too long to measure."""
+    precision: str
+    """In which networks would run here by default."""
     shm_free_gib: float | None = None
     """In /dev/shm. Our workers do not need it; those of a user's own DataLoader do."""
     archive_load_rows_per_second: float | None = None
     archive_decode_rows_per_second: float | None = None
+    teacher: str | None = None
+    teacher_images_per_second: float | None = None
+    teacher_batch: int | None = None
+    encoded_rows_per_second: float | None = None
+    """Logits of as many classes as the teacher's, random ones: on a CPU, of one core."""
+    encoded_bytes_per_row: float | None = None
+    stage1: Stage | None = None
+    stage2: Stage | None = None
     limit: str = ""
     advice: list[str] = field(default_factory=list)
 
@@ -79,14 +113,27 @@ class Diagnosis:
         return asdict(self)
 
 
-def examine(data: str | None = None, archive: Path | None = None, folder: Path | None = None) -> Diagnosis:
-    """Measure for a few seconds; `folder` is where archives would be written, by default the current one."""
+def examine(
+    data: str | None = None,
+    archive: Path | None = None,
+    folder: Path | None = None,
+    *,
+    teacher: str | None = None,
+    student: str | None = None,
+    allow_python: bool = False,
+) -> Diagnosis:
+    """Measure for up to half a minute; `folder` is where archives would be written, by default the current one."""
     device = pick_device("auto")
     folder = folder or Path.cwd()
+    disk_free = free_gib(folder)
     opened = None if archive is None else open_archive(archive)
-    dataset = open_views(data or DEFAULT_DATA, opened if data is not None else None)
+    network = None if teacher is None else open_model(teacher, allow_python=allow_python)
+    size = None if network is None else network.view_size
+    dataset = open_views(data or DEFAULT_DATA, opened if data is not None else None, size)
     size = dataset.size
-    student = "demo:small" if size < SMALL_IMAGE else "torchvision:resnet18"
+    student = student or ("demo:small" if size < SMALL_IMAGE else "torchvision:resnet18")
+    amp = pick_amp(device, None)
+    student_rate, student_batch = time_student(student, size, device, allow_python=allow_python)
     diagnosis = Diagnosis(
         versions={name: version_of(name) for name in (*PACKAGES, *EXTRAS)},
         python=platform.python_version(),
@@ -97,17 +144,22 @@ def examine(data: str | None = None, archive: Path | None = None, folder: Path |
         devices=device_names(),
         worker_start=worker_context().get_start_method(),
         workers=default_workers(),
-        disk_free_gib=free_gib(folder),
+        disk_free_gib=disk_free,
         disk_write_mib_per_second=write_rate(folder),
         data=data or "synthetic images; use --data for others",
         view_size=size,
         views_per_second_and_core=render_rate(dataset),
         student=student,
-        student_images_per_second=student_rate(student, size, device),
+        student_images_per_second=student_rate,
+        student_batch=student_batch,
+        precision=str(amp or torch.float32).removeprefix("torch."),
         shm_free_gib=free_gib(SHM) if SHM.is_dir() else None,
     )
+    if network is not None:
+        measure_teacher(diagnosis, network, size, device)
     if opened is not None:
         measure_archive(diagnosis, opened, device)
+    add_stages(diagnosis, device)
     add_advice(diagnosis)
     return diagnosis
 
@@ -167,13 +219,15 @@ class Subset:
         return self.source.sample(i * len(self.source) // len(self))
 
 
-def open_views(data: str, archive: Archive | None) -> ViewDataset:
-    """Views as in training: with the archive's recipe, or the default one for the size of the images."""
+def open_views(data: str, archive: Archive | None, size: int | None = None) -> ViewDataset:
+    """Views as in training: with the archive's recipe, or the default one for the size of the images or of views."""
     source = ObjectSource(Subset(open_source(data)))
     if not len(source):
         raise Refused(f"{data} has no images; use another --data, or omit it")
     index = index_source(source, workers=0)
-    default_recipe = "cifar" if index.sizes.max() < SMALL_IMAGE else "rrc"
+    default_recipe = "cifar" if (size or index.sizes.max()) < SMALL_IMAGE else "rrc"
+    if size is not None:
+        default_recipe += f"?size={size}"
     recipe = parse_recipe(default_recipe) if archive is None else archive_recipe(archive)
     return ViewDataset(source, DrawnViews(index, recipe, seed=0, num_views=1))
 
@@ -185,18 +239,64 @@ def render_rate(dataset: ViewDataset) -> float:
         return rate_of(lambda: len(dataset.__getitems__([next(indices) for _ in range(4)])))
 
 
-def student_rate(student: str, size: int, device: torch.device) -> float:
-    """Images per second through forward and backward of a typical student."""
-    network = open_model(student, num_classes=100).module.to(device).train()
-    batch = torch.zeros(32, 3, size, size, device=device)
+def paced(run: Callable[[int], None], device: torch.device) -> tuple[float, int]:
+    """Items per second of `run(batch)`, and the batch: that of a run, or fewer where that would take seconds."""
 
-    def step() -> int:
-        network(batch).sum().backward()
+    def finish(batch: int) -> int:
+        run(batch)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return len(batch)
+        return batch
 
-    return rate_of(step)
+    batch = FIRST_BATCH
+    finish(batch)  # chooses kernels, allocates memory
+    start = time.perf_counter()
+    finish(batch)
+    affordable = int(batch * SECONDS_PER_BATCH / (time.perf_counter() - start))
+    batch = min(BATCH, max(batch, affordable))
+    with refuse_out_of_memory(batch, device):
+        return rate_of(lambda: finish(batch)), batch
+
+
+def time_student(student: str, size: int, device: torch.device, *, allow_python: bool) -> tuple[float, int]:
+    """Images per second through forward and backward, in the precision of training."""
+    model = open_model(student, num_classes=100, allow_python=allow_python)
+    network, amp = model.module.to(device).train(), pick_amp(device, None)
+    pixels = torch.zeros(BATCH, 3, size, size, device=device)
+
+    def step(batch: int) -> None:
+        with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+            loss = network(pixels[:batch]).sum()
+        loss.backward()
+
+    return paced(step, device)
+
+
+def measure_teacher(diagnosis: Diagnosis, model: OpenedModel, size: int, device: torch.device) -> None:
+    """The teacher's forward pass as in stage 1, and encoding and compressing its number of classes."""
+    teacher = Teacher(model, device=device, amp=pick_amp(device, None))
+    pixels = torch.randint(0, 256, (BATCH, 3, size, size), dtype=torch.uint8, device=device)
+
+    def forward(batch: int) -> None:
+        teacher(pixels[:batch])
+
+    diagnosis.teacher = model.spec
+    diagnosis.teacher_images_per_second, diagnosis.teacher_batch = paced(forward, device)
+    # Fitting many classes takes minutes; the time of a row grows about as their number.
+    classes = min(model.num_classes, MOST_CLASSES)
+    share = classes / model.num_classes
+    rng = np.random.default_rng(0)
+    rank = min(classes, MOST_RANK)
+    basis = rng.normal(size=(rank, classes)) * (4.0 / np.arange(1, rank + 1) ** 0.8)[:, None]
+    logits = (rng.normal(size=(2 * ROWS_ENCODED, rank)) @ basis).astype(np.float32)
+    codec = fit_codec("auto" if classes <= SMALL_IMAGE else "linear", logits[:ROWS_ENCODED])
+    rows = logits[ROWS_ENCODED:] if device.type != "cuda" else torch.from_numpy(logits[ROWS_ENCODED:]).to(device)
+    codec.encode(rows[:FIRST_BATCH])
+    clock = time.perf_counter if device.type == "cuda" else time.process_time  # a CPU's cores have other work as well
+    start = clock()
+    encoded = join_encoded([codec.encode(rows)])
+    diagnosis.encoded_bytes_per_row = compressed_size(codec, encoded) / share
+    diagnosis.encoded_rows_per_second = len(encoded) / (clock() - start) * share
 
 
 def measure_archive(diagnosis: Diagnosis, archive: Archive, device: torch.device) -> None:
@@ -223,18 +323,61 @@ def measure_archive(diagnosis: Diagnosis, archive: Archive, device: torch.device
 # -- advice -----------------------------------------------------------------------------------------------------------
 
 
+def balance(rates: Mapping[str, float], *, cores: int, workers: int, shared: bool, apart: Mapping[str, float]) -> Stage:
+    """What a stage runs at.
+
+    `rates` are images per second: of the loader on one core, of the others on the whole device, one after the other on
+    it. Without a GPU, the loader's processes and all others share the cores (`shared`). `apart` are rates of parts that
+    run beside all of these.
+    """
+    loader = rates["loader"]
+    others = {name: 1.0 / rate for name, rate in rates.items() if name != "loader"}
+    busy = sum(others.values())
+    if shared:
+        seconds = others | {"loader": 1.0 / (loader * cores)}
+        pace = 1.0 / sum(seconds.values())
+        limit = max(seconds, key=lambda name: seconds[name])
+        balanced = max(1, round(cores * seconds["loader"] * pace))
+        shown = dict(rates) | {"loader": loader * cores}
+    else:
+        balanced = math.ceil(1.0 / (busy * loader))
+        pace = min(loader * workers, 1.0 / busy)
+        limit = "loader" if loader * workers < 1.0 / busy else max(others, key=lambda name: others[name])
+        shown = dict(rates) | {"loader": loader * workers}
+    slowest = min(apart, key=lambda name: apart[name], default=None)
+    if slowest is not None and apart[slowest] < pace:
+        pace, limit = apart[slowest], slowest
+    return Stage(pace, limit, shown | dict(apart), balanced)
+
+
+def add_stages(diagnosis: Diagnosis, device: torch.device) -> None:
+    """Stage 1 for the teacher, if there is one, and stage 2 for the student."""
+    d, shared = diagnosis, device.type == "cpu"
+    stage = partial(balance, cores=d.cores, workers=d.workers, shared=shared)
+    if d.teacher_images_per_second and d.encoded_rows_per_second and d.encoded_bytes_per_row:
+        encoder = d.encoded_rows_per_second * (d.cores if shared else 1)
+        rates = {"loader": d.views_per_second_and_core, "teacher": d.teacher_images_per_second, "encoder": encoder}
+        disk = d.disk_write_mib_per_second * 2**20 / d.encoded_bytes_per_row
+        d.stage1 = stage(rates, apart={"disk": disk})
+    rates = {"loader": d.views_per_second_and_core, "student": d.student_images_per_second}
+    if d.archive_decode_rows_per_second is not None:
+        rates["decoding"] = d.archive_decode_rows_per_second
+    reading = {} if d.archive_load_rows_per_second is None else {"disk": d.archive_load_rows_per_second}
+    d.stage2 = stage(rates, apart=reading)
+
+
 def add_advice(diagnosis: Diagnosis) -> None:
     """Find the bottleneck and suggest what to change."""
-    rates = {
-        "rendering": diagnosis.views_per_second_and_core * diagnosis.workers,
-        "student": diagnosis.student_images_per_second,
-    }
-    if diagnosis.archive_decode_rows_per_second is not None:
-        rates["decoding"] = diagnosis.archive_decode_rows_per_second
-    slowest = min(rates, key=lambda name: rates[name])
-    diagnosis.limit = f"{slowest}, about {rates[slowest]:.0f} images/s"
-    advice = diagnosis.advice
-    if slowest == "rendering":
+    assert diagnosis.stage2 is not None
+    advice, stage2 = diagnosis.advice, diagnosis.stage2
+    diagnosis.limit = f"{stage2.limit}, about {stage2.images_per_second:.0f} images/s"
+    for name, stage in (("stage 1", diagnosis.stage1), ("stage 2", stage2)):
+        if stage is not None and stage.workers > diagnosis.cores:
+            advice.append(
+                f"{name}: {stage.workers} workers would keep up with the device, and {diagnosis.cores} cores may be "
+                "used: more cores, smaller images or several views of each decoded image help"
+            )
+    if stage2.limit == "loader":
         advice.append("rendering is the bottleneck: train several students in one pass (--seed 0 --seed 1 ...)")
         advice.append("or use several views of each decoded image (--views-per-image 2), or store smaller images")
     if diagnosis.cores < diagnosis.machine_cores:

@@ -57,6 +57,8 @@ class RunStats:
     began: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
     start: float = field(default_factory=time.perf_counter)
     check: TeacherCheck | None = None
+    fit_seconds: float | None = None
+    """To fit and to choose the codecs; None if they were read from the archive."""
     blocks: int = 0
     """Blocks committed by this process; the counts below are of these blocks."""
     rows: int = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +76,13 @@ class Estimate:
 
 
 def teacher_spec(plan: Plan, codecs: Mapping[str, Codec]) -> TeacherSpec:
-    """The specification of the part that is written."""
-    signals = tuple(SignalSpec.of(name, codec) for name, codec in codecs.items())
-    return TeacherSpec(plan.part.name, signals, plan.model, plan.part.adds_to)
+    """The specification of the part that is written. It records the zstd levels, so resumed runs use them."""
+    signals, level = (SignalSpec.of(name, codec) for name, codec in codecs.items()), plan.options.zstd_level
+    if level is not None:
+        signals = (
+            replace(signal, arrays=tuple(replace(array, level=level) for array in signal.arrays)) for signal in signals
+        )
+    return TeacherSpec(plan.part.name, tuple(signals), plan.model, plan.part.adds_to)
 
 
 def estimate(plan: Plan, pilot: Pilot, choices: Mapping[str, Choice]) -> Estimate:

@@ -216,6 +216,13 @@ def check_same_teacher(path: Path, declared: Mapping[str, TeacherSpec], plan: Pl
             refuse_difference(dict(stored.model), plan.model, where, free)
     except SpecMismatch as error:
         raise SpecMismatch(f"{error}, or add it under another --teacher-name") from None
+    level = plan.options.zstd_level
+    levels = sorted({array.level for signal in stored.signals for array in signal.arrays}) if stored is not None else []
+    if level is not None and levels not in ([], [level]):
+        raise SpecMismatch(
+            f"{where} was started with zstd level {' and '.join(map(str, levels))}, now it is {level}; leave out "
+            "--zstd-level to use that of the archive, or start a new archive"
+        )
 
 
 def unused_settings(signals: Sequence[str]) -> list[str]:

@@ -75,6 +75,15 @@ class CacheOptions:
             commas=True,
         ),
     )
+    zstd_level: int | None = field(
+        default=None,
+        metadata=option(
+            "zstd level of the teacher's arrays: bytes of the archive, not its values. 1 costs least time.",
+            default_text="19 for logits, 3 for rows stored exactly",
+            at_least=1,
+            at_most=22,
+        ),
+    )
     keep_shift: bool = field(
         default=False,
         metadata=option("Also store the mean of each row of logits. Softmax ignores it; losses on raw logits need it."),

@@ -6,6 +6,7 @@ starts the same archive fits the same codecs.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,12 +28,23 @@ from redistill.specs import first_line
 from redistill.teachers import TeacherCheck, check_teacher
 from redistill.views.dataset import MixedView, RenderedView
 
-__all__ = ["Pilot", "TeacherRunner", "check_first_batch", "fit_codecs", "not_finite_error", "run_pilot", "stack_pixels"]
+__all__ = [
+    "Pilot",
+    "TeacherRunner",
+    "batches_of",
+    "check_first_batch",
+    "fit_codecs",
+    "not_finite_error",
+    "run_pilot",
+    "stack_pixels",
+]
 
 ROWS_PER_CLASS = 8
 PILOT_ROWS = (512, 16384)  # at least, at most
 # Where features are stored: a basis that is fitted to fewer than twice as many rows as values misses some directions.
 FEATURE_PILOT_ROWS = 4096
+# The signals of a pilot of all views are kept up to this many values, on the teacher's device.
+MAX_KEPT_VALUES = 1 << 26
 # Codecs are compared on the last rows of the pilot, so any run of consecutive rows must be spread over all views too.
 STRIDE = 8
 CHECKED_IMAGES = 32
@@ -49,8 +61,11 @@ class TeacherRunner:
     A batch is (tag, dataset indices); the tag comes back with the result. Workers start once, for all calls.
     """
 
+    kept: dict[tuple[int, int], dict[str, Tensor]]
+    """Signals of whole batches of blocks that the pilot computed, by view and first row."""
+
     def __init__(self, plan: Plan, stop: StopRequest) -> None:
-        self.plan, self.stop, self._dataset = plan, stop, plan.dataset
+        self.plan, self.stop, self._dataset, self.kept = plan, stop, plan.dataset, {}
         self._loader = BatchLoader(
             self._dataset,
             workers=plan.workers,
@@ -121,21 +136,46 @@ class Pilot:
 
 
 def run_pilot(runner: TeacherRunner) -> Pilot:
-    plan, batch_size = runner.plan, runner.plan.options.batch_size
+    """Of few views, the pilot is all of them: their batches are those of the blocks, and their signals are kept."""
+    plan, batch_size, samples = runner.plan, runner.plan.batch_size, runner.plan.spec.num_samples
     indices = pilot_indices(plan)
-    batches = ((part, part.tolist()) for part in np.split(indices, range(batch_size, len(indices), batch_size)))
+    whole = len(indices) == samples * plan.spec.num_views
+    if whole:
+        computed = [np.array(runner.indices(view, rows)) for view, rows in block_batches(plan)]
+    else:
+        computed = np.split(indices, range(batch_size, len(indices), batch_size))
     outputs: dict[str, list[Tensor]] = {name: [] for name in (LOGITS, *plan.part.signals)}
-    label_parts, start = [], time.perf_counter()
-    for batch, _, signals in runner.run(batches):
+    start, values = time.perf_counter(), 0
+    for batch, _, signals in runner.run((batch, batch.tolist()) for batch in computed):
         for name, parts in outputs.items():
             parts.append(signals[name].cpu())
-        label_parts.append(plan.index.labels[batch % plan.spec.num_samples])
+        values += sum(rows.numel() for rows in signals.values())
+        if whole and values <= MAX_KEPT_VALUES:
+            view, row = divmod(int(batch[0]), samples)
+            runner.kept[view, row] = signals
     seconds = time.perf_counter() - start
-    stacked = {name: torch.cat(parts).numpy() for name, parts in outputs.items()}
-    labels = np.concatenate(label_parts)
+    if values > MAX_KEPT_VALUES:
+        runner.kept.clear()
+    order = np.argsort(np.concatenate(computed))[indices] if whole else slice(None)
+    stacked = {name: torch.cat(parts).numpy()[order] for name, parts in outputs.items()}
+    labels = plan.index.labels[indices % samples]
     correct = (stacked[LOGITS].argmax(1) == labels) & (labels >= 0)
     rows = {name: stacked[name] for name in plan.part.signals}
     return Pilot(rows, len(indices) / seconds, int((labels >= 0).sum()), int(correct.sum()))
+
+
+def block_batches(plan: Plan) -> Iterator[tuple[int, range]]:
+    """(view, rows) of every batch of every block."""
+    spec = plan.spec
+    for view, start in itertools.product(range(spec.num_views), range(0, spec.num_samples, spec.block_rows)):
+        for rows in batches_of(range(start, min(start + spec.block_rows, spec.num_samples)), plan.batch_size):
+            yield view, rows
+
+
+def batches_of(rows: range, batch_size: int) -> Iterator[range]:
+    """The batches of a block depend on the block alone, so its bytes do too."""
+    for start in range(rows.start, rows.stop, batch_size):
+        yield range(start, min(start + batch_size, rows.stop))
 
 
 def pilot_indices(plan: Plan) -> np.ndarray:

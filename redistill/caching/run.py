@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,15 @@ from redistill.caching.open_archive import (
     write_view_params,
 )
 from redistill.caching.options import CacheOptions
-from redistill.caching.pilot import Pilot, TeacherRunner, check_first_batch, fit_codecs, run_pilot, stack_pixels
+from redistill.caching.pilot import (
+    Pilot,
+    TeacherRunner,
+    batches_of,
+    check_first_batch,
+    fit_codecs,
+    run_pilot,
+    stack_pixels,
+)
 from redistill.caching.plan import Plan, make_plan
 from redistill.interrupts import StopRequest, raise_on_signals, stop_on_signals
 from redistill.progress import NoProgress, Progress
@@ -179,7 +188,9 @@ def declare_teacher(
     """Check a new teacher, fit its codecs, estimate the cost, and add it to the archive, which is created if needed."""
     plan = runner.plan
     stats.check, pilot = checked_pilot(runner, progress)
+    start = time.perf_counter()
     choices = fit_codecs(plan, pilot)
+    stats.fit_seconds = time.perf_counter() - start
     cost = estimate(plan, pilot, choices)
     refuse_small_disk(plan.options.out, cost.total_bytes if writer is None else cost.signal_bytes)
     for signal, choice in choices.items():
@@ -193,6 +204,8 @@ def declare_teacher(
     codecs = {signal: choice.codec for signal, choice in choices.items()}
     if writer is None:
         _, writer = create_archive(plan)
+    if writer.spec.block_rows != plan.spec.block_rows:  # created by another process
+        runner.kept.clear()
     try:
         writer.add_teacher(teacher_spec(plan, codecs), {name: codec.side() for name, codec in codecs.items()})
     except SpecMismatch:  # a process on another kind of machine has declared the teacher since; its codecs count
@@ -267,9 +280,9 @@ def write_blocks(
     unchecked: tuple[int, range, Tensor] | None = None
     tell_slow_encoder(plan, writer, progress)
     with BlockEncoder(plan, writer, stats) as encoder:
-        for (block, rows), pixels, signals in runner.run(teacher_batches(runner, writer, blocks)):
+        for (block, rows), pixels, signals in computed_batches(runner, teacher_batches(runner, writer, blocks)):
             encoder.add(block, rows, signals)
-            if images == 0:
+            if pixels is not None and images == 0:
                 unchecked = block.view, rows, pixels.clone()
             images += len(rows)
             # This process sees only its own progress, and assumes that the others are as fast.
@@ -299,14 +312,23 @@ def tell_slow_encoder(plan: Plan, writer: ArchiveWriter, progress: Progress) -> 
 def teacher_batches(
     runner: TeacherRunner, writer: ArchiveWriter, blocks: Sequence[Block]
 ) -> Iterator[tuple[tuple[Block, range], list[int]]]:
-    """The batches of a block depend on the block alone, so its bytes do too. Skips blocks committed by other ranks."""
-    batch_size = runner.plan.batch_size
+    """The batches of the blocks, without blocks that other processes have committed."""
     for block in blocks:
         if writer.is_committed(block):
             continue
-        for start in range(block.start, block.stop, batch_size):
-            rows = range(start, min(start + batch_size, block.stop))
+        for rows in batches_of(block.rows, runner.plan.batch_size):
             yield (block, rows), runner.indices(block.view, rows)
+
+
+def computed_batches(
+    runner: TeacherRunner, batches: Iterator[tuple[tuple[Block, range], list[int]]]
+) -> Iterator[tuple[tuple[Block, range], Tensor | None, dict[str, Tensor]]]:
+    """(block and rows, pixels, signals) of every batch; without pixels where the pilot computed the signals."""
+    # The self-test needs the pixels of the first batch.
+    yield from runner.run(islice(batches, 1) if runner.kept else batches)
+    for (block, rows), _ in batches:
+        runner.stop.raise_if_set()
+        yield (block, rows), None, runner.kept.pop((block.view, rows.start))
 
 
 def check_stored_batch(plan: Plan, writer: ArchiveWriter, view: int, rows: range, rendered: Tensor) -> None:
@@ -355,6 +377,7 @@ def write_provenance(plan: Plan, writer: ArchiveWriter, stats: RunStats) -> None
         "right": stats.correct,
         "teacher_top1": stats.top1,
         "floor": None if check is None else check.batch_difference,
+        "fit_seconds": None if stats.fit_seconds is None else round(stats.fit_seconds, 3),
         "relative_floor": None if check is None else check.relative_batch_difference,
     }
     with contextlib.suppress(Refused):  # a full disk must not hide the error that ended the run

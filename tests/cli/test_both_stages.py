@@ -257,3 +257,16 @@ def test_an_index_is_written_once_and_used_by_the_next_command(run, tmp_path: Pa
     wrong = run("cache-teacher", "folder:train?index=none.npz", *teacher)
     assert (wrong.returncode, wrong.stderr.count("\n")) == (3, 1)
     assert "none.npz, found nothing; write it: redistill index DATA --out FILE" in wrong.stderr
+
+
+def test_doctor_says_what_limits_both_stages(run, tmp_path: Path):
+    options = ("--teacher", "demo:tiny?num_classes=10&weights=random", "--student", "demo:tiny")
+    text = run("doctor", *options, "--archive-dir", tmp_path).stdout
+    lines = {line.split("  ")[0]: line for line in text.splitlines()}
+    assert "limited by the" in lines["stage 1"]
+    assert "limited by the" in lines["stage 2"]
+    assert "worker" in lines["stage 1"]
+    assert list(tmp_path.glob(".redistill-doctor-*")) == []
+    missing = run("doctor", *options, "--archive-dir", tmp_path / "missing")
+    assert missing.returncode == 3
+    assert len(missing.stderr.splitlines()) == 1

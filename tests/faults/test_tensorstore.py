@@ -1,6 +1,7 @@
 """A second implementation reads an archive: tensorstore opens every array, and logits follow from FORMAT.md alone.
 
-redistill_cache decodes nothing here; it only writes the archive and gives the expected values.
+redistill_cache decodes nothing here; it only writes the archive and gives the expected values. The certificate of every
+row is checked by a program of its own, in float64.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorstore
+from redistill_cache.codecs import BlockStats, fit_codec
+from redistill_cache.spec import ArchiveSpec, SignalSpec, TeacherSpec
+from redistill_cache.writer import ArchiveWriter
 
 from tests.faults import scenario
 
@@ -54,6 +58,60 @@ def test_logits_decoded_by_format_md_alone(archive: Path):
     logits = linear_logits(archive / "teachers/net/logits")
     for view in range(scenario.VIEWS):
         np.testing.assert_allclose(logits[view], scenario.decoded(view), rtol=1e-4, atol=1e-4)
+
+
+def divergences(exact: np.ndarray, stored: np.ndarray, temperature: float) -> np.ndarray:
+    """KL(softmax(exact / T) || softmax(stored / T)) of every row in float64, as a textbook has it."""
+    log_p, log_q = (
+        z - z.max(1, keepdims=True) - np.log(np.exp(z - z.max(1, keepdims=True)).sum(1, keepdims=True))
+        for z in (exact / temperature, stored / temperature)
+    )
+    return (np.exp(log_p) * (log_p - log_q)).sum(1)
+
+
+def write_logits(path: Path, rows: np.ndarray, pilot: np.ndarray, fidelity: float) -> None:
+    codec = fit_codec("linear", pilot, fidelity=fidelity)
+    spec = ArchiveSpec(num_samples=len(rows), num_views=1, num_classes=rows.shape[1], block_rows=8192)
+    writer = ArchiveWriter.create(path, spec)
+    keys = [f"{i:06d}" for i in range(len(rows))]
+    digests = np.random.default_rng(0).integers(0, 256, (len(rows), 32)).astype(np.uint8)
+    writer.write_samples(keys, np.full(len(rows), -1), digests, np.full((len(rows), 2), 32, np.uint32))
+    writer.add_teacher(TeacherSpec("net", (SignalSpec.of("logits", codec),), {}), {"logits": codec.side()})
+    for block in writer.missing("teachers/net"):
+        encoded = codec.encode(rows[block.start : block.stop])
+        arrays = {f"logits/{name}": np.asarray(array) for name, array in encoded.arrays.items()}
+        writer.write(block, arrays, {"logits": BlockStats.of(encoded).to_json()})
+    writer.seal()
+
+
+COUNTS = [pytest.param(100_000, marks=pytest.mark.slow), 4_000]
+
+
+@pytest.mark.parametrize("fidelity", [1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("count", COUNTS)
+def test_the_certificate_of_every_row_holds_by_format_md_alone(tmp_path: Path, count: int, fidelity: float):
+    """Rows as of a teacher, rows unlike the pilot's, and rows that no step brings within the bound."""
+    rng = np.random.default_rng(0)
+    mix = rng.normal(size=(60, 50)) * (60.0 / np.arange(1, 61) ** 1.2)[:, None]
+    rows = rng.normal(size=(count, 60)) @ mix / 8.0
+    rows[::50] *= 40.0  # far outside of the digits
+    rows[7::50] += 1000.0 * rng.standard_cauchy(size=rows[7::50].shape).clip(-1e6, 1e6)
+    rows[11::50] = 1e-3 * rng.normal(size=rows[11::50].shape)
+    rows = rows.astype(np.float32)
+    pilot = (rng.normal(size=(2000, 60)) @ mix / 8.0).astype(np.float32)
+    path = tmp_path / "a.redistill.zarr"
+    write_logits(path, rows, pilot, fidelity)
+    stored = linear_logits(path / "teachers/net/logits")[0]
+    exact = rows.astype(np.float64)
+    errors = np.stack([divergences(exact, stored, temperature) for temperature in (1.0, 4.0)])
+    assert errors.shape == (2, count)
+    assert errors.max() <= fidelity
+    # The bound is used, not met by storing everything exactly; and this program would see a row that is not its own.
+    level = read(path / "teachers/net/logits/level")[0]
+    assert np.median(errors.max(0)) > fidelity / 10
+    assert ((level & 0x40) != 0).any()
+    assert 0 < ((level & 0x80) != 0).mean() < 0.05
+    assert (divergences(exact, np.roll(stored, 1, axis=0), 1.0) > fidelity).mean() > 0.9
 
 
 def test_view_parameters_samples_and_canaries(archive: Path):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import resource
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from redistill_cache.errors import Refused
 
 from redistill import doctor
-from redistill.doctor import examine, open_views
+from redistill.doctor import balance, examine, open_views, paced
 from tests import tiny_archive
 
 
@@ -51,6 +53,60 @@ def test_an_archive_without_teachers_is_reported(tmp_path: Path, monkeypatch: py
     assert rate is not None
     assert rate > 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bare.zarr", "full.zarr"]
+
+
+def test_what_limits_a_stage_on_a_cpu_where_all_share_the_cores():
+    options = {"cores": 4, "workers": 4, "shared": True, "apart": {}}
+    stage = balance({"loader": 5.0, "teacher": 50.0, "encoder": 1000.0}, **options)
+    assert stage.limit == "loader"
+    assert stage.images_per_second == pytest.approx(1 / (1 / 20 + 1 / 50 + 1 / 1000))
+    assert stage.workers == 3  # of 4 cores, 50 ms of 71 are rendering
+    assert stage.rates == {"loader": 20.0, "teacher": 50.0, "encoder": 1000.0}
+    stage = balance({"loader": 100.0, "teacher": 50.0, "encoder": 1000.0}, **options)
+    assert (stage.limit, stage.workers) == ("teacher", 1)
+
+
+def test_what_limits_a_stage_on_a_gpu_that_others_feed():
+    rates = {"loader": 100.0, "teacher": 3000.0, "encoder": 6000.0}
+    stage = balance(rates, cores=8, workers=8, shared=False, apart={})
+    assert (stage.limit, stage.images_per_second, stage.workers) == ("loader", 800.0, 20)
+    stage = balance(rates, cores=32, workers=32, shared=False, apart={})
+    assert (stage.limit, stage.workers) == ("teacher", 20)
+    assert stage.images_per_second == pytest.approx(2000.0)
+    stage = balance(rates, cores=32, workers=32, shared=False, apart={"disk": 500.0})
+    assert (stage.limit, stage.images_per_second) == ("disk", 500.0)
+
+
+def test_a_slow_network_is_timed_with_a_smaller_batch(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(doctor, "SECONDS_PER_RATE", 0.01)
+    monkeypatch.setattr(doctor, "SECONDS_PER_BATCH", 0.05)
+    rate, batch = paced(lambda count: time.sleep(0.005 * count), torch.device("cpu"))
+    assert doctor.FIRST_BATCH <= batch <= 10
+    assert rate <= 200
+    assert paced(lambda _: None, torch.device("cpu"))[1] == doctor.BATCH
+
+
+def test_both_stages_of_a_teacher_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(doctor, "SECONDS_PER_RATE", 0.01)
+    tiny_archive.make(tmp_path / "full.zarr")
+    spec, student = "demo:small?num_classes=30&weights=random", "demo:tiny"
+    found = examine(folder=tmp_path, archive=tmp_path / "full.zarr", teacher=spec, student=student)
+    assert (found.teacher, found.student) == (spec, student)
+    assert found.stage1 is not None
+    assert found.stage1.rates.keys() == {"loader", "teacher", "encoder", "disk"}
+    assert found.stage2 is not None
+    assert found.stage2.rates.keys() == {"loader", "student", "decoding", "disk"}
+    for stage in (found.stage1, found.stage2):
+        assert 0 < stage.images_per_second <= min(stage.rates.values())
+        assert stage.limit in stage.rates
+        assert stage.workers >= 1
+    assert found.encoded_bytes_per_row is not None
+    assert 1 < found.encoded_bytes_per_row < 120
+    without = examine(folder=tmp_path)
+    assert without.stage1 is None
+    assert without.stage2 is not None
+    with pytest.raises(Refused, match="has no weights"):
+        examine(folder=tmp_path, teacher="demo:small?num_classes=30")
 
 
 def test_a_missing_folder_is_an_error_in_one_line(tmp_path: Path):

@@ -15,7 +15,7 @@ from redistill_cache.codecs.compander import CompanderCodec, fit_compander
 from redistill_cache.codecs.floats import Float16Codec, Float32Codec
 from redistill_cache.codecs.linear import LinearCodec
 from redistill_cache.codecs.linear_encode import ROUNDINGS, LinearSettings
-from redistill_cache.codecs.linear_fit import fit_linear
+from redistill_cache.codecs.linear_fit import fit_linear, spans
 from redistill_cache.codecs.protocol import Codec, Encoded, is_absent
 from redistill_cache.codecs.stats import METRICS, BlockStats, check_finite
 from redistill_cache.codecs.topk import TopKCodec
@@ -138,7 +138,9 @@ def _candidates(rows: np.ndarray, options: CodecOptions) -> Iterator[tuple[str, 
     yield "float16", _fit("float16", rows, options, None)
     if options.metric == "kl" and not options.keep_shift and rows.shape[1] <= MAX_COMPANDER_WIDTH:
         yield "compander", _fit("compander", rows, options, None)
-    yield "linear", _fit("linear", rows, options, None)
+    # A basis of few rows is completed to all directions, which takes more side data and time than that of the head.
+    if options.head is None or spans(rows):
+        yield "linear", _fit("linear", rows, options, None)
     if options.head is not None:
         yield "linear in the axes of the head", _fit("linear", rows, options, options.head)
 

@@ -21,8 +21,8 @@ from redistill_cache.strict_json import Fields, Json
 __all__ = ["LinearCodec"]
 
 # Chunks of many rows, so that the 128 KiB that share a Huffman table of zstd cover few columns: with 8192 rows a
-# thousand classes take 4 % fewer bytes than with 2048. zstd level 3 takes 2 % more bytes than level 19, whose time is
-# spent once.
+# thousand classes take 4 % fewer bytes than with 2048. zstd level 1 takes up to 1.5 % more bytes than level 19, whose
+# time is spent once; levels 3 to 15 take more than level 1 (bench/codecs.py).
 CHUNK_ROWS, CHUNK_BYTES = 8192, 1 << 22
 ZSTD_LEVEL = 19
 PREPARING = threading.Lock()

@@ -8,7 +8,7 @@ float32 bit for bit).
 that is nearly always zero would cost a bit, and columns of different spread would share a table that fits none. So:
 
 * A coefficient is a sum of *slots*, digits of small radix: k = sum(weight * (low + digit)). Nearly always it is one
-  slot; a wide coefficient has two, of weights 1 and 256.
+  slot; a wide coefficient has two, the weight of the second being the radix of the first.
 * A *byte* holds the digits of some slots in mixed radix, number = digit_0 + radix_0 * (digit_1 + radix_1 * ...), the
   product of the radices being at most 256. Bytes are filled so that all carry about the same information.
 * What is stored is the rank of the number among all numbers of that byte, the most frequent first:

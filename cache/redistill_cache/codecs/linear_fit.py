@@ -19,7 +19,7 @@ from redistill_cache.codecs.linear_encode import (
 from redistill_cache.codecs.rounding import Factors
 from redistill_cache.codecs.stats import Centre
 
-__all__ = ["fit_linear", "fit_packing"]
+__all__ = ["fit_linear", "fit_packing", "spans"]
 
 # A row starts two octaves below the coarsest step, so that it can get a finer or a coarser one.
 START_LEVEL = 2 * LEVELS_PER_OCTAVE
@@ -194,12 +194,16 @@ def principal_basis(rows: np.ndarray, *, shift_free: bool, max_rank: int) -> Bas
         directions, spread = _principal(centred / largest)
         spread = spread * largest
     full_rank = width - 1 if shift_free else width
-    # Twice as many rows as values span every direction that a linear head can output; fewer may not.
-    if width <= MAX_COMPLETED_WIDTH and full_rank <= max_rank and len(rows) < 2 * width:
+    if width <= MAX_COMPLETED_WIDTH and full_rank <= max_rank and not spans(rows):
         others = complete(directions, shift_free=shift_free)
         directions = np.concatenate([directions, others])
         spread = np.concatenate([spread, np.zeros(len(others))])
     return Basis(directions[:max_rank], offset, spread[:max_rank])
+
+
+def spans(rows: np.ndarray) -> bool:
+    """Twice as many rows as values span every direction that a linear head can output; fewer may not."""
+    return bool(len(rows) >= 2 * rows.shape[1])
 
 
 def _principal(centred: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -282,12 +286,15 @@ def fit_packing(k: np.ndarray) -> Packing:
     high = np.minimum(high, low + WIDEST - 1)
     slots = [_Slot(c, int(high[c] - low[c] + 1), int(low[c]), k[:, c] - low[c]) for c in range(rank) if not wide[c]]
     for c in np.flatnonzero(wide):
-        shifted = k[:, c] - low[c]
-        upper = -(-int(high[c] - low[c] + 1) // 256)
-        lower_low = int(low[c]) % 256 - 256
-        upper_low = (int(low[c]) - lower_low) // 256
-        slots.append(_Slot(int(c), 256, lower_low, shifted % 256))
-        slots.append(_Slot(int(c), upper, upper_low, shifted // 256, second=True))
+        # The first digit is as narrow as possible: its values are equally likely, so the second one tells nothing
+        # about it. A first digit of radix 256 would tell much about the second, which a code for bytes cannot use.
+        radix = -(-int(high[c] - low[c] + 1) // 256)
+        lowest, highest = int(low[c]) // radix, int(high[c]) // radix
+        if highest - lowest >= 256:
+            radix += 1
+            lowest, highest = int(low[c]) // radix, int(high[c]) // radix
+        slots.append(_Slot(int(c), radix, 0, k[:, c] % radix, first_of_two=True))
+        slots.append(_Slot(int(c), highest - lowest + 1, lowest, k[:, c] // radix - lowest, second=True))
     return _arranged(rank, [slot for slot in slots if slot.radix > 1])
 
 
@@ -302,10 +309,20 @@ def _range(ordered: np.ndarray, outside: float) -> tuple[np.ndarray, np.ndarray]
 class _Slot:
     """A digit and the frequencies of its values."""
 
-    def __init__(self, coefficient: int, radix: int, low: int, digits: np.ndarray, *, second: bool = False) -> None:
+    def __init__(
+        self,
+        coefficient: int,
+        radix: int,
+        low: int,
+        digits: np.ndarray,
+        *,
+        first_of_two: bool = False,
+        second: bool = False,
+    ) -> None:
         self.coefficient = coefficient
         self.radix = radix
         self.low = low
+        self.first_of_two = first_of_two  # cannot be widened: that would change the weight of the second
         self.second = second
         self.values = low + digits
         self._count()
@@ -318,15 +335,10 @@ class _Slot:
         self.log_share = np.log2(counts / counts.sum())
         self.bits = float(-(np.exp2(self.log_share) * self.log_share).sum())
 
-    @property
-    def whole(self) -> bool:
-        """Whether it is the lower digit of a wide coefficient, which cannot be widened."""
-        return self.radix == 256
-
     def widen(self, radix: int) -> None:
         """Widen to this radix on both sides, or on one side where all values are on one side of zero."""
         more = radix - self.radix
-        self.low -= 0 if self.low == 0 and not self.second else more // 2
+        self.low -= 0 if self.low == 0 else more // 2
         self.radix = radix
         self._count()
 
@@ -337,8 +349,10 @@ def _arranged(rank: int, slots: list[_Slot]) -> Packing:
         return Packing.empty(rank)
     for members in bytes_:
         _widen(members)
-    # The first slot of a coefficient must come before its second one: their weights are then 1 and 256.
-    bytes_.sort(key=lambda members: (-sum(slot.bits for slot in members), members[0].coefficient))
+    # Least information first: zstd's optimal parser starts without statistics, and the first columns teach it that
+    # repetitions cost more than single bytes. In descending order its result is up to 6 % larger, and erratic.
+    bytes_.sort(key=lambda members: (sum(slot.bits for slot in members), members[0].coefficient))
+    # The first slot of a coefficient must come before its second one, whose weight is then the radix of the first.
     bytes_.sort(key=lambda members: any(slot.second for slot in members))
     flat = [(slot, index) for index, members in enumerate(bytes_) for slot in members]
     return Packing(
@@ -389,10 +403,8 @@ def _greedy(slots: list[_Slot], count: int) -> list[list[_Slot]] | None:
 
 def _widen(members: list[_Slot]) -> None:
     """Widen digits to fill their byte: fewer escapes at no cost."""
-    if any(slot.whole for slot in members):
-        return
     product = int(np.prod([slot.radix for slot in members]))
-    for slot in sorted(members, key=lambda slot: -slot.radix):
+    for slot in sorted((slot for slot in members if not slot.first_of_two), key=lambda slot: -slot.radix):
         others = product // slot.radix
         slot.widen(256 // others)
         product = others * slot.radix

@@ -74,3 +74,17 @@ def test_keeps_shift_is_true_exactly_if_decoding_restores_the_row_mean(name, kee
     assert (np.abs(error).max() < (1e-4 if name == "linear" else 1e-2)) == codec.keeps_shift
     if name in ("linear", "float16"):
         assert codec.keeps_shift == keep_shift
+
+
+def test_auto_fits_no_basis_to_few_rows_where_the_head_is_known():
+    rng = np.random.default_rng(2)
+    weight, bias = rng.normal(size=(60, 12)), rng.normal(size=60)
+    rows = (np.maximum(rng.normal(size=(130, 12)), 0.0) @ weight.T + bias).astype(np.float32)
+    few = explain_codec("auto", rows[:100], CodecOptions(head=(weight, bias)))
+    assert few.best.label == "linear in the axes of the head"
+    assert "linear " not in few.reason.partition("tried:")[2].replace("linear in the axes of the head", "")
+    for other in (
+        explain_codec("auto", rows, CodecOptions(head=(weight, bias))),  # enough rows
+        explain_codec("auto", rows[:100], CodecOptions()),  # no head
+    ):
+        assert "linear " in other.reason.partition("tried:")[2].replace("linear in the axes of the head", "")

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from numcodecs import Zstd
 from redistill_cache.codecs import BlockStats, NotFinite, fit_codec, kl_rows, open_codec
 from redistill_cache.codecs.backend import Backend
 from redistill_cache.codecs.linear_decode import Packing, packing_flaw
@@ -88,6 +89,33 @@ def test_every_packing_returns_what_was_packed():
         np.testing.assert_array_equal(unpacked(packing, packing.pack(Backend(), within)), within)
         assert (escape != 0).mean() < 0.05
     assert packing_flaw(Packing.empty(3)) is None
+
+
+def bits_of_columns(packed: np.ndarray) -> float:
+    """The entropy of the bytes of a row, every column coded by itself."""
+    counts = (np.bincount(column, minlength=256) for column in packed.T)
+    shares = (count[count > 0] / len(packed) for count in counts)
+    return float(sum(-(share * np.log2(share)).sum() for share in shares))
+
+
+def test_wide_coefficients_take_no_more_than_their_entropy():
+    deviations = np.array([80.0, 120.0, 200.0, 700.0])
+    k = np.rint(np.random.default_rng(0).normal(size=(100_000, 4)) * deviations).astype(np.int64)
+    packing = fit_packing(k)
+    within, _ = packing.split(Backend(), k.astype(np.float64))
+    entropy = np.log2(deviations * np.sqrt(2 * np.pi * np.e)).sum()
+    assert bits_of_columns(packing.pack(Backend(), within)) < entropy + 0.1
+
+
+def test_zstd_compresses_the_bytes_of_a_chunk_to_nearly_their_entropy():
+    rng = np.random.default_rng(0)
+    sizes = 80.0 / np.arange(1, 200) ** 0.8  # from wide digits to several in a byte
+    k = np.rint(rng.laplace(size=(2048, len(sizes))) * sizes).astype(np.int64)
+    packing = fit_packing(k)
+    within, _ = packing.split(Backend(), k.astype(np.float64))
+    columns = np.ascontiguousarray(packing.pack(Backend(), within).T)
+    entropy = bits_of_columns(columns.T) / 8 * columns.shape[1]
+    assert len(Zstd(19).encode(columns)) < 1.045 * entropy
 
 
 def test_a_decoder_with_another_step_does_not_reuse_cached_constants():

@@ -8,10 +8,11 @@ import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import redistill_cache
 from redistill_cache import ArchiveWriter
-from redistill_cache.errors import Damaged, Incomplete, Refused
+from redistill_cache.errors import Damaged, Incomplete, Refused, SpecMismatch
 from redistill_cache.storage import Files
 from redistill_cache.verify import verify
 
@@ -21,6 +22,7 @@ from redistill.interrupts import Interrupted
 from redistill.progress import NoProgress
 from tests.faults.failing_disk import FailingDisk, Failure
 from tests.stage1 import (
+    DATA,
     FIVE_CLASSES,
     OTHER_TEACHER,
     SignalAtBatch,
@@ -56,6 +58,23 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(complete_five_classes: Pat
         redistill_cache.open_archive(path)
     cache_teacher(five_class_options(path))
     assert file_hashes(path) == file_hashes(complete_five_classes)
+
+
+def test_the_zstd_level_changes_bytes_and_no_value_and_is_kept_on_resume(tmp_path: Path):
+    data = {"data": DATA.replace("n=61", "n=600"), "block_rows": 256, "codec": "linear", "views": 1, "batch_size": 64}
+    whole, resumed, default = (tmp_path / f"{name}.zarr" for name in ("whole", "resumed", "default"))
+    cache_teacher(cache_options(whole, zstd_level=3, **data))
+    cache_teacher(cache_options(default, **data))
+    first, second = (redistill_cache.open_archive(path) for path in (whole, default))
+    assert np.array_equal(first.logits(0), second.logits(0))
+    sizes = [sum(len(file.read_bytes()) for file in path.glob("teachers/*/logits/q/c.*")) for path in (whole, default)]
+    assert sizes[1] < sizes[0]
+    with pytest.raises(Interrupted):
+        cache_teacher(cache_options(resumed, zstd_level=3, **data), SignalAtBatch(signal.SIGTERM, 6))
+    with pytest.raises(SpecMismatch, match="was started with zstd level 3, now it is 1; leave out --zstd-level"):
+        cache_teacher(cache_options(resumed, zstd_level=1, **data))
+    cache_teacher(cache_options(resumed, **data))
+    assert file_hashes(resumed) == file_hashes(whole)
 
 
 def test_workers_and_ranks_do_not_change_a_byte(complete_five_classes: Path, tmp_path: Path):

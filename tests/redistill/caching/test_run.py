@@ -226,6 +226,21 @@ def test_a_model_that_is_already_open_can_be_the_teacher(tmp_path: Path):
     assert np.array_equal(logits["a"], logits["b"])
 
 
+def test_views_of_a_small_archive_pass_through_the_teacher_once(tmp_path: Path):
+    """The pilot is all of them; besides, the teacher runs on the batches of its checks and of the self-test."""
+    module, images = open_model(TEACHER).module, []
+    module.register_forward_pre_hook(lambda _, inputs: images.append(len(inputs[0])))
+    opened = open_model(module, num_classes=10, size=32, norm=(NORM.mean, NORM.std))
+    # 250 is not a multiple of the block or batch size.
+    options = cache_options(tmp_path / "a.zarr", teacher=opened, data=f"synthetic?{DIFFICULTY}&n=250", batch_size=16)
+    cache_teacher(options)
+    assert sum(images) < 500 + 12 * 16
+    archive, source = redistill_cache.open_archive(options.out), redistill.open_source(options.data)
+    for view in range(2):
+        exact = online_logits(render_view(source, archive, view))
+        assert largest_kl(exact, archive.logits(view)) < 1.001e-3
+
+
 def test_nan_in_the_pilot_is_located(tmp_path: Path):
     """About nine of 3,600 views are NaN, none of them in the first batch."""
     options = five_class_options(tmp_path / "a.zarr", teacher=odd_teacher("RarelyNan"), views=40, allow_python=True)
