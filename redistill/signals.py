@@ -32,9 +32,13 @@ class Head(NamedTuple):
 class Signals(nn.Module):
     """A network whose output is a dictionary of float32 rows: logits and the requested layers."""
 
-    def __init__(self, network: nn.Module, layers: Sequence[str], head: str | None) -> None:
-        """`head` names the final linear layer of `network`; if `penultimate` is requested, it is moved out of it."""
+    def __init__(self, network: nn.Module, layers: Sequence[str], head: str | None, *, pooled: bool = True) -> None:
+        """`head` names the final linear layer of `network`; if `penultimate` is requested, it is moved out of it.
+
+        Without `pooled`, the outputs of layers are maps and tokens as they are.
+        """
         super().__init__()
+        self.pooled = pooled
         self.layers = tuple(layers)
         self.head: nn.Module | None = None
         if PENULTIMATE in layers:
@@ -53,7 +57,8 @@ class Signals(nn.Module):
         if self.head is not None:
             outputs[LOGITS] = self.head(outputs[PENULTIMATE])
         rows = {LOGITS: outputs[LOGITS].float()}
-        return rows | {layer: pool(outputs[layer].float(), layer) for layer in self.layers if layer != LOGITS}
+        maps = {layer: outputs[layer].float() for layer in self.layers if layer != LOGITS}
+        return rows | ({layer: pool(output, layer) for layer, output in maps.items()} if self.pooled else maps)
 
 
 def logits_of(output: object) -> Tensor:
