@@ -28,6 +28,7 @@ NAMES = (
     "steps",
     "stage2",
     "accuracy",
+    "methods",
 )
 
 
