@@ -12,11 +12,12 @@ if TYPE_CHECKING:
     from redistill import losses
     from redistill.cached_teacher import CachedTeacher
     from redistill.models import open_model
+    from redistill.signals import tap
     from redistill.views.dataset import ViewDataset, render
 
 __version__: str
 
-__all__ = ["CachedTeacher", "ViewDataset", "__version__", "losses", "open_model", "open_source", "render"]
+__all__ = ["CachedTeacher", "ViewDataset", "__version__", "losses", "open_model", "open_source", "render", "tap"]
 
 # Loaded at first use: these need torch, and the processes that only read and hash images should not wait for it.
 LAZY = {
@@ -25,6 +26,7 @@ LAZY = {
     "ViewDataset": "redistill.views.dataset",
     "losses": "redistill.losses",
     "render": "redistill.views.dataset",
+    "tap": "redistill.signals",
 }
 
 

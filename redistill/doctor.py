@@ -201,7 +201,7 @@ def student_rate(student: str, size: int, device: torch.device) -> float:
 
 def measure_archive(diagnosis: Diagnosis, archive: Archive, device: torch.device) -> None:
     """Rows per second: loading a view from disk, and decoding rows of it on the device."""
-    signals = [(name, signal.name) for name, teacher in archive.teachers.items() for signal in teacher.signals]
+    signals = [(name, signal) for name in archive.teachers for signal in archive.signals_of(name)]
     if not signals:
         diagnosis.advice.append(f"{archive.path} has no teacher yet; add one with redistill cache-teacher")
         return

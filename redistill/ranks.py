@@ -95,16 +95,23 @@ class World:
     def first(self) -> bool:
         return self.rank.first
 
-    def wrap(self, module: nn.Module, sync_bn: bool) -> nn.Module:
-        """The module for training: backward averages its gradients over all ranks."""
+    def synchronise_norms(self, module: nn.Module) -> nn.Module:
+        """The module with batch norms whose statistics are those of all ranks."""
         if self.size == 1:
             return module
-        if sync_bn:
-            if self.device.type != "cuda":
-                raise UsageError("--sync-bn needs GPUs: torch implements it for CUDA only")
-            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
+        if self.device.type != "cuda":
+            raise UsageError("--sync-bn needs GPUs: torch implements it for CUDA only")
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-any-return, no-untyped-call]
+
+    def wrap(self, module: nn.Module, *, unused: bool = False) -> nn.Module:
+        """The module for training: backward averages its gradients over all ranks.
+
+        `unused` says that the loss may not depend on all parameters.
+        """
+        if self.size == 1:
+            return module
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(module, device_ids=ids)
+        return nn.parallel.DistributedDataParallel(module, device_ids=ids, find_unused_parameters=unused)
 
     # The following are collective: all ranks must call them in the same order.
 

@@ -19,12 +19,10 @@ from torch import Tensor, nn
 from redistill.devices import refuse_out_of_memory
 from redistill.models import OpenedModel
 from redistill.models.weights import tensor_bytes
-from redistill.signals import LOGITS, PENULTIMATE, Head, Signals, find_head
+from redistill.signals import LOGITS, PENULTIMATE, PROBE_SIZE, Head, Signals, find_head
 from redistill.specs import listed
 
 __all__ = ["Teacher", "TeacherCheck", "check_teacher"]
-
-PROBE_SIZE = 64  # for networks with an unknown input size; any fully convolutional network accepts it
 
 
 class Teacher:

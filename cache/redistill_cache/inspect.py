@@ -34,7 +34,7 @@ def describe(archive: Archive) -> dict[str, Any]:
         "complete": archive.complete,
         "num_samples": archive.num_samples,
         "num_views": archive.num_views,
-        "teacher_views": {name: archive.views_of(name) for name in archive.teachers},
+        "teacher_views": {name: state.views_of(name) for name in archive.teachers},
         "num_classes": archive.num_classes,
         "class_names": None if spec.class_names is None else list(spec.class_names),
         "total_bytes": total,
@@ -47,8 +47,8 @@ def describe(archive: Archive) -> dict[str, Any]:
             archive, [a.path for a in layout.view_arrays(spec).values()], archive.num_views
         ),
         "teachers": {
-            name: {signal.name: _signal(archive, teacher, signal) for signal in teacher.signals}
-            for name, teacher in archive.teachers.items()
+            name: {signal: _signal(archive, *archive.part_of(name, signal)) for signal in archive.signals_of(name)}
+            for name in archive.teachers
         },
         "models": {name: teacher.model for name, teacher in archive.teachers.items()},
         "source": spec.source,
@@ -59,19 +59,20 @@ def describe(archive: Archive) -> dict[str, Any]:
     }
 
 
-def _signal(archive: Archive, teacher: TeacherSpec, signal: SignalSpec) -> dict[str, Any]:
-    folder = f"teachers/{teacher.name}/{signal.name}"
+def _signal(archive: Archive, part: TeacherSpec, signal: SignalSpec) -> dict[str, Any]:
+    folder, views = f"teachers/{part.name}/{signal.name}", archive.state.views_of(part.name)
     paths = [f"{folder}/{array.name}" for array in signal.arrays]
-    arrays = _bytes_by_array(archive, paths, archive.views_of(teacher.name))
+    arrays = _bytes_by_array(archive, paths, views)
     side = sum(entry.size for name, entry in archive.state.files.items() if name.startswith(f"{folder}/side/"))
     return {
         "codec": signal.codec,
         "width": signal.width,
+        "views": views,
         "config": signal.config,
         "bytes_per_view": sum(arrays.values()),
         "bytes_per_view_by_array": arrays,
         "side_bytes": side,
-        "fidelity": _fidelity(archive, teacher, signal),
+        "fidelity": _fidelity(archive, part, signal),
     }
 
 
@@ -86,9 +87,9 @@ def _bytes_by_array(archive: Archive, paths: list[str], views: int) -> dict[str,
     return {path.rpartition("/")[2]: size / rows for path, size in sizes.items()}
 
 
-def _fidelity(archive: Archive, teacher: TeacherSpec, signal: SignalSpec) -> dict[str, Any] | None:
-    """The requested bound and the errors measured on every row; None where the writer measured nothing."""
-    stats = archive.state.stats.get(teacher.name, {}).get(signal.name)
+def _fidelity(archive: Archive, part: TeacherSpec, signal: SignalSpec) -> dict[str, Any] | None:
+    """The requested bound, in which measure, and the errors of every row; None where the writer measured nothing."""
+    stats = archive.state.stats.get(part.name, {}).get(signal.name)
     if stats is None:
         return None
-    return {"bound": signal.config.get("fidelity")} | summarise(stats)
+    return {"bound": signal.config.get("fidelity"), "metric": signal.config.get("metric")} | summarise(stats)

@@ -20,7 +20,7 @@ from redistill_cache.commits import Commits
 from redistill_cache.errors import Damaged, Incomplete, Refused, UsageError
 from redistill_cache.journal import FileEntry, Record, parse_files, parse_header, sha256
 from redistill_cache.layout import Block, all_blocks, expected_files
-from redistill_cache.spec import ArchiveSpec, TeacherSpec
+from redistill_cache.spec import ArchiveSpec, TeacherSpec, additions_flaw
 from redistill_cache.spec_files import Document, list_teachers, read_root, read_teachers
 from redistill_cache.storage import LOCAL, MOST_FILES, file_sha256, open_regular, read_small, walk_regular
 from redistill_cache.strict_json import Json
@@ -51,7 +51,7 @@ class ArchiveState:
     spec: ArchiveSpec
     id: str | None  # None: not sealed
     num_views: int
-    teachers: Mapping[str, TeacherSpec]
+    teachers: Mapping[str, TeacherSpec]  # and the parts with signals that were added to them
     teacher_views: Mapping[str, int]  # of the teachers with fewer views than `num_views`
     stats: Mapping[str, Mapping[str, Json]]  # per teacher and signal, merged over blocks; of a sealed archive
     files: Mapping[str, FileEntry] = field(repr=False)
@@ -111,6 +111,8 @@ def _sealed(path: Path, root: Document[ArchiveSpec], data: bytes) -> ArchiveStat
         walk_regular(path, most=2 * data.count(b"\n") + EXTRA_FILES)  # no links anywhere, not even as folders
     documents = read_teachers(path, header.teachers, root)
     teachers = {name: document.spec for name, document in documents.items()}
+    if flaw := additions_flaw(teachers):
+        raise Damaged(f"{path}: {flaw}; the manifest was edited")
     most = layout.count_files(root.spec, teachers, header.views)
     files = parse_files(data, header, where, most=most)
     root = _sealed_root(declared, files.get("zarr.json"), header.views)
@@ -204,12 +206,16 @@ def _partial(path: Path, root: Document[ArchiveSpec], commits: Commits, *, settl
     committed = frozenset((r.block.part, r.block.view, r.block.index) for r in records)
     if ("samples", 0, 0) not in committed:
         raise Incomplete(f"{path} has no sample index yet; run the command that writes it again")
+    teachers = {name: t for name, t in teachers.items() if (f"teachers/{name}/side", 0, 0) in committed}
+    teachers = {name: t for name, t in teachers.items() if t.owner in teachers}  # a removal may have been interrupted
+    if flaw := additions_flaw(teachers):
+        raise Damaged(f"{path}: {flaw}; remove the folder of the former, or restore it")
     state = ArchiveState(
         path=path,
         spec=root.spec,
         id=None,
         num_views=root.spec.num_views,
-        teachers={name: t for name, t in teachers.items() if (f"teachers/{name}/side", 0, 0) in committed},
+        teachers=teachers,
         teacher_views={},
         stats={},
         files={name: entry for record in records for name, entry in record.files.items()},

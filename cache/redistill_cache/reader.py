@@ -47,7 +47,7 @@ from redistill_cache.rows import (
     read_whole,
 )
 from redistill_cache.shards import Scratch
-from redistill_cache.spec import ArchiveSpec, SignalSpec, TeacherSpec
+from redistill_cache.spec import LOGITS, ArchiveSpec, SignalSpec, TeacherSpec
 from redistill_cache.storage import disk_trouble
 from redistill_cache.verify import damaged_files
 
@@ -148,13 +148,24 @@ class Archive:
     def class_names(self) -> tuple[str, ...] | None:
         return self.spec.class_names
 
-    @property
+    @cached_property
     def teachers(self) -> Mapping[str, TeacherSpec]:
-        return self.state.teachers
+        """Every teacher, with the signals it was started with; `signals_of` has those that were added later too."""
+        return {name: teacher for name, teacher in self.state.teachers.items() if teacher.adds_to is None}
 
-    def views_of(self, teacher: str | None = None) -> int:
-        """The number of leading views that a teacher has: at most `num_views`."""
-        return self.state.views_of(self.teacher(teacher).name)
+    def views_of(self, teacher: str | None = None, signal: str = LOGITS) -> int:
+        """The number of leading views that a signal of a teacher has: at most `num_views`."""
+        return self.state.views_of(self.part_of(teacher, signal)[0].name)
+
+    def signals_of(self, teacher: str | None = None) -> tuple[str, ...]:
+        """The names of all signals of a teacher, those that were added later last."""
+        return tuple(dict.fromkeys(signal.name for part in self.parts_of(teacher) for signal in part.signals))
+
+    def parts_of(self, teacher: str | None = None) -> tuple[TeacherSpec, ...]:
+        """A teacher, and the parts of the archive with signals that were added to it later, in the order of names."""
+        base = self.teacher(teacher)
+        added = (part for _, part in sorted(self.state.teachers.items()) if part.adds_to == base.name)
+        return (base, *added)
 
     # -- samples ------------------------------------------------------------------------------------------------------
 
@@ -239,10 +250,13 @@ class Archive:
         return rows, pixels
 
     def rows_available(self, view: int, teacher: str | None = None) -> np.ndarray:
-        """The rows of one view whose signals and view parameters are committed: all of them once sealed."""
-        name = self.teacher(teacher).name
-        view = check_view(self.state, view, name)
-        part = f"teachers/{name}"
+        """The rows of one view whose signals, other than those added later, and view parameters are committed.
+
+        These are all rows once the archive is sealed.
+        """
+        base = self.teacher(teacher)
+        view = check_view(self.state, view, base)
+        part = f"teachers/{base.name}"
         parts = [part, "views"] if self.spec.view_arrays else [part]
         rows = [np.zeros(0, np.int64)]
         for index in range(self.spec.blocks_per_view):
@@ -264,22 +278,26 @@ class Archive:
             raise OutOfRange(f"{self.path} has no teacher {name!r}; teachers: {known}")
         return self.teachers[name]
 
-    def signal(self, teacher: str | None = None, signal: str = "logits") -> tuple[TeacherSpec, SignalSpec]:
+    def signal(self, teacher: str | None = None, signal: str = LOGITS) -> tuple[TeacherSpec, SignalSpec]:
         """One signal by name, with its teacher."""
-        teacher_spec = self.teacher(teacher)
-        signal_spec = teacher_spec.signal(signal)
-        if signal_spec is None:
-            names = ", ".join(item.name for item in teacher_spec.signals)
-            raise OutOfRange(f"teacher {teacher_spec.name!r} of {self.path} has no signal {signal!r}; signals: {names}")
-        return teacher_spec, signal_spec
+        return self.teacher(teacher), self.part_of(teacher, signal)[1]
 
-    def codec(self, teacher: str | None = None, signal: str = "logits") -> Codec:
+    def part_of(self, teacher: str | None, signal: str) -> tuple[TeacherSpec, SignalSpec]:
+        """A signal with the part of the archive that holds it; of two parts the first."""
+        for part in self.parts_of(teacher):
+            found = part.signal(signal)
+            if found is not None:
+                return part, found
+        name, names = self.teacher(teacher).name, ", ".join(self.signals_of(teacher))
+        raise OutOfRange(f"teacher {name!r} of {self.path} has no signal {signal!r}; signals: {names}")
+
+    def codec(self, teacher: str | None = None, signal: str = LOGITS) -> Codec:
         """The codec that decodes a signal."""
         return self._stored(teacher, signal).codec
 
     def logits(self, view: int, rows: object | None = None, teacher: str | None = None) -> np.ndarray:
         """float32 [n, classes], up to a constant per row (softmax ignores it) unless the codec keeps it."""
-        return self._decode(view, rows, teacher, "logits")
+        return self._decode(view, rows, teacher, LOGITS)
 
     def features(self, view: int, rows: object | None = None, *, layer: str, teacher: str | None = None) -> np.ndarray:
         """float32 [n, width] of a feature layer."""
@@ -287,7 +305,7 @@ class Archive:
 
     def _decode(self, view: int, rows: object | None, teacher: str | None, signal: str) -> np.ndarray:
         stored = self._stored(teacher, signal)
-        view, checked = check_view(self.state, view, stored.teacher.name), check_rows(self.state, rows)
+        view, checked = check_view(self.state, view, stored.teacher), check_rows(self.state, rows)
         with disk_trouble("read", self.path):
             return stored.decode(view, checked)
 
@@ -295,25 +313,25 @@ class Archive:
         self,
         view: int,
         teacher: str | None = None,
-        signal: str = "logits",
+        signal: str = LOGITS,
         into: PackedView | None = None,
         buffers: Buffers = np.empty,
     ) -> PackedView:
         """The packed rows of a whole view in memory, to gather from in any order; buffers of `into` are reused."""
         stored = self._stored(teacher, signal)
         with disk_trouble("read", self.path):
-            return stored.load(check_view(self.state, view, stored.teacher.name), into, buffers)
+            return stored.load(check_view(self.state, view, stored.teacher), into, buffers)
 
-    def loader(self, teacher: str | None = None, signal: str = "logits", buffers: Buffers = np.empty) -> ViewLoader:
+    def loader(self, teacher: str | None = None, signal: str = LOGITS, buffers: Buffers = np.empty) -> ViewLoader:
         """Whole views one after another, the next one loaded in the background."""
         return ViewLoader(lambda view, into: self.load_view(view, teacher, signal, into=into, buffers=buffers))
 
     def _stored(self, teacher: str | None, signal: str) -> StoredSignal:
-        teacher_spec, signal_spec = self.signal(teacher, signal)
+        part, signal_spec = self.part_of(teacher, signal)
         with self._lock:
-            stored = self._signals.get((teacher_spec.name, signal_spec.name))
+            stored = self._signals.get((part.name, signal_spec.name))
             if stored is None:
                 with disk_trouble("read", self.path):
-                    stored = open_signal(self.state, teacher_spec, signal_spec)
-                self._signals[teacher_spec.name, signal_spec.name] = stored
+                    stored = open_signal(self.state, part, signal_spec)
+                self._signals[part.name, signal_spec.name] = stored
         return stored

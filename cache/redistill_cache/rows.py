@@ -52,17 +52,22 @@ Rows = np.ndarray | None
 """Row numbers, int64 [n]; None: every row."""
 
 
-def check_view(state: ArchiveState, view: int, teacher: str | None = None) -> int:
-    """A view of the archive, or one of those that a teacher has."""
+def check_view(state: ArchiveState, view: int, teacher: TeacherSpec | None = None) -> int:
+    """A view of the archive, or one of those that a teacher, or a part with signals added to one, has."""
     try:
         view = operator.index(view)
     except TypeError:
         raise UsageError(f"a view is an integer, found {view!a:.80}") from None
-    count = state.num_views if teacher is None else state.views_of(teacher)
+    count = state.num_views if teacher is None else state.views_of(teacher.name)
     if not 0 <= view < count:
-        whose = "" if count == state.num_views else f" of teacher {teacher}"
+        whose = "" if teacher is None or count == state.num_views else f" of {_names_of(teacher)}"
         raise OutOfRange(f"{state.path} has views 0 to {count - 1}{whose}, requested view {view}")
     return view
+
+
+def _names_of(teacher: TeacherSpec) -> str:
+    added = "" if teacher.adds_to is None else f", {', '.join(signal.name for signal in teacher.signals)}"
+    return f"teacher {teacher.owner}{added}"
 
 
 def check_rows(state: ArchiveState, rows: object | None) -> Rows:
@@ -286,7 +291,7 @@ class StoredSignal:
         if at is not None:
             row = at if rows is None else int(rows[at])
             raise Damaged(
-                f"{self.state.path}: teacher {self.teacher.name!r}, signal {self.signal.name!r}, view {view}, "
+                f"{self.state.path}: teacher {self.teacher.owner!r}, signal {self.signal.name!r}, view {view}, "
                 f"row {row}: expected finite values of at most 2^100 in magnitude, found {_worst(values[at])}; "
                 "the archive was written so, do not use it"
             )
@@ -351,7 +356,7 @@ def open_signal(state: ArchiveState, teacher: TeacherSpec, signal: SignalSpec) -
         raise Damaged(f"{state.path}: signal {signal.name!r} does not have the arrays of its codec")
     problem = codec_out_of_range(codec)
     if problem:
-        raise Damaged(f"{state.path}: teacher {teacher.name!r}, signal {signal.name!r}: {problem}")
+        raise Damaged(f"{state.path}: teacher {teacher.owner!r}, signal {signal.name!r}: {problem}")
     return StoredSignal(state, teacher, signal, codec)
 
 

@@ -24,12 +24,15 @@ __all__ = [
     "CHUNK_BYTES",
     "FORMAT",
     "LOGITS",
+    "RUN_SETTINGS",
+    "TEACHER_MINOR",
     "VERSION",
     "ArchiveSpec",
     "ArraySpec",
     "SideArray",
     "SignalSpec",
     "TeacherSpec",
+    "additions_flaw",
     "archive_identity",
     "check_array",
     "check_int",
@@ -197,8 +200,25 @@ def _divisors(number: int) -> list[int]:
 
 FORMAT = "redistill-archive"
 VERSION = (1, 0)
-# The signal that every teacher has; others are named after layers.
+# The minor version of a teacher whose specification says what version 1.0 cannot: see `TeacherSpec.to_json`.
+TEACHER_MINOR = 1
+# The signal of a network's output; others are named after layers.
 LOGITS = "logits"
+# Members of a teacher's `model` that describe how its values were computed and stored, not the network.
+RUN_SETTINGS = frozenset(
+    {
+        "batch_size",
+        "channels_last",
+        "codec",
+        "compile",
+        "device",
+        "feature_fidelity",
+        "fidelity",
+        "keep_shift",
+        "precision",
+        "signals",
+    }
+)
 # All codecs of the format; codecs/catalogue.py implements each.
 CODECS = ("linear", "float16", "float32", "compander", "topk")
 
@@ -253,18 +273,36 @@ class SignalSpec:
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """A teacher of an archive: its signals, and a description of the model (never a path, URL or code)."""
+    """A teacher of an archive: its signals, and a description of the model (never a path, URL or code).
+
+    Signals that were added to a teacher later are a part of their own, with a name of its own: `adds_to` is the name of
+    the teacher that they belong to, and `network` is the same.
+    """
 
     name: str
     signals: tuple[SignalSpec, ...]
     model: Mapping[str, Json] = field(default_factory=dict)
+    adds_to: str | None = None
 
     def __post_init__(self) -> None:
         check_name(self.name, "name of a teacher")
+        if self.adds_to is not None:
+            check_name(self.adds_to, f"teacher {self.name!r}: the teacher it adds signals to")
+            require(self.adds_to != self.name, f"teacher {self.name!r}", "added to another teacher", self.adds_to)
         object.__setattr__(self, "signals", tuple(self.signals))
         object.__setattr__(self, "model", json_copy(self.model, f"teacher {self.name!r}: model"))
         require(len(self.signals) >= 1, f"teacher {self.name!r}", "a teacher with at least one signal", 0)
         check_unique((signal.name for signal in self.signals), f"teacher {self.name!r}: signals", limits.MAX_SIGNALS)
+
+    @property
+    def owner(self) -> str:
+        """The name of the teacher that these signals belong to: its own, or that of the teacher it adds to."""
+        return self.adds_to or self.name
+
+    @property
+    def network(self) -> dict[str, Json]:
+        """What `model` says about the network itself, weights included."""
+        return {key: value for key, value in self.model.items() if key not in RUN_SETTINGS}
 
     def signal(self, name: str) -> SignalSpec | None:
         return next((signal for signal in self.signals if signal.name == name), None)
@@ -278,12 +316,30 @@ class TeacherSpec:
         return replace(self, signals=tuple(signals))
 
     def to_json(self) -> dict[str, Json]:
-        return {
+        added: dict[str, Json] = {} if self.adds_to is None else {"adds_to": self.adds_to}
+        return added | {
             "name": self.name,
-            "version": f"{VERSION[0]}.{VERSION[1]}",
+            "version": f"{VERSION[0]}.{TEACHER_MINOR if added else VERSION[1]}",
             "model": self.model,
             "signals": [signal.to_json() for signal in self.signals],
         }
+
+
+def additions_flaw(teachers: Mapping[str, TeacherSpec]) -> str | None:
+    """Why these cannot be the teachers of one archive, or None: signals are added to a teacher of the same network."""
+    for teacher in teachers.values():
+        if teacher.adds_to is None:
+            continue
+        base = teachers.get(teacher.adds_to)
+        if base is None or base.adds_to is not None:
+            return (
+                f"the signals of {teacher.name!r} are added to {teacher.adds_to!r}, which is no teacher of this archive"
+            )
+        if canonical(base.network) != canonical(teacher.network):
+            return (
+                f"the signals of {teacher.name!r} are of another network than teacher {base.name!r}, which they extend"
+            )
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from redistill_cache import layout, limits
 from redistill_cache.errors import Damaged, NewerFormat, NotAnArchive, Refused, UsageError
 from redistill_cache.spec import (
     FORMAT,
+    TEACHER_MINOR,
     VERSION,
     ArchiveSpec,
     ArraySpec,
@@ -144,6 +145,7 @@ def parse_teacher_spec(value: Json, where: str, block_rows: int) -> TeacherSpec:
     try:
         teacher = TeacherSpec(
             name=fields.text("name", 64),
+            adds_to=fields.text("adds_to", 64) if minor >= TEACHER_MINOR and "adds_to" in fields else None,
             model=fields.mapping("model"),
             signals=tuple(
                 _parse_signal(item, f"{where}: signals", block_rows)
@@ -152,7 +154,7 @@ def parse_teacher_spec(value: Json, where: str, block_rows: int) -> TeacherSpec:
         )
     except UsageError as error:
         raise Refused(f"{where}: {error}") from None
-    fields.done(ignore_unknown=minor > VERSION[1])
+    fields.done(ignore_unknown=minor > TEACHER_MINOR)
     return teacher
 
 
@@ -170,7 +172,7 @@ class Document(Generic[Spec]):
     value: Mapping[str, Json] = field(repr=False)
     identity: str
     data: bytes = field(repr=False)
-    newer: str | None  # the version if its minor part is newer than VERSION: unknown members were ignored
+    newer: str | None  # the version if its minor part is newer than this reader: unknown members were ignored
 
     def require_writable(self, path: Path) -> None:
         """`NewerFormat` when writing could lose members that were ignored."""
@@ -201,7 +203,7 @@ def read_root(path: Path) -> Document[ArchiveSpec]:
         layout.check_extent(spec, {})
     except UsageError as error:
         raise Refused(f"{where}: {error}") from None
-    newer = _check_bytes(data, layout.root_metadata(spec), value, where)
+    newer = _check_bytes(data, layout.root_metadata(spec), value, where, VERSION[1])
     return Document(spec, value, archive_identity(value), data, newer)
 
 
@@ -232,14 +234,14 @@ def _read_teacher(file: Path, name: str, root: Document[ArchiveSpec]) -> Documen
         root.spec.check_teacher(teacher)
     except UsageError as error:
         raise Refused(f"{where}: {error}") from None
-    newer = _check_bytes(data, layout.teacher_metadata(teacher), value, where)
+    newer = _check_bytes(data, layout.teacher_metadata(teacher), value, where, TEACHER_MINOR)
     return Document(teacher, value, teacher_identity(root.identity, value), data, newer)
 
 
-def _check_bytes(data: bytes, expected: bytes, value: Json, where: str) -> str | None:
+def _check_bytes(data: bytes, expected: bytes, value: Json, where: str, newest: int) -> str | None:
     """`Damaged` unless the bytes follow from the content. A newer minor version is returned instead of checked."""
     major, minor = parse_version(Fields(value, where), where)
-    if minor > VERSION[1]:
+    if minor > newest:
         return f"{major}.{minor}"
     if data != expected:
         raise Damaged(f"{where}: not the canonical form of its content; it was edited or damaged")

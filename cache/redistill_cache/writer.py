@@ -32,7 +32,14 @@ from redistill_cache.open_state import check_keys_size, check_side_size, read_co
 from redistill_cache.reader import Archive
 from redistill_cache.rows import codec_out_of_range, row_out_of_range
 from redistill_cache.shards import encode_shard
-from redistill_cache.spec import ArchiveSpec, TeacherSpec, archive_identity, is_name, teacher_identity
+from redistill_cache.spec import (
+    ArchiveSpec,
+    TeacherSpec,
+    additions_flaw,
+    archive_identity,
+    is_name,
+    teacher_identity,
+)
 from redistill_cache.spec_files import list_teachers, read_root, read_teachers
 from redistill_cache.storage import LOCAL, MOST_FILES, Files, disk_trouble, is_leftover, read_small, walk_regular
 from redistill_cache.strict_json import Json, canonical
@@ -325,7 +332,10 @@ class ArchiveWriter:
         """
         teacher = teacher.resolved(self.spec.block_rows)
         self.spec.check_teacher(teacher)
-        layout.check_extent(self.spec, self.teachers | {teacher.name: teacher})
+        teachers = self.teachers | {teacher.name: teacher}
+        layout.check_extent(self.spec, teachers)
+        if flaw := additions_flaw(teachers):
+            raise Refused(f"{self.path}: {flaw}")
         layouts = layout.side_arrays(teacher)
         arrays = {
             f"{signal}/{name}": np.asarray(array)
@@ -467,32 +477,43 @@ class ArchiveWriter:
     def teacher_bytes(self, name: str) -> int:
         """The bytes that removing a teacher frees."""
         with disk_trouble("read", self.path):
-            return sum(file.stat().st_size for file in self._files_of_teacher(name))
+            parts = (name, *self.additions(name))
+            return sum(file.stat().st_size for part in parts for file in self._files_of_teacher(part))
 
     def remove_teacher(self, name: str) -> None:
-        """Remove a teacher; repeated after a crash, it removes the rest.
+        """Remove a teacher with the signals that were added to it; repeated after a crash, it removes the rest.
 
-        The manifest goes first, so that readers have the archive with the teacher or without it. Then its declaration:
-        the other files are then no part of the archive, whatever a crash leaves of them.
+        The manifest goes first, so that readers have the archive with the teacher or without it. Then the added parts,
+        each with its declaration last, so that a repeated call finds them; then the declaration of the teacher: its
+        other files are then no part of the archive, whatever a crash leaves of them.
         """
         with disk_trouble("remove a teacher of", self.path, RERUN):
-            files = self._files_of_teacher(name)
+            files = {part: self._files_of_teacher(part) for part in (*self.additions(name), name)}
             if self.sealed:
                 self._reload()
-                self.teachers.pop(name, None)
+                for part in files:
+                    self.teachers.pop(part, None)
                 present = self._commits.names()
                 self._seal_once(self._complete_views(present), present)
-            declaration, folder = self.path / layout.teacher_path(name), self.path / "teachers" / name
-            for file in sorted(files, key=lambda file: (file != declaration, file)):
-                self._files.remove(file)
-                if file == declaration:
-                    self._files.sync_directory(folder)
-            self._files.sync_directory(self.path / layout.BLOCKS)
-            folders = [path for path in (folder, *folder.rglob("*")) if path.is_dir()]
-            for inner in sorted(folders, reverse=True):
-                self._files.remove_directory(inner)
-            self._files.sync_directory(folder.parent)
-            self.teachers.pop(name, None)
+            for part in files:
+                self._remove_files(part, files[part], declaration_first=part == name)
+                self.teachers.pop(part, None)
+
+    def additions(self, name: str) -> list[str]:
+        """The parts with signals that were added to a teacher."""
+        return sorted(part.name for part in self.teachers.values() if part.adds_to == name)
+
+    def _remove_files(self, name: str, files: Collection[Path], *, declaration_first: bool) -> None:
+        declaration, folder = self.path / layout.teacher_path(name), self.path / "teachers" / name
+        for file in sorted(files, key=lambda file: ((file == declaration) != declaration_first, file)):
+            self._files.remove(file)
+            if file == declaration:
+                self._files.sync_directory(folder)
+        self._files.sync_directory(self.path / layout.BLOCKS)
+        folders = [path for path in (folder, *folder.rglob("*")) if path.is_dir()]
+        for inner in sorted(folders, reverse=True):
+            self._files.remove_directory(inner)
+        self._files.sync_directory(folder.parent)
 
     def _files_of_teacher(self, name: str) -> list[Path]:
         """Its declaration, records and data. `OutOfRange` if there is nothing of such a teacher."""
@@ -520,7 +541,10 @@ class ArchiveWriter:
             raise OutOfRange(f"cannot seal {views} views of an archive of {self.spec.num_views}")
         leading = {name: self._leading_views(f"teachers/{name}", views, present) for name in self.teachers}
         self._refuse_incomplete(views, leading, present)
-        teachers = {name: self.teachers[name] for name, count in leading.items() if count}
+        # A teacher that was damaged is written again; until then, what was added to it is left out as well.
+        teachers = {
+            name: teacher for name, teacher in self.teachers.items() if leading[name] and leading.get(teacher.owner, 0)
+        }
         fewer = {name: leading[name] for name in teachers if leading[name] < views}
         blocks = all_blocks(self.spec, teachers, views, fewer)
         records = [self._load(block, names) for block, names in blocks]
@@ -550,15 +574,22 @@ class ArchiveWriter:
         missing = (b.view for b in part_blocks(self.spec, part, views) if b.record_path not in present)
         return next(missing, views)
 
+    def _bases(self) -> dict[str, TeacherSpec]:
+        """The teachers without the parts that add signals to them."""
+        return {name: teacher for name, teacher in self.teachers.items() if teacher.adds_to is None}
+
     def _complete_views(self, present: Collection[str]) -> int:
         """The leading views that at least one teacher has; at least 1, so that sealing says what is missing."""
         counts = {part: self._leading_views(part, self.spec.num_views, present) for part in self.parts()}
-        of_teachers = [counts.pop(part) for part in list(counts) if part.startswith("teachers/")]
+        teachers = {f"teachers/{name}" for name in self._bases()}
+        of_teachers = [count for part, count in counts.items() if part in teachers]
+        counts = {part: count for part, count in counts.items() if not part.startswith("teachers/")}
         return max(1, min([*counts.values(), max(of_teachers, default=self.spec.num_views)], default=1))
 
     def _refuse_incomplete(self, views: int, leading: Mapping[str, int], present: Collection[str]) -> None:
         """`Incomplete` unless all that the teachers share, and at least one teacher, has these views."""
-        needed = self.teachers if leading and max(leading.values()) < views else {}
+        bases = self._bases()
+        needed = bases if bases and max(leading[name] for name in bases) < views else {}
         blocks = [block for block, _ in all_blocks(self.spec, needed, views)]
         missing = [block for block in blocks if block.record_path not in present]
         if missing:

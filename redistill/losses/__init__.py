@@ -1,4 +1,4 @@
-"""Distillation losses on logits: the power divergence and the losses of the literature."""
+"""Distillation losses on logits and features: the power divergence and the losses of the literature."""
 
 from __future__ import annotations
 
@@ -17,19 +17,29 @@ from redistill.losses.divergences import (
     skew_reverse_kl,
     total_variation,
 )
+from redistill.losses.features import Contrast, FeatureMatch, NormDirection, OrthogonalMatch
+from redistill.losses.heads import AdaptedTeacher, DualHead, ExitHead, SubclassHead
 from redistill.losses.hinton import bd_kd, kd, logit_mse, luminet, mld, standardize, ttm, wttm
 from redistill.losses.objective import Mix, Needs, Objective
 from redistill.losses.power import capped_fraction, is_bounded, power_divergence
 from redistill.losses.ranking import pld, topkd
-from redistill.losses.relational import dist, mlkd_batch, mlkd_class, pearson, r2kd, sinkhorn, spearman
+from redistill.losses.relational import dist, mlkd_batch, mlkd_class, pearson, r2kd, rkd, sinkhorn, spearman
 
 __all__ = [
     "CATALOGUE",
+    "AdaptedTeacher",
+    "Contrast",
     "CurriculumTemperature",
+    "DualHead",
+    "ExitHead",
+    "FeatureMatch",
     "Mix",
     "Needs",
+    "NormDirection",
     "Objective",
+    "OrthogonalMatch",
     "Schedule",
+    "SubclassHead",
     "Taid",
     "TrainingProgress",
     "alpha_beta",
@@ -59,6 +69,7 @@ __all__ = [
     "r2kd",
     "rc",
     "reverse_kl",
+    "rkd",
     "rld",
     "sinkhorn",
     "skew_kl",

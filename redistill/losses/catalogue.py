@@ -1,16 +1,19 @@
 """The catalogue of losses: name in spec strings -> function or module, published weights, requirements.
 
 `dkd?beta=2&temperature=4` -> entry "dkd", its function with beta and temperature bound. Options are the keyword
-arguments of the function that have a plain default, so that adding a loss takes one line here.
+arguments of the function that have a plain default, so that adding a loss takes one line here. What a loss needs is
+read from its signature: logits, features of one pair of layers, labels, progress, and in the constructor of a module
+the widths of the features and the number of classes.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from redistill_cache.errors import UsageError
@@ -22,6 +25,8 @@ from redistill.losses import (
     curriculum,
     decoupled,
     divergences,
+    features,
+    heads,
     hinton,
     power,
     ranking,
@@ -30,11 +35,16 @@ from redistill.losses import (
 from redistill.losses.curriculum import TrainingProgress
 from redistill.specs import Spec, did_you_mean, parse_spec
 
-__all__ = ["CATALOGUE", "Entry", "find", "make_loss"]
+__all__ = ["CATALOGUE", "Entry", "bind", "find", "make_loss", "read_loss"]
 
 Option = str | int | float | bool
 Loss = Callable[..., Tensor]
 PLAIN = (bool, int, float, str)
+
+INPUTS = ("student_logits", "teacher_logits", "student_features", "teacher_features", "labels", "progress")
+"""What a loss may be called with."""
+WIDTHS = ("student_width", "teacher_width", "num_classes")
+"""What the constructor of a module may ask for."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,10 @@ class Entry:
     """Has one value per row (reduction="none")."""
     shift: bool = False
     """Depends on a constant added to a teacher row, which softmax ignores: the archive must keep the shift."""
+    ce_on: Literal["all", "head"] = "all"
+    """What the published cross-entropy trains: the whole network, or its last layer alone."""
+    layers: Literal["stages", "penultimate"] = "stages"
+    """Published layers of a loss on features: the ends of the stages and penultimate, or penultimate alone."""
     diagnostics: Callable[[Mapping[str, Option]], Mapping[str, Loss]] = lambda _: {}
     """options -> figures to log beside the value; each is called with student and teacher logits."""
 
@@ -65,10 +79,26 @@ class Entry:
         return isinstance(self.make, type)
 
     @functools.cached_property
-    def labels(self) -> bool:
-        """Needs the labels of the batch. Cached: it is read at every step."""
+    def inputs(self) -> tuple[str, ...]:
+        """Those of INPUTS that the loss is called with. Cached: they are read at every step."""
         call = getattr(self.make, "forward") if self.is_module else self.make  # noqa: B009  a class of modules
-        return "labels" in inspect.signature(call).parameters
+        parameters = inspect.signature(call).parameters
+        return tuple(name for name in INPUTS if name in parameters)
+
+    @property
+    def labels(self) -> bool:
+        """Needs the labels of the batch."""
+        return "labels" in self.inputs
+
+    @property
+    def on_features(self) -> bool:
+        """Compares features, so that it is computed for every pair of layers."""
+        return "student_features" in self.inputs or "teacher_features" in self.inputs
+
+    @property
+    def widths(self) -> tuple[str, ...]:
+        """Those of WIDTHS that the constructor asks for."""
+        return tuple(name for name in WIDTHS if self.is_module and name in inspect.signature(self.make).parameters)
 
     @property
     def options(self) -> Mapping[str, Option]:
@@ -128,6 +158,16 @@ CATALOGUE: Mapping[str, Entry] = {
         Entry("label_smoothing", controls.label_smoothing, ce_weight=0.0, full_rows=False),
         Entry("virtual_teacher", controls.virtual_teacher, weight=0.1, ce_weight=0.9, full_rows=False),
         Entry("tf_kd", controls.tf_kd, weight=0.1, ce_weight=0.9, full_rows=False),
+        # On features.
+        Entry("features", features.FeatureMatch, ce_on="head"),
+        Entry("rkd", relational.rkd, layers="penultimate", batch_statistics=True, per_row=False),
+        Entry("nd", features.NormDirection, weight=2.0, layers="penultimate"),
+        Entry("vkd", features.OrthogonalMatch, layers="penultimate"),
+        Entry("dcd", features.Contrast, layers="penultimate", batch_statistics=True, per_row=False),
+        Entry("dual", heads.DualHead, weight=0.5, ce_weight=0.5, layers="penultimate"),
+        Entry("exit", heads.ExitHead),
+        Entry("lelp", heads.SubclassHead, ce_on="head", layers="penultimate"),
+        Entry("pesf", heads.AdaptedTeacher, layers="penultimate"),
     )
 }
 
@@ -150,37 +190,66 @@ def read_options(spec: Spec, entry: Entry) -> dict[str, Option]:
     return {key: spec.take(key, default) for key, default in entry.options.items()}  # type: ignore[type-var]
 
 
-def make_loss(spec: Spec | str, *, also: tuple[str, ...] = ()) -> tuple[Entry, Loss]:
+def make_loss(spec: Spec | str, **widths: int) -> tuple[Entry, Loss]:
     """The loss of a spec string with its options bound; bad values are refused here, by a call on a tiny batch.
+
+    `widths` are those of `Entry.widths`, for the losses on features that have parameters.
+    """
+    spec = parse_spec(spec) if isinstance(spec, str) else spec
+    entry, options = read_loss(spec)
+    missing = [name for name in entry.widths if name not in widths]
+    if missing:
+        raise UsageError(f"{spec.text!r}: this loss has parameters of the size of its features; give {missing[0]}=")
+    return entry, bind(spec, entry, options, widths)
+
+
+def read_loss(
+    spec: Spec, *, also: Callable[[Entry], tuple[str, ...]] = lambda _: ()
+) -> tuple[Entry, dict[str, Option]]:
+    """The entry and the options of a spec string, checked by a call on a tiny batch.
 
     `also` names the options of a spec string that the caller reads, such as the weight of a term.
     """
-    spec = parse_spec(spec) if isinstance(spec, str) else spec
     entry = find(spec)
-    spec.refuse_unknown([*entry.options, *also])
+    spec.refuse_unknown([*entry.options, *also(entry)])
     options = read_options(spec, entry)
-    try:
-        loss: Loss = _bind(entry, options)
-        _try_once(entry, loss)
-    except UsageError as error:
-        raise UsageError(f"{spec.text!r}: {error}") from None
-    return entry, loss
+    with torch.random.fork_rng(devices=[]):
+        _try_once(spec, entry, bind(spec, entry, options, TINY))
+    return entry, options
 
 
-def _bind(entry: Entry, options: Mapping[str, Option]) -> Loss:
-    # Both are called with logits and return a loss: a module, or a function with its options bound.
-    loss: Any = entry.make(**options) if entry.is_module else functools.partial(entry.make, **options)
+def bind(spec: Spec, entry: Entry, options: Mapping[str, Option], widths: Mapping[str, int]) -> Loss:
+    """A module, or a function with its options bound; both are called with `Entry.inputs` by name."""
+    own = {name: widths[name] for name in entry.widths}
+    with refused_as(spec):
+        loss: Any = entry.make(**own, **options) if entry.is_module else functools.partial(entry.make, **options)
     return cast(Loss, loss)
 
 
-def _try_once(entry: Entry, loss: Loss) -> None:
+@contextmanager
+def refused_as(spec: Spec) -> Iterator[None]:
+    """Names the loss in an error about its options."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{spec.text!r}: {error}") from None
+
+
+TINY = {"student_width": 256, "teacher_width": 256, "num_classes": 3}
+
+
+def _try_once(spec: Spec, entry: Entry, loss: Loss) -> None:
     """Call the loss once: it checks its options, so that a bad one is refused before any data is opened."""
-    logits = torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 1.0]])
-    needed: dict[str, Any] = {"labels": torch.tensor([0, 1])} if entry.labels else {}
+    logits = torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 1.0], [2.0, 1.0, 0.0], [0.0, 1.0, 3.0]])
+    features = torch.eye(4, 256) + 0.1
+    batch: dict[str, Any] = {"labels": torch.tensor([0, 1, 2, 0]), "progress": TrainingProgress()}
+    batch |= {"student_logits": logits, "teacher_logits": logits}
+    batch |= {"student_features": features, "teacher_features": features}
     if isinstance(loss, nn.Module):
         loss.eval()
-        needed["progress"] = TrainingProgress()
-    with torch.no_grad():
-        loss(logits, logits, **needed)
+    with torch.no_grad(), refused_as(spec):
+        if hasattr(loss, "fit"):
+            loss.fit(features, batch["labels"])
+        loss(**{name: batch[name] for name in entry.inputs})
     if isinstance(loss, nn.Module):
         loss.train()

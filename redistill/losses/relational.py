@@ -1,17 +1,23 @@
-"""Losses on relations between values: correlations (DIST, CMKD, R2KD), Gram matrices (MLKD), transport (Sinkhorn)."""
+"""Losses on relations between values: correlations (DIST, CMKD, R2KD), Gram matrices (MLKD), transport (Sinkhorn).
+
+`rkd` relates the features of a batch; all others relate logits.
+"""
 
 from __future__ import annotations
 
 import torch
 from redistill_cache.errors import UsageError
 from torch import Tensor
+from torch.nn import functional as F
 
 from redistill.losses.checks import (
     at_least_one,
     check_reduction,
     full_precision,
+    non_negative,
     positive,
     prepare,
+    prepare_features,
     reduce_batch,
     reduce_rows,
 )
@@ -19,9 +25,10 @@ from redistill.losses.divergences import log_probs
 from redistill.losses.hinton import spread, standardize
 from redistill.losses.ranking import length
 
-__all__ = ["dist", "mlkd_batch", "mlkd_class", "pearson", "r2kd", "sinkhorn", "spearman"]
+__all__ = ["dist", "mlkd_batch", "mlkd_class", "pearson", "r2kd", "rkd", "sinkhorn", "spearman"]
 
-# Rows x classes x classes of a pairwise comparison: 2^28 float32 are 1 GiB, and a backward pass holds about four.
+# Rows x classes x classes of a pairwise comparison (rkd: rows x rows x rows, or x width): 2^28 float32 are 1 GiB, and a
+# backward pass holds about four.
 MAX_PAIRS = 2**28
 
 
@@ -230,3 +237,49 @@ def sinkhorn(
         log_plan = log_plan - log_plan.logsumexp(1, keepdim=True)
         log_plan = log_plan - log_plan.logsumexp(0, keepdim=True)
     return reduce_batch((log_plan.exp() * cost).sum(), student, reduction)
+
+
+def rkd(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    *,
+    distance_weight: float = 25.0,
+    angle_weight: float = 50.0,
+    reduction: str = "batchmean",
+) -> Tensor:
+    """RKD: w_d mean_ij smooth_l1(d_ij(s) - d_ij(t)) + w_a mean_jik smooth_l1(cos_jik(s) - cos_jik(t)) over a batch.
+
+    d_ij = |x_i - x_j| over its mean for i ≠ j, cos_jik = the cosine of the angle at x_j between x_i and x_k. Neither
+    changes if the rows are moved, rotated or scaled, and the widths may differ, so that no projector is needed.
+    Park et al., CVPR 2019 (arXiv 1904.05068), as in the authors' code: the means are over all pairs and triplets, those
+    with equal indices included, which are 0.
+    Published: weights 25 and 50 with CE, on the last features. Rows that coincide have distance 0 (1e-6 in
+    the code).
+    Needs: batch statistics (for a batch of one row it is 0), features of both. O(B³) in time and memory.
+    """
+    student, teacher = prepare_features(student_features, teacher_features)
+    check_reduction(reduction, per_row=False)
+    non_negative("distance_weight", distance_weight)
+    non_negative("angle_weight", angle_weight)
+    count, width = len(student), max(student.shape[1], teacher.shape[1])
+    if count * count * max(count, width) > MAX_PAIRS:
+        raise UsageError(
+            f"rkd compares all triplets of {count} rows of width {width}, which does not fit in memory; "
+            "use a smaller batch"
+        )
+    (distances_s, angles_s), (distances_t, angles_t) = distances_and_angles(student), distances_and_angles(teacher)
+    value = distance_weight * F.smooth_l1_loss(distances_s, distances_t)
+    return reduce_batch(value + angle_weight * F.smooth_l1_loss(angles_s, angles_t), student, reduction)
+
+
+def distances_and_angles(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Distances of all pairs over their mean, [B, B], and cosines at j between i and k, [B, B, B]; 0 for equal rows."""
+    differences = rows[None] - rows[:, None]
+    squared = differences.square().sum(2)
+    lengths = torch.where(squared > 0, squared, 1.0).sqrt()
+    distances = torch.where(squared > 0, lengths, 0.0)
+    mean = distances.sum() / max(len(rows) * (len(rows) - 1), 1)
+    directions = differences / lengths[:, :, None]
+    with full_precision(rows):
+        angles = directions @ directions.transpose(1, 2)
+    return distances / torch.where(mean > 0, mean, 1.0), angles

@@ -31,7 +31,7 @@ from redistill.models.model_info import LOCAL_OPTIONS, OPTIONS, Blueprint, Model
 from redistill.models.weights import header_of, load_into, read_weights, refuse_misfit, state_digest
 from redistill.specs import Spec, did_you_mean, parse_spec
 
-__all__ = ["open_model", "open_weights", "quoted"]
+__all__ = ["meta_network", "open_model", "open_weights", "quoted"]
 
 FAMILIES = {
     "torchvision": libraries.torchvision_blueprint,
@@ -166,6 +166,13 @@ def find_blueprint(spec: Spec, *, allow_python: bool) -> Blueprint:
     if not spec.name:
         raise UsageError(f"{spec.text!r} has no network name; expected {spec.scheme}:NAME")
     return FAMILIES[spec.scheme](spec)
+
+
+def meta_network(text: str, num_classes: int, input_size: int | None) -> nn.Module:
+    """The network of a spec string without memory for its weights, to look at its layers."""
+    spec = parse_spec(text)
+    with torch.device("meta"):
+        return find_blueprint(spec, allow_python=False).build(num_classes, input_size)
 
 
 def choose_weights(spec: Spec, blueprint: Blueprint, requested: ModelInfo) -> Weights:

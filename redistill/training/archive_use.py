@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from redistill_cache import Archive
 from redistill_cache.errors import Refused, SpecMismatch
 from redistill_cache.layout import Block, part_blocks, samples_block, side_block
+from redistill_cache.spec import LOGITS
 
 __all__ = ["ArchiveUse"]
 
@@ -24,16 +26,27 @@ class ArchiveUse:
     """Of the commit records of all blocks that are read. They hold the hashes of the files, and bind them to the
     specifications of archive and teachers."""
 
+    signals: tuple[str, ...] = ()
+    """As TEACHER/SIGNAL: all that are read."""
+
     @classmethod
-    def of(cls, archive: Archive, teachers: tuple[str, ...], views: int) -> ArchiveUse:
+    def of(
+        cls, archive: Archive, teachers: tuple[str, ...], reads: Sequence[tuple[str, str]], views: int
+    ) -> ArchiveUse:
+        """`reads` are the signals, each with its teacher."""
         spec, files = archive.spec, archive.state.files
-        blocks: list[Block] = [samples_block(spec), *map(side_block, teachers)]
-        for part in (["views"] if spec.view_arrays else []) + [f"teachers/{name}" for name in teachers]:
+        parts = dict.fromkeys(archive.part_of(*read)[0].name for read in reads)
+        blocks: list[Block] = [samples_block(spec), *map(side_block, parts)]
+        for part in (["views"] if spec.view_arrays else []) + [f"teachers/{name}" for name in parts]:
             blocks += part_blocks(spec, part, views)
         digest = hashlib.sha256()
         for block in blocks:
             digest.update(f"{block.record_path} {files[block.record_path].sha256}\n".encode())
-        return cls(str(archive.id), teachers, views, digest.hexdigest())
+        return cls(str(archive.id), teachers, views, digest.hexdigest(), tuple(map("/".join, reads)))
+
+    def signals_of(self, teacher: str) -> list[str]:
+        """The signals of a teacher that are read."""
+        return [signal.partition("/")[2] for signal in self.signals if signal.partition("/")[0] == teacher]
 
     def require(self, archive: Archive, teachers: tuple[str, ...]) -> ArchiveUse:
         """The same use of the archive as it is now. `Refused` where it no longer has what the run reads."""
@@ -42,10 +55,10 @@ class ArchiveUse:
                 f"the run was started with the teachers {', '.join(self.teachers)}, found --teacher-names "
                 f"{','.join(teachers)}; use the original names to resume, or another --out"
             )
-        has = set(teachers) <= archive.teachers.keys() and self.views <= min(
-            [archive.num_views, *map(archive.views_of, teachers)]
-        )
-        now = ArchiveUse.of(archive, teachers, self.views) if has else None
+        reads = [(teacher, signal) for teacher, _, signal in (name.partition("/") for name in self.signals)]
+        has = all(teacher in archive.teachers and signal in archive.signals_of(teacher) for teacher, signal in reads)
+        has = has and self.views <= min([archive.num_views, *(archive.views_of(*read) for read in reads)])
+        now = ArchiveUse.of(archive, teachers, reads, self.views) if has else None
         if now is None or now.digest != self.digest:
             raise Refused(
                 f"the run was trained from archive {self.archive}, --archive {archive.path} is {archive.id} and does "
@@ -54,8 +67,10 @@ class ArchiveUse:
         return now
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"teachers": list(self.teachers)}
+        return asdict(self) | {"teachers": list(self.teachers), "signals": list(self.signals)}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> ArchiveUse:
-        return cls(**value | {"teachers": tuple(value["teachers"])})
+        """Runs of earlier versions read the logits of their teachers and nothing else."""
+        signals = value.get("signals", [f"{teacher}/{LOGITS}" for teacher in value["teachers"]])
+        return cls(**value | {"teachers": tuple(value["teachers"]), "signals": tuple(signals)})

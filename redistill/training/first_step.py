@@ -74,6 +74,7 @@ def dry_run(options: TrainOptions, progress: Progress | None = None) -> DryRun:
             setup = prepare(options, world, progress, saved_use(options.out, progress))
         progress.settings(settings_in_effect(options, setup, world))
         files = RunFiles(options, setup, first_epoch=0, writes=False)
+        setup.fit()
         training = Training(options, world, setup, files, progress, stop)
         started = time.perf_counter()
         training.first_step()

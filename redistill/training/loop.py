@@ -51,11 +51,13 @@ def train(options: TrainOptions, progress: Progress | None = None) -> list[Train
             setup = prepare(options, world, progress, saved_use(options.out, progress))
         progress.settings(settings_in_effect(options, setup, world))
         with disk_trouble("write", options.out, "; then run the same command again"):
-            epoch, batch = load_checkpoint(options.out, setup.members, options.fixed_on_resume(), setup.use, progress)
+            epoch, batch = load_checkpoint(options.out, setup.members, setup.fixed, setup.use, progress)
             if epoch == setup.feed.epochs:
                 progress.info(f"{options.out} is already finished; showing saved results")
             elif (epoch, batch) != (0, 0):
                 progress.info(f"resuming at epoch {epoch + 1}, batch {batch + 1}")
+            else:
+                setup.fit()
             files = RunFiles(options, setup, first_epoch=epoch, writes=world.first)
             return files.finish(Training(options, world, setup, files, progress, stop).run(epoch, batch))
 
@@ -79,7 +81,7 @@ class Training:
     ) -> None:
         self.options, self.world, self.files, self.progress, self.stop = options, world, files, progress, stop
         self.feed, self.members, self.targets = setup.feed, setup.members, setup.targets
-        self.validation, self.use = setup.validation, setup.use
+        self.validation, self.use, self.fixed = setup.validation, setup.use, setup.fixed
         self.labels, self.judged = setup.archive.labels, False
         self.throughput = Throughput()
         self.last_save = time.monotonic()
@@ -209,7 +211,7 @@ class Training:
             save_checkpoint(
                 self.options.out,
                 self.members,
-                self.options.fixed_on_resume(),
+                self.fixed,
                 self.use,
                 epoch=epoch,
                 batch=batch,

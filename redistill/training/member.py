@@ -16,10 +16,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from redistill.devices import refuse_out_of_memory
 from redistill.losses.curriculum import TrainingProgress
-from redistill.losses.objective import Mix, Objective
+from redistill.losses.objective import Mix, Needs, Objective
 from redistill.models import OpenedModel
 from redistill.optim import clip_gradients, lr_at, make_optimizer, set_lr
 from redistill.ranks import World
+from redistill.signals import HEAD_LOGITS, LOGITS, PENULTIMATE, Taps
 from redistill.training.options import MemberSpec, TrainOptions
 
 __all__ = ["Member"]
@@ -28,7 +29,7 @@ __all__ = ["Member"]
 class Member:
     """A student of a cohort.
 
-    Members share the pixels and the teacher logits of a step and nothing else. Each has its own random state, so its
+    Members share the pixels and the teacher's rows of a step and nothing else. Each has its own random state, so its
     weights are the same as if it were trained alone.
     """
 
@@ -40,7 +41,9 @@ class Member:
         objective: Objective,
         world: World,
         amp: torch.dtype | None,
+        head: str | None = None,
     ) -> None:
+        """`head` is the name of the last layer, for an objective that needs more of the network than its logits."""
         self.spec, self.options, self.opened, self.world, self.amp = spec, options, opened, world, amp
         self.optim = options.optim
         self.memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
@@ -55,7 +58,11 @@ class Member:
             else None
         )
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=amp is torch.float16)
-        self.wrapped = world.wrap(self.module, options.sync_bn)
+        if options.sync_bn:
+            self.module = world.synchronise_norms(self.module)
+        needs = objective.needs
+        tapped = Taps(self.module, needs.layers, head, outputs=needs.outputs) if needs.taps else self.module
+        self.wrapped = world.wrap(tapped, unused=needs.taps and not trains_all(needs))
         self.network: Any = torch.compile(self.wrapped) if options.compile else self.wrapped
         self.rng_state = initial_rng_state(spec.seed, world.rank.rank, world.device)
         self.history: list[dict[str, Any]] = []
@@ -70,7 +77,7 @@ class Member:
     def step(
         self,
         pixels: Tensor,
-        teacher: Tensor | None,
+        teacher: Mapping[str, Tensor] | None,
         labels: Tensor,
         mix: Mix | None,
         progress: TrainingProgress,
@@ -92,7 +99,7 @@ class Member:
             ):
                 total, values = self._forward(
                     pixels[part],
-                    None if teacher is None else teacher[part],
+                    None if teacher is None else {name: rows[part] for name, rows in teacher.items()},
                     labels[part],
                     None if mix is None else Mix(mix.partner_labels[part], mix.weights[part]),
                     progress,
@@ -108,11 +115,16 @@ class Member:
             self.average.update_parameters(self.module)
 
     def _forward(
-        self, pixels: Tensor, teacher: Tensor | None, labels: Tensor, mix: Mix | None, progress: TrainingProgress
+        self,
+        pixels: Tensor,
+        teacher: Mapping[str, Tensor] | None,
+        labels: Tensor,
+        mix: Mix | None,
+        progress: TrainingProgress,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.autocast(self.world.device.type, self.amp) if self.amp is not None else nullcontext():
-            logits = self.network(self.normalise(pixels).contiguous(memory_format=self.memory_format))
-        loss: tuple[Tensor, dict[str, Tensor]] = self.objective(logits, teacher, labels, progress=progress, mix=mix)
+            outputs = self.network(self.normalise(pixels).contiguous(memory_format=self.memory_format))
+        loss: tuple[Tensor, dict[str, Tensor]] = self.objective(outputs, teacher, labels, progress=progress, mix=mix)
         return loss
 
     @contextmanager
@@ -168,8 +180,9 @@ class Member:
 
     @property
     def weights_finite(self) -> bool:
-        """Running statistics of batch norms included."""
-        return all(bool(tensor.isfinite().all()) for tensor in self.module.state_dict().values())
+        """Running statistics of batch norms and parameters of losses included."""
+        tensors = [*self.module.state_dict().values(), *self.objective.parameters()]
+        return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
     @property
     def num_parameters(self) -> int:
@@ -231,6 +244,11 @@ class Member:
         else:
             seed = f"{self.spec.seed} {(epoch, batch)}"
             self.rng_state = initial_rng_state(seed, self.world.rank.rank, self.world.device)
+
+
+def trains_all(needs: Needs) -> bool:
+    """Whether the loss reaches every parameter of a network: all layers before the last one, and the last one."""
+    return LOGITS in needs.outputs or (PENULTIMATE in needs.layers and HEAD_LOGITS in needs.outputs)
 
 
 def even_parts(count: int, parts: int) -> list[slice]:

@@ -5,9 +5,11 @@ Checks that take no time come first: a typo in a loss is reported before a milli
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,18 +19,19 @@ from torch import Tensor
 
 from redistill.devices import pick_amp
 from redistill.loading import default_workers
-from redistill.losses.objective import Mix, Objective
+from redistill.losses.objective import Objective, Source
 from redistill.models import OpenedModel, open_model
 from redistill.progress import Progress
 from redistill.ranks import World
-from redistill.signals import LOGITS
+from redistill.signals import LOGITS, PROBE_SIZE
 from redistill.specs import first_line
 from redistill.teachers import Teacher
 from redistill.training.archive_use import ArchiveUse
 from redistill.training.feed import Feed
 from redistill.training.member import Member
-from redistill.training.options import MemberSpec, TrainOptions
-from redistill.training.targets import CachedTargets, OnlineTargets, SharedViews
+from redistill.training.options import MemberSpec, TrainOptions, split_terms
+from redistill.training.pairs import StudentLayers, TeacherLayers, connected, online_layers, stored_layers
+from redistill.training.targets import CachedTargets, OnlineTargets, Read, SharedViews
 from redistill.training.validate import Validation, validation_recipe
 from redistill.views import archive_recipe
 from redistill.views.aligned import AlignedViews, aligned_views
@@ -36,6 +39,9 @@ from redistill.views.canaries import Alignment
 from redistill.views.view_params import excluded_keys
 
 __all__ = ["TrainSetup", "prepare"]
+
+FITTED_ROWS = 50_000
+"""At most, of a loss that sees the teacher's features before the first step."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,24 @@ class TrainSetup:
     """None if no loss needs a teacher."""
     validation: Validation | None
     alignment: Alignment
+    fixed: Mapping[str, Any]
+    """The options that a run must repeat to be resumed, with the pairs of layers that were chosen."""
+
+    def fit(self) -> None:
+        """Before the first step: losses that must see the teacher's features see those of the first view."""
+        labels, dataset = np.asarray(self.archive.labels), self.feed.dataset
+        rows = np.unique(dataset.indices(0) % dataset.num_rows)
+        rows = rows[labels[rows] >= 0]
+        rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), FITTED_ROWS)).astype(np.int64)]
+
+        def read(source: Source) -> tuple[Tensor, Tensor]:
+            teacher = source.teacher or (self.use.teachers or (None,))[0]
+            features = self.archive.features(0, rows, layer=source.signal, teacher=teacher)
+            return torch.from_numpy(features).to(device), torch.from_numpy(labels[rows]).to(device)
+
+        for member in self.members:
+            device = member.world.device
+            member.objective.fit(read)
 
 
 def prepare(options: TrainOptions, world: World, progress: Progress, saved: ArchiveUse | None = None) -> TrainSetup:
@@ -57,19 +81,31 @@ def prepare(options: TrainOptions, world: World, progress: Progress, saved: Arch
     with world.local_first():
         archive = open_archive(options.archive)
     specs = options.members
-    objectives = [Objective(spec.losses) for spec in specs]
-    cached = options.online_teacher is None and any(objective.needs.teacher for objective in objectives)
-    use = choose_use(options, archive, saved, cached)
+    drafts = [Objective(spec.losses) for spec in specs]
+    cached = options.online_teacher is None and any(draft.needs.teacher for draft in drafts)
+    teachers = () if saved is None else saved.teachers
+    if cached:
+        teachers = choose_teachers(options, archive, drafts, saved)
+    resumed = None if saved is None else saved.require(archive, teachers)
+    for draft in drafts:
+        refuse_objective(draft, archive, options, teachers)
+    size = archive_recipe(archive).size if options.size is None else options.size
+    students = [open_student(spec, archive, size, options) for spec in specs]
+    amp = pick_amp(world.device, options.amp)
+    online = open_online_teacher(options, archive, drafts)
+    layers = [
+        StudentLayers(spec.student, opened.module, torch.zeros(1, 3, size, size))
+        for spec, opened in zip(specs, students, strict=True)
+    ]
+    objectives = connect(options, archive, drafts, layers, teachers, online, saved, progress)
+    specs = tuple(replace(spec, losses=objective.specs) for spec, objective in zip(specs, objectives, strict=True))
+    reads = choose_reads(objectives, teachers) if cached else []
+    use = resumed or choose_use(archive, teachers, reads)
     if options.views_per_image > use.views:
         raise Refused(f"--views-per-image must be at most the number of views, and the archive has {use.views}")
     if use.views < archive.num_views:
         progress.info(f"training uses the first {use.views} of the archive's {archive.num_views} views")
-    for objective in objectives:
-        refuse_objective(objective, archive, options, use.teachers)
-    size = archive_recipe(archive).size if options.size is None else options.size
-    students = [open_student(spec, archive, size, options) for spec in specs]
-    amp = pick_amp(world.device, options.amp)
-    targets = make_targets(options, objectives, archive, use.teachers, world, amp)
+    targets = make_targets(options, objectives, archive, reads, online, world, amp)
     if isinstance(targets, CachedTargets) and targets.shared_views.spilled:
         progress.info("the teacher rows of two views exceed --cache-memory; they are in a temporary file")
     workers = default_workers(world.rank.local_world_size) if options.workers is None else options.workers
@@ -110,43 +146,49 @@ def prepare(options: TrainOptions, world: World, progress: Progress, saved: Arch
     )
     feed.global_batches(0)  # refuses a batch size that is too small for the ranks
     members = [
-        Member(spec, options, student, objective, world, amp)
-        for spec, student, objective in zip(specs, students, objectives, strict=True)
+        Member(spec, options, student, objective, world, amp, head=looked_at.head if objective.needs.taps else None)
+        for spec, student, objective, looked_at in zip(specs, students, objectives, layers, strict=True)
     ]
-    return TrainSetup(archive, use, feed, members, targets, validation, views.alignment)
+    return TrainSetup(archive, use, feed, members, targets, validation, views.alignment, fixed_options(options, specs))
+
+
+def missing_signal(archive: Archive, teacher: str, signal: str) -> Refused:
+    has = ", ".join(archive.signals_of(teacher))
+    return Refused(
+        f"archive has no {signal!r} of teacher {teacher!r} (it has {has}); add it: redistill cache-teacher DATA "
+        f"--teacher SPEC --out {archive.path} --signals {signal}"
+    )
 
 
 def refuse_objective(objective: Objective, archive: Archive, options: TrainOptions, teachers: tuple[str, ...]) -> None:
     """Refuse an archive without what the objective needs: labels, whole rows, unshifted rows, one label per row."""
     if archive_recipe(archive).mixes:
-        try_mixed_labels(objective, archive.num_classes)
+        for term in objective.all_terms:
+            term.refuse_mix()
     if objective.needs.labels and int(archive.labels.min()) < 0:
         raise Refused(
             f"loss {'+'.join(objective.specs)} needs labels, and the archive has samples without a label; "
             "use ce?weight=0"
         )
-    if not objective.needs.teacher or options.online_teacher is not None:
+    if options.online_teacher is not None:
         return
-    for teacher in teachers:
-        objective.refuse_codec(archive.codec(teacher, LOGITS))
+    if Source(None, LOGITS) in objective.needs.sources:
+        for teacher in teachers:
+            if LOGITS not in archive.signals_of(teacher):
+                raise missing_signal(archive, teacher, LOGITS)
+            objective.refuse_codec(archive.codec(teacher, LOGITS))
 
 
-def try_mixed_labels(objective: Objective, num_classes: int) -> None:
-    """Compute the loss once with two labels per row: a term that cannot do this raises Refused."""
-    logits, labels = torch.zeros(2, num_classes), torch.zeros(2, dtype=torch.int64)
-    objective.eval()  # terms with a state change it in training mode only
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        objective(logits, logits, labels, mix=Mix(labels, torch.ones(2)))
-
-
-def choose_use(options: TrainOptions, archive: Archive, saved: ArchiveUse | None, cached: bool) -> ArchiveUse:
-    """The teachers and views of a run: those of its earlier part, or the named teachers and the views they share."""
-    if saved is None:
-        teachers = chosen_teachers(options, archive) if cached else ()
-        views = min([archive.num_views, *map(archive.views_of, teachers)])
-        return ArchiveUse.of(archive, teachers, views)
-    teachers = options.teachers if cached and options.teachers else saved.teachers
-    return saved.require(archive, teachers)
+def choose_teachers(
+    options: TrainOptions, archive: Archive, drafts: Sequence[Objective], saved: ArchiveUse | None
+) -> tuple[str, ...]:
+    """The teachers of terms that name none: those of the run's earlier part, or as the options say."""
+    if saved is not None:
+        return options.teachers or saved.teachers
+    terms = [term for draft in drafts for term in draft.all_terms]
+    if all(term.teacher is not None and "teacher_logits" not in term.entry.inputs for term in terms):
+        return options.teachers  # every term names the teacher that it uses
+    return chosen_teachers(options, archive)
 
 
 def chosen_teachers(options: TrainOptions, archive: Archive) -> tuple[str, ...]:
@@ -163,25 +205,112 @@ def chosen_teachers(options: TrainOptions, archive: Archive) -> tuple[str, ...]:
     return options.teachers or tuple(known)
 
 
+def connect(
+    options: TrainOptions,
+    archive: Archive,
+    drafts: Sequence[Objective],
+    students: Sequence[StudentLayers],
+    teachers: tuple[str, ...],
+    online: OpenedModel | None,
+    saved: ArchiveUse | None,
+    progress: Progress,
+) -> list[Objective]:
+    """The objectives with pairs of layers in every term on features, and parameters that depend on the seed alone."""
+    found: dict[str | None, TeacherLayers] = {}
+    for draft in drafts:
+        for term in draft.all_terms:
+            if term.teacher in found or "teacher_features" not in term.entry.inputs:
+                continue
+            if online is not None:
+                if term.teacher is not None:
+                    raise UsageError(
+                        f"{term.text!r}: teacher= names one of the archive; leave it out with --online-teacher"
+                    )
+                side = online.input_size or PROBE_SIZE
+                found[None] = online_layers(online.spec, online.module, torch.zeros(2, 3, side, side))
+                continue
+            if term.teacher is None and len(teachers) > 1:
+                raise UsageError(
+                    f"{term.text!r} uses the features of one teacher, and the run has {', '.join(teachers)}; add "
+                    f"teacher={teachers[0]} to it"
+                )
+            name = archive.teacher(term.teacher or teachers[0]).name
+            found[term.teacher] = stored_layers(archive, name, None if saved is None else saved.signals_of(name))
+    objectives, lines = [], []
+    for spec, draft, student in zip(options.members, drafts, students, strict=True):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(
+                int.from_bytes(hashlib.sha256(f"objective {spec.seed}".encode()).digest()[:8], "little") >> 1
+            )
+            objectives.append(connected(draft, student, found, archive.num_classes))
+        lines += [
+            f"{term.label} of {spec.student}: {', '.join(map(str, term.pairs or ()))} (layers, student:teacher)"
+            for term in objectives[-1].all_terms
+            if term.entry.on_features
+        ]
+    for line in dict.fromkeys(lines):
+        progress.info(line)
+    return objectives
+
+
+def fixed_options(options: TrainOptions, specs: Sequence[MemberSpec]) -> dict[str, Any]:
+    """With the losses as they were resolved, where that is the same for all students."""
+    fixed = options.fixed_on_resume()
+    losses = []
+    for loss in options.losses:
+        resolved = {
+            "+".join(s.losses) for s, own in zip(specs, options.members, strict=True) if own.losses == split_terms(loss)
+        }
+        losses.append(resolved.pop() if len(resolved) == 1 else loss)
+    return fixed | {"losses": losses}
+
+
+def choose_reads(objectives: Sequence[Objective], teachers: tuple[str, ...]) -> list[Read]:
+    """The signals that the objectives need and no other: logits of every teacher, features of one."""
+    sources = dict.fromkeys(source for objective in objectives for source in objective.needs.sources)
+    return [
+        Read(teacher, source.signal, source.key)
+        for source in sources
+        for teacher in (teachers if source.teacher is None else (source.teacher,))
+    ]
+
+
+def choose_use(archive: Archive, teachers: tuple[str, ...], reads: Sequence[Read]) -> ArchiveUse:
+    """The views that all signals have."""
+    signals = list(dict.fromkeys((read.teacher, read.signal) for read in reads))
+    views = min([archive.num_views, *(archive.views_of(*each) for each in signals)])
+    return ArchiveUse.of(archive, teachers, signals, views)
+
+
+def open_online_teacher(options: TrainOptions, archive: Archive, drafts: Sequence[Objective]) -> OpenedModel | None:
+    if options.online_teacher is None:
+        return None
+    if not any(draft.needs.teacher for draft in drafts):
+        raise UsageError(f"--online-teacher {options.online_teacher} is not used: no --loss needs a teacher")
+    model = open_model(options.online_teacher, num_classes=archive.num_classes, allow_python=options.allow_python)
+    if model.num_classes != archive.num_classes:
+        raise Refused(f"the online teacher has {model.num_classes} classes, the archive {archive.num_classes}")
+    return model
+
+
 def make_targets(
     options: TrainOptions,
     objectives: Sequence[Objective],
     archive: Archive,
-    teachers: tuple[str, ...],
+    reads: Sequence[Read],
+    online: OpenedModel | None,
     world: World,
     amp: torch.dtype | None,
 ) -> CachedTargets | OnlineTargets | None:
-    if not any(objective.needs.teacher for objective in objectives):
-        if options.online_teacher is not None:
-            raise UsageError(f"--online-teacher {options.online_teacher} is not used: no --loss needs a teacher")
+    if online is not None:
+        signals = dict.fromkeys(source.signal for objective in objectives for source in objective.needs.sources)
+        return OnlineTargets(
+            Teacher(online, device=world.device, amp=amp, channels_last=options.channels_last, layers=tuple(signals))
+        )
+    if not reads:
         return None
-    if options.online_teacher is None:
-        views = SharedViews(archive, teachers, options.views_per_image, options.cache_memory, world)
-        return CachedTargets(views, world.device)
-    model = open_model(options.online_teacher, num_classes=archive.num_classes, allow_python=options.allow_python)
-    if model.num_classes != archive.num_classes:
-        raise Refused(f"the online teacher has {model.num_classes} classes, the archive {archive.num_classes}")
-    return OnlineTargets(Teacher(model, device=world.device, amp=amp, channels_last=options.channels_last))
+    views = SharedViews(archive, reads, options.views_per_image, options.cache_memory, world)
+    return CachedTargets(views, world.device)
 
 
 def open_student(spec: MemberSpec, archive: Archive, size: int, options: TrainOptions) -> OpenedModel:

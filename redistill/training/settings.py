@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from redistill.optim import OptimConfig
 from redistill.ranks import World
+from redistill.signals import LOGITS
 from redistill.training.options import TrainOptions
 from redistill.training.prepare import TrainSetup
 from redistill.training.targets import OnlineTargets
@@ -25,7 +26,7 @@ def settings_in_effect(options: TrainOptions, setup: TrainSetup, world: World) -
         "recipe": recipe_text(archive_recipe(archive)) + resized,
         "validation": "none" if options.val is None else str(options.val),
         "student": ", ".join(options.students),
-        "loss": ", ".join(options.losses),
+        "loss": ", ".join(dict.fromkeys("+".join(member.spec.losses) for member in setup.members)),
         "seed": ", ".join(map(str, options.seeds)) + (f" ({members} students in all)" if members > 1 else ""),
         "optimizer": optimizer_text(options.optim, options.ema),
         "schedule": schedule_text(options.optim),
@@ -43,8 +44,10 @@ def teacher_text(options: TrainOptions, setup: TrainSetup) -> str:
         return "not used by this loss"
     if isinstance(setup.targets, OnlineTargets):
         return f"{options.online_teacher}, run at every step"
-    names = setup.use.teachers
-    return names[0] if len(names) == 1 else f"mean of {', '.join(names)}"
+    reads = setup.targets.shared_views.reads
+    names = list(dict.fromkeys(read.teacher for read in reads if read.teacher in setup.use.teachers))
+    texts = [names[0] if len(names) == 1 else f"mean of {', '.join(names)}"] if names else []
+    return ", ".join(texts + [f"{read.signal} of {read.teacher}" for read in reads if read.signal != LOGITS])
 
 
 def optimizer_text(optim: OptimConfig, ema: float | None) -> str:

@@ -1,4 +1,4 @@
-"""The teacher's logits for a training batch: from resident views of the archive, or from an online teacher."""
+"""The teacher's outputs for a training batch: from resident views of the archive, or from an online teacher."""
 
 from __future__ import annotations
 
@@ -24,17 +24,26 @@ from redistill.signals import LOGITS
 from redistill.teachers import Teacher
 from redistill.training.feed import BatchPlan
 
-__all__ = ["CachedTargets", "OnlineTargets", "SharedViews"]
+__all__ = ["CachedTargets", "OnlineTargets", "Read", "SharedViews"]
 
 
 # Rows that a teacher is judged by against their labels, and the fewest that say anything.
 JUDGED_ROWS, JUDGED_VALUES, FEWEST_JUDGED = 2048, 1 << 26, 50
 
 
-class CachedTargets:
-    """targets(plan, pixels) -> float32 [B, C] on the device: the mean of the teachers' logits.
+class Read(NamedTuple):
+    """A signal of one teacher that a run reads, and its name among the rows of a batch."""
 
-    The mean of logits is the geometric mean of the teachers' distributions, at every temperature at once.
+    teacher: str
+    signal: str
+    key: str
+
+
+class CachedTargets:
+    """targets(plan, pixels) -> the rows of every signal by its key, float32 on the device: {"logits": [B, C], ...}.
+
+    Signals with one key are averaged: the logits of several teachers. The mean of logits is the geometric mean of the
+    teachers' distributions, at every temperature at once.
     """
 
     def __init__(self, shared_views: SharedViews, device: torch.device) -> None:
@@ -47,34 +56,41 @@ class CachedTargets:
         self._resident = []  # their buffers are about to be reused
         self._resident, self._views = self.shared_views.load(views, next_views), views
 
-    def __call__(self, plan: BatchPlan, pixels: Tensor) -> Tensor:
+    def __call__(self, plan: BatchPlan, pixels: Tensor) -> dict[str, Tensor]:
         del pixels
         assert plan.views == self._views, f"views {self._views} are resident, the batch is of views {plan.views}"
-        logits = [self._teacher_logits(views, plan) for views in self._resident]
-        return logits[0] if len(logits) == 1 else torch.stack(logits).mean(0)
+        rows: dict[str, list[Tensor]] = {}
+        for read, views in zip(self.shared_views.reads, self._resident, strict=True):
+            rows.setdefault(read.key, []).append(self._rows_of(views, plan))
+        return {key: values[0] if len(values) == 1 else torch.stack(values).mean(0) for key, values in rows.items()}
 
-    def _teacher_logits(self, views: Sequence[PackedView], plan: BatchPlan) -> Tensor:
-        """Of one teacher, in the order of the batch: the views of an image follow each other."""
-        logits = [decode_rows(view, plan.rows, self.device) for view in views]
-        return logits[0] if len(logits) == 1 else torch.stack(logits, 1).flatten(0, 1)
+    def _rows_of(self, views: Sequence[PackedView], plan: BatchPlan) -> Tensor:
+        """Of one signal, in the order of the batch: the views of an image follow each other."""
+        rows = [decode_rows(view, plan.rows, self.device) for view in views]
+        return rows[0] if len(rows) == 1 else torch.stack(rows, 1).flatten(0, 1)
 
     def at_chance(self, labels: np.ndarray) -> Iterator[str]:
         """A sentence for every teacher that does not predict the labels of the archive in the first resident view.
 
         By chance, predictions and labels of these frequencies agree as often as if they were independent.
         """
-        rows = np.flatnonzero(labels >= 0)
-        most = min(len(rows), JUDGED_ROWS, max(FEWEST_JUDGED, JUDGED_VALUES // self.shared_views.codecs[0].width))
-        rows = rows[np.linspace(0, len(rows) - 1, most).astype(np.int64)]
-        if len(rows) < FEWEST_JUDGED:
-            return
-        for name, views in zip(self.shared_views.teachers, self._resident, strict=True):
-            predicted, classes = views[0].decode(rows).argmax(1), views[0].codec.width
+        of_logits = [
+            (read.teacher, views[0])
+            for read, views in zip(self.shared_views.reads, self._resident, strict=True)
+            if read.signal == LOGITS
+        ]
+        for name, view in of_logits:
+            rows = np.flatnonzero(labels >= 0)
+            most = min(len(rows), JUDGED_ROWS, max(FEWEST_JUDGED, JUDGED_VALUES // view.codec.width))
+            rows = rows[np.linspace(0, len(rows) - 1, most).astype(np.int64)]
+            if len(rows) < FEWEST_JUDGED:
+                return
+            predicted, classes = view.decode(rows).argmax(1), view.codec.width
             counts = [np.bincount(values, minlength=classes) / len(rows) for values in (predicted, labels[rows])]
             right, chance = float((predicted == labels[rows]).mean()), float(counts[0] @ counts[1])
             if right <= chance + 3 * math.sqrt(chance * (1 - chance) / len(rows)):
                 yield (
-                    f"teacher {name} predicts {right:.1%} of {len(rows):,} labels in view {views[0].view}, no more "
+                    f"teacher {name} predicts {right:.1%} of {len(rows):,} labels in view {view.view}, no more "
                     f"than by chance ({chance:.1%}): check its weights, its classes and the labels"
                 )
 
@@ -84,16 +100,16 @@ class CachedTargets:
 
 
 class OnlineTargets:
-    """The baseline without an archive's logits: a teacher computes them from the pixels of the batch."""
+    """The baseline without an archive's rows: a teacher computes them from the pixels of the batch."""
 
     def __init__(self, teacher: Teacher) -> None:
         self.teacher = teacher
 
     def begin_epoch(self, views: tuple[int, ...], next_views: tuple[int, ...] | None) -> None: ...
 
-    def __call__(self, plan: BatchPlan, pixels: Tensor) -> Tensor:
+    def __call__(self, plan: BatchPlan, pixels: Tensor) -> dict[str, Tensor]:
         del plan
-        return self.teacher(pixels)[LOGITS]
+        return self.teacher(pixels)
 
     def close(self) -> None: ...
 
@@ -102,7 +118,7 @@ class OnlineTargets:
 
 
 class SharedViews:
-    """load(views, next_views) -> the packed views of every teacher: [teacher][j] is views[j].
+    """load(views, next_views) -> the packed views of every signal that is read: [read][j] is views[j].
 
     They are in memory, or in a temporary file if too large. Several ranks of a machine share one copy: the first of
     them loads the views into unnamed files, and the others map these files. The views of the next epoch are
@@ -110,11 +126,11 @@ class SharedViews:
     """
 
     def __init__(
-        self, archive: Archive, teachers: Sequence[str], views_per_image: int, memory_gib: float, world: World
+        self, archive: Archive, reads: Sequence[Read], views_per_image: int, memory_gib: float, world: World
     ) -> None:
         self.world = world
-        self.teachers = tuple(teachers)
-        self.codecs = [archive.codec(teacher, LOGITS) for teacher in teachers]
+        self.reads = tuple(reads)
+        self.codecs = [archive.codec(read.teacher, read.signal) for read in reads]
         self.shared = world.rank.local_world_size > 1 and Path("/proc/self/fd").exists()
         self.needed_bytes = 2 * views_per_image * archive.num_samples * sum(map(row_bytes, self.codecs))
         self.spilled = self.needed_bytes > memory_gib * 2**30
@@ -129,10 +145,10 @@ class SharedViews:
             buffers = self._buffers if self.shared or self.spilled else np.empty
             self._loaders = [
                 [
-                    self._stack.enter_context(archive.loader(teacher, LOGITS, buffers=buffers))
+                    self._stack.enter_context(archive.loader(read.teacher, read.signal, buffers=buffers))
                     for _ in range(views_per_image)
                 ]
-                for teacher in teachers
+                for read in reads
             ]
 
     def load(self, views: tuple[int, ...], next_views: tuple[int, ...] | None) -> list[list[PackedView]]:
@@ -172,7 +188,7 @@ class SharedViews:
         """The views, and the same for other ranks. An error is sent to all of them, so that none waits forever."""
         try:
             loaded = self._load(views, next_views)
-            return loaded, [[self._export(view) for view in of_teacher] for of_teacher in loaded]
+            return loaded, [[self._export(view) for view in of_read] for of_read in loaded]
         except RedistillError as error:
             return [], error
 
@@ -183,8 +199,8 @@ class SharedViews:
 
     def _map(self, views: tuple[int, ...], exported: list[list[FileView]]) -> list[list[PackedView]]:
         return [
-            [self._map_view(view, codec, files) for view, files in zip(views, of_teacher, strict=True)]
-            for codec, of_teacher in zip(self.codecs, exported, strict=True)
+            [self._map_view(view, codec, files) for view, files in zip(views, of_read, strict=True)]
+            for codec, of_read in zip(self.codecs, exported, strict=True)
         ]
 
     def _map_view(self, view: int, codec: Codec, files: FileView) -> PackedView:

@@ -71,9 +71,9 @@ def edit(path: Path, change: Change) -> None:
     forge(path, root, teachers)
 
 
-def edit_teacher(path: Path, change: Change) -> None:
+def edit_teacher(path: Path, change: Change, name: str = "net") -> None:
     root, teachers = documents(path)
-    change(teachers["net"])
+    change(teachers[name])
     forge(path, root, teachers)
 
 
