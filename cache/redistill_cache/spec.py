@@ -317,9 +317,10 @@ class TeacherSpec:
 
     def to_json(self) -> dict[str, Json]:
         added: dict[str, Json] = {} if self.adds_to is None else {"adds_to": self.adds_to}
+        newer = added or any(signal.config.get("metric") == "centred" for signal in self.signals)
         return added | {
             "name": self.name,
-            "version": f"{VERSION[0]}.{TEACHER_MINOR if added else VERSION[1]}",
+            "version": f"{VERSION[0]}.{TEACHER_MINOR if newer else VERSION[1]}",
             "model": self.model,
             "signals": [signal.to_json() for signal in self.signals],
         }

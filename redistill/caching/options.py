@@ -53,7 +53,12 @@ class CacheOptions:
         metadata=option("Largest KL(teacher || stored) of any row, at T = 1 and at T = 4.", at_least=1e-9, at_most=1),
     )
     feature_fidelity: float = field(
-        default=0.02, metadata=option("Largest relative error of any row of features.", at_least=1e-9, at_most=1)
+        default=0.1,
+        metadata=option(
+            "Largest error of any row of features, relative to its distance from the mean row.",
+            at_least=1e-9,
+            at_most=1,
+        ),
     )
     signals: tuple[str, ...] = field(
         default=(LOGITS,),

@@ -156,7 +156,7 @@ def choose_codec(plan: Plan, signal: str, rows: np.ndarray) -> Choice:
         head = None
     settings = CodecOptions(
         fidelity=options.fidelity if is_logits else options.feature_fidelity,
-        metric="kl" if is_logits else "relative",
+        metric="kl" if is_logits else "centred",
         keep_shift=is_logits and options.keep_shift,
         head=None if head is None else (head.weight.numpy(), head.bias.numpy()),
     )

@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from redistill_cache import ArchiveWriter, open_archive
-from redistill_cache.codecs import kl_rows
-from redistill_cache.codecs.stats import relative_error
 from redistill_cache.errors import Refused
 from redistill_cache.inspect import describe
 from redistill_cache.layout import Block
@@ -43,7 +41,6 @@ from redistill.caching.plan import Plan, make_plan
 from redistill.interrupts import StopRequest, raise_on_signals, stop_on_signals
 from redistill.progress import NoProgress, Progress
 from redistill.ranks import Rank
-from redistill.signals import LOGITS
 from redistill.sources.folder import skipped_files
 from redistill.teachers import TeacherCheck
 from redistill.views import ViewDataset, join_archive
@@ -280,21 +277,15 @@ def check_stored_batch(plan: Plan, writer: ArchiveWriter, view: int, rows: range
         )
     for signal, exact in plan.teacher(pixels).items():
         stored = archive.features(view, np.asarray(rows), layer=signal, teacher=plan.teacher_name)
-        error = largest_error(signal, exact.cpu().numpy(), stored)
-        fidelity = archive.codec(plan.teacher_name, signal).config().get("fidelity", 0.0)
+        codec = archive.codec(plan.teacher_name, signal)
+        error = max(float(errors.max()) for errors in codec.errors(exact.cpu().numpy(), stored).values())
+        fidelity = codec.config().get("fidelity", 0.0)
         bound = fidelity + REPEAT_TOLERANCE[plan.teacher.device.type]
         if error > bound:
             raise Refused(
                 f"self-test: the error of the stored {signal} is {error:.3g}, expected at most {bound:.3g}; check "
                 "whether the teacher is deterministic"
             )
-
-
-def largest_error(signal: str, exact: np.ndarray, stored: np.ndarray) -> float:
-    """In the measure that the fidelity of the signal bounds."""
-    if signal != LOGITS:
-        return float(np.max(relative_error(exact, stored)))
-    return max(float(kl_rows(exact, stored, temperature).max()) for temperature in (1.0, 4.0))
 
 
 def write_provenance(plan: Plan, writer: ArchiveWriter, stats: RunStats) -> None:

@@ -94,8 +94,9 @@ def fit_codec(
 ) -> Codec:
     """A codec for rows like the pilot's (float32 [n, width]; a few times as many rows as values, or all rows).
 
-    `fidelity` bounds KL(exact || decoded) at T = 1 and at T = 4 (metric "kl", for logits), or the relative Euclidean
-    error (metric "relative", for features): of every row if `certified`, else in the mean.
+    `fidelity` bounds KL(exact || decoded) at T = 1 and at T = 4 (metric "kl", for logits), or the Euclidean error
+    relative to the row less the mean row (metric "centred", for features; float16 knows no mean row, so its error is
+    relative to the row, as with metric "relative"): of every row if `certified`, else in the mean.
     `keep_shift` also stores the mean of a row of logits, which softmax does not depend on (for losses on raw logits).
     `rounding` is "shaped" (fewer bytes) or "plain" (about ten times faster; bench/codecs.py).
     `head` is (weight [width, d], bias [width]) of the linear layer that outputs the logits, if known.
@@ -130,7 +131,10 @@ def _check_width(width: object) -> None:
 
 
 def _candidates(rows: np.ndarray, options: CodecOptions) -> Iterator[tuple[str, Codec]]:
-    """The codecs that "auto" tries, the simplest first."""
+    """The codecs that "auto" tries, the simplest first. Of features, only one bounds what `centred` means."""
+    if options.metric == "centred":
+        yield "linear", _fit("linear", rows, options, None)
+        return
     yield "float16", _fit("float16", rows, options, None)
     if options.metric == "kl" and not options.keep_shift and rows.shape[1] <= MAX_COMPANDER_WIDTH:
         yield "compander", _fit("compander", rows, options, None)
@@ -143,9 +147,9 @@ def _fit(name: str, rows: np.ndarray, options: CodecOptions, head: tuple[Array, 
     width = int(rows.shape[1])
     kl = options.metric == "kl"
     if name == "float32":
-        return Float32Codec(width, options.metric)
+        return Float32Codec(width, "kl" if kl else "relative")
     if name == "float16":
-        return Float16Codec(width, options.metric, options.fidelity, options.keep_shift and kl)
+        return Float16Codec(width, "kl" if kl else "relative", options.fidelity, options.keep_shift and kl)
     if name == "linear":
         settings = LinearSettings.before_fitting(
             options.metric,

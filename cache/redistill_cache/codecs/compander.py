@@ -94,6 +94,9 @@ class CompanderCodec:
         errors = {name: np.where(exact, 0.0, values) for name, values in search.errors.items()}
         return Encoded(arrays, errors, exact, search.top1_kept | exact)
 
+    def errors(self, exact: Array, decoded: Array) -> dict[str, np.ndarray]:
+        return row_errors(exact, decoded, "kl")
+
     def decode(self, arrays: Mapping[str, Array]) -> Array:
         level = arrays["level"]
         backend = backend_of(level)

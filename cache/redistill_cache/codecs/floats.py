@@ -9,13 +9,14 @@ import numpy as np
 
 from redistill_cache.codecs.backend import Array, backend_of
 from redistill_cache.codecs.protocol import Encoded, exact_rows, sparse_rows
-from redistill_cache.codecs.stats import METRICS, check_finite, error_names, rounded_up, row_errors, top1_kept
+from redistill_cache.codecs.stats import check_finite, error_names, rounded_up, row_errors, top1_kept
 from redistill_cache.spec import ArraySpec
 from redistill_cache.strict_json import Fields, Json
 
 __all__ = ["Float16Codec", "Float32Codec"]
 
 EXACT = 1
+METRICS = ("kl", "relative")
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,9 @@ class Float32Codec:
         every = np.ones(len(rows), bool)
         values = backend_of(rows).cast(rows, "float32")
         return Encoded({"values": values}, dict.fromkeys(error_names(self.metric), np.zeros(len(rows))), every, every)
+
+    def errors(self, exact: Array, decoded: Array) -> dict[str, np.ndarray]:
+        return row_errors(exact, decoded, self.metric)
 
     def decode(self, arrays: Mapping[str, Array]) -> Array:
         return arrays["values"]
@@ -117,6 +121,9 @@ class Float16Codec:
         arrays["exact"] = exact_rows(rows, exact)
         errors = {name: np.where(exact, 0.0, values) for name, values in errors.items()}
         return Encoded(arrays, errors, exact, top1_kept(rows, decoded) | exact)
+
+    def errors(self, exact: Array, decoded: Array) -> dict[str, np.ndarray]:
+        return row_errors(exact, decoded, self.metric)
 
     def decode(self, arrays: Mapping[str, Array]) -> Array:
         backend = backend_of(arrays["values"])

@@ -12,6 +12,7 @@ from redistill_cache.codecs.backend import Array, Backend, backend_of, to_numpy
 from redistill_cache.codecs.linear_decode import ESCAPE_LIMIT, ESCAPED, EXACT, LinearDecoder, Packing, packing_flaw
 from redistill_cache.codecs.linear_encode import LinearSettings, Quantizer, encode_linear
 from redistill_cache.codecs.protocol import Encoded
+from redistill_cache.codecs.stats import Centre, row_errors
 from redistill_cache.errors import Damaged
 from redistill_cache.limits import MAX_RANK
 from redistill_cache.spec import ArraySpec
@@ -60,6 +61,15 @@ class LinearCodec:
     @property
     def sparse(self) -> frozenset[str]:
         return frozenset({"escape", "exact"})
+
+    @property
+    def centre(self) -> Centre | None:
+        """What the errors of features are relative to; None for logits, and for features of older archives."""
+        settings = self.settings
+        return Centre(self.decoder.offset, settings.floor) if settings.metric == "centred" else None
+
+    def errors(self, exact: Array, decoded: Array) -> dict[str, np.ndarray]:
+        return row_errors(exact, decoded, self.settings.metric, self.centre)
 
     def config(self) -> dict[str, Json]:
         packing = self.decoder.packing

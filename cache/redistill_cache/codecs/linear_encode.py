@@ -29,6 +29,7 @@ from redistill_cache.codecs.protocol import Encoded, absent, exact_rows, join_pa
 from redistill_cache.codecs.rounding import (
     CLASSES,
     ArraySweeps,
+    Bits,
     Factors,
     ShapingConstants,
     Sweeps,
@@ -36,11 +37,12 @@ from redistill_cache.codecs.rounding import (
     curvature,
     remaining_cost,
 )
-from redistill_cache.codecs.stats import METRICS, check_finite, error_names, rounded_up, row_errors, top1_kept
+from redistill_cache.codecs.stats import METRICS, Centre, check_finite, error_names, rounded_up, row_errors, top1_kept
 from redistill_cache.strict_json import Fields, Json
 
 __all__ = [
     "LARGEST_VALUE",
+    "LEAST_FLOOR",
     "ROUNDINGS",
     "LinearSettings",
     "Quantized",
@@ -52,6 +54,8 @@ __all__ = [
 ROUNDINGS = ("plain", "shaped")
 # The last digits of sums differ between machines: accept only rows that meet the bound on all of them.
 CERTIFIED_MARGIN = 1.0 - 1e-3
+# Of the distances that errors of features are relative to.
+LEAST_FLOOR = 1e-30
 # Without a certificate, a row this many times over the bound is still refined.
 UNCERTIFIED_LIMIT = 10.0
 
@@ -60,7 +64,7 @@ UNCERTIFIED_LIMIT = 10.0
 class LinearSettings:
     """The bound and the decisions of the encoder; recorded in the archive, not needed to decode."""
 
-    metric: Literal["kl", "relative"]
+    metric: Literal["kl", "relative", "centred"]
     fidelity: float
     certified: bool
     level: int  # at which the search of a row starts
@@ -68,6 +72,7 @@ class LinearSettings:
     rounding: Literal["plain", "shaped"]
     reference: float  # rows with this cost of errors start at `level`, others where a bit reduces the error equally
     weight: float  # of T = 1 relative to T = 4
+    floor: float = 0.0  # metric centred: errors of rows nearer to the offset than this are relative to it
 
     @classmethod
     def before_fitting(
@@ -76,7 +81,7 @@ class LinearSettings:
         """Fitting then chooses the level, the reference and the weight."""
         kl = metric == "kl"
         return cls(
-            metric="kl" if kl else "relative",
+            metric=cast("Literal['kl', 'relative', 'centred']", metric),
             fidelity=fidelity,
             certified=certified,
             level=0,
@@ -92,12 +97,13 @@ class LinearSettings:
         return self.fidelity * (CERTIFIED_MARGIN if self.certified else UNCERTIFIED_LIMIT)
 
     def config(self) -> dict[str, Json]:
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key != "floor" or self.metric == "centred"}
 
     @classmethod
     def from_fields(cls, fields: Fields) -> LinearSettings:
+        metric = fields.choice("metric", METRICS)
         return cls(
-            metric=cast("Literal['kl', 'relative']", fields.choice("metric", METRICS)),
+            metric=cast("Literal['kl', 'relative', 'centred']", metric),
             fidelity=fields.number("fidelity", 1e-12, 1e3),
             certified=fields.flag("certified"),
             level=fields.integer("level", 0, LEVEL_MASK),
@@ -105,6 +111,7 @@ class LinearSettings:
             rounding=cast("Literal['plain', 'shaped']", fields.choice("rounding", ROUNDINGS)),
             reference=fields.number("reference", 1e-80, 1e80),
             weight=fields.number("weight", 1e-3, 1e3),
+            floor=fields.number("floor", LEAST_FLOOR, 1e38) if metric == "centred" else 0.0,
         )
 
 
@@ -178,6 +185,8 @@ class Quantizer:
         _ = self._matrix, self._offset, self._packable, self._projection
         if self.settings.rounding == "shaped":
             _ = self._shaping
+        if self._centre is not None:
+            _ = self._bits
         return self
 
     @property
@@ -241,7 +250,13 @@ class Quantizer:
 
     def _relative_cost(self, rows: Array) -> Array:
         # The allowed error is proportional to the norm of the row, its square to the squared norm.
+        if self._centre is not None:
+            return 1.0 / self._centre.size(rows) ** 2
         return 1.0 / self.backend.clip((self.backend.cast(rows, "float64") ** 2).sum(1), 1e-30, None)
+
+    @cached_property
+    def _centre(self) -> Centre | None:
+        return Centre(self.decoder.offset, self.settings.floor) if self.settings.metric == "centred" else None
 
     def quantize(self, slab: Slab, level: np.ndarray, index: np.ndarray) -> Quantized:
         """Rows `index` of the slab, each at its level."""
@@ -255,6 +270,8 @@ class Quantizer:
             tile_level = self.backend.constant(level[index], "uint8")
             head = self.backend.contiguous(steps[:, :count])
             k[:, :count] = self._sweeps.backward(self._shaping, slab.swept, at, head, tile_level)
+        elif self._centre is not None:
+            k = self._bits.nearest(self.backend, steps, self.backend.constant(level[index], "uint8"))
         least, most = self._packable
         fits = ((k >= least) & (k <= most)).all(1)
         k = self.backend.where(fits[:, None], k, k * 0.0)
@@ -303,7 +320,7 @@ class Quantizer:
         """The errors in the metric of rows whose values have these errors."""
         rows = slab.rows[at]
         if slab.softmax is None:
-            return row_errors(rows, rows + errors, self.settings.metric)
+            return row_errors(rows, rows + errors, self.settings.metric, self._centre)
         softmax = slab.softmax
         if self._loops:
             sharp, soft = self._loops.divergences(softmax.weights, softmax.total_sharp, softmax.total_soft, at, errors)
@@ -344,6 +361,10 @@ class Quantizer:
     def _shaping(self) -> ShapingConstants:
         settings = self.settings
         return ShapingConstants.of(self.decoder, self.factors, self.backend, settings.level, settings.weight)
+
+    @cached_property
+    def _bits(self) -> Bits:
+        return Bits.of(self.decoder, self.decoder.rank, self.backend)
 
     @cached_property
     def factors(self) -> Factors:

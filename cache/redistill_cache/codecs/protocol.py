@@ -25,7 +25,7 @@ class Encoded:
     """
 
     arrays: Mapping[str, Array]
-    errors: Mapping[str, np.ndarray]  # per row, float64: "kl_t1" and "kl_t4", or "relative" for features
+    errors: Mapping[str, np.ndarray]  # per row, float64: "kl_t1" and "kl_t4", or that of features
     exact: np.ndarray  # bool: rows stored bit for bit
     top1_kept: np.ndarray  # bool: the largest value is in the same position
 
@@ -68,6 +68,9 @@ class Codec(Protocol):
 
     def encode(self, rows: Array) -> Encoded:
         """Encode float32 [n, width], numpy or torch on any device. Raises NotFinite."""
+
+    def errors(self, exact: Array, decoded: Array) -> dict[str, np.ndarray]:
+        """The errors of decoded rows by name, in the measure whose bound the codec states."""
 
     def decode(self, arrays: Mapping[str, Array]) -> Array:
         """float32 [n, width], of the same library and device as `arrays`."""

@@ -41,6 +41,7 @@ from redistill_cache.codecs.linear_decode import LinearDecoder, multipliers
 __all__ = [
     "CLASSES",
     "ArraySweeps",
+    "Bits",
     "Curvature",
     "Factors",
     "ShapingConstants",
@@ -94,6 +95,30 @@ class Factors:
 
 
 @dataclass(frozen=True, eq=False)
+class Bits:
+    """What the values of the first coefficients of a decoder cost, on one device."""
+
+    first: Array  # float64 [levels, count]: bits from 0 to 1
+    following: Array  # float64 [levels, count]: bits from n to n + 1
+    lowest: Array  # float64 [count]: the range of the digits, infinite before they are fitted
+    highest: Array
+
+    @classmethod
+    def of(cls, decoder: LinearDecoder, count: int, backend: Backend) -> Bits:
+        first, following = bit_costs(decoder.spread[:count])
+        lowest = decoder.packing.lowest[:count].astype(np.float64)
+        highest = lowest + decoder.packing.reach[:count] - 1
+        if not len(decoder.packing.coefficient):  # while fitting, before digits are assigned
+            lowest, highest = np.full_like(lowest, -np.inf), np.full_like(highest, np.inf)
+        return cls(*(backend.constant(part) for part in (first, following, lowest, highest)))
+
+    def nearest(self, backend: Backend, steps: Array, level: Array) -> Array:
+        """The integers of least squared distance plus bits, in steps of their levels, in an orthonormal basis."""
+        first, following = (backend.lookup(table, level) for table in (self.first, self.following))
+        return nearest(backend, steps, BIT_PRICE / 2.0, first, following, self.lowest, self.highest)
+
+
+@dataclass(frozen=True, eq=False)
 class ShapingConstants:
     """Constants of shaped rounding for one decoder on one device."""
 
@@ -125,19 +150,15 @@ class ShapingConstants:
         weak = np.diag(triangle) < 1e-9 * np.abs(triangle).max(initial=1e-300)
         triangle[weak] = np.eye(len(triangle))[weak]
         orthonormal = orthonormal * ~weak
-        first_bit, next_bit = bit_costs(decoder.spread[:count])
-        lowest = decoder.packing.lowest[:count].astype(np.float64)
-        highest = lowest + decoder.packing.reach[:count] - 1
-        if not len(decoder.packing.coefficient):  # while fitting, before digits are assigned
-            lowest, highest = np.full_like(lowest, -np.inf), np.full_like(highest, np.inf)
+        bits = Bits.of(decoder, count, backend)
         return cls(
             backend.constant(orthonormal),
             backend.constant(triangle.T),
             np.diag(triangle).copy(),
-            backend.constant(first_bit),
-            backend.constant(next_bit),
-            backend.constant(lowest),
-            backend.constant(highest),
+            bits.first,
+            bits.following,
+            bits.lowest,
+            bits.highest,
             BIT_PRICE * float(np.median(np.diag(triangle) ** 2)),
             weight,
         )
@@ -251,19 +272,21 @@ class ArraySweeps:
                 target = x[at] - ((g[at] * s).sum(1) + carried[at - start]) / scale
                 price = constants.bit_price / (2.0 * free[at] * scale**2)
                 low, high = constants.lowest[at], constants.highest[at]
-                k[at] = self._nearest(target, price, first[at], following[at], low, high)
+                k[at] = nearest(backend, target, price, first[at], following[at], low, high)
                 errors[at] = k[at] - x[at]
                 s = s + u[at] * (scale * errors[at] + carried[at - start])[:, None]
                 carried[: at - start] += constants.columns[at, start:at][:, None] * errors[at]
         return backend.contiguous(k.swapaxes(0, 1))
 
-    def _nearest(self, target: Array, price: Array, first: Array, following: Array, low: Array, high: Array) -> Array:
-        """The integer of least cost: squared distance times the pivot, plus bits."""
-        backend = self.backend
-        size = backend.abs(target)
-        k = backend.floor(size + 0.5 - backend.clip(price * following, 0.0, 0.5))
-        k = backend.where((k == 1.0) & (size < 0.5 + price * first), k * 0.0, k)
-        k = backend.where(target < 0, -k, k)
-        inside = backend.minimum(backend.maximum(k, low), high)
-        extra = (inside - target) ** 2 - (k - target) ** 2
-        return backend.where(extra < price * (2.0 * ESCAPE_BITS), inside, k)
+
+def nearest(
+    backend: Backend, target: Array, price: Array | float, first: Array, following: Array, low: Array, high: Array
+) -> Array:
+    """The integer of least cost: squared distance times the pivot, plus bits."""
+    size = backend.abs(target)
+    k = backend.floor(size + 0.5 - backend.clip(price * following, 0.0, 0.5))
+    k = backend.where((k == 1.0) & (size < 0.5 + price * first), k * 0.0, k)
+    k = backend.where(target < 0, -k, k)
+    inside = backend.minimum(backend.maximum(k, low), high)
+    extra = (inside - target) ** 2 - (k - target) ** 2
+    return backend.where(extra < price * (2.0 * ESCAPE_BITS), inside, k)

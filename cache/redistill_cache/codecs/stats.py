@@ -22,6 +22,7 @@ __all__ = [
     "METRICS",
     "TEMPERATURES",
     "BlockStats",
+    "Centre",
     "ErrorStats",
     "NotFinite",
     "check_finite",
@@ -39,7 +40,8 @@ __all__ = [
 
 # -- errors per row ---------------------------------------------------------------------------------------------------
 
-METRICS = ("kl", "relative")
+# Of logits; of features before version 1.1 of a teacher's specification; of features.
+METRICS = ("kl", "relative", "centred")
 TEMPERATURES = (1.0, 4.0)
 
 
@@ -90,13 +92,38 @@ def relative_error(exact: Array, decoded: Array) -> Array:
     return error / backend.where(norm > 0, norm, norm * 0 + 1.0)
 
 
+@dataclass(frozen=True, eq=False)
+class Centre:
+    """What errors of metric "centred" are relative to: the distance from `offset`, or `floor` if that is larger."""
+
+    offset: np.ndarray  # float32 [width]
+    floor: float
+
+    def size(self, rows: Array) -> Array:
+        """max(|row - offset|, floor) of every row, float64."""
+        backend = backend_of(rows)
+        centred = backend.cast(rows, "float64") - backend.constant(self.offset, "float64")
+        return backend.clip(euclidean(centred), self.floor, None)
+
+
+def euclidean(values: Array) -> Array:
+    """The norm of every row, float64; scaled, so that the square of a large or of a tiny value is no matter."""
+    backend = backend_of(values)
+    largest = backend.max_of_row(backend.abs(values))
+    largest = backend.where(largest > 0, largest, largest * 0 + 1.0)
+    return backend.sqrt(((values / largest) ** 2).sum(1)) * largest[:, 0]
+
+
 def error_names(metric: str) -> tuple[str, ...]:
     """The kinds of error that `row_errors` measures."""
-    return tuple(f"kl_t{t:g}" for t in TEMPERATURES) if metric == "kl" else ("relative",)
+    return tuple(f"kl_t{t:g}" for t in TEMPERATURES) if metric == "kl" else (metric,)
 
 
-def row_errors(exact: Array, decoded: Array, metric: str) -> dict[str, np.ndarray]:
-    """The errors of every row by name, float64 on the host."""
+def row_errors(exact: Array, decoded: Array, metric: str, centre: Centre | None = None) -> dict[str, np.ndarray]:
+    """The errors of every row by name, float64 on the host; `centre` is needed for metric "centred"."""
+    if centre is not None:
+        difference = backend_of(exact).cast(decoded, "float64") - exact
+        return {metric: np.array(to_numpy(euclidean(difference) / centre.size(exact)))}
     if metric == "relative":
         return {"relative": np.array(to_numpy(relative_error(exact, decoded)))}
     return {f"kl_t{t:g}": np.array(to_numpy(kl_rows(exact, decoded, t))) for t in TEMPERATURES}

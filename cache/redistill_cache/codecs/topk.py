@@ -71,6 +71,9 @@ class TopKCodec:
         errors = row_errors(rows, decoded, "kl")
         return Encoded(arrays, errors, np.zeros(len(rows), bool), top1_kept(rows, decoded))
 
+    def errors(self, exact: Array, decoded: Array) -> dict[str, np.ndarray]:
+        return row_errors(exact, decoded, "kl")
+
     def decode(self, arrays: Mapping[str, Array]) -> Array:
         value, lse = arrays["value"], arrays["lse_t1"]
         backend = backend_of(value)

@@ -28,7 +28,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ({"batch_size": 32}, "batch_size"),
         ({"fidelity": 1e-2}, "fidelity"),
-        ({"feature_fidelity": 0.1}, "feature_fidelity"),
+        ({"feature_fidelity": 0.2}, "feature_fidelity"),
         ({"compile": True}, "compile"),
         ({"citation": "me"}, "citation"),
         ({"views": 3, "extend_views": True, "seed": 1}, "seed"),
