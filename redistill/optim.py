@@ -7,7 +7,7 @@ is torch's plain momentum, as the distillation literature uses it; `nesterov` is
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -42,8 +42,9 @@ class OptimConfig:
     no_decay_norm_bias: bool = field(
         default=False, metadata=option("No weight decay for biases and normalisation layers.")
     )
-    sched: Literal["cosine", "step", "multistep", "constant"] = field(
-        default="cosine", metadata=option("Learning rate schedule.")
+    sched: Literal["cosine", "onecycle", "step", "multistep", "constant"] = field(
+        default="cosine",
+        metadata=option("Learning rate schedule; onecycle rises over 30 % of the epochs and falls to almost 0."),
     )
     warmup_epochs: float = field(
         default=0.0,
@@ -57,7 +58,7 @@ class OptimConfig:
     min_lr: float = field(
         default=0.0,
         metadata=option(
-            "Final learning rate of cosine, lower bound of step and multistep.", at_least=0, below=math.inf
+            "Final learning rate of cosine, lower bound of onecycle, step and multistep.", at_least=0, below=math.inf
         ),
     )
     decay_epochs: float = field(
@@ -88,6 +89,8 @@ class OptimConfig:
             raise UsageError("--opt nesterov needs --momentum above 0")
         if self.warmup_epochs > self.epochs:
             raise UsageError(f"--warmup-epochs {self.warmup_epochs:g} is above --epochs {self.epochs}")
+        if self.sched == "onecycle" and self.warmup_epochs:
+            raise UsageError("--sched onecycle warms up over 30 % of the epochs; leave out --warmup-epochs")
         if self.min_lr > self.lr:
             raise UsageError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}")
         if self.sched == "multistep" and not self.decay_milestones:
@@ -99,19 +102,36 @@ class OptimConfig:
         return asdict(self) | {"decay_milestones": list(self.decay_milestones)}
 
 
+# Of torch's OneCycleLR, whose curve this is: the share of the epochs in which the learning rate rises, and its start and
+# end as fractions of the peak. The momentum stays as it is.
+ONECYCLE_RISE, ONECYCLE_START, ONECYCLE_END = 0.3, 1 / 25, 1 / 25e4
+
+
 def lr_at(config: OptimConfig, progress: float) -> float:
     """The learning rate after `progress` epochs: steps_done / steps_per_epoch before each step."""
     if progress < config.warmup_epochs:
         return config.warmup_lr + (config.lr - config.warmup_lr) * progress / config.warmup_epochs
+    if config.sched == "onecycle":
+        part = min(progress / config.epochs, 1.0)
+        if part < ONECYCLE_RISE:
+            share = half_cosine(ONECYCLE_START, 1.0, part / ONECYCLE_RISE)
+        else:
+            share = half_cosine(1.0, ONECYCLE_END, (part - ONECYCLE_RISE) / (1 - ONECYCLE_RISE))
+        return max(config.lr * share, config.min_lr)
     if config.sched == "cosine":
         length = config.epochs - config.warmup_epochs
         part = min((progress - config.warmup_epochs) / length, 1.0) if length else 1.0
-        return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * part)) / 2
+        return half_cosine(config.lr, config.min_lr, part)
     if config.sched == "step":
         return max(config.lr * config.decay_rate ** int(progress / config.decay_epochs), config.min_lr)
     if config.sched == "multistep":
         return max(config.lr * config.decay_rate ** sum(progress >= m for m in config.decay_milestones), config.min_lr)
     return config.lr
+
+
+def half_cosine(start: float, end: float, part: float) -> float:
+    """From `start` to `end` as `part` goes from 0 to 1."""
+    return end + (start - end) * (1 + math.cos(math.pi * part)) / 2
 
 
 def make_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -161,6 +181,12 @@ class Preset:
 
     batch_size: int
     optim: OptimConfig
+    lr_of: Mapping[str, float] = field(default_factory=dict)
+    """Published learning rates of families of networks, by the beginning of their names."""
+
+    def lr(self, model: str) -> float:
+        of_family = [lr for family, lr in self.lr_of.items() if model.lower().startswith(family)]
+        return of_family[0] if of_family else self.optim.lr
 
 
 PRESETS = {
@@ -176,6 +202,14 @@ PRESETS = {
             epochs=240,
             decay_milestones=(150.0, 180.0, 210.0),
         ),
+        # Families that diverge at 0.05 without warm-up.
+        lr_of={"mobilenet": 0.01, "shuffle": 0.01},
+    ),
+    # Losses on features, as in arXiv 2511.14981.
+    "features": Preset(
+        batch_size=128,
+        optim=OptimConfig(opt="adamw", lr=0.0075, weight_decay=0.01, sched="onecycle", epochs=50),
+        lr_of={"vgg": 0.005, "vit": 0.001, "deit": 0.001},
     ),
     # The usual ImageNet recipe: 100 epochs, x0.1 at 30, 60, 90.
     "imagenet-100": Preset(
@@ -197,17 +231,12 @@ PRESETS = {
     ),
 }
 
-# Families that diverge at 0.05 without warm-up: CRD's scripts train them at a fifth of the rate.
-LOW_LR_FAMILIES = ("mobilenet", "shuffle")
-LOW_LR_FACTOR = 0.2
-
 
 def preset(name: str, *, model: str = "", batch_size: int | None = None) -> Preset:
     """The preset for a model (by name) at a batch size: the learning rate is proportional to the batch size."""
     if name not in PRESETS:
         raise UsageError(f"--preset {name!r} is not known; {did_you_mean(name, PRESETS)}")
     published = PRESETS[name]
-    low_lr = name == "cifar-kd" and model.lower().startswith(LOW_LR_FAMILIES)
     batch = published.batch_size if batch_size is None else batch_size
-    lr = published.optim.lr * (LOW_LR_FACTOR if low_lr else 1.0) * (batch / published.batch_size)
+    lr = published.lr(model) * (batch / published.batch_size)
     return Preset(batch_size=batch, optim=replace(published.optim, lr=lr))

@@ -37,8 +37,9 @@ def remove_teacher(
 ) -> None:
     """Remove a teacher from an archive, and free its bytes.
 
-    The other teachers and the views stay as they are; the archive gets
-    another id. An interrupted removal is finished by the same command.
+    Signals that were added to the teacher later are removed with it. The
+    other teachers and the views stay as they are; the archive gets another
+    id. An interrupted removal is finished by the same command.
 
     Examples:
 
@@ -49,10 +50,12 @@ def remove_teacher(
 
     writer = ArchiveWriter.resume(path)
     size = human_bytes(writer.teacher_bytes(name))
-    if not yes and not typer.confirm(f"Remove teacher {name} and its {size} from {harmless(path)}?"):
+    added = [signal.name for part in writer.additions(name) for signal in writer.teachers[part].signals]
+    what = f"teacher {name}" + (f" with the signals added to it ({', '.join(added)})" if added else "")
+    if not yes and not typer.confirm(f"Remove {what} and its {size} from {harmless(path)}?"):
         raise typer.Exit(1)
     writer.remove_teacher(name)
-    typer.echo(f"{harmless(path)}: removed teacher {name}, {size} freed")
+    typer.echo(f"{harmless(path)}: removed {what}, {size} freed")
 
 
 @archive.command(cls=Command)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from redistill_cache.addresses import redact
 from redistill_cache.errors import UsageError
+from redistill_cache.spec import LOGITS
 from redistill_cache.wording import harmless, human_bytes
 from rich.table import Table
 from rich.text import Text
@@ -41,11 +42,12 @@ def cache_teacher(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     **values: object,
 ) -> None:
-    """Write an archive of a teacher's logits.
+    """Write an archive of a teacher's logits and features.
 
     Runs the teacher once over augmented views of every image. Run the same
     command again to resume after an interruption: committed blocks are not
-    recomputed. Under torchrun the ranks share the work; the archive is
+    recomputed. With --signals, layers are stored too; those that a finished
+    teacher lacks are added to it, over the same views. Under torchrun the ranks share the work; the archive is
     byte-identical for any number of ranks.
 
     Examples:
@@ -158,6 +160,7 @@ def show_result(result: CacheResult) -> None:
         ("id", result.id or unfinished),
         ("views", f"{result.views:,} per sample, {result.samples:,} samples"),
         ("teacher", f"{result.teacher}, {computed}{top1}"),
+        ("signals", ", ".join(result.signals) + ("" if LOGITS in result.signals else ", and no logits")),
         ("time", f"{human_seconds(result.seconds)}{speed}"),
         ("size", f"{human_bytes(result.total_bytes)}, teacher outputs {result.bytes_per_view:.1f} bytes per view"),
     ]

@@ -23,6 +23,7 @@ from redistill_cache.codecs import BlockStats, Codec, Encoded, NotFinite, join_e
 from redistill_cache.codecs.stats import check_finite
 from redistill_cache.layout import Block
 from redistill_cache.machine import usable_cores
+from redistill_cache.rows import open_signal
 from torch import Tensor
 
 from redistill.caching.open_archive import write_view_params
@@ -101,8 +102,9 @@ class BlockEncoder:
         self._plan, self._writer, self._stats = plan, writer, stats
         self._device = plan.teacher.device
         # The stored codecs, not the fitted ones: every rank and every resumed run must encode with the same.
-        archive, name = writer.read_back(), plan.teacher_name
-        self._codecs = {signal.name: archive.codec(name, signal.name) for signal in archive.teachers[name].signals}
+        state = writer.read_back().state
+        part = state.teachers[plan.part.name]
+        self._codecs = {signal.name: open_signal(state, part, signal).codec for signal in part.signals}
         self._views_with_params: set[int] = set()
         self._max_rows = max_piece_rows(self._device, max(codec.width for codec in self._codecs.values()))
         # A stream of its own: on the teacher's, every copy to the host would wait for the batches queued before it.
@@ -174,12 +176,12 @@ class BlockEncoder:
 
     def _encode(self, piece: Piece, encoders: ThreadPoolExecutor) -> dict[str, Encoded]:
         encoded = {}
-        for name, batches in piece.signals.items():
+        for name, codec in self._codecs.items():
             with refuse_out_of_memory(self._plan.options.batch_size, self._device):
-                rows = torch.cat(batches)
+                rows = torch.cat(piece.signals[name])
                 try:
                     check_finite(rows)
-                    parts = encode_in_threads(self._codecs[name], rows, encoders)
+                    parts = encode_in_threads(codec, rows, encoders)
                 except NotFinite as error:
                     row = piece.start + error.rows[0]
                     raise not_finite_error(self._plan, name, piece.block.view, row) from error

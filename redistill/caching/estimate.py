@@ -34,7 +34,7 @@ SAFETY_FACTOR = 1.02
 
 @dataclass(frozen=True)
 class Estimate:
-    """Cost of the whole archive; existing parts are not subtracted."""
+    """Cost of the whole archive, or of what is added to a teacher; blocks that exist are not subtracted."""
 
     samples: int
     views: int
@@ -76,10 +76,9 @@ class Estimate:
 
 
 def teacher_spec(plan: Plan, codecs: Mapping[str, Codec]) -> TeacherSpec:
-    """The teacher's specification in the archive."""
-    return TeacherSpec(
-        plan.teacher_name, tuple(SignalSpec.of(name, codec) for name, codec in codecs.items()), plan.model
-    )
+    """The specification of the part that is written."""
+    signals = tuple(SignalSpec.of(name, codec) for name, codec in codecs.items())
+    return TeacherSpec(plan.part.name, signals, plan.model, plan.part.adds_to)
 
 
 def estimate(plan: Plan, pilot: Pilot, choices: Mapping[str, Choice]) -> Estimate:
@@ -99,7 +98,7 @@ def estimate(plan: Plan, pilot: Pilot, choices: Mapping[str, Choice]) -> Estimat
         blocks=spec.num_views * spec.blocks_per_view,
         files=files,
         signal_bytes=round(bytes_per_view * total_views) + side_bytes,
-        view_bytes=round(view_params_bytes(plan, spec) * total_views) + canary_bytes(spec),
+        view_bytes=0 if plan.part.adds_to else round(view_params_bytes(plan, spec) * total_views) + canary_bytes(spec),
         other_bytes=other,
         bytes_per_view=bytes_per_view,
         images_per_second=images_per_second,
@@ -161,13 +160,13 @@ def other_bytes(plan: Plan, spec: ArchiveSpec, teacher: TeacherSpec, stats: dict
     total += sum(map(len, metadata.values()))
     paths = list(metadata)
     parts = {"views": layout.view_arrays(spec), "canaries": layout.canary_arrays(spec)}
-    for part, arrays in (parts | {plan.part: layout.part_arrays(spec, teachers, plan.part)}).items():
+    for part, arrays in (parts | {plan.folder: layout.part_arrays(spec, teachers, plan.folder)}).items():
         if not arrays:
             continue
         blocks = spec.num_views * (1 if part == "canaries" else spec.blocks_per_view)
         block = Block(part, 0, 0, 0, spec.block_rows)
         shards = [array.shard_path(0, 0) for array in arrays.values()]
-        record = Record(block, "0" * 64, dict.fromkeys(shards, SAMPLE_ENTRY), stats if part == plan.part else None)
+        record = Record(block, "0" * 64, dict.fromkeys(shards, SAMPLE_ENTRY), stats if part == plan.folder else None)
         total += blocks * len(record.to_bytes())
         paths += [*shards, block.record_path] * blocks
     return total + sum(len(path) + MANIFEST_LINE_BYTES for path in paths), len(paths)

@@ -7,17 +7,18 @@ behind. An existing one is checked completely before anything in it changes.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from redistill_cache import Archive, ArchiveSpec, ArchiveWriter, TeacherSpec
 from redistill_cache.commits import Commits
-from redistill_cache.errors import Refused, SpecMismatch
+from redistill_cache.errors import Incomplete, Refused, SpecMismatch
 from redistill_cache.journal import TERMS
 from redistill_cache.layout import MANIFEST, Block, side_block
 from redistill_cache.open_state import read_state
+from redistill_cache.spec import LOGITS
 from redistill_cache.spec_files import read_root
 from redistill_cache.storage import LOCAL, Files, disk_trouble, is_leftover
 from redistill_cache.writer import refuse_difference
@@ -50,13 +51,13 @@ def archive_exists(options: CacheOptions) -> bool:
 def has_all_views(options: CacheOptions) -> bool:
     """Whether the archive exists with all requested views: the ranks other than the first wait for this."""
     return archive_exists(options) and (
-        not options.extend_views or read_root(options.out).spec.num_views >= options.views
+        not options.extend_views or read_root(options.out).spec.num_views >= (options.views or 1)
     )
 
 
 def teacher_is_declared(plan: Plan) -> bool:
-    """Whether the archive has the teacher's specification and side data."""
-    return Commits(plan.options.out, LOCAL).is_committed(side_block(plan.teacher_name))
+    """Whether the archive has the specification and the side data of the part that is written."""
+    return Commits(plan.options.out, LOCAL).is_committed(side_block(plan.part.name))
 
 
 def check_new_path(options: CacheOptions, *, files: Files = LOCAL) -> None:
@@ -97,20 +98,21 @@ def open_existing(plan: Plan) -> tuple[Plan, ArchiveWriter]:
     check_teacher_name(plan, writer)
     write_samples(plan, writer)
     archive = writer.read_back()
-    teacher = archive.teachers.get(plan.teacher_name)
-    if teacher is None and options.extend_views:
+    if plan.teacher_name not in archive.teachers and options.extend_views:
         teachers = ", ".join(sorted(archive.teachers)) or "none"
         raise Refused(
             f"{path} has no teacher {plan.teacher_name!r} whose views could be extended (its teachers: {teachers}); "
             "leave out --extend-views to add this teacher"
         )
-    if teacher is not None:
-        check_same_teacher(path, teacher, plan)
-    check_views(plan, writer)
-    if teacher is not None:
-        refuse_small_disk(path, remaining_bytes(plan, writer, archive))
-    if options.views > stored.num_views:
-        writer = ArchiveWriter.extend_views(path, options.views)
+    for part in plan.parts:
+        check_same_teacher(path, writer.teachers, plan.of(part))
+    started = started_views(plan, writer)
+    plan = replace(plan, spec=replace(plan.spec, num_views=options.views or started))
+    check_views(plan, writer, started)
+    remaining = sum(remaining_bytes(plan.of(part), writer, archive) for part in plan.parts)
+    refuse_small_disk(path, remaining)
+    if plan.spec.num_views > stored.num_views:
+        writer = ArchiveWriter.extend_views(path, plan.spec.num_views)
     return plan, writer
 
 
@@ -139,7 +141,7 @@ def check_same_terms(options: CacheOptions, stored: ArchiveSpec) -> None:
 
 def check_teacher_name(plan: Plan, writer: ArchiveWriter) -> None:
     """A second teacher changes what `train` means for an archive, so it is added on request only."""
-    name, known = plan.teacher_name, sorted(writer.teachers)
+    name, known = plan.teacher_name, sorted(name for name, spec in writer.teachers.items() if spec.adds_to is None)
     if plan.options.teacher_name is None and known and name not in known:
         raise Refused(
             f"{writer.path} holds the teacher {', '.join(known)}, and {plan.options.teacher} is another one; add "
@@ -147,16 +149,25 @@ def check_teacher_name(plan: Plan, writer: ArchiveWriter) -> None:
         )
 
 
-def check_views(plan: Plan, writer: ArchiveWriter) -> None:
-    """Refuse another number of views than the teacher was started with, unless they are to be extended."""
-    name, views, declared = plan.teacher_name, plan.options.views, writer.spec.num_views
-    where = f"{writer.path}: teacher {name!r}"
+def started_views(plan: Plan, writer: ArchiveWriter) -> int:
+    """The views that the teacher was started with. Signals are added to a teacher that is finished only."""
+    name, declared = plan.teacher_name, writer.spec.num_views
     if writer.sealed and name in (sealed := read_state(writer.path, allow_partial=False)).teachers:
-        started = sealed.views_of(name)
-    elif set(writer.teachers) <= {name}:
-        started = declared
-    else:  # a teacher that is being added may have any of the views that exist
-        started = min(views, declared)
+        return sealed.views_of(name)
+    adds = any(part.adds_to for part in plan.parts)
+    if adds and (name not in writer.teachers or writer.missing(f"teachers/{name}")):
+        raise Incomplete(
+            f"{writer.path}: teacher {name!r} is not finished, so nothing can be added to it; run the command that "
+            "writes it again, then this one"
+        )
+    others = {spec.owner for spec in writer.teachers.values()} - {name}
+    # A teacher that is being added may have any of the views that exist.
+    return min(plan.options.views or declared, declared) if others else declared
+
+
+def check_views(plan: Plan, writer: ArchiveWriter, started: int) -> None:
+    """Refuse another number of views than the teacher was started with, unless they are to be extended."""
+    views, where = plan.spec.num_views, f"{writer.path}: teacher {plan.teacher_name!r}"
     if plan.options.extend_views and views < started:
         raise Refused(f"{where} has {started} views; it cannot shrink to {views}")
     if not plan.options.extend_views:
@@ -174,18 +185,30 @@ def write_samples(plan: Plan, writer: ArchiveWriter) -> None:
     writer.write_samples(index.keys, index.labels, index.digests, index.sizes)
 
 
-def check_same_teacher(path: Path, teacher: TeacherSpec, plan: Plan) -> None:
-    """Resume only with the same network and the same settings."""
+def check_same_teacher(path: Path, declared: Mapping[str, TeacherSpec], plan: Plan) -> None:
+    """Resume only with the same network and the same settings; add to a teacher only signals of the same network."""
+    where = f"{path}: teacher {plan.teacher_name!r}"
+    base, stored = declared.get(plan.teacher_name), declared.get(plan.part.name)
     try:
-        refuse_difference(dict(teacher.model), plan.model, f"{path}: teacher {teacher.name!r}")
+        if base is not None:
+            network = TeacherSpec(base.name, base.signals, plan.model).network
+            refuse_difference(base.network, network, where)
+        if stored is not None:
+            refuse_difference(dict(stored.model), plan.model, where, unused_settings(plan.part.signals))
     except SpecMismatch as error:
         raise SpecMismatch(f"{error}, or add it under another --teacher-name") from None
 
 
+def unused_settings(signals: Sequence[str]) -> list[str]:
+    """The recorded settings that these signals do not depend on."""
+    of_logits = [] if LOGITS in signals else ["fidelity", "keep_shift"]
+    return of_logits + ([] if set(signals) - {LOGITS} else ["feature_fidelity"])
+
+
 def remaining_bytes(plan: Plan, writer: ArchiveWriter, archive: Archive) -> int:
-    """The size of the teacher's missing blocks, if they are like the written ones; 0 when none is written."""
-    written = sum(entry.size for name, entry in archive.state.files.items() if name.startswith(f"{plan.part}/"))
-    done = sum(part == plan.part for part, _, _ in archive.state.committed or ())
+    """The size of the part's missing blocks, if they are like the written ones; 0 when none is written."""
+    written = sum(entry.size for name, entry in archive.state.files.items() if name.startswith(f"{plan.folder}/"))
+    done = sum(part == plan.folder for part, _, _ in archive.state.committed or ())
     remaining = plan.spec.num_views * writer.spec.blocks_per_view - done
     return written * max(0, remaining) // done if done else 0
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from redistill_cache.codecs import CODECS
 from redistill_cache.errors import UsageError
-from redistill_cache.spec import LOGITS, check_name, check_text
+from redistill_cache.spec import LOGITS, check_name, check_signal_name, check_text
 
 from redistill.option_fields import check_values, option
 from redistill.sources import OnBadImage
@@ -33,8 +33,13 @@ class CacheOptions:
     )
     """From Python also a model from `open_model`."""
     out: Path = field(metadata=option("Archive to write or resume."))
-    views: int = field(
-        default=1, metadata=option("Augmented views per image; each epoch of training reads one.", at_least=1)
+    views: int | None = field(
+        default=None,
+        metadata=option(
+            "Augmented views per image; each epoch of training reads one.",
+            default_text="1, or those that the teacher has in the archive",
+            at_least=1,
+        ),
     )
     recipe: str | None = field(
         default=None,
@@ -63,7 +68,10 @@ class CacheOptions:
     signals: tuple[str, ...] = field(
         default=(LOGITS,),
         metadata=option(
-            "Outputs to store: logits (always), and layers such as layer3 or penultimate.", metavar="A,B", commas=True
+            "Outputs to store: logits, and layers such as layer3 or penultimate. Exactly these of a new teacher; those "
+            "that a finished one lacks are added to it, over the same views.",
+            metavar="A,B",
+            commas=True,
         ),
     )
     keep_shift: bool = field(
@@ -78,7 +86,10 @@ class CacheOptions:
     amp: bool | None = field(default=None, metadata=option("Run the teacher in bfloat16.", default_text="on CUDA only"))
     channels_last: bool = True
     compile: bool = field(default=False, metadata=option("Run the teacher through torch.compile."))
-    seed: int = field(default=0, metadata=option("Seed for all augmentation parameters."))
+    seed: int | None = field(
+        default=None,
+        metadata=option("Seed for all augmentation parameters.", default_text="0, or that of the archive"),
+    )
     teacher_name: str | None = field(
         default=None,
         metadata=option(
@@ -107,9 +118,16 @@ class CacheOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "out", Path(self.out))
-        layers = dict.fromkeys((LOGITS, *self.signals))  # logits always, and nothing twice
-        object.__setattr__(self, "signals", tuple(layers))
+        # Logits first, and nothing twice.
+        signals = dict.fromkeys((*(name for name in self.signals if name == LOGITS), *self.signals))
+        object.__setattr__(self, "signals", tuple(signals))
         check_values(self)
+        if not self.signals:
+            raise UsageError("--signals names nothing to store; expected logits, or layers such as penultimate")
+        for signal in self.signals:
+            check_signal_name(signal, "--signals")
+        if self.extend_views and self.views is None:
+            raise UsageError("--extend-views needs --views, the number of views that the archive shall have")
         if self.codec == "topk":
             raise UsageError("topk drops most of each row and is only for importing other formats; use --codec auto")
         if self.codec not in CHOICES:
@@ -120,10 +138,6 @@ class CacheOptions:
             check_name(self.teacher_name, "--teacher-name")
         check_text(self.licence, "--licence")
         check_text(self.citation, "--citation")
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        return tuple(signal for signal in self.signals if signal != LOGITS)
 
     def name_of_teacher(self, network: str) -> str:
         """The teacher's name in the archive: `teacher_name`, or the network's name in the allowed characters."""

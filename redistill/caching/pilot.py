@@ -108,30 +108,32 @@ class Pilot:
     """The teacher's signals for the pilot's views, and how fast they were computed."""
 
     rows: dict[str, np.ndarray]
+    """Of the signals that are stored."""
     images_per_second: float
     labelled: int
     correct: int
     """Labelled rows whose largest logit is that of the label."""
 
     def __len__(self) -> int:
-        return len(self.rows[LOGITS])
+        return len(next(iter(self.rows.values())))
 
 
 def run_pilot(runner: TeacherRunner) -> Pilot:
     plan, batch_size = runner.plan, runner.plan.options.batch_size
     indices = pilot_indices(plan)
     batches = ((part, part.tolist()) for part in np.split(indices, range(batch_size, len(indices), batch_size)))
-    outputs: dict[str, list[Tensor]] = {}
+    outputs: dict[str, list[Tensor]] = {name: [] for name in (LOGITS, *plan.part.signals)}
     label_parts, start = [], time.perf_counter()
     for batch, _, signals in runner.run(batches):
-        for name, rows in signals.items():
-            outputs.setdefault(name, []).append(rows.cpu())
+        for name, parts in outputs.items():
+            parts.append(signals[name].cpu())
         label_parts.append(plan.index.labels[batch % plan.spec.num_samples])
     seconds = time.perf_counter() - start
     stacked = {name: torch.cat(parts).numpy() for name, parts in outputs.items()}
     labels = np.concatenate(label_parts)
     correct = (stacked[LOGITS].argmax(1) == labels) & (labels >= 0)
-    return Pilot(stacked, len(indices) / seconds, int((labels >= 0).sum()), int(correct.sum()))
+    rows = {name: stacked[name] for name in plan.part.signals}
+    return Pilot(rows, len(indices) / seconds, int((labels >= 0).sum()), int(correct.sum()))
 
 
 def pilot_indices(plan: Plan) -> np.ndarray:

@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from redistill_cache import ArchiveSpec
+from redistill_cache import ArchiveSpec, TeacherSpec
 from redistill_cache.errors import Refused, UsageError
-from redistill_cache.spec_files import read_root
+from redistill_cache.spec import LOGITS
+from redistill_cache.spec_files import list_teachers, read_root, read_teachers
 
+from redistill.caching.additions import Part, parts_to_write
 from redistill.caching.options import CacheOptions
 from redistill.devices import pick_amp, pick_device
 from redistill.loading import default_workers
@@ -48,7 +50,9 @@ class Plan:
     index: SourceIndex
     teacher: Teacher
     spec: ArchiveSpec
-    teacher_name: str
+    part: Part
+    """What is written: of `parts`, one at a time."""
+    parts: tuple[Part, ...]
     model: dict[str, Any]
     """The description of the teacher in the archive: the network, and every option that affects the stored values."""
     workers: int
@@ -66,9 +70,18 @@ class Plan:
         return ViewDataset(self.source, self.views)
 
     @property
-    def part(self) -> str:
-        """The part of the archive that holds this teacher's signals."""
-        return f"teachers/{self.teacher_name}"
+    def teacher_name(self) -> str:
+        """The teacher in the archive, whose signals `part` holds."""
+        return self.part.owner
+
+    @property
+    def folder(self) -> str:
+        """The part, as blocks and their records name it."""
+        return f"teachers/{self.part.name}"
+
+    def of(self, part: Part) -> Plan:
+        """The plan to write this part."""
+        return replace(self, part=part, model=self.model | {"signals": list(part.signals)})
 
     def settings_in_effect(self) -> dict[str, str]:
         """Defaults, the archive's own settings and the command line together, as text."""
@@ -76,9 +89,11 @@ class Plan:
         means, deviations = (
             ", ".join(f"{x:.4g}" for x in v) for v in (self.teacher.model.mean, self.teacher.model.std)
         )
-        codec = f"{options.codec}, KL at most {options.fidelity:g} in every row"
-        if options.layers:
-            codec += f", relative error of features at most {options.feature_fidelity:g}"
+        codec = options.codec
+        if LOGITS in options.signals:
+            codec += f", KL at most {options.fidelity:g} in every row"
+        if set(options.signals) - {LOGITS}:
+            codec += f", error of features at most {options.feature_fidelity:g} of the distance from the mean row"
         return {
             "data": f"{options.data}, {spec.num_samples:,} images",
             "teacher": f"{options.teacher}, named {self.teacher_name}",
@@ -101,13 +116,15 @@ def make_plan(options: CacheOptions, rank: Rank, progress: Callable[[int, int], 
         model = open_model(options.teacher, allow_python=options.allow_python)
     recipe = choose_recipe(options, model)
     device = pick_device(options.device, local_rank=rank.local_rank)
+    name = options.name_of_teacher(model.name)
+    parts = parts_to_write(name, options.signals, declared_teachers(options), every=options.extend_views)
     teacher = Teacher(
         model,
         device=device,
         amp=pick_amp(device, options.amp),
         channels_last=options.channels_last,
         compile=options.compile,
-        layers=options.layers,
+        layers=list(dict.fromkeys(signal for part in parts for signal in part.signals if signal != LOGITS)),
     )
     source = open_source(options.data)
     if not len(source):
@@ -130,10 +147,20 @@ def make_plan(options: CacheOptions, rank: Rank, progress: Callable[[int, int], 
         index=index,
         teacher=teacher,
         spec=archive_spec(options, source, index, recipe, model.num_classes),
-        teacher_name=options.name_of_teacher(model.name),
-        model=describe_teacher(options, teacher),
+        part=parts[0],
+        parts=parts,
+        model=describe_teacher(options, teacher) | {"signals": list(parts[0].signals)},
         workers=workers,
     )
+
+
+def declared_teachers(options: CacheOptions) -> dict[str, TeacherSpec]:
+    """The teachers of the archive that is continued, finished or not."""
+    path = options.out
+    if not (path / "zarr.json").exists():
+        return {}
+    root = read_root(path)
+    return {name: document.spec for name, document in read_teachers(path, list_teachers(path), root).items()}
 
 
 def excluded_before(options: CacheOptions) -> tuple[Mapping[str, str], ...]:
@@ -182,12 +209,12 @@ def archive_spec(
         raise Refused(f"{options.data}: every image was excluded")
     return ArchiveSpec(
         num_samples=count,
-        num_views=options.views,
+        num_views=options.views or 1,
         num_classes=num_classes,
         class_names=index.class_names,
         block_rows=options.block_rows or default_block_rows(count, recipe.size),
         recipe=recipe.to_json(),
-        seed=options.seed,
+        seed=options.seed or 0,
         view_arrays=recipe.arrays(),
         canaries_per_view=min(count, max(MIN_CANARIES, min(CANARIES_PER_VIEW, count // SAMPLES_PER_CANARY))),
         source=source.description,
@@ -218,7 +245,6 @@ def describe_teacher(options: CacheOptions, teacher: Teacher) -> dict[str, Any]:
         "fidelity": options.fidelity,
         "feature_fidelity": options.feature_fidelity,
         "keep_shift": options.keep_shift,
-        "signals": list(options.signals),
     }
     return teacher.model.describe() | settings
 
@@ -229,6 +255,7 @@ def use_stored_settings(plan: Plan, stored: ArchiveSpec) -> Plan:
     sets_recipe = options.recipe is not None or options.size is not None
     is_set = {
         "canaries_per_view": False,
+        "seed": options.seed is not None,
         "recipe": sets_recipe,
         "view_arrays": sets_recipe,
         "block_rows": options.block_rows is not None,

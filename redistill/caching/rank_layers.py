@@ -97,11 +97,13 @@ def rank_layers(options: CacheOptions, progress: Progress | None = None) -> Laye
     """Rank the layers in `options.signals`, or if it names none, the blocks of the network. Writes nothing."""
     progress = progress or NoProgress()
     with stop_on_signals() as stop:
-        plan = unaugmented(make_plan(replace(options, signals=(LOGITS,)), Rank.from_environment()))
+        # Of the network alone: an archive at `out` would decide which layers its teacher has.
+        alone = replace(options, signals=(LOGITS,), out=options.out / "ranking")
+        plan = unaugmented(make_plan(alone, Rank.from_environment()))
         labels = plan.index.labels
         refuse_few_labels(labels)
         noise = torch.zeros(2, 3, plan.recipe.size, plan.recipe.size, dtype=torch.uint8)
-        layers = options.layers or blocks(plan.teacher, noise)
+        layers = tuple(name for name in options.signals if name != LOGITS) or blocks(plan.teacher, noise)
         plan = replace(plan, teacher=with_maps(plan.teacher, layers))
         shapes = {layer: output.shape[1:] for layer, output in plan.teacher(noise).items() if layer != LOGITS}
         rows = balanced_rows(labels, most_images(shapes))

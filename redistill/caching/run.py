@@ -19,6 +19,7 @@ from redistill_cache import ArchiveWriter, open_archive
 from redistill_cache.errors import Refused
 from redistill_cache.inspect import describe
 from redistill_cache.layout import Block
+from redistill_cache.rows import open_signal
 from redistill_cache.wording import human_bytes
 from torch import Tensor
 
@@ -66,12 +67,14 @@ class CacheResult:
     samples: int
     views: int
     images: int
-    """Views whose logits this process has committed."""
+    """Views whose signals this process has committed; counted once for every part that was written."""
     seconds: float
     images_per_second: float | None
     total_bytes: int
     bytes_per_view: float
     teacher: str
+    signals: tuple[str, ...]
+    """All signals of the teacher by now."""
     teacher_top1: float | None
     """On the labelled views of this process."""
     floor: float | None
@@ -85,7 +88,7 @@ class CacheResult:
 
 def cache_teacher(options: CacheOptions, progress: Progress | None = None) -> CacheResult:
     """Run the teacher over all views that the archive lacks, and seal the archive when it is complete."""
-    stats, rank = RunStats(), Rank.from_environment()
+    runs, rank = [RunStats()], Rank.from_environment()
     progress = progress if progress is not None and rank.first else NoProgress()
     with stop_on_signals() as stop:
         with raise_on_signals():
@@ -95,18 +98,36 @@ def cache_teacher(options: CacheOptions, progress: Progress | None = None) -> Ca
             plan, writer = open_existing(plan)
         progress.settings(plan.settings_in_effect())
         tell_left_out(plan, progress)
-        with TeacherRunner(plan, stop) as runner:
-            if writer is None or not teacher_is_declared(plan):
-                writer = declare_teacher(runner, writer, stats, progress)
-            write_canaries(runner, writer)
-            try:
-                write_teacher(runner, writer, stats, progress)
-            finally:
-                write_provenance(plan, writer, stats)
-    needed = [part for part in writer.parts() if part == plan.part or not part.startswith("teachers/")]
-    missing = tuple(part for part in needed if missing_blocks(plan, writer, part)) if rank.first else ()
-    identity = writer.seal(complete=True) if rank.first and not missing else None
-    return cache_result(plan, writer, stats, identity, missing)
+        for part in plan.parts:
+            plan = plan.of(part)
+            runs += [RunStats()] if runs[-1].blocks else []
+            if not rank.first:
+                rank.wait_until(partial(teacher_is_declared, plan), stop)
+                plan, writer = open_existing(plan)  # with the part that the first rank has declared
+            with TeacherRunner(plan, stop) as runner:
+                writer = write_part(runner, writer, runs[-1], progress)
+            needed = [name for name in writer.parts() if name == plan.folder or not name.startswith("teachers/")]
+            missing = tuple(name for name in needed if missing_blocks(plan, writer, name)) if rank.first else ()
+            identity = writer.seal(complete=True) if rank.first and not missing else None
+    assert writer is not None
+    return cache_result(plan, writer, runs, identity, missing)
+
+
+def write_part(
+    runner: TeacherRunner, writer: ArchiveWriter | None, stats: RunStats, progress: Progress
+) -> ArchiveWriter:
+    """Write what is missing of the part, which is declared first if it is new, and of all that teachers share."""
+    plan = runner.plan
+    if writer is None or not teacher_is_declared(plan):
+        writer = declare_teacher(runner, writer, stats, progress)
+    elif not missing_blocks(plan, writer, plan.folder):
+        progress.info(f"{plan.options.out} has {', '.join(plan.part.signals)} of teacher {plan.teacher_name} already")
+    write_canaries(runner, writer)
+    try:
+        write_teacher(runner, writer, stats, progress)
+    finally:
+        write_provenance(plan, writer, stats)
+    return writer
 
 
 def estimate_cache(options: CacheOptions, progress: Progress | None = None) -> Estimate:
@@ -114,6 +135,7 @@ def estimate_cache(options: CacheOptions, progress: Progress | None = None) -> E
     progress = progress or NoProgress()
     with stop_on_signals() as stop:
         plan = make_plan(options, Rank.from_environment(), partial(progress.advance, "index"))
+        plan = plan.of(plan.parts[-1])  # what is added, if anything is
         progress.settings(plan.settings_in_effect())
         with TeacherRunner(plan, stop) as runner:
             _, pilot = checked_pilot(runner, progress)
@@ -135,7 +157,7 @@ def make_plan_of_rank(options: CacheOptions, rank: Rank, progress: Progress, sto
     elif not archive_exists(options):
         check_new_path(options)
     plan = make_plan(options, rank, index_progress)
-    if not rank.first:
+    if not rank.first and plan.part.adds_to is None:
         rank.wait_until(lambda: teacher_is_declared(plan), stop)
     return plan
 
@@ -162,7 +184,8 @@ def declare_teacher(
     for signal, choice in choices.items():
         progress.info(f"codec of {signal}: {choice.reason}")
     progress.info(
-        f"{cost.samples:,} samples x {cost.views} view{'s' * (cost.views > 1)}: about {human_bytes(cost.total_bytes)}, "
+        f"{cost.samples:,} samples x {cost.views} view{'s' * (cost.views > 1)}: about "
+        f"{human_bytes(cost.signal_bytes if plan.part.adds_to else cost.total_bytes)}, "
         f"{max(cost.seconds / 60, 0.1):,.1f} minutes at {cost.images_per_second:.0f} images/s"
     )
     runner.stop.raise_if_set()
@@ -213,7 +236,7 @@ def warn_of_chance_accuracy(plan: Plan, correct: int, labelled: int, progress: P
 def write_teacher(runner: TeacherRunner, writer: ArchiveWriter, stats: RunStats, progress: Progress) -> None:
     """Write the teacher's missing blocks, and the view parameters that are still missing after that."""
     plan = runner.plan
-    blocks = plan.rank.work_order(missing_blocks(plan, writer, plan.part))
+    blocks = plan.rank.work_order(missing_blocks(plan, writer, plan.folder))
     if blocks:
         if stats.check is None:
             stats.check = check_first_batch(runner)
@@ -275,11 +298,12 @@ def check_stored_batch(plan: Plan, writer: ArchiveWriter, view: int, rows: range
             f"self-test: {differing} of {len(rows)} views rendered from the archive differ from the teacher's input; "
             "check whether the images are changing during the run"
         )
-    for signal, exact in plan.teacher(pixels).items():
-        stored = archive.features(view, np.asarray(rows), layer=signal, teacher=plan.teacher_name)
-        codec = archive.codec(plan.teacher_name, signal)
-        error = max(float(errors.max()) for errors in codec.errors(exact.cpu().numpy(), stored).values())
-        fidelity = codec.config().get("fidelity", 0.0)
+    outputs, part = plan.teacher(pixels), archive.state.teachers[plan.part.name]
+    for spec in part.signals:
+        signal, stored = spec.name, open_signal(archive.state, part, spec)
+        decoded, exact = stored.decode(view, np.asarray(rows)), outputs[spec.name].cpu().numpy()
+        error = max(float(errors.max()) for errors in stored.codec.errors(exact, decoded).values())
+        fidelity = stored.codec.config().get("fidelity", 0.0)
         bound = fidelity + REPEAT_TOLERANCE[plan.teacher.device.type]
         if error > bound:
             raise Refused(
@@ -312,7 +336,7 @@ def write_provenance(plan: Plan, writer: ArchiveWriter, stats: RunStats) -> None
         "relative_floor": None if check is None else check.relative_batch_difference,
     }
     with contextlib.suppress(Refused):  # a full disk must not hide the error that ended the run
-        writer.note(f"{plan.teacher_name}-{stats.began:%Y%m%dt%H%M%S}-{plan.rank.rank}", note)
+        writer.note(f"{plan.part.name}-{stats.began:%Y%m%dt%H%M%S}-{plan.rank.rank}", note)
 
 
 def device_name(device: torch.device) -> str:
@@ -320,9 +344,9 @@ def device_name(device: torch.device) -> str:
 
 
 def cache_result(
-    plan: Plan, writer: ArchiveWriter, stats: RunStats, identity: str | None, missing: tuple[str, ...]
+    plan: Plan, writer: ArchiveWriter, runs: Sequence[RunStats], identity: str | None, missing: tuple[str, ...]
 ) -> CacheResult:
-    seconds = stats.seconds
+    seconds, images, stats = runs[0].seconds, sum(run.rows for run in runs), runs[-1]
     description = describe(writer.read_back() if identity is None else open_archive(writer.path))
     signals = description["teachers"][plan.teacher_name].values()
     return CacheResult(
@@ -330,12 +354,13 @@ def cache_result(
         id=identity,
         samples=plan.spec.num_samples,
         views=plan.spec.num_views,
-        images=stats.rows,
+        images=images,
         seconds=seconds,
-        images_per_second=stats.rows / seconds if stats.rows else None,
+        images_per_second=images / seconds if images else None,
         total_bytes=description["total_bytes"],
         bytes_per_view=sum(signal["bytes_per_view"] for signal in signals),
         teacher=plan.teacher_name,
+        signals=tuple(description["teachers"][plan.teacher_name]),
         teacher_top1=stats.top1,
         floor=None if stats.check is None else stats.check.batch_difference,
         missing=missing,

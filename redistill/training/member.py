@@ -213,8 +213,8 @@ class Member:
     def refuse_more_epochs(self, saved: int, epochs: int) -> None:
         """Refuse to go on to `epochs` where the epochs up to `saved` would have been trained in another way."""
         term = self.objective.follows_the_end
-        if self.optim.sched == "cosine":
-            reason = "the learning rate of --sched cosine depends on the number of epochs"
+        if self.optim.sched in ("cosine", "onecycle"):
+            reason = f"the learning rate of --sched {self.optim.sched} depends on the number of epochs"
         elif term is not None:
             reason = f"the loss {term!r} changes with the share of the epochs that is done"
         else:

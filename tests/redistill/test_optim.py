@@ -24,6 +24,24 @@ def test_cosine_against_torch():
     assert lr_at(config, 25) == pytest.approx(0.01)  # constant after the last epoch
 
 
+def test_onecycle_against_torch():
+    """Torch counts steps, so its peak and its end are up to one step of an epoch's many earlier."""
+    steps, epochs = 20_000, 10
+    config = OptimConfig(lr=0.3, epochs=epochs, sched="onecycle")
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+    reference = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.3, total_steps=steps, cycle_momentum=False)
+    for step in range(steps - 1):
+        if step % 100 == 0:
+            assert lr_at(config, step / (steps - 1) * epochs) == pytest.approx(reference.get_last_lr()[0], abs=1e-4)
+        optimizer.step()
+        reference.step()
+    assert lr_at(config, 0) == pytest.approx(0.3 / 25)
+    assert lr_at(config, 3) == pytest.approx(0.3)
+    assert lr_at(config, 10) == lr_at(config, 11) == pytest.approx(0.3 / 25e4)
+    with pytest.raises(UsageError, match="onecycle warms up over 30 % of the epochs; leave out --warmup-epochs"):
+        OptimConfig(sched="onecycle", warmup_epochs=1.0)
+
+
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
@@ -45,6 +63,14 @@ def test_cosine_against_torch():
 )
 def test_schedules(config: OptimConfig, expected: dict[float, float]):
     assert {p: lr_at(config, p) for p in expected} == pytest.approx(expected)
+
+
+def test_the_preset_of_features_is_the_published_one():
+    features = preset("features", model="resnet18")
+    assert (features.batch_size, features.optim.epochs, features.optim.lr) == (128, 50, 0.0075)
+    assert (features.optim.opt, features.optim.weight_decay, features.optim.sched) == ("adamw", 0.01, "onecycle")
+    assert preset("features", model="vgg8").optim.lr == 0.005
+    assert preset("features", model="vit_b_16", batch_size=256).optim.lr == 0.002
 
 
 def test_milestones_fall_on_the_first_step_of_their_epoch():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,14 @@ import torch
 from redistill_cache.errors import Refused, UsageError
 from torch import nn
 
+from redistill.caching import cache_teacher
 from redistill.caching import rank_layers as module
 from redistill.caching.layer_quality import layer_quality
 from redistill.caching.rank_layers import MOST_VALUES, balanced_rows, items_of_containers, rank_layers, shrink
 from redistill.models import open_model
 from redistill.sources.open_source import open_source
 from tests.image_source import ImageSource
-from tests.stage1 import DATA, TEACHER, cache_options, five_class_options, odd_teacher
+from tests.stage1 import DATA, TEACHER, cache_options, file_hashes, five_class_options, odd_teacher
 
 BLOCKS = ["layer1.2", "layer1.3", "layer2.2", "layer2.3", "layer3.2", "layer3.3", "penultimate"]
 
@@ -69,6 +71,15 @@ def test_signals_say_which_layers_are_ranked(tmp_path: Path):
     assert [item.layer for item in ranking.layers] == ["layer3", "layer2.3.conv1"]
     with pytest.raises(UsageError, match="did you mean layer3"):
         rank_layers(cache_options(tmp_path / "a.zarr", signals=("layer9",)))
+
+
+def test_an_archive_that_exists_changes_nothing(tmp_path: Path):
+    options = cache_options(tmp_path / "a.zarr", signals=("logits", "layer3", "penultimate"))
+    before = rank_layers(replace(options, signals=("logits",)))
+    cache_teacher(options)
+    files = file_hashes(options.out)
+    assert rank_layers(replace(options, signals=("logits",))) == before
+    assert file_hashes(options.out) == files
 
 
 @pytest.mark.parametrize(

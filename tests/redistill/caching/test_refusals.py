@@ -28,13 +28,11 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ({"batch_size": 32}, "batch_size"),
         ({"fidelity": 1e-2}, "fidelity"),
-        ({"feature_fidelity": 0.2}, "feature_fidelity"),
         ({"compile": True}, "compile"),
         ({"citation": "me"}, "citation"),
         ({"views": 3, "extend_views": True, "seed": 1}, "seed"),
         ({"views": 3, "extend_views": True, "batch_size": 32}, "batch_size"),
         ({"codec": "float16"}, "codec"),
-        ({"signals": ("logits", "layer2")}, "signals"),
         ({"keep_shift": True}, "keep_shift"),
         ({"amp": True}, "precision"),
         ({"channels_last": False}, "channels_last"),

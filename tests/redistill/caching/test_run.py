@@ -70,14 +70,15 @@ def test_stored_logits_equal_online_logits(tmp_path: Path):
 
 def test_features_and_the_shift_of_logits_can_be_stored(tmp_path: Path):
     options = five_class_options(
-        tmp_path / "a.zarr", signals=("layer2", "penultimate"), keep_shift=True, codec="float16"
+        tmp_path / "a.zarr", signals=("layer2", "logits", "penultimate"), keep_shift=True, codec="float16"
     )
     cache_teacher(options)
     archive = redistill_cache.open_archive(options.out)
     teacher = Teacher(open_model(options.teacher), device=CPU, layers=("layer2", "penultimate"))
     signals = teacher(render_view(redistill.open_source(options.data), archive, 1)[:20])
     assert np.allclose(archive.logits(1, range(20)), signals["logits"].numpy(), atol=2e-3)
-    for layer in options.layers:
+    assert archive.signals_of() == ("logits", "layer2", "penultimate")
+    for layer in ("layer2", "penultimate"):
         exact, stored = signals[layer].numpy(), archive.features(1, range(20), layer=layer)
         relative = np.linalg.norm(stored - exact, axis=1) / np.linalg.norm(exact, axis=1)
         assert relative.max() <= options.feature_fidelity

@@ -26,7 +26,9 @@ def family():
 
 
 def test_the_page_has_every_loss_with_its_weights():
-    assert family() == {name: (entry.ce_weight, entry.weight) for name, entry in CATALOGUE.items()}
+    on_logits = {name: entry for name, entry in CATALOGUE.items() if not entry.on_features}
+    assert family() == {name: (entry.ce_weight, entry.weight) for name, entry in on_logits.items()}
+    assert {name: entry.make for name, entry in CATALOGUE.items() if entry.on_features} == ON_FEATURES
 
 
 def test_the_plots_of_the_page_exist():
@@ -53,6 +55,7 @@ def test_the_row_of_a_loss_on_features_has_its_needs_and_defaults(name):
     (row,) = (line for line in table.splitlines() if line.startswith(f"| `{name}` |"))
     cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", row)]
     make = ON_FEATURES[name]
+    assert cells[4] == f"{CATALOGUE[name].ce_weight:g} / {CATALOGUE[name].weight:g}"
     parameters = inspect.signature(make).parameters.values()
     options = {p.name: p.default for p in parameters if isinstance(p.default, (bool, int, float, str))}
     written = dict(re.findall(r"(\w+)=([\w.]+)", cells[5]))
