@@ -23,6 +23,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.usefixtures("small")
 def test_the_demo(tmp_path: Path):
     summary = demo.run_demo(tmp_path / "demo", NoProgress())
