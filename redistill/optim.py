@@ -102,8 +102,8 @@ class OptimConfig:
         return asdict(self) | {"decay_milestones": list(self.decay_milestones)}
 
 
-# Of torch's OneCycleLR, whose curve this is: the share of the epochs in which the learning rate rises, and its start and
-# end as fractions of the peak. The momentum stays as it is.
+# The curve of torch's OneCycleLR: the share of the epochs in which the learning rate rises, and its start and end as
+# fractions of the peak. The momentum stays as it is.
 ONECYCLE_RISE, ONECYCLE_START, ONECYCLE_END = 0.3, 1 / 25, 1 / 25e4
 
 

@@ -27,8 +27,9 @@ from torch.nn import functional as F
 from redistill.losses.catalogue import Entry, Loss, bind, read_loss
 from redistill.losses.checks import check_labels, check_matrix
 from redistill.losses.curriculum import Schedule, Taid, TrainingProgress
+from redistill.losses.features import FeatureMatch
 from redistill.losses.hinton import standardize
-from redistill.signals import HEAD_LOGITS, LOGITS
+from redistill.signals import HEAD_LOGITS, LOGITS, PENULTIMATE
 from redistill.specs import Spec, parse_spec
 
 __all__ = ["Mix", "Needs", "Objective", "Pair", "Source", "Term", "Widths", "with_pairs"]
@@ -276,6 +277,14 @@ class Objective(nn.Module):
                 f"loss {needs_shift[0]!r} compares raw logits, and this archive dropped the constant of each row that "
                 "softmax ignores; cache the teacher with the shift kept, or set standardize=true for this loss"
             )
+
+    def penultimate_match(self) -> tuple[Term, FeatureMatch] | None:
+        """The term, and its loss, whose projector maps the student's penultimate features to the teacher's."""
+        for term in self.all_terms:
+            for pair, loss in zip(term.pairs or (), getattr(term, "losses", ()), strict=False):
+                if pair == (PENULTIMATE, PENULTIMATE) and isinstance(loss, FeatureMatch) and loss.match == "mse":
+                    return term, loss
+        return None
 
     def fit(self, read: Callable[[Source], tuple[Tensor, Tensor]]) -> None:
         """Before the first step: terms that must see the teacher's features of many images get them, with labels."""

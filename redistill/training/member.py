@@ -20,7 +20,7 @@ from redistill.losses.objective import Mix, Needs, Objective
 from redistill.models import OpenedModel
 from redistill.optim import clip_gradients, lr_at, make_optimizer, set_lr
 from redistill.ranks import World
-from redistill.signals import HEAD_LOGITS, LOGITS, PENULTIMATE, Taps
+from redistill.signals import HEAD_LOGITS, LOGITS, PENULTIMATE, Head, Taps
 from redistill.training.options import MemberSpec, TrainOptions
 
 __all__ = ["Member"]
@@ -41,9 +41,15 @@ class Member:
         objective: Objective,
         world: World,
         amp: torch.dtype | None,
+        *,
         head: str | None = None,
+        teacher_head: Head | None = None,
     ) -> None:
-        """`head` is the name of the last layer, for an objective that needs more of the network than its logits."""
+        """`head` is the name of the last layer, for an objective that needs more of the network than its logits.
+
+        With `teacher_head`, the last layer is this one of the teacher behind the projector of the objective, at every
+        step, and is not trained.
+        """
         self.spec, self.options, self.opened, self.world, self.amp = spec, options, opened, world, amp
         self.optim = options.optim
         self.memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
@@ -51,6 +57,11 @@ class Member:
             self.module = opened.module.to(world.device, memory_format=self.memory_format)  # type: ignore[call-overload]
         self.normalise = opened.normalise().to(world.device)
         self.objective = objective.to(world.device)
+        self.head_name = head
+        self.teacher_head = (
+            None if teacher_head is None else Head(*(tensor.to(world.device) for tensor in teacher_head))
+        )
+        self._place_teacher_head()
         self.optimizer = make_optimizer(nn.ModuleList([self.module, self.objective]), self.optim)
         self.average = (
             AveragedModel(self.module, multi_avg_fn=averaging(options.ema), use_buffers=True)
@@ -62,7 +73,7 @@ class Member:
             self.module = world.synchronise_norms(self.module)
         needs = objective.needs
         tapped = Taps(self.module, needs.layers, head, outputs=needs.outputs) if needs.taps else self.module
-        self.wrapped = world.wrap(tapped, unused=needs.taps and not trains_all(needs))
+        self.wrapped = world.wrap(tapped, unused=needs.taps and not trains_all(needs, teacher_head))
         self.network: Any = torch.compile(self.wrapped) if options.compile else self.wrapped
         self.rng_state = initial_rng_state(spec.seed, world.rank.rank, world.device)
         self.history: list[dict[str, Any]] = []
@@ -111,6 +122,7 @@ class Member:
         clip_gradients([p for group in self.optimizer.param_groups for p in group["params"]], self.optim)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self._place_teacher_head()
         if self.average is not None:
             self.average.update_parameters(self.module)
 
@@ -126,6 +138,18 @@ class Member:
             outputs = self.network(self.normalise(pixels).contiguous(memory_format=self.memory_format))
         loss: tuple[Tensor, dict[str, Tensor]] = self.objective(outputs, teacher, labels, progress=progress, mix=mix)
         return loss
+
+    @torch.no_grad()
+    def _place_teacher_head(self) -> None:
+        """logits = W_T P f + b_T, with the projector as it is now."""
+        match = self.objective.penultimate_match()
+        if self.teacher_head is None or match is None or self.head_name is None:
+            return
+        last = self.module.get_submodule(self.head_name).requires_grad_(False)
+        assert isinstance(last, nn.Linear), last
+        weight, projector = self.teacher_head.weight, match[1].projector
+        last.weight.copy_(weight if projector is None else weight @ projector.weight)
+        last.bias.copy_(self.teacher_head.bias)
 
     @contextmanager
     def _sync_gradients(self, sync: bool) -> Iterator[None]:
@@ -202,6 +226,7 @@ class Member:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
+            "teacher_head": None if self.teacher_head is None else tuple(self.teacher_head),
             "noise": self.rng_state,
             "history": self.history,
             "best": self.best,
@@ -235,6 +260,8 @@ class Member:
         self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+        if self.teacher_head is not None:
+            self.teacher_head = Head(*(tensor.to(self.world.device) for tensor in state["teacher_head"]))
         self.history = list(state["history"])
         self.best, self.best_epoch = state["best"], state["best_epoch"]
         if self.world.first:
@@ -246,9 +273,10 @@ class Member:
             self.rng_state = initial_rng_state(seed, self.world.rank.rank, self.world.device)
 
 
-def trains_all(needs: Needs) -> bool:
-    """Whether the loss reaches every parameter of a network: all layers before the last one, and the last one."""
-    return LOGITS in needs.outputs or (PENULTIMATE in needs.layers and HEAD_LOGITS in needs.outputs)
+def trains_all(needs: Needs, teacher_head: Head | None) -> bool:
+    """Whether the loss reaches every trained parameter of a network: all layers before the last one, and that one."""
+    last = HEAD_LOGITS in needs.outputs or teacher_head is not None
+    return LOGITS in needs.outputs or (PENULTIMATE in needs.layers and last)
 
 
 def even_parts(count: int, parts: int) -> list[slice]:

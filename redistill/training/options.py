@@ -130,6 +130,14 @@ class TrainOptions:
             at_most=LARGEST_SEED,
         ),
     )
+    head: Literal["teacher"] | None = field(
+        default=None,
+        metadata=option(
+            "With --loss features, teacher: the last layer is the teacher's behind the projector, not trained; it is "
+            "fitted to the archive's logits and penultimate.",
+            default_text="the student's own",
+        ),
+    )
     optim: OptimConfig = field(default_factory=OptimConfig)
     batch_size: int = field(default=128, metadata=option("Batch size over all processes.", at_least=1, at_most=2**24))
     """Batches of an epoch differ by one row at most, so that none is tiny."""

@@ -7,16 +7,17 @@ pairs of layers that the teacher's side does not have are left out.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from redistill_cache import Archive
 from redistill_cache.errors import Refused, UsageError
 from torch import Tensor, nn
 
+from redistill.caching.additions import missing_signal
 from redistill.losses.objective import Objective, Pair, Source, Term, Widths, with_pairs
 from redistill.models.open_model import meta_network
 from redistill.signals import (
@@ -67,15 +68,15 @@ class TeacherLayers:
     ends: tuple[str, ...]
     defaults: Collection[str]
     """Those that may be chosen for a term that names none."""
-    add: str
-    """How to get a layer that is missing."""
+    refuse: Callable[[str], Refused]
+    """layer -> the error about a layer that this teacher does not offer."""
 
     def missing(self, layer: str) -> Refused | UsageError:
         """The error about a layer that this teacher does not offer."""
         hint = did_you_mean(layer, self.widths)
-        if hint.startswith("did you mean"):
+        if layer != PENULTIMATE and hint.startswith("did you mean"):
             return UsageError(f"{self.name} has no layer {layer!r}; {hint}")
-        return Refused(f"{self.name} has no {layer!r} (it has {', '.join(self.widths) or 'logits only'}); {self.add}")
+        return self.refuse(layer)
 
 
 def stored_layers(archive: Archive, teacher: str, only: Collection[str] | None = None) -> TeacherLayers:
@@ -85,9 +86,12 @@ def stored_layers(archive: Archive, teacher: str, only: Collection[str] | None =
     widths = {name: archive.signal(teacher, name)[1].width for name in names}
     inner = tuple(sorted((name for name in defaults if name != PENULTIMATE), key=natural_order))
     ends = ends_of_stored_network(archive, teacher) if inner else ()
-    add = f"add it: redistill cache-teacher DATA --teacher SPEC --out {archive.path} --signals LAYER"
     return TeacherLayers(
-        f"teacher {teacher!r} of {archive.path.name}", widths, ends if {*ends} & {*inner} else inner, defaults, add
+        name=f"teacher {teacher!r} of {archive.path.name}",
+        widths=widths,
+        ends=ends if {*ends} & {*inner} else inner,
+        defaults=defaults,
+        refuse=partial(missing_signal, archive, teacher),
     )
 
 
@@ -120,7 +124,13 @@ def online_layers(name: str, module: nn.Module, probe: Tensor) -> TeacherLayers:
                 widths[layer] = pool(output, layer).shape[1]
     last = {layer: width for layer, width in look_into(module, (), probe).widths.items() if layer == PENULTIMATE}
     widths |= last
-    return TeacherLayers(f"the teacher {name!r}", widths, stage_ends(module, probe), {*widths}, "choose another layer")
+    return TeacherLayers(
+        name=f"the teacher {name!r}",
+        widths=widths,
+        ends=stage_ends(module, probe),
+        defaults={*widths},
+        refuse=lambda layer: Refused(f"the teacher {name!r} has no layer {layer!r} with a row for every image"),
+    )
 
 
 def connected(

@@ -15,15 +15,16 @@ import numpy as np
 import torch
 from redistill_cache import Archive, open_archive
 from redistill_cache.errors import Refused, UsageError
-from torch import Tensor
+from torch import Tensor, nn
 
+from redistill.caching.additions import missing_signal
 from redistill.devices import pick_amp
 from redistill.loading import default_workers
 from redistill.losses.objective import Objective, Source
 from redistill.models import OpenedModel, open_model
 from redistill.progress import Progress
 from redistill.ranks import World
-from redistill.signals import LOGITS, PROBE_SIZE
+from redistill.signals import LOGITS, PENULTIMATE, PROBE_SIZE, Head
 from redistill.specs import first_line
 from redistill.teachers import Teacher
 from redistill.training.archive_use import ArchiveUse
@@ -40,8 +41,10 @@ from redistill.views.view_params import excluded_keys
 
 __all__ = ["TrainSetup", "prepare"]
 
-FITTED_ROWS = 50_000
-"""At most, of a loss that sees the teacher's features before the first step."""
+FITTED_ROWS, FITTED_VALUES = 50_000, 1 << 26
+"""At most, of a loss that sees the teacher's features before the first step, and of the teacher's head."""
+RIDGE = 1e-5
+"""The penalty on the teacher's head, relative to the mean variance of its features."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,11 @@ class TrainSetup:
         """Before the first step: losses that must see the teacher's features see those of the first view."""
         labels, dataset = np.asarray(self.archive.labels), self.feed.dataset
         rows = np.unique(dataset.indices(0) % dataset.num_rows)
-        rows = rows[labels[rows] >= 0]
-        rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), FITTED_ROWS)).astype(np.int64)]
+        labelled = rows[labels[rows] >= 0]
 
         def read(source: Source) -> tuple[Tensor, Tensor]:
-            teacher = source.teacher or (self.use.teachers or (None,))[0]
+            teacher = source.teacher or self.use.teachers[0]
+            rows = evenly(labelled, self.archive.signal(teacher, source.signal)[1].width)
             features = self.archive.features(0, rows, layer=source.signal, teacher=teacher)
             return torch.from_numpy(features).to(device), torch.from_numpy(labels[rows]).to(device)
 
@@ -146,18 +149,26 @@ def prepare(options: TrainOptions, world: World, progress: Progress, saved: Arch
     )
     feed.global_batches(0)  # refuses a batch size that is too small for the ranks
     members = [
-        Member(spec, options, student, objective, world, amp, head=looked_at.head if objective.needs.taps else None)
+        Member(
+            spec,
+            options,
+            student,
+            objective,
+            world,
+            amp,
+            head=looked_at.head if objective.needs.taps else None,
+            teacher_head=None if options.head is None else teacher_head(archive, use, objective, looked_at, progress),
+        )
         for spec, student, objective, looked_at in zip(specs, students, objectives, layers, strict=True)
     ]
     return TrainSetup(archive, use, feed, members, targets, validation, views.alignment, fixed_options(options, specs))
 
 
-def missing_signal(archive: Archive, teacher: str, signal: str) -> Refused:
-    has = ", ".join(archive.signals_of(teacher))
-    return Refused(
-        f"archive has no {signal!r} of teacher {teacher!r} (it has {has}); add it: redistill cache-teacher DATA "
-        f"--teacher SPEC --out {archive.path} --signals {signal}"
-    )
+def evenly(rows: np.ndarray, width: int) -> np.ndarray:
+    """A bounded number of rows, from the first to the last."""
+    count = min(len(rows), FITTED_ROWS, max(1, FITTED_VALUES // width))
+    chosen: np.ndarray = rows[np.linspace(0, len(rows) - 1, count).astype(np.int64)]
+    return chosen
 
 
 def refuse_objective(objective: Objective, archive: Archive, options: TrainOptions, teachers: tuple[str, ...]) -> None:
@@ -222,6 +233,10 @@ def connect(
             if term.teacher in found or "teacher_features" not in term.entry.inputs:
                 continue
             if online is not None:
+                if hasattr(term.entry.make, "fit"):
+                    raise UsageError(
+                        f"{term.text!r} sees features of many images before the first step; it needs an archive"
+                    )
                 if term.teacher is not None:
                     raise UsageError(
                         f"{term.text!r}: teacher= names one of the archive; leave it out with --online-teacher"
@@ -263,6 +278,42 @@ def fixed_options(options: TrainOptions, specs: Sequence[MemberSpec]) -> dict[st
         }
         losses.append(resolved.pop() if len(resolved) == 1 else loss)
     return fixed | {"losses": losses}
+
+
+def teacher_head(
+    archive: Archive, use: ArchiveUse, objective: Objective, student: StudentLayers, progress: Progress
+) -> Head:
+    """The last layer of the teacher, by ridge regression from the rows of penultimate and logits in the archive."""
+    match = objective.penultimate_match()
+    if match is None or not use.teachers:
+        raise UsageError(
+            "--head teacher needs the loss features with match=mse and the pair penultimate:penultimate, from an "
+            f"archive; found {'+'.join(objective.specs)}"
+        )
+    last = None if student.head is None else student.module.get_submodule(student.head)
+    if not isinstance(last, nn.Linear) or last.bias is None:
+        raise Refused(f"--head teacher: the last layer of {student.name!r} has no bias to hold the teacher's")
+    teacher = match[0].teacher or use.teachers[0]
+    if LOGITS not in archive.signals_of(teacher):
+        raise missing_signal(archive, teacher, LOGITS)
+    rows = evenly(np.arange(archive.num_samples), archive.signal(teacher, PENULTIMATE)[1].width)
+    features = archive.features(0, rows, layer=PENULTIMATE, teacher=teacher).astype(np.float64)
+    logits = archive.logits(0, rows, teacher=teacher).astype(np.float64)
+    logits -= logits.mean(1, keepdims=True)  # the codec may have dropped it; softmax ignores it
+    head = ridge(features, logits)
+    same = float(((features @ head.weight.numpy().T + head.bias.numpy()).argmax(1) == logits.argmax(1)).mean())
+    progress.info(f"--head teacher: fitted to {len(rows):,} rows, of which {same:.1%} keep the teacher's class")
+    return head
+
+
+def ridge(features: np.ndarray, logits: np.ndarray) -> Head:
+    """Weight and bias with the least squared error, and a penalty that only decides directions without variance."""
+    mean, center = features.mean(0), logits.mean(0)
+    centered = features - mean
+    gram = centered.T @ centered
+    gram[np.diag_indices_from(gram)] += RIDGE * max(float(np.trace(gram)) / len(gram), 1e-12)
+    weight = np.linalg.solve(gram, centered.T @ (logits - center)).T
+    return Head(torch.from_numpy(weight).float(), torch.from_numpy(center - weight @ mean).float())
 
 
 def choose_reads(objectives: Sequence[Objective], teachers: tuple[str, ...]) -> list[Read]:

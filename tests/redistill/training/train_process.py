@@ -16,7 +16,7 @@ from pathlib import Path
 
 from redistill_cli.__main__ import main
 
-__all__ = ["SECONDS", "start", "start_ranks"]
+__all__ = ["SECONDS", "rank_environments", "start", "start_ranks"]
 
 SECONDS = 120
 """After which a process that still runs is a failure."""
@@ -50,6 +50,14 @@ def start_ranks(
     world_size: int, *arguments: object, output: Path, environment: Mapping[str, str]
 ) -> list[ForkServerProcess]:
     """The processes that torchrun would start on one machine, in the same environment. Rank r writes `output`-r."""
+    return [
+        start(*arguments, output=output.with_name(f"{output.name}-{rank}"), environment={**environment, **of_rank})
+        for rank, of_rank in enumerate(rank_environments(world_size))
+    ]
+
+
+def rank_environments(world_size: int) -> list[dict[str, str]]:
+    """What torchrun tells each of its processes on one machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -59,11 +67,4 @@ def start_ranks(
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
     }
-    return [
-        start(
-            *arguments,
-            output=output.with_name(f"{output.name}-{rank}"),
-            environment={**shared, **environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(world_size)
-    ]
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
