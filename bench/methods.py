@@ -88,7 +88,7 @@ METHODS = {
 # Student, teacher, size of the views, batch and turns of the comparison of steps.
 STEPS = (
     (STUDENT_NETWORK, TEACHER, 32, 128, 200),
-    ("torchvision:resnet18", "torchvision:resnet34?num_classes=10&weights=random", 64, 64, 20),
+    ("torchvision:resnet18", "torchvision:resnet34?num_classes=10&weights=random", 64, 32, 16),
 )
 STEP_SIGNALS = ("logits", "layer1", "layer2", "layer3", "penultimate")
 STEP_LOSSES = ("features", "power", "power")
@@ -227,21 +227,25 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="cells that are trained at the same time")
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--images", nargs="+", type=int, default=[500, 2000], help="sizes of the students' data")
+    parser.add_argument("--done", action="store_true", help="report the cells in --work that are done; train nothing")
     args = parser.parse_args()
     image_counts = [100] if args.quick else args.images
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
         study = Study(work, seeds=(0, 1) if args.quick else (0, 1, 2, 3), epochs=2 if args.quick else 48)
+        todo = list(cells(image_counts, args.only))
+        if args.done:
+            todo = [cell for cell in todo if study.result(cell).exists()]
+            harness.report("methods", rows_of({cell: study.run(cell) for cell in todo}), args)
+            return
         for images in image_counts:
             study.cache(images)
-        todo = list(cells(image_counts, args.only))
         top1_of: dict[Cell, list[float]] = {}
         with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
             running = {pool.submit(study.run, cell): cell for cell in todo}
-            for done in as_completed(running):
-                cell = running[done]
-                top1_of[cell] = done.result()
-                print(f"{cell}: {', '.join(f'{value:.4f}' for value in top1_of[cell])}", flush=True)
+            for finished in as_completed(running):
+                top1_of[running[finished]] = finished.result()
+                print(f"{running[finished]}: {', '.join(map(str, finished.result()))}", flush=True)
                 ordered = {cell: top1_of[cell] for cell in todo if cell in top1_of}
                 harness.save("methods", rows_of(ordered), args)
         torch.set_num_threads(1)
