@@ -75,7 +75,7 @@ METHODS = {
     "features, CE reaches the backbone": Method("features?weight=1+ce?on=all"),
     "features, cosine": Method("features?match=cosine"),
     "features, layers by Q": Method(f"features?pairs={BY_QUALITY}"),
-    "features + kl": Method("features+kl?temperature=4&on=head"),
+    "features + kl": Method("features+kl?temperature=4&weight=1&on=head+ce?on=head"),
     "rkd": Method("rkd"),
     "nd": Method("nd"),
     "vkd": Method("vkd", many_images=True),

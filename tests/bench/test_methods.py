@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 from scipy.stats import ttest_rel
 
+from redistill.losses.objective import Objective
+from redistill.training.options import split_terms
+
 sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
-from methods import Cell, holm, rows_of
+from methods import METHODS, Cell, holm, rows_of
 
 
 def test_holm_multiplies_the_smallest_p_values_most():
@@ -35,3 +38,8 @@ def test_methods_are_compared_with_the_power_divergence_on_as_many_images():
     assert of[500, "features"]["p"] == pytest.approx(2 * ttest_rel(features, base).pvalue)
     assert of[500, "kl"]["p"] == pytest.approx(ttest_rel(kl, base).pvalue)
     assert of[2000, "kl"]["difference"] == pytest.approx(-0.095)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_a_loss(name: str):
+    assert Objective(split_terms(METHODS[name].loss)).needs.outputs or METHODS[name].options
