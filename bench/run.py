@@ -30,6 +30,7 @@ NAMES = (
     "steps",
     "stage2",
     "accuracy",
+    "methods",
 )
 
 

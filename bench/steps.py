@@ -16,7 +16,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +31,6 @@ from redistill.training import TrainOptions
 from redistill.training.feed import TrainBatch
 from redistill.training.prepare import TrainSetup, prepare
 
-LOSSES = ("power", "ce", "ce")
 START = TrainingProgress(0.0, 1)
 
 
@@ -51,16 +50,16 @@ def step(run: TrainSetup, item: TrainBatch, world: World) -> None:
         member.step(pixels, teacher, labels, None, START, 1.0)
 
 
-def measure(data: str, archive: Path, student: str, turns: int) -> dict[str, object]:
+def step_times(
+    data: str, archive: Path, student: str, losses: Sequence[str], turns: int, batch_size: int = 128
+) -> list[float]:
+    """Seconds of a step with each of the losses, and of rendering the batch."""
     out = archive.parent / "run"
+    options = {"data": data, "archive": archive, "students": (student,), "out": out, "batch_size": batch_size}
     with joined_world("auto") as world:
         runs = [
-            prepare(
-                TrainOptions(data=data, archive=archive, students=(student,), losses=(loss,), out=out, workers=0),
-                world,
-                NoProgress(),
-            )
-            for loss in LOSSES
+            prepare(TrainOptions(losses=(loss,), workers=0, **options), world, NoProgress())  # type: ignore[arg-type]
+            for loss in losses
         ]
         feed = runs[0].feed
         item = next(iter(feed.start(0, 0)))
@@ -75,7 +74,11 @@ def measure(data: str, archive: Path, student: str, turns: int) -> dict[str, obj
         for _ in range(turns):
             for at in order.sample(range(len(work)), len(work)):
                 times[at].append(seconds(work[at], world.device))
-    power, labels, control, render = (statistics.median(of_work[turns // 10 :]) for of_work in times)
+    return [statistics.median(of_work[turns // 10 :]) for of_work in times]
+
+
+def measure(data: str, archive: Path, student: str, turns: int) -> dict[str, object]:
+    power, labels, control, render = step_times(data, archive, student, ("power", "ce", "ce"), turns)
     return {
         "name": f"{student}, {archive.name.partition('.')[0]}",
         "steps": labels / power,

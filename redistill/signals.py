@@ -49,10 +49,14 @@ class Head(NamedTuple):
 class Signals(nn.Module):
     """A network whose output is a dictionary of float32 rows: logits and the requested layers."""
 
-    def __init__(self, network: nn.Module, layers: Sequence[str], head: str | None) -> None:
+    def __init__(self, network: nn.Module, layers: Sequence[str], head: str | None, *, pooled: bool = True) -> None:
         """`head` names the final linear layer of `network`. It is moved out of it: its input is `penultimate`, and it
-        runs in float32 whatever the precision of the rest, since rounded logits have ties and cost twice the bytes."""
+        runs in float32 whatever the precision of the rest, since rounded logits have ties and cost twice the bytes.
+
+        Without `pooled`, the outputs of layers are maps and tokens as they are.
+        """
         super().__init__()
+        self.pooled = pooled
         self.layers = tuple(layers)
         self.head: nn.Module | None = None
         if head is not None:
@@ -72,7 +76,8 @@ class Signals(nn.Module):
             with torch.autocast(x.device.type, enabled=False):
                 outputs[LOGITS] = self.head(outputs[PENULTIMATE].float())
         rows = {LOGITS: outputs[LOGITS].float()}
-        return rows | {layer: pool(outputs[layer].float(), layer) for layer in self.layers if layer != LOGITS}
+        maps = {layer: outputs[layer].float() for layer in self.layers if layer != LOGITS}
+        return rows | ({layer: pool(output, layer) for layer, output in maps.items()} if self.pooled else maps)
 
 
 def logits_of(output: object) -> Tensor:

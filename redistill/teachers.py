@@ -29,7 +29,8 @@ class Teacher:
     """teacher(pixels) -> {"logits": [B, C], "layer3": [B, d], ...}, float32, on `device`.
 
     Pixels are uint8 [B, 3, H, W]; they are normalised on the device. The module of `model` is modified: set to eval
-    mode, frozen and moved. Outputs carry no gradient, but can be used in a student's loss.
+    mode, frozen and moved. Outputs carry no gradient, but can be used in a student's loss. Without `pooled`, the
+    outputs of layers are maps and tokens as they are.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Teacher:
         compile: bool = False,  # noqa: A002  # the name of the option
         batch_size: int = 0,
         layers: Sequence[str] = (),
+        pooled: bool = True,
     ) -> None:
         """With `compile`, batches below `batch_size` are padded to it: the network is compiled for one shape."""
         if model.weights_source is None:
@@ -56,8 +58,9 @@ class Teacher:
             raise Refused(f"layers of {model.spec!r} cannot be stored: it does not return a tensor; use penultimate")
         head = self.head_name if PENULTIMATE in layers or amp is not None else None
         self._removed_head = None if head is None else model.module.get_submodule(head)
+        signals = Signals(model.module, layers, head, pooled=pooled).eval()
         with refuse_out_of_memory(1, device):
-            self.network = Signals(model.module, layers, head).eval().to(device, memory_format=self.memory_format)  # type: ignore[call-overload]
+            self.network = signals.to(device, memory_format=self.memory_format)  # type: ignore[call-overload]
         self._run = torch.compile(self.network, dynamic=False) if compile else self.network
         self.batch_size = batch_size
 

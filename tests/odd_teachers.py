@@ -109,3 +109,41 @@ class ManyClasses(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.trunk(x))
+
+
+class Branching(Wrapped):
+    """Cannot be traced: which path is taken depends on the pixels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) if x.mean() > -100 else self.inner(-x)
+
+
+class NoBlocks(nn.Module):
+    """Without lists of modules, and without a final linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, CLASSES, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).mean((2, 3))
+
+
+class NanFeatures(Wrapped):
+    """NaN inside, and finite logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.odd = nn.Sequential(LogOfNegative())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + 0 * torch.nan_to_num(self.odd(x)).mean((1, 2, 3))[:, None]
+
+
+class LogOfNegative(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.log(-1 - self.relu(x))

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from redistill_cache.addresses import redact
+from redistill_cache.errors import UsageError
 from redistill_cache.spec import LOGITS
-from redistill_cache.wording import human_bytes
+from redistill_cache.wording import harmless, human_bytes
+from rich.table import Table
+from rich.text import Text
 
 from redistill.caching.options import CacheOptions
 from redistill_cli.options import collect, takes
-from redistill_cli.rendering import TerminalProgress, human_seconds, key_values, print_json
+from redistill_cli.rendering import TerminalProgress, console, human_seconds, key_values, print_json
 
 if TYPE_CHECKING:
     from redistill.caching import CacheResult
     from redistill.caching.estimate import Estimate
+    from redistill.caching.rank_layers import LayerRanking
 
 
 @takes(CacheOptions)
@@ -25,6 +30,15 @@ def cache_teacher(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Estimate size and time from a small pilot; write nothing.")
     ] = False,
+    rank_layers: Annotated[
+        bool,
+        typer.Option(
+            "--rank-layers", help="With --dry-run: also rank the layers by their quality for distillation, as advice."
+        ),
+    ] = False,
+    page: Annotated[
+        Path | None, typer.Option("--page", metavar="FILE", help="With --rank-layers: an HTML page with a chart.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     **values: object,
 ) -> None:
@@ -45,6 +59,11 @@ def cache_teacher(
         --out resnet50.redistill.zarr --dry-run
 
     \b
+      redistill cache-teacher folder:imagenet/train \\
+        --teacher 'torchvision:resnet50?weights=DEFAULT' \\
+        --out resnet50.redistill.zarr --dry-run --rank-layers
+
+    \b
       redistill cache-teacher cifar100:data --views 40 --recipe cifar \\
         --teacher 'cifar:resnet32x4?weights=r32x4.pt' \\
         --out r32x4.redistill.zarr
@@ -61,6 +80,12 @@ def cache_teacher(
         --out resnet50.redistill.zarr
     """
     # Before torch is imported, which takes seconds.
+    for flag, is_set, needed, has_needed in (
+        ("--rank-layers", rank_layers, "--dry-run", dry_run),
+        ("--page", page is not None, "--rank-layers", rank_layers),
+    ):
+        if is_set and not has_needed:
+            raise UsageError(f"{flag} has no effect without {needed}; add {needed}")
     options = CacheOptions(**collect(CacheOptions, values), allow_python=True, command=without_secrets(sys.argv[1:]))
     from redistill.caching import cache_teacher as run
     from redistill.caching import estimate_cache
@@ -72,11 +97,25 @@ def cache_teacher(
     with TerminalProgress() as progress:
         if dry_run:
             estimate = estimate_cache(options, progress)
-            print_json(estimate.to_json()) if as_json else show_estimate(estimate)
+            ranking = rank(options, page, progress) if rank_layers else None
+            layers = {} if ranking is None else {"layers": ranking.to_json()}
+            print_json(estimate.to_json() | layers) if as_json else show_estimate(estimate)
+            if ranking is not None and not as_json:
+                show_ranking(ranking)
             return
         result = run(options, progress)
     if reports:
         print_json(result.to_json()) if as_json else show_result(result)
+
+
+def rank(options: CacheOptions, page: Path | None, progress: TerminalProgress) -> LayerRanking:
+    from redistill.caching.rank_layers import rank_layers
+    from redistill.report.layers import write_layers_page
+
+    ranking = rank_layers(options, progress)
+    if page is not None:
+        write_layers_page(ranking, page)
+    return ranking
 
 
 def without_secrets(arguments: list[str]) -> str:
@@ -102,6 +141,19 @@ def show_estimate(estimate: Estimate) -> None:
         rows.append(("teacher", f"top-1 {estimate.teacher_top1:.1%} on these views"))
     rows += [(f"codec of {name}", reason) for name, reason in estimate.codecs.items()]
     key_values(rows)
+
+
+def show_ranking(ranking: LayerRanking) -> None:
+    from redistill.caching.rank_layers import ADVICE
+
+    headings = ("layer", "output", "rank", "Q", "S", "I", "E", "Q pooled")
+    shown = Table(title=f"layers, on {ranking.images:,} images of {ranking.classes:,} classes", box=None)
+    for place, heading in enumerate(headings):
+        shown.add_column(heading, justify="left" if place < 2 else "right")
+    for row in ranking.table():
+        shown.add_row(*map(harmless, row))
+    console.print(shown)
+    console.print(Text(ADVICE))
 
 
 def show_result(result: CacheResult) -> None:

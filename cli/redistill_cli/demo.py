@@ -22,8 +22,9 @@ def demo(
 
     Needs neither a GPU nor a network connection. Caches a teacher that was
     trained on 60 times as many images as the students, and trains students with
-    three losses; then trains again with a fifth of the teacher's logits replaced
-    by confidently wrong ones. Finished steps are not repeated.
+    three losses on its logits and one on its features; then trains again with a
+    fifth of the teacher's logits replaced by confidently wrong ones. Finished
+    steps are not repeated.
 
     Examples:
 
@@ -45,9 +46,9 @@ def show(summary: Summary, out: Path) -> None:
     table.add_column("student's loss")
     for column in ("top-1", "with misled teacher"):
         table.add_column(column, justify="right")
-    names = {"ce": "labels only", "kl": "KL (Hinton)", "power": "power divergence"}
+    names = {"ce": "labels only", "kl": "KL (Hinton)", "power": "power divergence", "features": "features"}
     for loss, name in names.items():
-        accuracies = [students[loss] for students in (summary.students, summary.misled)]
+        accuracies = [students[loss] for students in (summary.students, summary.misled) if loss in students]
         table.add_row(name, *(f"{accuracy.top1_mean:.1%} ± {accuracy.top1_sd:.1%}" for accuracy in accuracies))
     seeds = summary.students["power"].n
     typer.echo(f"\nteacher: {summary.teacher_top1:.1%} on unseen images. Students, mean ± sd over {seeds} seeds:\n")
@@ -55,7 +56,7 @@ def show(summary: Summary, out: Path) -> None:
     storage, speed = summary.storage, summary.speed
     typer.echo(
         f"\narchive: {storage.archived:.1f} bytes per view (float16 logits {storage.float16:.0f}, "
-        f"top-10 {storage.top10:.0f})"
+        f"top-10 {storage.top10:.0f}), and {storage.features:.1f} of features"
         f"\nspeed:   {speed.cached:.0f} images/s from the archive, {speed.online:.0f} with an online teacher "
         f"({speed.ratio:.2f}x)"
         f"\ntime:    {human_seconds(summary.seconds)}\n"

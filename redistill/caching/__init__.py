@@ -1,6 +1,6 @@
 """Stage 1: run a teacher once over the views of an image set, into an archive.
 
-Reading order: run, plan, pilot, estimate, open_archive, encoder.
+Reading order: run, plan, pilot, estimate, open_archive, encoder. `rank_layers` is apart from these.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The charts of a report as SVG text: curves over epochs, seeds on a line, reliability, classes, histograms.
+"""The charts of a report as SVG text: curves, seeds on a line, reliability, classes, layers, histograms.
 
 Colours, dashes and fonts come from the page's style sheet. Charts are about as wide as a phone and stand side by side
 if there is room, so that their text has the same size everywhere. Names are untrusted and must pass `escaped`.
@@ -23,11 +23,13 @@ __all__ = [
     "Curve",
     "Figure",
     "Scale",
+    "Series",
     "class_chart",
     "histogram",
     "line_chart",
     "nice_ticks",
     "reliability_diagram",
+    "row_chart",
     "seed_dots",
 ]
 
@@ -246,6 +248,38 @@ def class_chart(names: Sequence[str], groups: Sequence[Group], rows: Sequence[in
             lead = f"{100 * (best - base):+.0f}".replace("-", "−")
             parts.append(f'<text class="tick end strong" x="{WIDTH}" y="{y + 3.5:.1f}">{lead}</text>')
     return svg(WIDTH, height, "accuracy by class", parts)
+
+
+@dataclass(frozen=True)
+class Series:
+    """A value for each row of a chart."""
+
+    name: str
+    values: Sequence[float]
+    style: LineStyle
+
+
+def row_chart(title: str, names: Sequence[str], series: Sequence[Series]) -> Markup:
+    """A row for each name with a dot for each series, and the value of the first series at its end."""
+    row_height, right = 17, 36
+    left = 8 + LETTER * max(min(len(name), MAX_LABEL) for name in names)
+    height = 24 + row_height * len(names)
+    ticks = nice_ticks(min(0.0, *(min(item.values) for item in series)), max(max(item.values) for item in series))
+    x = Scale(ticks[0], ticks[-1], left, WIDTH - right)
+    parts = []
+    for tick in ticks:
+        parts.append(f'<path class="grid" d="M{x(tick):.1f} 16V{height}"/>')
+        parts.append(f'<text class="tick middle" x="{x(tick):.1f}" y="10">{tick:g}</text>')
+    for at, name in enumerate(names):
+        y = 24 + row_height * at + row_height / 2 - 4
+        label = f"<title>{escaped(name)}</title>{escaped(cut(name, MAX_LABEL))}"
+        parts.append(f'<text class="tick" x="0" y="{y + 3.5:.1f}">{label}</text>')
+        for item in reversed(series):  # the first on top
+            place = x(item.values[at])
+            parts.append(f'<circle class="dot {item.style}" cx="{place:.1f}" cy="{y:.1f}" r="3.5"/>')
+        shown = f"{series[0].values[at]:.2f}"
+        parts.append(f'<text class="tick end strong" x="{WIDTH}" y="{y + 3.5:.1f}">{shown}</text>')
+    return svg(WIDTH, height, title, parts)
 
 
 def histogram(title: str, counts: Mapping[int, int], *, bound: float | None = None) -> Markup:

@@ -75,6 +75,34 @@ def test_a_dry_run_estimates_and_writes_nothing(cached, tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_ranks_the_layers(cached, tmp_path: Path):
+    code, out, err = cached("--dry-run", "--rank-layers", "--json", "--page", "layers.html")
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["samples"] == 90  # the estimate is there as well
+    ranking = result["layers"]
+    assert (ranking["images"], ranking["classes"]) == (90, 5)
+    assert "advice" in ranking["advice"]
+    layers = {layer["layer"]: layer for layer in ranking["layers"]}
+    assert list(layers) == ["layer1.2", "layer2.2", "layer3.2", "penultimate"]
+    assert sorted(layer["rank"] for layer in layers.values()) == [1, 2, 3, 4]
+    one = layers["layer2.2"]
+    assert one["q"] == pytest.approx(one["separation"] + (one["information"] * one["efficiency"]) ** 0.5)
+    assert one["shape"] == [32, 8, 8]
+    assert set(one["pooled"]) == {"q", "separation", "information", "efficiency"}
+    page = (tmp_path / "layers.html").read_text()
+    assert "<svg" in page
+    assert "<script" not in page
+    for name in layers:
+        assert name in page
+    assert f"{one['q']:.3f}" in page
+    assert [path.name for path in tmp_path.iterdir()] == ["layers.html"]
+    code, out, err = cached("--dry-run", "--rank-layers")
+    assert code == 0, err
+    assert f"{one['q']:.3f}" in out
+    assert "It is advice" in out
+
+
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
 def test_the_settings_in_effect_are_printed_before_the_teacher_runs(cached, dry: tuple[str, ...]):
     code, _, err = cached("--views", "2", "--seed", "3", "--signals", "logits,layer3", *dry)
@@ -102,6 +130,7 @@ def test_secrets_are_masked_in_the_recorded_command(cached):
     assert command.endswith("--citation https://***@example.org/a?token=***&x=1")
 
 
+RANKING = ("--dry-run", "--rank-layers")
 WRONG = {
     "classes": (3, {"data": "synthetic?n=30&classes=6"}, (), "6 classes"),
     "size": (3, {"teacher": odd_teacher("FixedSize")}, ("--size", "40"), "use --size 32"),
@@ -120,6 +149,16 @@ WRONG = {
     "block rows": (2, {}, ("--block-rows", "0"), "--block-rows must be at least 1, found 0"),
     "fidelity": (2, {}, ("--fidelity", "2"), "--fidelity must be at least 1e-09 and at most 1, found 2.0"),
     "name": (2, {}, ("--teacher-name", "Große"), "--teacher-name must be"),
+    "ranking without a dry run": (2, {}, ("--rank-layers",), "has no effect without --dry-run"),
+    "page without a ranking": (2, {}, ("--dry-run", "--page", "a.html"), "has no effect without --rank-layers"),
+    "page is a folder": (2, {}, (*RANKING, "--page", "/"), "is a folder"),
+    "one image a class": (
+        3,
+        {"data": "synthetic?n=5&classes=5"},
+        ("--dry-run", "--rank-layers"),
+        "at least two classes",
+    ),
+    "no layers": (3, {"teacher": odd_teacher("Branching")}, ("--dry-run", "--rank-layers"), "cannot be traced"),
     "bad images": (2, {}, ("--on-bad-image", "skip"), "--on-bad-image 'skip' is not known"),
 }
 

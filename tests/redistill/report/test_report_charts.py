@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from redistill.report.charts import Curve, histogram, line_chart, nice_ticks
+from redistill.report.charts import Curve, Series, histogram, line_chart, nice_ticks, row_chart
 from redistill.report.runs import LineStyle
 
 
@@ -27,3 +27,13 @@ def test_names_in_charts_are_escaped():
     assert "&lt;script&gt;\\x202e" in chart
     assert "<script" not in chart
     assert 'aria-label="&lt;title&gt;"' in chart
+
+
+def test_a_row_has_a_dot_for_each_series_and_the_value_of_the_first():
+    series = [Series("Q", [0.25, -1.5], LineStyle(0)), Series("S", [2.0, 0.0], LineStyle(1))]
+    chart = row_chart("t", ["<b>", "layer2"], series)
+    assert chart.count("<circle") == 4
+    assert ">0.25<" in chart
+    assert ">-1.50<" in chart
+    assert "&lt;b&gt;" in chart
+    assert "circle" in row_chart("t", ["a"], [Series("Q", [0.0], LineStyle())])
