@@ -23,7 +23,7 @@ from redistill.caching.pilot import TeacherRunner
 from redistill.caching.plan import Plan, make_plan
 from redistill.interrupts import stop_on_signals
 from redistill.progress import NoProgress, Progress
-from redistill.ranks import Rank
+from redistill.shares import Share
 from redistill.signals import LOGITS, PENULTIMATE, pool
 from redistill.teachers import Teacher, refuse_not_finite
 from redistill.views import parse_recipe
@@ -99,7 +99,7 @@ def rank_layers(options: CacheOptions, progress: Progress | None = None) -> Laye
     with stop_on_signals() as stop:
         # Of the network alone: an archive at `out` would decide which layers its teacher has.
         alone = replace(options, signals=(LOGITS,), out=options.out / "ranking")
-        plan = unaugmented(make_plan(alone, Rank.from_environment()))
+        plan = unaugmented(make_plan(alone, Share()))
         labels = plan.index.labels
         refuse_few_labels(labels)
         noise = torch.zeros(2, 3, plan.recipe.size, plan.recipe.size, dtype=torch.uint8)

@@ -16,6 +16,7 @@ from redistill.cached_teacher import DeviceView, decode_rows, placed, room_for_r
 from tests import tiny_archive
 from tests.cache.codecs.test_codec_device import CODECS, GPU, logits, packed_view
 from tests.simulated_cuda import SimulatedGPU, simulated_cuda
+from tests.small_archive import cache
 
 STORED = np.stack([tiny_archive.stored_logits(view) for view in range(3)])
 ROWS = np.array([7, 49, 7, 0, 12, 31])
@@ -145,3 +146,21 @@ def test_the_room_is_a_quarter_of_the_free_memory():
         assert room_for_rows(GPU, 1e6) == free // 4
         assert room_for_rows(GPU, 0.5) == 2**29
     assert room_for_rows(torch.device("cpu"), 4.0) == 0
+
+
+def test_a_teacher_of_features_alone_and_features_that_were_added(tmp_path: Path):
+    path = tmp_path / "a.redistill.zarr"
+    teacher = "demo:small?num_classes=8&weights=random"
+    cache(path, teacher=teacher, views=2, signals=("penultimate",))
+    cache(path, teacher=teacher, views=2, signals=("layer2",))
+    archive = open_archive(path)
+    cached = redistill.CachedTeacher(archive)
+    for layer, width in (("penultimate", 64), ("layer2", 32)):
+        rows = cached.features(ROWS, VIEWS % 2, layer)
+        assert rows.shape == (6, width)
+        expected = [archive.features(view, [row], layer=layer)[0] for row, view in zip(ROWS, VIEWS % 2, strict=True)]
+        np.testing.assert_allclose(rows.numpy(), np.stack(expected), atol=1e-6)
+    with pytest.raises(OutOfRange, match="no signal 'logits'"):
+        cached(ROWS, 0)
+    with pytest.raises(OutOfRange, match=r"expected views in \[0, 2\)"):
+        cached.features(ROWS, 2, "layer2")
