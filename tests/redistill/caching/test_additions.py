@@ -111,6 +111,7 @@ def test_what_is_there_already_is_said_and_not_computed(extended: Path):
     assert file_hashes(extended) == before
 
 
+@pytest.mark.slow
 def test_one_at_a_time(copy: Path):
     cache_teacher(added(copy, signals=("layer2",)))
     cache_teacher(added(copy, signals=("logits", "layer2", "layer3")))
@@ -119,7 +120,7 @@ def test_one_at_a_time(copy: Path):
     assert archive.views_of("small", "layer3") == archive.views_of("small", "layer2") == 2
 
 
-@pytest.mark.parametrize("batches", [1, 5, 11])
+@pytest.mark.parametrize("batches", [1, 11])
 def test_an_interrupted_addition_resumes_to_the_same_bytes(copy: Path, extended: Path, batches: int):
     identity = redistill_cache.open_archive(copy).id
     with pytest.raises(Interrupted):
@@ -140,6 +141,7 @@ def arguments(path: Path) -> list[str]:
     return line
 
 
+@pytest.mark.slow
 def test_a_killed_addition_resumes_to_the_same_bytes(copy: Path, extended: Path, tmp_path: Path):
     process = start_command(arguments(copy), tmp_path / "out.txt")
     deadline = time.monotonic() + 120
@@ -178,6 +180,7 @@ def test_views_are_extended_in_all_parts(finished: Path, copy: Path, tmp_path: P
     assert {name for name, digest in expected.items() if found[name] != digest} == {MANIFEST}
 
 
+@pytest.mark.slow
 def test_an_interrupted_extension_of_all_parts_is_finished_by_the_same_command(copy: Path):
     cache_teacher(added(copy))
     with pytest.raises(Interrupted):
