@@ -10,9 +10,9 @@ import datetime
 import queue
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -156,7 +156,7 @@ class BlockEncoder:
                 if self._error is not None:
                     continue  # drain the queue, so that `add` never blocks
                 try:
-                    with self._on_own_stream(piece):
+                    with self._on_own_stream(piece), self._refuse_full_device(piece):
                         predictions.append(torch.cat([rows.argmax(1) for rows in piece.signals[LOGITS]]).cpu().numpy())
                         encoded.append(self._encode(piece, encoders))
                     if piece.stop == piece.block.stop:
@@ -179,6 +179,19 @@ class BlockEncoder:
         self._stream.wait_event(piece.computed)
         return torch.cuda.stream(self._stream)
 
+    @contextmanager
+    def _refuse_full_device(self, piece: Piece) -> Iterator[None]:
+        """As `refuse_out_of_memory`; a smaller batch leaves room only if it is the teacher that fills the device."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise Refused(
+                f"{self._device} ran out of memory while it encoded {piece.rows:,} rows beside the teacher; end other "
+                f"programs that use its memory, or use a smaller --batch-size than {self._plan.options.batch_size}"
+            ) from error
+
     def _encode(self, piece: Piece, encoders: ThreadPoolExecutor) -> dict[str, Encoded]:
         encoded = {}
         for name, codec in self._codecs.items():
@@ -189,14 +202,6 @@ class BlockEncoder:
             except NotFinite as error:
                 row = piece.start + error.rows[0]
                 raise not_finite_error(self._plan, name, piece.block.view, row) from error
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                raise Refused(
-                    f"{self._device} ran out of memory while it encoded {piece.rows:,} rows of {name}, beside the "
-                    f"teacher; end other programs that use its memory, or use a smaller --batch-size than "
-                    f"{self._plan.options.batch_size}"
-                ) from error
             encoded[name] = join_encoded(parts)  # moves it to the host, so all work on the device is done
         return encoded
 
