@@ -179,7 +179,8 @@ def principal_basis(rows: np.ndarray, *, shift_free: bool, max_rank: int) -> Bas
 
 def spans(rows: np.ndarray) -> bool:
     """Twice as many rows as values span every direction that a linear head can output; fewer may not."""
-    return len(rows) >= 2 * rows.shape[1]
+    width: int = rows.shape[1]
+    return len(rows) >= 2 * width
 
 
 def _principal(centred: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
