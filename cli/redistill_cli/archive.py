@@ -25,7 +25,7 @@ def group() -> None:
     Examples:
 
     \b
-      redistill archive fetch https://example.org/teacher.redistill teacher.redistill.zarr --views 4
+      redistill archive fetch https://example.org/r50.redistill r50 --views 4
       redistill archive pack teacher.redistill.zarr teacher.redistill
       redistill archive remove-teacher teacher.redistill.zarr resnet18
       redistill archive edit teacher.redistill.zarr --licence CC-BY-4.0
@@ -134,8 +134,8 @@ def fetch(
     Examples:
 
     \b
-      redistill archive fetch https://example.org/teacher.redistill teacher.redistill.zarr --views 4
-      redistill archive fetch https://example.org/teacher.redistill teacher.redistill.zarr
+      redistill archive fetch https://example.org/r50.redistill r50 --views 4
+      redistill archive fetch https://example.org/r50.redistill r50
     """
     from redistill_cache.fetching import fetch_archive, locate
     from redistill_cache.reader import open_archive
