@@ -47,9 +47,10 @@ from redistill.training import TrainOptions, train
 
 TEACHER = f"{TEACHER_NETWORK}&weights={TEACHER_WEIGHTS}"
 BASE = "power"
-# The three blocks of the highest quality (cache-teacher --rank-layers), in the order of their depth.
-BY_QUALITY = "layer1:layer2.3,layer2:layer3.2,layer3:layer3.3"
-SIGNALS = ("logits", "layer1", "layer2", "layer3", "penultimate", "layer2.3", "layer3.2", "layer3.3")
+# The three blocks of the highest quality (cache-teacher --rank-layers), in the order of their depth: the last of the
+# second stage, and both of the third.
+BY_QUALITY = "layer1:layer2,layer2:layer3.2,layer3:layer3"
+SIGNALS = ("logits", "layer1", "layer2", "layer3", "penultimate", "layer3.2")
 OPTIMISERS = ("demo", "features")
 
 

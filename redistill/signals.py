@@ -67,17 +67,19 @@ class Signals(nn.Module):
             raise Refused("penultimate was requested, but the logits are not the output of one final linear layer")
         self.end = PENULTIMATE if self.head is not None else LOGITS
         inner = [layer for layer in layers if layer not in (LOGITS, PENULTIMATE)]
-        self.has_inner = bool(inner)
-        self.network = extractor(network, inner, self.end) if inner else network
+        self.nodes: dict[str, str] = {}
+        self.network = network
+        if inner:
+            self.network, self.nodes = extractor(network, inner, self.end)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         output = self.network(x)
-        outputs: dict[str, Tensor] = dict(output) if self.has_inner else {self.end: logits_of(output)}
+        outputs: dict[str, Tensor] = dict(output) if self.nodes else {self.end: logits_of(output)}
         if self.head is not None:
             with torch.autocast(x.device.type, enabled=False):
                 outputs[LOGITS] = self.head(outputs[PENULTIMATE].float())
         rows = {LOGITS: outputs[LOGITS].float()}
-        maps = {layer: outputs[layer].float() for layer in self.layers if layer != LOGITS}
+        maps = {layer: outputs[self.nodes.get(layer, layer)].float() for layer in self.layers if layer != LOGITS}
         return rows | ({layer: pool(output, layer) for layer, output in maps.items()} if self.pooled else maps)
 
 
@@ -92,21 +94,27 @@ def logits_of(output: object) -> Tensor:
     raise Refused(f"expected a network that returns a tensor, or one in .logits or ['logits'], found {found}")
 
 
-def extractor(network: nn.Module, layers: Sequence[str], end: str) -> nn.Module:
-    """`network` with the outputs of `layers` in addition to its own, which gets the name `end`."""
+def extractor(network: nn.Module, layers: Sequence[str], end: str) -> tuple[nn.Module, dict[str, str]]:
+    """`network` with outputs beside its own, which gets the name `end`; and the name of the output of every layer.
+
+    Layers may share one: the output of a stage is that of its last block. torchvision would give the second of two such
+    layers the operation before it.
+    """
     try:
         _, nodes = get_graph_node_names(network.eval(), suppress_diff_warning=True)
     except Exception as error:  # tracing runs the network's code, which may raise anything
         reason = first_line(error)
         raise Refused(f"the layers of this network cannot be traced ({reason}); use logits and penultimate") from error
-    names = {".".join(parts[:i]) for parts in (node.split(".") for node in nodes) for i in range(1, len(parts) + 1)}
+    paths = [node.split(".") for node in nodes]
+    last = {".".join(path[:i]): ".".join(path) for path in paths for i in range(1, len(path) + 1)}  # in this order
     for layer in layers:
-        if layer not in names:
-            raise UsageError(f"the network has no layer {layer!r}; {suggest(layer, names)}")
-        if layer == nodes[-1]:
+        if layer not in last:
+            raise UsageError(f"the network has no layer {layer!r}; {suggest(layer, {*last})}")
+        if last[layer] == nodes[-1]:
             raise UsageError(f"layer {layer!r} is the network's output, which is always stored as {end!r}")
-    outputs = {layer: layer for layer in layers} | {nodes[-1]: end}
-    return create_feature_extractor(network, outputs, suppress_diff_warning=True).eval()  # type: ignore[no-any-return]
+    found = {layer: last[layer] for layer in layers}
+    outputs = {node: node for node in found.values()} | {nodes[-1]: end}
+    return create_feature_extractor(network, outputs, suppress_diff_warning=True).eval(), found
 
 
 def suggest(layer: str, names: set[str]) -> str:

@@ -253,6 +253,15 @@ def test_an_unknown_layer_is_refused_in_one_line(layer: str, message: str):
     assert "\n" not in str(caught.value)
 
 
+def test_a_layer_is_the_same_whichever_layers_are_stored_beside_it():
+    """A stage and its last block have one output."""
+    alone = {layer: teacher(layers=(layer,))(images())[layer] for layer in ("layer2", "layer2.2", "layer3")}
+    for layers in (("layer2", "layer2.2", "layer3"), ("layer3", "layer2.2", "penultimate", "layer2")):
+        rows = teacher(layers=layers)(images())
+        for layer in {*layers} & {*alone}:
+            assert torch.equal(rows[layer], alone[layer]), (layer, layers)
+
+
 def test_a_network_that_cannot_be_traced_still_has_penultimate():
     class Branching(nn.Module):
         def __init__(self) -> None:
