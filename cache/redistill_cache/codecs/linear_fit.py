@@ -9,8 +9,15 @@ import numpy as np
 from redistill_cache.codecs.backend import Backend
 from redistill_cache.codecs.linear import LinearCodec
 from redistill_cache.codecs.linear_decode import LEVELS_PER_OCTAVE, LinearDecoder, Packing
-from redistill_cache.codecs.linear_encode import LARGEST_VALUE, LinearSettings, Quantizer, search_coefficients
+from redistill_cache.codecs.linear_encode import (
+    LARGEST_VALUE,
+    LEAST_FLOOR,
+    LinearSettings,
+    Quantizer,
+    search_coefficients,
+)
 from redistill_cache.codecs.rounding import Factors
+from redistill_cache.codecs.stats import Centre
 
 __all__ = ["fit_linear", "fit_packing", "spans"]
 
@@ -25,6 +32,8 @@ PACKING_ROUNDS = 2
 # The target of the mean error on the pilot, in units of the bound: below 1, so that other rows meet the bound too.
 MEAN_TARGET, CERTIFIED_TARGET = 0.93, 0.8
 MAX_FITTED_RANK = 2048
+# Rows of features nearer to the offset than this share of the median distance are held to the error of that distance.
+FLOOR_OF_MEDIAN = 0.1
 # Weights of errors at T = 1 relative to those at T = 4.
 LEAST_WEIGHT, MOST_WEIGHT, CERTIFIED_WEIGHT = 0.15, 4.0, 0.4
 
@@ -37,13 +46,12 @@ def fit_linear(rows: np.ndarray, settings: LinearSettings, head: tuple[np.ndarra
         rows = np.zeros((1, rows.shape[1]), np.float32)
     weight = CERTIFIED_WEIGHT if settings.certified else LEAST_WEIGHT
     settings = replace(settings, level=START_LEVEL, weight=weight)
-    if settings.metric == "relative":
-        size = float(np.mean(rows.astype(np.float64) ** 2) * rows.shape[1])
-        settings = replace(settings, reference=float(np.clip(1.0 / max(size, 1e-70), 1e-70, 1e30)))
     # The step and the packing are chosen on rows that the basis was not fitted to, if there are enough.
     held_out = len(rows) // 4 if len(rows) >= 16 and head is None else 0
     basis_rows, other_rows = rows[: len(rows) - held_out], rows[len(rows) - held_out :] if held_out else rows
     basis = _basis(basis_rows, settings, head)
+    if settings.metric != "kl":
+        settings = _with_size(settings, rows, basis.offset.astype(np.float32))
     step_rows = _spaced(other_rows, STEP_ROWS)
     step = _first_step(step_rows, basis, settings)
     for _ in range(STEP_ROUNDS):
@@ -61,6 +69,22 @@ def fit_linear(rows: np.ndarray, settings: LinearSettings, head: tuple[np.ndarra
         means = _mean_errors(Quantizer(decoder, settings, Backend()), step_rows)
         decoder = _rescaled(decoder, _step_change(means, settings))
     return LinearCodec(decoder, settings, "svd" if head is None else "head")
+
+
+def _with_size(settings: LinearSettings, rows: np.ndarray, offset: np.ndarray) -> LinearSettings:
+    """The settings with what the errors of features are relative to."""
+    if settings.metric == "centred":
+        floor = FLOOR_OF_MEDIAN * float(np.median(Centre(offset, 0.0).size(rows)))
+        settings = replace(settings, floor=max(floor, LEAST_FLOOR))
+    size = _usual_square(rows, settings, offset)
+    return replace(settings, reference=float(np.clip(1.0 / max(size, 1e-70), 1e-70, 1e30)))
+
+
+def _usual_square(rows: np.ndarray, settings: LinearSettings, offset: np.ndarray) -> float:
+    """The square of what errors of features are usually relative to."""
+    if settings.metric == "centred":  # the median, as one far row must not make the step too coarse for all others
+        return float(np.median(Centre(offset, settings.floor).size(rows))) ** 2
+    return float(np.mean(rows.astype(np.float64) ** 2) * rows.shape[1])
 
 
 def _basis(rows: np.ndarray, settings: LinearSettings, head: tuple[np.ndarray, np.ndarray] | None) -> Basis:
@@ -83,7 +107,7 @@ def _first_step(rows: np.ndarray, basis: Basis, settings: LinearSettings) -> flo
     if settings.metric == "kl":
         noise = 4.0 * settings.fidelity * rows.shape[1]
     else:
-        noise = settings.fidelity**2 * float((rows.astype(np.float64) ** 2).sum(1).mean())
+        noise = settings.fidelity**2 * _usual_square(rows, settings, basis.offset.astype(np.float32))
     return float(np.clip(np.sqrt(12.0 * noise / len(basis.rows)), 1e-20, 1e20))
 
 
@@ -179,8 +203,7 @@ def principal_basis(rows: np.ndarray, *, shift_free: bool, max_rank: int) -> Bas
 
 def spans(rows: np.ndarray) -> bool:
     """Twice as many rows as values span every direction that a linear head can output; fewer may not."""
-    width: int = rows.shape[1]
-    return len(rows) >= 2 * width
+    return bool(len(rows) >= 2 * rows.shape[1])
 
 
 def _principal(centred: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
