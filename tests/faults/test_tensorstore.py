@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorstore
+from redistill_cache import fetch_archive
 from redistill_cache.codecs import BlockStats, fit_codec
+from redistill_cache.packing import pack
 from redistill_cache.spec import ArchiveSpec, SignalSpec, TeacherSpec
 from redistill_cache.writer import ArchiveWriter
 
@@ -135,3 +137,14 @@ def test_every_array_is_plain_zarr_v3(archive: Path):
     assert len(arrays) > 20
     for folder in arrays:
         assert read(folder).size > 0
+
+
+def test_a_copy_with_some_views(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    pack(archive, tmp_path / "packed")
+    copy = fetch_archive(str(tmp_path / "packed"), tmp_path / "copy", views=1)
+    assert np.array_equal(read(copy / "samples/digest"), scenario.DIGESTS)
+    for name, values in scenario.view_params(0).items():
+        store = read(copy / "views" / name)
+        assert np.array_equal(store[0], values)
+        assert not store[1:].any()
