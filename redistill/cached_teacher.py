@@ -65,7 +65,7 @@ class CachedTeacher:
             raise UsageError(f"expected a list of rows, and one view or a view of each row, found the shapes {shapes}")
         for what, numbers, count in (
             ("rows", row_of, self.archive.num_samples),
-            ("views", view_of, self.archive.views_of(self.name)),
+            ("views", view_of, self.archive.views_of(self.name, signal)),
         ):
             if numbers.size and not 0 <= numbers.min() <= numbers.max() < count:
                 raise OutOfRange(f"expected {what} in [0, {count}), found {numbers.min()} to {numbers.max()}")
@@ -90,7 +90,7 @@ class CachedTeacher:
         if loader is None:
             self.archive.signal(self.name, signal)
             loader = self._loaders[signal] = self.archive.loader(self.name, signal)
-        return loader.take(view, then=(view + 1) % self.archive.views_of(self.name))
+        return loader.take(view, then=(view + 1) % self.archive.views_of(self.name, signal))
 
     def _kept(self, signal: str, view: int) -> PackedView:
         """One of the views that batches mix."""

@@ -6,6 +6,7 @@ the final linear layer. Maps are averaged over space, tokens over the sequence: 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -123,16 +124,24 @@ def suggest(layer: str, names: set[str]) -> str:
 def pool(output: Tensor, layer: str) -> Tensor:
     """One row per image. Square maps distinguish [B, C, H, W] from the [B, H, W, C] of Swin and ConvNeXt."""
     if output.ndim == 4 and output.shape[2] == output.shape[3]:
-        return output.mean((2, 3))
+        return mean_over(output, (2, 3))
     if output.ndim == 4 and output.shape[1] == output.shape[2]:
-        return output.mean((1, 2))
+        return mean_over(output, (1, 2))
     if output.ndim == 3:  # tokens
-        return output.mean(1)
+        return mean_over(output, (1,))
     if output.ndim != 2:
         raise Refused(
             f"layer {layer!r}: expected rows, tokens or a square map per image, found an output {list(output.shape)}"
         )
     return output
+
+
+def mean_over(output: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The mean over these dimensions. With a gradient, as a sum: that of a mean is written out at full size, in the
+    wrong memory format for a network with channels last, which then computes its backward pass in that format."""
+    if not output.requires_grad:
+        return output.mean(dims)
+    return output.sum(dims) / math.prod(output.shape[dim] for dim in dims)
 
 
 # -- a student's layers -----------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from redistill.losses.divergences import (
 from redistill.losses.features import Contrast, FeatureMatch, NormDirection, OrthogonalMatch
 from redistill.losses.heads import AdaptedTeacher, DualHead, ExitHead, SubclassHead
 from redistill.losses.hinton import bd_kd, kd, logit_mse, luminet, mld, standardize, ttm, wttm
-from redistill.losses.objective import Mix, Needs, Objective
+from redistill.losses.objective import Mix, Needs, Objective, Widths
 from redistill.losses.power import capped_fraction, is_bounded, power_divergence
 from redistill.losses.ranking import pld, topkd
 from redistill.losses.relational import dist, mlkd_batch, mlkd_class, pearson, r2kd, rkd, sinkhorn, spearman
@@ -42,6 +42,7 @@ __all__ = [
     "SubclassHead",
     "Taid",
     "TrainingProgress",
+    "Widths",
     "alpha_beta",
     "bd_kd",
     "capped_fraction",

@@ -1,7 +1,7 @@
 """Stage 2 from beginning to end: `train(options)`.
 
 open and check everything -> load the checkpoint of an earlier run, if any
--> per batch: pixels from the workers, teacher logits from the resident view, one step of every member
+-> per batch: pixels from the workers, teacher rows from the resident views, one step of every member
 -> per epoch: validation, logs, checkpoint -> weights and results
 """
 

@@ -158,7 +158,7 @@ class TrainOptions:
     teachers: tuple[str, ...] = field(
         default=(),
         metadata=option(
-            "Teachers of the archive; the mean of their logits is used.",
+            "Teachers of the archive; the mean of their logits is used, and features of one.",
             name="teacher-names",
             metavar="A,B",
             default_text="the only one",

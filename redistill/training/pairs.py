@@ -24,14 +24,15 @@ from redistill.signals import (
     HEAD_LOGITS,
     LOGITS,
     PENULTIMATE,
+    PROBE_SIZE,
     Layers,
     in_eval_mode,
     look_into,
     outputs_in_order,
     pool,
     stage_ends,
+    suggest,
 )
-from redistill.specs import did_you_mean
 
 __all__ = ["StudentLayers", "TeacherLayers", "connected", "online_layers", "stored_layers"]
 
@@ -68,14 +69,15 @@ class TeacherLayers:
     ends: tuple[str, ...]
     defaults: Collection[str]
     """Those that may be chosen for a term that names none."""
+    names: Collection[str]
+    """The names of all layers of its network; none where the network is not known here."""
     refuse: Callable[[str], Refused]
     """layer -> the error about a layer that this teacher does not offer."""
 
     def missing(self, layer: str) -> Refused | UsageError:
         """The error about a layer that this teacher does not offer."""
-        hint = did_you_mean(layer, self.widths)
-        if layer != PENULTIMATE and hint.startswith("did you mean"):
-            return UsageError(f"{self.name} has no layer {layer!r}; {hint}")
+        if layer != PENULTIMATE and self.names and layer not in self.names:
+            return UsageError(f"{self.name} has no layer {layer!r}; {suggest(layer, {*self.names, PENULTIMATE})}")
         return self.refuse(layer)
 
 
@@ -85,26 +87,27 @@ def stored_layers(archive: Archive, teacher: str, only: Collection[str] | None =
     defaults = names if only is None else [name for name in names if name in only]
     widths = {name: archive.signal(teacher, name)[1].width for name in names}
     inner = tuple(sorted((name for name in defaults if name != PENULTIMATE), key=natural_order))
-    ends = ends_of_stored_network(archive, teacher) if inner else ()
+    network, ends = stored_network(archive, teacher)
     return TeacherLayers(
         name=f"teacher {teacher!r} of {archive.path.name}",
         widths=widths,
         ends=ends if {*ends} & {*inner} else inner,
         defaults=defaults,
+        names=[] if network is None else [name for name, _ in network.named_modules()],
         refuse=partial(missing_signal, archive, teacher),
     )
 
 
-def ends_of_stored_network(archive: Archive, teacher: str) -> tuple[str, ...]:
-    """The stage ends of the network that the archive says the teacher is; none where it cannot be built here."""
+def stored_network(archive: Archive, teacher: str) -> tuple[nn.Module | None, tuple[str, ...]]:
+    """The network that the archive says the teacher is, and the ends of its stages; None where it is not known here."""
     model = archive.teacher(teacher).model
     spec, size = model.get("spec"), model.get("input_size")
-    side = size if isinstance(size, int) else 64
+    side = size if isinstance(size, int) else PROBE_SIZE
     try:
         network = meta_network(str(spec), archive.num_classes, side)
-        return stage_ends(network, torch.zeros(2, 3, side, side, device="meta"))
-    except Exception:  # noqa: BLE001  a network of a library or version that is not here; the order of names is used
-        return ()
+        return network, stage_ends(network, torch.zeros(2, 3, side, side, device="meta"))
+    except Exception:  # noqa: BLE001  of a library or version that is not here: the order of names is used instead
+        return None, ()
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:
@@ -129,6 +132,7 @@ def online_layers(name: str, module: nn.Module, probe: Tensor) -> TeacherLayers:
         widths=widths,
         ends=stage_ends(module, probe),
         defaults={*widths},
+        names=names,
         refuse=lambda layer: Refused(f"the teacher {name!r} has no layer {layer!r} with a row for every image"),
     )
 

@@ -45,9 +45,12 @@ def teacher_text(options: TrainOptions, setup: TrainSetup) -> str:
     if isinstance(setup.targets, OnlineTargets):
         return f"{options.online_teacher}, run at every step"
     reads = setup.targets.shared_views.reads
-    names = list(dict.fromkeys(read.teacher for read in reads if read.teacher in setup.use.teachers))
-    texts = [names[0] if len(names) == 1 else f"mean of {', '.join(names)}"] if names else []
-    return ", ".join(texts + [f"{read.signal} of {read.teacher}" for read in reads if read.signal != LOGITS])
+    logits = [read.teacher for read in reads if read.signal == LOGITS]
+    texts = [logits[0] if len(logits) == 1 else f"mean of {', '.join(logits)}"] if logits else []
+    for name in dict.fromkeys(read.teacher for read in reads if read.signal != LOGITS):
+        layers = ", ".join(read.signal for read in reads if read.teacher == name and read.signal != LOGITS)
+        texts.append(f"features of {name}: {layers}")
+    return "; ".join(texts)
 
 
 def optimizer_text(optim: OptimConfig, ema: float | None) -> str:

@@ -77,14 +77,14 @@ def test_every_number_has_its_script():
 
 
 @pytest.mark.filterwarnings("ignore:.*treespec.*:FutureWarning")  # of Lightning, about torch
-@pytest.mark.parametrize("name", ["plain_torch", "timm_loop", "lightning_loop"])
+@pytest.mark.parametrize("name", ["plain_torch", "features_loop", "timm_loop", "lightning_loop"])
 def test_the_loops_of_the_examples_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str):
     import runpy
 
     package = name.partition("_loop")[0]
-    if package != name:
+    if package not in (name, "features"):
         pytest.importorskip(package, reason=f"examples/{name}.py is for users of {package}: pip install {package}")
-    cache(tmp_path / "a.redistill.zarr", views=2)
+    cache(tmp_path / "a.redistill.zarr", views=2, signals=("logits", "penultimate"))
     module = runpy.run_path(str(ROOT / "examples" / f"{name}.py"))
     module["main"](str(tmp_path / "a.redistill.zarr"), DATA, 2)
     assert re.search(r"^epoch 2: loss \d\.\d+$", capsys.readouterr().out, re.M)

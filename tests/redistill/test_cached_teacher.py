@@ -12,6 +12,7 @@ from redistill_cache.errors import OutOfRange, UsageError
 
 import redistill
 from tests import tiny_archive
+from tests.small_archive import cache
 
 STORED = np.stack([tiny_archive.stored_logits(view) for view in range(3)])
 ROWS = np.array([7, 49, 7, 0, 12, 31])
@@ -70,3 +71,21 @@ def test_no_rows(archive):
 def test_what_is_no_row_or_view_is_refused(archive, rows, views, error: type[Exception], message: str):
     with pytest.raises(error, match=message):
         redistill.CachedTeacher(archive)(rows, views)
+
+
+def test_a_teacher_of_features_alone_and_features_that_were_added(tmp_path: Path):
+    path = tmp_path / "a.redistill.zarr"
+    teacher = "demo:small?num_classes=8&weights=random"
+    cache(path, teacher=teacher, views=2, signals=("penultimate",))
+    cache(path, teacher=teacher, views=2, signals=("layer2",))
+    archive = open_archive(path)
+    cached = redistill.CachedTeacher(archive)
+    for layer, width in (("penultimate", 64), ("layer2", 32)):
+        rows = cached.features(ROWS, VIEWS % 2, layer)
+        assert rows.shape == (6, width)
+        expected = [archive.features(view, [row], layer=layer)[0] for row, view in zip(ROWS, VIEWS % 2, strict=True)]
+        np.testing.assert_allclose(rows.numpy(), np.stack(expected), atol=1e-6)
+    with pytest.raises(OutOfRange, match="no signal 'logits'"):
+        cached(ROWS, 0)
+    with pytest.raises(OutOfRange, match=r"expected views in \[0, 2\)"):
+        cached.features(ROWS, 2, "layer2")

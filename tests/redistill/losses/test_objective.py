@@ -13,6 +13,7 @@ from redistill.losses import (
     Objective,
     Schedule,
     TrainingProgress,
+    Widths,
     dkd,
     kd,
     power_divergence,
@@ -327,3 +328,72 @@ def test_state_of_terms_is_the_same_on_every_rank(tmp_path):
     first, second = (torch.load(tmp_path / f"{number}.pt", weights_only=True) for number in (0, 1))
     assert {key for key in first if key != "_extra_state"} == {key for key in second if key != "_extra_state"}
     assert all(torch.equal(first[key], second[key]) for key in first if key != "_extra_state")
+
+
+# -- features and the head --------------------------------------------------------------------------------------------
+
+
+WIDTHS = Widths({"layer1": 4, "penultimate": 6}, {"layer1": 5, "penultimate": 7}, 10)
+
+
+def feature_batch():
+    generator = torch.Generator().manual_seed(3)
+    student = {
+        "logits": torch.randn(6, 10, generator=generator),
+        "head_logits": torch.randn(6, 10, generator=generator),
+    }
+    student |= {name: torch.randn(6, width, generator=generator) for name, width in WIDTHS.student.items()}
+    teacher = {name: torch.randn(6, width, generator=generator) for name, width in WIDTHS.teacher.items()}
+    return student, teacher, torch.randint(0, 10, (6,), generator=generator)
+
+
+def test_features_are_matched_for_every_pair_and_averaged():
+    objective = Objective(
+        ["features?pairs=layer1:layer1,penultimate:penultimate&weight=3", "ce?weight=2&on=head"], WIDTHS
+    )
+    student, teacher, labels = feature_batch()
+    total, values = objective(student, teacher, labels)
+    errors = []
+    for name, loss in zip(("layer1", "penultimate"), objective.terms[0].losses, strict=True):
+        difference = student[name].double() @ loss.projector.weight.detach().double().T - teacher[name].double()
+        errors.append(difference.square().mean())
+    torch.testing.assert_close(values["features"].double(), torch.stack(errors).mean(), atol=1e-6, rtol=1e-6)
+    ce = F.cross_entropy(student["head_logits"], labels)
+    torch.testing.assert_close(total, 3 * values["features"] + 2 * ce)
+
+
+def test_features_alone_are_published_with_a_cross_entropy_of_the_last_layer():
+    short, written = Objective(["features"]), Objective(["features?weight=1", "ce?weight=1&on=head"])
+    assert short.needs == written.needs
+    assert (short.ce_weight, short.ce_on) == (written.ce_weight, written.ce_on) == (1.0, "head")
+    assert short.needs.open_pairs
+    assert short.needs.teacher
+    assert short.needs.sources == ()
+
+
+def test_what_a_loss_on_features_needs():
+    pairs = "pairs=layer1:layer2,penultimate:penultimate"
+    needs = Objective([f"features?{pairs}", "kl", "ce?weight=1"]).needs
+    assert needs.sources == ((None, "layer2"), (None, "penultimate"), (None, "logits"))
+    assert needs.layers == ("layer1", "penultimate")
+    assert needs.outputs == ("logits",)
+    named = Objective(["features?pairs=a:b&teacher=big", "ce?weight=0"]).needs
+    assert named.sources == (("big", "b"),)
+    assert (named.labels, named.outputs) == (False, ())
+    assert Objective(["exit?layer=a,b"]).needs.layers == ("a", "b")
+    assert Objective(["dkd?on=head", "ce"]).needs.outputs == ("head_logits", "logits")
+
+
+def test_a_logit_loss_on_the_head_sees_its_logits():
+    student, teacher, labels = feature_batch()
+    teacher["logits"] = torch.randn(6, 10, generator=torch.Generator().manual_seed(4))
+    total, _ = Objective(["kd?on=head&weight=1", "ce?weight=0"])(student, teacher, labels)
+    torch.testing.assert_close(total, kd(student["head_logits"], teacher["logits"]))
+
+
+def test_features_that_are_missing_are_named():
+    student, teacher, labels = feature_batch()
+    with pytest.raises(UsageError, match="'features' needs teacher penultimate, found logits"):
+        Objective(["features?pairs=penultimate:penultimate"], WIDTHS)(student, teacher["layer1"], labels)
+    with pytest.raises(UsageError, match="'features' needs pairs of layers and their widths"):
+        Objective(["features"])(student, teacher, labels)

@@ -324,9 +324,9 @@ def test_the_teachers_head(run):
         ),
         ({"losses": ("features?pairs=layer2:layr2",)}, UsageError, "has no layer 'layr2'; did you mean layer2?"),
         (
-            {"losses": ("features?pairs=layer2:conv7",)},
+            {"losses": ("features?pairs=layer2:layer1",)},
             RedistillError,
-            "has no 'conv7' of teacher 'small' [(]it has logits, layer2, penultimate[)]; add it: redistill",
+            "has no 'layer1' of teacher 'small' [(]it has logits, layer2, penultimate[)]; add it: redistill",
         ),
         ({"losses": ("features?pairs=layer2",)}, UsageError, "expected pairs=STUDENT:TEACHER"),
         ({"losses": ("features?pairs=layer2:layer2,layer2:layer2",)}, UsageError, "twice"),

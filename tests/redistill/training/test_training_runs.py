@@ -173,6 +173,10 @@ def test_a_finished_run_goes_on_to_more_epochs_as_if_they_had_been_planned(optio
     ("changed", "reason"),
     [
         ({}, "the learning rate of --sched cosine depends on the number of epochs"),
+        (
+            {"sched": "onecycle", "warmup_epochs": 0.0},
+            "the learning rate of --sched onecycle depends on the number of epochs",
+        ),
         ({"sched": "constant", "losses": ("kl?decay=linear",)}, "the loss 'kl' changes with the share of the epochs"),
         ({"sched": "constant", "losses": ("taid",)}, "the loss 'taid' changes with the share of the epochs"),
     ],
