@@ -88,8 +88,8 @@ METHODS = {
 }
 # Student, teacher, size of the views, batch and turns of the comparison of steps.
 STEPS = (
-    (STUDENT_NETWORK, TEACHER, 32, 128, 200),
-    ("torchvision:resnet18", "torchvision:resnet34?num_classes=10&weights=random", 64, 32, 16),
+    (STUDENT_NETWORK, TEACHER, 32, 128, 100),
+    ("torchvision:resnet18", "torchvision:resnet34?num_classes=10&weights=random", 64, 32, 12),
 )
 STEP_SIGNALS = ("logits", "layer1", "layer2", "layer3", "penultimate")
 STEP_LOSSES = ("features", "power", "power")
@@ -213,7 +213,7 @@ def step_rows(folder: Path, quick: bool) -> list[dict[str, object]]:
     rows = []
     data = f"synthetic?{DIFFICULTY}&n=256"
     for student, teacher, size, batch_size, turns in STEPS:
-        archive, recipe = folder / f"steps-{size}.redistill.zarr", f"cifar?size={size}"
+        archive, recipe = folder / f"steps-{size}.redistill.zarr", f"rrc?size={size}"
         cache_teacher(CacheOptions(data=data, teacher=teacher, out=archive, recipe=recipe, signals=STEP_SIGNALS))
         turns = 10 if quick else turns
         features, logits, control, _ = step_times(data, archive, student, STEP_LOSSES, turns, batch_size)
