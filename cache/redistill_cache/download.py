@@ -45,6 +45,7 @@ from redistill_cache.wording import human_bytes, one_line
 __all__ = ["FileSink", "Notify", "Sink", "Transfer", "Unreachable", "download", "is_offline", "read_address", "say"]
 
 PIECE = 1 << 20
+BEGINNING = 64  # bytes that show whether a file is a web page
 TIMEOUT_S = 60.0  # without a byte
 HURRIED_S = 10.0
 CONNECTIONS = 8
@@ -379,10 +380,11 @@ class _Attempts:
             end = last if answer.is_range and last is not None else sink.end
             while position < end and not transfer.stop.is_set():
                 piece = answer.read(min(PIECE, end - position))
+                if position == 0:
+                    piece = _whole_beginning(piece, answer, end)
+                    _refuse_html(piece)
                 if not piece:
                     break
-                if position == 0:
-                    _refuse_html(piece)
                 sink.take(position, piece)
                 position += len(piece)
                 self._count(len(piece))
@@ -457,8 +459,18 @@ def _of(address: Address, error: RedistillError) -> RedistillError:
     return error if str(address) in str(error) else type(error)(f"{address}: {error}")
 
 
+def _whole_beginning(piece: bytes, answer: Answer, end: int) -> bytes:
+    """The first bytes of a file, as many as `_refuse_html` looks at, though they may come one by one."""
+    while piece and len(piece) < min(BEGINNING, end):
+        more = answer.read(min(BEGINNING, end) - len(piece))
+        if not more:
+            break
+        piece += more
+    return piece
+
+
 def _refuse_html(piece: bytes) -> None:
-    start = piece[:64].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    start = piece[:BEGINNING].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if start.startswith((b"<!doctype html", b"<html")):
         raise Refused(
             "the server sent a web page instead of the file, such as a login or an error page; expected an address "

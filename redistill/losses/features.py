@@ -50,9 +50,9 @@ class FeatureMatch(nn.Module):
         super().__init__()
         self.teacher_width = teacher_width
         self.match = one_of("match", match, ("mse", "cosine"))
-        self.project: nn.Module = nn.Identity()
+        self.projector: nn.Linear | None = None
         if one_of("project", project, ("linear", "none")) == "linear":
-            self.project = nn.Linear(student_width, teacher_width, bias=False)
+            self.projector = nn.Linear(student_width, teacher_width, bias=False)
         elif student_width != teacher_width:
             raise UsageError(
                 f"project=none needs layers of one width, found {student_width} in the student and {teacher_width} in "
@@ -62,8 +62,8 @@ class FeatureMatch(nn.Module):
     def forward(self, student_features: Tensor, teacher_features: Tensor, *, reduction: str = "batchmean") -> Tensor:
         student, teacher = prepare_features(student_features, teacher_features)
         check_features("teacher", teacher, self.teacher_width)
-        if isinstance(self.project, nn.Linear):
-            student = linear(self.project, student)
+        if self.projector is not None:
+            student = linear(self.projector, student)
         check_features("student", student, self.teacher_width)
         if self.match == "mse":
             return reduce_rows((student - teacher).square().mean(1), reduction)

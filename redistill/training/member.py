@@ -143,8 +143,8 @@ class Member:
             return
         last = self.module.get_submodule(self.head_name).requires_grad_(False)
         assert isinstance(last, nn.Linear), last
-        weight, project = self.teacher_head.weight, match[1].project
-        last.weight.copy_(weight @ project.weight if isinstance(project, nn.Linear) else weight)
+        weight, projector = self.teacher_head.weight, match[1].projector
+        last.weight.copy_(weight if projector is None else weight @ projector.weight)
         last.bias.copy_(self.teacher_head.bias)
 
     @contextmanager

@@ -192,7 +192,7 @@ CHANGED = {
     "--fidelity": (("--fidelity", "1e-2"), "fidelity = 0.001, now it is 0.01"),
     "--codec": (("--codec", "float16"), "codec"),
     "--keep-shift": (("--keep-shift",), "keep_shift"),
-    "--amp": (("--amp",), "precision = 'float32', now it is 'bfloat16'"),
+    "--amp": (("--amp",), "precision = 'float32', now it is 'bfloat16, final layer float32'"),
     "--compile": (("--compile",), "compile"),
     "--seed": (("--seed", "1"), "seed = 0, now it is 1"),
     "--recipe": (("--recipe", "center"), "recipe"),

@@ -146,12 +146,12 @@ def mean(values):
 
 
 def ref_features(module, s, t, **_):
-    assert module.project.bias is None
-    return mean((a - b) ** 2 for a, b in zip(affine(module.project, s), t, strict=True))
+    assert module.projector.bias is None
+    return mean((a - b) ** 2 for a, b in zip(affine(module.projector, s), t, strict=True))
 
 
 def ref_cosine(module, s, t, **_):
-    p = affine(module.project, s)
+    p = affine(module.projector, s)
     return 1 - dot(p, t) / norm(p) / norm(t)
 
 
