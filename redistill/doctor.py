@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import platform
@@ -9,6 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -22,7 +24,7 @@ from redistill_cache.codecs import fit_codec, join_encoded
 from redistill_cache.codecs.catalogue import compressed_size
 from redistill_cache.errors import Refused
 from redistill_cache.machine import usable_cores, usable_memory
-from redistill_cache.storage import LOCAL, disk_trouble
+from redistill_cache.storage import LOCAL, Files, disk_trouble
 
 from redistill.cached_teacher import decode_rows
 from redistill.devices import one_thread, pick_amp, pick_device, refuse_out_of_memory
@@ -85,6 +87,8 @@ class Diagnosis:
     workers: int
     disk_free_gib: float
     disk_write_mib_per_second: float
+    file_system: dict[str, str | None]
+    """What writing an archive needs of the file system, and the error where it lacks it."""
     data: str
     view_size: int
     views_per_second_and_core: float
@@ -146,6 +150,7 @@ def examine(
         workers=default_workers(),
         disk_free_gib=disk_free,
         disk_write_mib_per_second=write_rate(folder),
+        file_system=try_file_system(folder),
         data=data or "synthetic images; use --data for others",
         view_size=size,
         views_per_second_and_core=render_rate(dataset),
@@ -183,6 +188,40 @@ def device_names() -> list[str]:
 def free_gib(folder: Path) -> float:
     with disk_trouble("read", folder):
         return shutil.disk_usage(folder).free / 2**30
+
+
+def try_file_system(folder: Path, files: Files = LOCAL) -> dict[str, str | None]:
+    """What the writer of an archive does, tried in a temporary folder: None, or the error where it does not work."""
+    found: dict[str, str | None] = {}
+    with disk_trouble("write", folder), tempfile.TemporaryDirectory(dir=folder, prefix=".redistill-doctor-") as inside:
+        one, two, link = (Path(inside) / name for name in ("one", "two", "link"))
+        files.write(one, b"1")
+        files.write(two, b"2")
+
+        def refuse_existing() -> None:
+            with suppress(FileExistsError):
+                files.write(one, b"3")
+                raise OSError(errno.EEXIST, "an existing file is opened")
+
+        def refuse_second_link() -> None:
+            files.link(one, link)
+            with suppress(FileExistsError):
+                files.link(two, link)
+                raise OSError(errno.EEXIST, "a link replaces a file")
+
+        for name, operation in {
+            "exclusive create": refuse_existing,
+            "hard links": refuse_second_link,
+            "rename over a file": lambda: files.rename(two, one),
+            "fsync of a file": lambda: files.sync_file(one),
+            "fsync of a folder": lambda: files.sync_directory(Path(inside)),
+        }.items():
+            try:
+                operation()
+                found[name] = None
+            except OSError as error:
+                found[name] = error.strerror or str(error)
+    return found
 
 
 # -- rates ------------------------------------------------------------------------------------------------------------
@@ -380,6 +419,11 @@ def add_advice(diagnosis: Diagnosis) -> None:
     if stage2.limit == "loader":
         advice.append("rendering is the bottleneck: train several students in one pass (--seed 0 --seed 1 ...)")
         advice.append("or use several views of each decoded image (--views-per-image 2), or store smaller images")
+    lacking = [f"{name} ({problem})" for name, problem in diagnosis.file_system.items() if problem]
+    if lacking:
+        advice.append(
+            f"the file system of this folder lacks {', '.join(lacking)}: write archives elsewhere, and copy them here"
+        )
     if diagnosis.cores < diagnosis.machine_cores:
         advice.append(
             f"only {diagnosis.cores} of {diagnosis.machine_cores} cores may be used; more --workers will not help"

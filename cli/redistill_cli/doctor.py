@@ -32,7 +32,7 @@ def doctor(
     ] = None,
     archive_dir: Annotated[
         Path | None,
-        typer.Option("--archive-dir", metavar="DIR", help="Measure the disk of this folder, instead of the current."),
+        typer.Option("--archive-dir", metavar="DIR", help="Measure and try the disk of this folder, not the current."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
@@ -71,6 +71,10 @@ def show(diagnosis: Diagnosis) -> None:
         (
             "disk",
             f"{d.disk_free_gib:.1f} GiB free, {d.disk_write_mib_per_second:.0f} MiB/s durable writes to this folder",
+        ),
+        (
+            "file system",
+            "; ".join(f"{name}: {problem or 'yes'}" for name, problem in d.file_system.items()),
         ),
         ("workers", f"{d.workers} by default, start method {d.worker_start}"),
         ("views", f"{d.views_per_second_and_core:.0f}/s per core at {d.view_size} px ({harmless(d.data)})"),

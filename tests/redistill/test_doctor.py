@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import resource
 import time
 from pathlib import Path
@@ -10,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 from redistill_cache.errors import Refused
+from redistill_cache.storage import Files
 
 from redistill import doctor
-from redistill.doctor import balance, examine, open_views, paced
+from redistill.doctor import balance, examine, open_views, paced, try_file_system
 from tests import tiny_archive
 
 
@@ -107,6 +110,23 @@ def test_both_stages_of_a_teacher_are_measured(tmp_path: Path, monkeypatch: pyte
     assert without.stage2 is not None
     with pytest.raises(Refused, match="has no weights"):
         examine(folder=tmp_path, teacher="demo:small?num_classes=30")
+
+
+class Fat(Files):
+    """A disk like those that have neither links nor durable folders."""
+
+    def link(self, old: Path, new: Path) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM), str(old), None, str(new))
+
+    def sync_directory(self, path: Path) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(path))
+
+
+def test_what_a_file_system_can_do_is_tried(tmp_path: Path):
+    assert set(try_file_system(tmp_path).values()) == {None}
+    found = {name: problem for name, problem in try_file_system(tmp_path, Fat()).items() if problem}
+    assert found == {"hard links": "Operation not permitted", "fsync of a folder": "Invalid argument"}
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_folder_is_an_error_in_one_line(tmp_path: Path):
