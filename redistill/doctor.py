@@ -209,13 +209,14 @@ def try_file_system(folder: Path, files: Files = LOCAL) -> dict[str, str | None]
                 files.link(two, link)
                 raise OSError(errno.EEXIST, "a link replaces a file")
 
-        for name, operation in {
+        operations: dict[str, Callable[[], None]] = {
             "exclusive create": refuse_existing,
             "hard links": refuse_second_link,
             "rename over a file": lambda: files.rename(two, one),
             "fsync of a file": lambda: files.sync_file(one),
             "fsync of a folder": lambda: files.sync_directory(Path(inside)),
-        }.items():
+        }
+        for name, operation in operations.items():
             try:
                 operation()
                 found[name] = None
