@@ -49,7 +49,8 @@ from redistill.caching.run import declare_teacher
 from redistill.interrupts import Interrupted, StopRequest
 from redistill.optim import OptimConfig
 from redistill.progress import NoProgress
-from redistill.ranks import Rank, joined_world
+from redistill.ranks import joined_world
+from redistill.shares import Share
 from redistill.training import TrainOptions, train
 from redistill.training.prepare import prepare
 
@@ -167,12 +168,12 @@ def stage1(setting: Setting) -> Iterator[harness.Row]:
         batch_size=batch,
         device=str(setting.device),
     )
-    plan = make_plan(options, Rank())
+    plan = make_plan(options, Share())
     pixels = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=setting.device)
     with TeacherRunner(plan, StopRequest()) as runner:
         stats = RunStats()
         writer = declare_teacher(runner, None, stats, NoProgress())
-    blocks = writer.missing(plan.part)
+    blocks = writer.missing(plan.folder)
     batches = [(block, rows) for block in blocks for rows in batches_of(block.rows, batch)]
 
     def alone() -> None:
@@ -196,7 +197,7 @@ def stage1(setting: Setting) -> Iterator[harness.Row]:
     yield row("stage 1", "beside encoding and writing", ratio, setting.quick or ratio >= STAGE1_GOAL, ">= 0.97")
     control = seconds[0] / seconds[2]
     yield row("stage 1", "control, alone over alone", control, passed=True)
-    complete = not writer.missing(plan.part)
+    complete = not writer.missing(plan.folder)
     yield row("stage 1", "all blocks are committed", str(complete), complete)
 
 

@@ -191,6 +191,11 @@ class Taps(nn.Module):
         self._listening = True
         logits = logits_of(self.network(x))
         self._listening = False
+        rows: dict[str, Tensor] = self._rows(logits)
+        return rows
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the maps lie in a dictionary, which is not worth tracing
+    def _rows(self, logits: Tensor) -> dict[str, Tensor]:
         rows = {LOGITS: logits.float()} if LOGITS in self.outputs else {}
         if HEAD_LOGITS in self.outputs:
             rows[HEAD_LOGITS] = self.head(self._maps[PENULTIMATE].detach()).float()

@@ -42,8 +42,8 @@ def test_the_demo(tmp_path: Path):
     page = (tmp_path / "demo" / "report.html").read_text()
     for name in stored["students"]:
         assert f"{name}-0" in page
-    weights = tmp_path / "demo" / demo.FEATURES_RUNS / "features-1" / "student.safetensors"
-    before = weights.stat().st_mtime_ns
+    checkpoints = tmp_path / "demo" / demo.FEATURES_RUNS / "last.ckpt"
+    before = checkpoints.stat().st_mtime_ns
     again = demo.run_demo(tmp_path / "demo", NoProgress())
     assert again.students == summary.students
-    assert weights.stat().st_mtime_ns == before
+    assert checkpoints.stat().st_mtime_ns == before
