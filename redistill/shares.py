@@ -72,8 +72,7 @@ class Share:
     def work_order(self, blocks: Sequence[T], *, helps: bool = True) -> list[T]:
         """This share of the blocks and, if it helps, all others, in an order of its own.
 
-        Random orders rarely lead two helpers to the same block; with machines of unequal speed, following the order of
-        the shares computes several times as many blocks twice.
+        In one order, helpers that end at the same time would follow each other from block to block.
         """
         others = [block for i, block in enumerate(blocks) if i % self.count != self.index] if helps else []
         Random(self.index).shuffle(others)

@@ -286,10 +286,10 @@ def _fetched(remote: Remote, target: Path, views: int | None, progress: FetchPro
 
 def _refuse_other_folder(target: Path, identity: str) -> None:
     """Refuse to fetch to a folder of the user's with anything but a copy of this archive, or the beginning of one."""
-    there = id_of_copy(target)
+    held = id_of_copy(target)
     begun = held_views(target, identity, limits.MAX_VIEWS) is not None or all(map(_is_of_a_fetch, target.iterdir()))
-    if there not in (None, identity) or (there is None and not begun):
-        found = "other files" if there is None else f"the archive with id {there}"
+    if held not in (None, identity) or (held is None and not begun):
+        found = "other files" if held is None else f"the archive with id {held}"
         raise Refused(f"{target} holds {found}, and the archive {identity} is to be fetched; choose another folder")
 
 

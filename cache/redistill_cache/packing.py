@@ -58,8 +58,8 @@ def pack(archive: Path, out: Path, *, progress: PackProgress | None = None, noti
 def _refuse_others(out: Path, tars: dict[str, list[str]], manifest: bytes) -> None:
     """Refuse a folder with another archive."""
     other = sorted(path.name for path in out.glob("*.tar") if path.name not in tars)
-    there = out / packed.MANIFEST
-    if other or (there.exists() and read_small(there, limits.MAX_MANIFEST_BYTES) != manifest):
+    packed_manifest = out / packed.MANIFEST
+    if other or (packed_manifest.exists() and read_small(packed_manifest, limits.MAX_MANIFEST_BYTES) != manifest):
         raise Refused(f"{out} holds {[*other, packed.MANIFEST][0]} of another archive; choose another folder")
 
 

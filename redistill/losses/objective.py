@@ -122,7 +122,7 @@ class Term(nn.Module):
         self.weight = _weight(spec, self.entry.weight)
         self.schedule = _read_schedule(spec, self.entry.warmup)
         self.standardize = spec.take("standardize", False)
-        self.on = _read_on(spec, "all")
+        self.on = _read_on(spec)
         self.teacher = spec.options.get("teacher")
         self.pairs = _read_pairs(spec, self.entry) if self.entry.on_features else (Pair(None, None),)
         self.diagnostics = dict(self.entry.diagnostics(self.options))
@@ -402,7 +402,7 @@ def _read_ce(spec: Spec) -> tuple[float, float, str]:
     smoothing = spec.take("smoothing", 0.0)
     if not 0 <= smoothing < 1:
         raise UsageError(f"{spec.text!r}: smoothing must be at least 0 and below 1, found {smoothing:g}")
-    return _weight(spec, 1.0), smoothing, _read_on(spec, "all")
+    return _weight(spec, 1.0), smoothing, _read_on(spec)
 
 
 def _published_ce(terms: Sequence[Term]) -> tuple[float, float, str]:
@@ -469,8 +469,8 @@ def _read_pairs(spec: Spec, entry: Entry) -> tuple[Pair, ...] | None:
     return tuple(pairs)
 
 
-def _read_on(spec: Spec, default: str) -> str:
-    on = spec.take("on", default)
+def _read_on(spec: Spec) -> str:
+    on = spec.take("on", "all")
     if on not in ON:
         raise UsageError(f"{spec.text!r}: on must be all or head, found {on!r}")
     return on
