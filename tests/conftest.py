@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import http.server
+import multiprocessing
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import hypothesis
@@ -23,6 +25,13 @@ def seed_torch() -> None:
     """Numbers from the global generator of torch do not depend on the tests that ran before in the same process."""
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture
+def child_processes() -> Callable[[], set[BaseProcess]]:
+    """Call it for the child processes that run and were started by this test, and not by one before it."""
+    before = set(multiprocessing.active_children())
+    return lambda: set(multiprocessing.active_children()) - before
 
 
 class QuietHandler(http.server.SimpleHTTPRequestHandler):

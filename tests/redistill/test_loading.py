@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import resource
@@ -12,7 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
@@ -24,6 +24,8 @@ from redistill_cache.errors import Refused
 from redistill.loading import FILES_OF_WORKER, FILES_OF_WORKERS, BatchLoader, _InMemoryFile, default_workers
 from redistill.training.feed import ViewBatch, collate_views
 from redistill.views.dataset import RenderedView
+
+ChildProcesses = Callable[[], set[BaseProcess]]
 
 SECONDS = 120
 BATCHES = [(i, [i, i + 1]) for i in range(20)]
@@ -51,14 +53,14 @@ def check(batches: Iterator[tuple[int, ViewBatch]]) -> None:
         batch.pixels.add_(1)  # the receiver owns the memory
 
 
-def test_workers_serve_one_pass_after_the_other_and_end_with_the_context():
+def test_workers_serve_one_pass_after_the_other_and_end_with_the_context(child_processes: ChildProcesses):
     with loader(2) as loading:
         check(loading.load(BATCHES))
-        first = multiprocessing.active_children()
+        first = child_processes()
         check(loading.load(BATCHES))
-        assert multiprocessing.active_children() == first
+        assert child_processes() == first
         assert len(first) == 2
-    assert not multiprocessing.active_children()
+    assert not child_processes()
 
 
 def test_a_batch_is_one_write_to_the_pipe():
@@ -72,15 +74,15 @@ def test_a_batch_is_one_write_to_the_pipe():
     assert torch.equal(received.labels, batch.labels)
 
 
-def test_a_worker_that_is_killed_while_it_waits_is_refused_in_the_next_pass():
+def test_a_worker_that_is_killed_while_it_waits_is_refused_in_the_next_pass(child_processes: ChildProcesses):
     with loader(2) as loading:
         check(loading.load(BATCHES))
-        victim = multiprocessing.active_children()[0]
+        victim = child_processes().pop()
         os.kill(victim.pid, signal.SIGKILL)
         victim.join(SECONDS)
         with pytest.raises(Refused, match="a rendering worker died"):
             check(loading.load(BATCHES))
-    assert not multiprocessing.active_children()
+    assert not child_processes()
 
 
 def test_too_few_open_files_are_refused_before_the_workers_start():

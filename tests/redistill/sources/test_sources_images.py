@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import io
 import pickle
@@ -335,3 +336,5 @@ def test_a_bad_image_in_a_worker_keeps_its_type_and_message():
     with pytest.raises(BadImage) as error:
         next(iter(loader))
     assert str(error.value).startswith("image 'a/b.jpg' cannot be used: not an image")
+    del error
+    gc.collect()  # the frames of the traceback hold the iterator, and with it the worker

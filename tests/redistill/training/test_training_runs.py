@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -233,7 +234,7 @@ def test_what_a_killed_start_leaves_is_no_obstacle(options):
     refuse_foreign_folder(run)
 
 
-def test_an_error_after_the_workers_have_started_stops_them(options, tmp_path: Path):
+def test_an_error_after_the_workers_have_started_stops_them(options, tmp_path: Path, child_processes):
     """Left to the end of the interpreter, each of them would take seconds."""
     damaged = shutil.copytree(options().archive, tmp_path / "damaged.redistill.zarr")
     shard = next(path for path in damaged.glob("teachers/*/logits/*/c.0.0*") if path.stat().st_size > 20)
@@ -242,27 +243,28 @@ def test_an_error_after_the_workers_have_started_stops_them(options, tmp_path: P
     with pytest.raises(Damaged) as caught:  # holds the traceback, and with it all frames
         train(options(archive=damaged, workers=2))
     assert "SHA-256" in str(caught.value)
-    assert not multiprocessing.active_children()
+    assert not child_processes()
 
 
 class Processes(NoProgress):
     """The child processes at the end of every epoch."""
 
-    def __init__(self) -> None:
-        self.of_epochs: list[set[int | None]] = []
+    def __init__(self, child_processes: Callable[[], set[BaseProcess]]) -> None:
+        self.child_processes = child_processes
+        self.of_epochs: list[set[BaseProcess]] = []
 
     def epoch(self, *_: object, **__: object) -> None:
-        self.of_epochs.append({process.pid for process in multiprocessing.active_children()})
+        self.of_epochs.append(self.child_processes())
 
 
-def test_the_workers_of_validation_stay_until_the_end(options, monkeypatch: pytest.MonkeyPatch):
+def test_the_workers_of_validation_stay_until_the_end(options, monkeypatch: pytest.MonkeyPatch, child_processes):
     """Two of training and two of validation, where its pixels do not fit in memory; their start takes seconds."""
     monkeypatch.setattr("redistill.training.validate.CACHED_BYTES", 0)
-    processes = Processes()
+    processes = Processes(child_processes)
     train(options(workers=2, val=VAL), processes)
-    assert [len(pids) for pids in processes.of_epochs] == [4, 4, 4]
+    assert [len(running) for running in processes.of_epochs] == [4, 4, 4]
     assert len(set.union(*processes.of_epochs)) == 4
-    assert not multiprocessing.active_children()
+    assert not child_processes()
 
 
 @pytest.mark.slow
