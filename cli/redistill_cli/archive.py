@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from redistill_cache.errors import UsageError
 from redistill_cache.wording import harmless, human_bytes
 
-from redistill_cli.options import Command
-from redistill_cli.rendering import PATH_OR_URL, Offline, ProgressBar, held_views, set_offline
+from redistill_cli.archive_transport import fetch, pack
+from redistill_cli.options import ArchivePath, Command
 
 __all__ = ["archive"]
 
 archive = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-ArchivePath = Annotated[Path, typer.Argument(metavar="ARCHIVE", help="Path such as name.redistill.zarr.")]
 
 
 @archive.callback()
@@ -85,63 +83,5 @@ def edit(
     typer.echo(f"{harmless(path)}: id {identity}")
 
 
-@archive.command(cls=Command)
-def pack(
-    path: ArchivePath,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder such as name.redistill.")],
-) -> None:
-    """Write the packed form of a finished archive: one tar per view.
-
-    It is for hosts that limit the number of files. Commands that take an
-    archive take its address or path in this form as well. The bytes follow
-    from the archive, and an interrupted command continues.
-
-    Examples:
-
-    \b
-      redistill archive pack teacher.redistill.zarr teacher.redistill
-    """
-    from redistill_cache.packing import pack as write_packed
-
-    with ProgressBar(f"pack {path}", "B") as bar:
-        files = write_packed(path, out, progress=bar.update, notify=bar.write)
-    typer.echo(f"{harmless(out)}: {len(files)} files, {human_bytes(sum(files.values()))}")
-
-
-@archive.command(cls=Command)
-def fetch(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar=PATH_OR_URL, help="The archive, as it is or in packed form; #sha256=ID after it: only this one."
-        ),
-    ],
-    out: Annotated[
-        Path | None,
-        typer.Argument(metavar="[OUT]", help="Folder such as name.redistill.zarr. [default: in the cache folder]"),
-    ] = None,
-    views: Annotated[
-        int | None, typer.Option("--views", min=1, help="Fetch the first views only. [default: all]")
-    ] = None,
-    offline: Offline = False,
-) -> None:
-    """Fetch an archive, or its first views, and print where it is.
-
-    Every file is checked. A copy with some of the views has the id of the
-    archive and offers exactly what it holds; the same command with more views,
-    or without --views, fetches what it lacks. An interrupted command continues.
-
-    Examples:
-
-    \b
-      redistill archive fetch https://example.org/r50.redistill r50 --views 4
-      redistill archive fetch https://example.org/r50.redistill r50
-    """
-    from redistill_cache.fetching import fetch_archive, locate
-    from redistill_cache.reader import open_archive
-
-    set_offline(offline)
-    with ProgressBar(f"fetch {locate(source)}", "B") as bar:
-        path = fetch_archive(source, out, views=views, progress=bar.update, notify=bar.write)
-    state = open_archive(path).state
-    typer.echo(f"{harmless(path)}: id {state.id}, {held_views(state.num_views, state.sealed_views)}")
+archive.command(cls=Command)(pack)
+archive.command(cls=Command)(fetch)

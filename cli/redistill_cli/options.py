@@ -8,7 +8,7 @@ from dataclasses import MISSING
 from inspect import Parameter
 from pathlib import Path
 from types import GenericAlias
-from typing import Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast
 
 import typer
 from redistill_cache.errors import UsageError
@@ -16,8 +16,9 @@ from typer.core import TyperCommand
 
 from redistill.option_fields import Option, options_of
 
-__all__ = ["Command", "collect", "split", "takes"]
+__all__ = ["ArchivePath", "Command", "collect", "split", "takes"]
 
+ArchivePath = Annotated[Path, typer.Argument(metavar="ARCHIVE", help="Path such as name.redistill.zarr.")]
 Function = TypeVar("Function", bound=Callable[..., None])
 
 
