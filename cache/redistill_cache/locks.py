@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import glob
+import multiprocessing
 import os
 import shutil
 import socket
@@ -20,7 +21,7 @@ from typing import BinaryIO
 
 from redistill_cache import layout
 from redistill_cache.download import POLL_S, Notify
-from redistill_cache.errors import Refused
+from redistill_cache.errors import Refused, UsageError
 from redistill_cache.journal import sha256
 from redistill_cache.storage import LEFTOVER, LOCAL
 from redistill_cache.verified_files import cache_folder
@@ -77,6 +78,11 @@ def locked(target: Path, doing: str, notify: Notify, until: Callable[[], bool] =
 
     They wait for the lock, or `until` this is true: then the block needs no lock.
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # it would wait for the process it helps
+        raise UsageError(
+            "this process was started to help with a step, and runs the whole script again; put what the script does "
+            "under \"if __name__ == '__main__':\""
+        )
     with lock_file(target) as file:
         began = time.monotonic()
         notified = began + 1 - WAITING_S  # not at once: a sweep holds a lock for a moment
