@@ -200,6 +200,7 @@ CHANGED = {
     "--block-rows": (("--block-rows", "16"), "block_rows"),
     "--licence": (("--licence", "MIT"), "licence"),
     "--citation": (("--citation", "me"), "citation"),
+    "--data-licence": (("--data-licence", "MIT"), "leave out --data-licence"),
     "--views": (("--views", "3"), "num_views = 1, now it is 3; use extend_views (--extend-views)"),
     "--teacher": (("--teacher", f"{TEACHER}&seed=1"), "weights_digest"),
 }
