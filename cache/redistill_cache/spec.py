@@ -425,7 +425,8 @@ class ArchiveSpec:
 
     def with_terms(self, terms: Mapping[str, str]) -> ArchiveSpec:
         """The same specification with some of `TERMS` replaced."""
-        return replace(self, **terms)
+        values: Mapping[str, Any] = terms
+        return replace(self, **values)
 
     @property
     def added_terms(self) -> dict[str, str]:

@@ -73,8 +73,12 @@ def edit(*, path: ArchivePath, **values: str | None) -> None:
     Examples:
 
     \b
-      redistill archive edit teacher.redistill.zarr --licence CC-BY-4.0 \\
-        --data-source 'ImageNet-1k, ILSVRC 2012' --data-licence LicenseRef-ImageNet
+      redistill archive edit teacher.redistill.zarr --licence CC-BY-4.0
+
+    \b
+      redistill archive edit teacher.redistill.zarr \\
+        --data-source 'ImageNet-1k, ILSVRC 2012' \\
+        --data-licence LicenseRef-ImageNet
     """
     from redistill_cache.writer import ArchiveWriter
 

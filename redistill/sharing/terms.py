@@ -68,7 +68,7 @@ def missing_for_publishing(archive: Archive | str | Path) -> list[str]:
     return [name for name, value in zip(NEEDED, stated, strict=True) if not value]
 
 
-def publishing_advice(path: Path, missing: list[str]) -> str:
+def publishing_advice(path: str | Path, missing: list[str]) -> str:
     """One line: what is missing, and the command that states it."""
     options = " ".join(NEEDED[name] for name in missing)
     return f"missing {', '.join(missing)}; redistill archive edit {shlex.quote(str(path))} {options}"
