@@ -11,7 +11,7 @@ from redistill_cache.wording import harmless, human_bytes
 
 from redistill.caching.options import CacheOptions
 from redistill.sharing.terms import checked_terms
-from redistill_cli.archive_card import card
+from redistill_cli.archive_card import card, sign
 from redistill_cli.archive_transport import fetch, pack
 from redistill_cli.options import ArchivePath, Command, collect, takes
 
@@ -30,6 +30,7 @@ def group() -> None:
       redistill archive fetch https://example.org/r50.redistill r50 --views 4
       redistill archive pack teacher.redistill.zarr teacher.redistill
       redistill archive card teacher.redistill
+      redistill archive sign teacher.redistill --key private.pem
       redistill archive remove-teacher teacher.redistill.zarr resnet18
       redistill archive edit teacher.redistill.zarr --licence CC-BY-4.0
     """
@@ -94,3 +95,4 @@ def edit(*, path: ArchivePath, **values: str | None) -> None:
 archive.command(cls=Command)(pack)
 archive.command(cls=Command)(fetch)
 archive.command(cls=Command)(card)
+archive.command(cls=Command)(sign)

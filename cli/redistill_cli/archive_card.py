@@ -1,4 +1,4 @@
-"""Commands of `redistill archive` that describe archives for others: card."""
+"""Commands of `redistill archive` that prepare archives for others: card and sign."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from redistill_cache.wording import harmless
 from redistill_cli.options import ArchivePath
 from redistill_cli.rendering import ProgressBar
 
-__all__ = ["card"]
+__all__ = ["card", "sign"]
 
 
 def card(
@@ -48,3 +48,26 @@ def card(
     typer.echo(f"{harmless(out)}: {', '.join(file.name for file in files)}")
     if missing := missing_for_publishing(path):
         typer.echo(harmless(publishing_advice(path, missing)))
+
+
+def sign(
+    path: ArchivePath,
+    key: Annotated[Path, typer.Option("--key", metavar="PEM", help="Private key of P-256, P-384 or P-521.")],
+) -> None:
+    """Sign a finished archive with a private key.
+
+    The signature is of the manifest, which has the hash of every other file.
+    It lies beside the manifest, in manifest.json.sig. Others check it with
+    'redistill verify --signature'. Changes of the archive need another one.
+
+    Examples:
+
+    \b
+      openssl ecparam -name prime256v1 -genkey -noout -out private.pem
+      openssl ec -in private.pem -pubout -out public.pem
+      redistill archive sign teacher.redistill.zarr --key private.pem
+      redistill verify teacher.redistill.zarr --signature --key public.pem
+    """
+    from redistill.sharing.signing import sign as write_signature
+
+    typer.echo(f"signed: {harmless(write_signature(path, key))}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -87,21 +86,6 @@ def test_licence_and_citation_are_set_later(run, tmp_path: Path):
     assert "--licence or --citation" in nothing.stderr
     missing = run("archive", "edit", tmp_path / "none", "--licence", "MIT")
     assert (missing.returncode, missing.stderr.count("\n")) == (3, 1)
-
-
-def test_a_finished_archive_says_what_it_lacks_to_be_published(run, tmp_path: Path):
-    command = ["cache-teacher", DATA, "--teacher", OTHER, "--out", "a b.redistill.zarr", "--workers", "0"]
-    done = run(*command, "--licence", "cc0-1.0")
-    assert done.returncode == 0, done.stderr
-    [line] = [line for line in done.stdout.splitlines() if line.startswith("publishing")]
-    assert line.split(maxsplit=1)[1] == "missing citation; redistill archive edit 'a b.redistill.zarr' --citation TEXT"
-    advised = shlex.split(line.partition("; redistill ")[2].replace("TEXT", "'Nobody (2026)'"))
-    assert run(*advised).returncode == 0
-    again = run(*command)
-    assert (again.returncode, "publishing" in again.stdout) == (0, False)
-    other = run(*command, "--licence", "MIT")
-    assert other.returncode == 3
-    assert "has the licence 'CC0-1.0', now it is 'MIT'" in other.stderr
 
 
 def test_pack_and_fetch_by_and_by(run, tmp_path: Path, serve):

@@ -20,6 +20,7 @@ from redistill_cache import ArchiveWriter, open_archive
 from redistill_cache.errors import Incomplete, Refused
 from redistill_cache.packing import pack
 from redistill_cache.verify import verify
+from redistill_cli.__main__ import main
 
 from redistill.sharing.cards import HUB_LICENCES, write_cards
 from tests import tiny_archive
@@ -225,6 +226,28 @@ def test_what_no_card_is_written_of_or_over(shared: Path, tmp_path: Path):
         file.write(b"more")
     with pytest.raises(Refused, match=r"view-0001.tar has \d+ bytes, expected"):
         write_cards(tmp_path / "other", tmp_path / "packed")
+
+
+def test_the_command(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    def card(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["redistill", "archive", "card", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        return int(exit_.value.code or 0), *capsys.readouterr()
+
+    files = "README.md, croissant.json, CITATION.cff, preview.csv"
+    archive = shared / "a.redistill.zarr"
+    assert card(archive, tmp_path / "card") == (0, f"{tmp_path / 'card'}: {files}\n", "")
+    assert contents(tmp_path / "card") == contents(shared / "card")
+    assert card(archive) == (0, f"{shared / 'a.card'}: {files}\n", "")
+    shutil.copytree(shared / "a.redistill", tmp_path / "p")
+    assert card(tmp_path / "p") == (0, f"{tmp_path / 'p'}: {files}\n", "")
+    code, out, err = card(archive, archive)
+    assert (code, out, err.count("\n")) == (3, "", 1)
+    make(tmp_path / "bare", replace(SPEC, licence="", citation=""))
+    code, out, _ = card(tmp_path / "bare", tmp_path / "c")
+    assert code == 0
+    assert "missing licence, source of the images, citation; redistill archive edit" in out
 
 
 def test_archives_without_logits_terms_or_class_names_have_cards_too(tmp_path: Path):
