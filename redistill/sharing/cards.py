@@ -11,18 +11,23 @@ import io
 import json
 import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from redistill_cache import Archive, limits, open_archive, packed
+from redistill_cache.copies import refuse_partial_copy
 from redistill_cache.errors import Refused
+from redistill_cache.fetching import fetch_archive, fetched_description
 from redistill_cache.inspect import describe
 from redistill_cache.journal import FileEntry, sha256
 from redistill_cache.layout import MANIFEST
+from redistill_cache.locks import remove_partials
 from redistill_cache.spec import LOGITS
 from redistill_cache.storage import LOCAL, disk_trouble, read_small
 from redistill_cache.wording import human_bytes
@@ -86,18 +91,29 @@ def write_cards(
 
     Where `archive` or `folder` holds the packed form, the card lists the files of that form, else those of the archive.
     """
-    opened = open_archive(archive)
-    if not opened.complete:
-        raise Refused(f"{archive} holds some views of its archive only; write the card where all of them are")
     refuse_folder(folder.absolute())
     location = next((path for path in (folder, archive) if packed.is_packed(path)), None)
-    files = files_of_tree(opened) if location is None else files_of_packed(location, opened, progress)
-    documents = card_files(opened, files, address)
+    with opened(archive) as (described, readable):
+        files = files_of_tree(described) if location is None else files_of_packed(location, described, progress)
+        documents = card_files(described, preview(readable), files, address)
     with disk_trouble("write", folder):
         LOCAL.make_directories(folder.absolute())
         for name, data in documents.items():
+            remove_partials(folder / name)
             LOCAL.publish(folder / name, data)
     return [folder / name for name in documents]
+
+
+@contextmanager
+def opened(archive: Path) -> Iterator[tuple[Archive, Archive]]:
+    """The archive as it is described, and its first view to read; of a packed archive no more is unpacked."""
+    if packed.is_packed(archive):
+        with fetched_description(str(archive)) as state, TemporaryDirectory(prefix="redistill-") as folder:
+            yield Archive(state), open_archive(fetch_archive(str(archive), Path(folder) / "view", views=1))
+        return
+    whole = open_archive(archive)
+    refuse_partial_copy(archive, "writing its card")
+    yield whole, whole
 
 
 def refuse_folder(folder: Path) -> None:
@@ -144,9 +160,11 @@ def files_of_packed(folder: Path, archive: Archive, progress: Progress) -> dict[
     return files
 
 
-def card_files(archive: Archive, files: Mapping[str, FileEntry], address: str) -> dict[str, bytes]:
-    """The files of a card by name."""
-    card, columns = make_card(archive, address), preview(archive)
+def card_files(
+    archive: Archive, columns: Mapping[str, Sequence[Any]], files: Mapping[str, FileEntry], address: str
+) -> dict[str, bytes]:
+    """The files of a card by name; README.md first, by which the card of an interrupted command is known as one."""
+    card = make_card(archive, address)
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows([list(columns), *zip(*columns.values(), strict=True)])
     data = table.getvalue().encode()

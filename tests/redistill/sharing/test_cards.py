@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import yaml
 from markdown_it import MarkdownIt
-from redistill_cache import ArchiveWriter, open_archive
+from redistill_cache import ArchiveWriter, fetch_archive, open_archive
 from redistill_cache.errors import Incomplete, Refused
 from redistill_cache.packing import pack
 from redistill_cache.verify import verify
@@ -29,6 +29,8 @@ from tests.tiny_archive import SPEC, contents, make, start
 # Of the libraries of mlcroissant.
 pytestmark = pytest.mark.filterwarnings("ignore:ConjunctiveGraph is deprecated:DeprecationWarning")
 STATED = replace(SPEC, data_source="Glyphs 1", data_licence="LicenseRef-Glyphs", teacher_licence="MIT")
+# Of few files, for what does not depend on their number.
+SMALL = replace(SPEC, num_views=1, block_rows=64)
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +146,28 @@ def test_a_card_is_written_again_with_the_same_bytes(shared: Path, tmp_path: Pat
     assert verify(shared / "a.redistill.zarr", full=True).ok
 
 
+def test_an_interrupted_command_is_repeated_and_leaves_nothing_behind(shared: Path, tmp_path: Path):
+    """Files appear one after another, each whole: these are all states that a killed command leaves."""
+    files = write_cards(shared / "a.redistill.zarr", tmp_path / "card")
+    whole = contents(tmp_path / "card")
+    for last, file in enumerate(files):
+        file.rename(file.with_name(f"{file.name}.{'0' * 32}.partial"))
+        for later in files[last + 1 :]:
+            later.unlink()
+        assert write_cards(shared / "a.redistill.zarr", tmp_path / "card") == files
+        assert contents(tmp_path / "card") == whole
+
+
+def test_a_packed_archive_is_not_unpacked_for_its_card(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    write_cards(shared / "a.redistill", tmp_path / "card")
+    assert not list((tmp_path / "cache").rglob("manifest.json"))
+    assert {path.name for path in tmp_path.iterdir()} <= {"card", "cache"}
+    description = (tmp_path / "card/README.md").read_text().replace("ADDRESS", "hf://datasets/org/a")
+    assert description == (shared / "a.redistill/README.md").read_text()
+
+
 HOSTILE = (
     "<script>x</script> ![i](http://e.org/i) [l](javascript:1) **b** `c` | # h {{ 7 * 7 }} &amp; http://e.org "
     "www.e.org \n---\nlicense: mit\n- x: \"y' \\ \x1b[31m \u202e é"
@@ -156,7 +180,7 @@ def hostile(start: str) -> str:
 
 def test_text_of_strangers_means_nothing(tmp_path: Path):
     spec = replace(
-        SPEC,
+        SMALL,
         class_names=tuple(hostile(f"=cmd|{k}") for k in range(tiny_archive.CLASSES)),
         recipe={"ops": [{"op": hostile("op")}]},
         licence=hostile("licence"),
@@ -215,16 +239,19 @@ def test_what_no_card_is_written_of_or_over(shared: Path, tmp_path: Path):
             write_cards(archive, tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == [name]
         mine.unlink()
-    start(tmp_path / "unfinished")
+    fetch_archive(str(shared / "a.redistill"), tmp_path / "copy", views=1)
+    with pytest.raises(Refused, match="writing its card is not possible"):
+        write_cards(tmp_path / "copy", tmp_path / "c")
+    start(tmp_path / "unfinished", SMALL)
     with pytest.raises(Incomplete):
         write_cards(tmp_path / "unfinished", tmp_path / "c")
-    make(tmp_path / "other")
+    make(tmp_path / "other", SMALL)
     pack(tmp_path / "other", tmp_path / "packed")
     with pytest.raises(Refused, match="packed form of another archive"):
         write_cards(archive, tmp_path / "packed")
-    with (tmp_path / "packed/view-0001.tar").open("ab") as file:
+    with (tmp_path / "packed/view-0000.tar").open("ab") as file:
         file.write(b"more")
-    with pytest.raises(Refused, match=r"view-0001.tar has \d+ bytes, expected"):
+    with pytest.raises(Refused, match=r"view-0000.tar has \d+ bytes, expected"):
         write_cards(tmp_path / "other", tmp_path / "packed")
 
 
@@ -244,14 +271,14 @@ def test_the_command(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert card(tmp_path / "p") == (0, f"{tmp_path / 'p'}: {files}\n", "")
     code, out, err = card(archive, archive)
     assert (code, out, err.count("\n")) == (3, "", 1)
-    make(tmp_path / "bare", replace(SPEC, licence="", citation=""))
+    make(tmp_path / "bare", replace(SMALL, licence="", citation=""))
     code, out, _ = card(tmp_path / "bare", tmp_path / "c")
     assert code == 0
     assert "missing licence, source of the images, citation; redistill archive edit" in out
 
 
 def test_archives_without_logits_terms_or_class_names_have_cards_too(tmp_path: Path):
-    spec = replace(SPEC, licence="", citation="", class_names=None)
+    spec = replace(SMALL, licence="", citation="", class_names=None)
     teacher = replace(tiny_archive.TEACHER, signals=tiny_archive.TEACHER.signals[1:])
     writer = ArchiveWriter.create(tmp_path / "a", spec)
     writer.write_samples(**tiny_archive.samples(spec))

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from redistill_cli.__main__ import main
 
 from redistill.sharing import signing
 from redistill.sharing.signing import BadSignature, check_signature, read_signature, sign
-from tests.tiny_archive import contents, make
+from tests.tiny_archive import SPEC, contents, make
 
 
 def write_key(folder: Path, key: ec.EllipticCurvePrivateKey, password: bytes | None = None) -> tuple[Path, Path]:
@@ -42,7 +43,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def signed(tmp_path_factory: pytest.TempPathFactory, keys: tuple[Path, Path]) -> Path:
     """A folder with a signed archive and its packed form; tests must not change it."""
     folder = tmp_path_factory.mktemp("signed")
-    make(folder / "a.redistill.zarr")
+    make(folder / "a.redistill.zarr", replace(SPEC, num_views=2, block_rows=64))
     sign(folder / "a.redistill.zarr", keys[0])
     pack(folder / "a.redistill.zarr", folder / "a.redistill")
     return folder

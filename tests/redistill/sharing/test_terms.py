@@ -12,6 +12,8 @@ from redistill.caching import CacheOptions
 from redistill.sharing.terms import checked_terms, data_source, missing_for_publishing, publishing_advice, spdx
 from tests.tiny_archive import SPEC, make
 
+SMALL = replace(SPEC, num_views=1, block_rows=64)
+
 
 def test_licences_are_spdx_expressions_in_their_canonical_form():
     given = {
@@ -44,11 +46,11 @@ def test_another_text_is_refused_by_name(name: str, text: str):
 
 
 def test_what_is_missing_and_the_command_that_states_it(tmp_path: Path):
-    full = replace(SPEC, data_source="Glyphs 1")
-    bare = replace(SPEC, licence="", citation="", source={})
+    full = replace(SMALL, data_source="Glyphs 1")
+    bare = replace(SMALL, licence="", citation="", source={})
     cases = {
         "full": (full, []),
-        "named": (replace(SPEC, source={"kind": "cifar100"}), []),
+        "named": (replace(SMALL, source={"kind": "cifar100"}), []),
         "free text": (replace(full, licence="ask me"), ["licence"]),
         "bare": (bare, ["licence", "source of the images", "citation"]),
         "odd": (replace(full, data_source="", source={"kind": ["cifar100"]}), ["source of the images"]),
