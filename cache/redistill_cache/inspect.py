@@ -57,6 +57,9 @@ def describe(archive: Archive) -> dict[str, Any]:
         "excluded": [dict(item) for item in spec.excluded],
         "licence": spec.licence,
         "citation": spec.citation,
+        "data_source": spec.data_source,
+        "data_licence": spec.data_licence,
+        "teacher_licence": spec.teacher_licence,
         "environment": spec.environment,
     }
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from redistill_cache import limits
 from redistill_cache.errors import Damaged, Refused
 from redistill_cache.layout import Block
-from redistill_cache.spec import VERSION, is_name
+from redistill_cache.spec import ADDED_TERMS, TERMS, VERSION, is_name
 from redistill_cache.spec_files import parse_version
 from redistill_cache.strict_json import Fields, Json, canonical, parse
 
@@ -36,9 +36,10 @@ __all__ = [
 PATH = re.compile(r"[a-z0-9_](?:[a-z0-9_./-]{0,400})")
 HEX = re.compile(r"[0-9a-f]{64}")
 MANIFEST_FORMAT = "redistill-manifest"
-# The minor version of a manifest with `teacher_views` or `terms`; one without is of version 1.0.
+# The minor version of a manifest with `teacher_views` or `terms`, and of one whose terms are more than licence and
+# citation; one with neither is of version 1.0.
 MINOR = 1
-TERMS = ("licence", "citation")
+TERMS_MINOR = 2
 
 
 class FileEntry(NamedTuple):
@@ -164,19 +165,21 @@ class Manifest:
     teachers: Mapping[str, Mapping[str, Json]]
     teacher_views: Mapping[str, int]  # of the teachers with fewer views than the archive
     files: Mapping[str, FileEntry] = field(repr=False)
-    terms: Mapping[str, str] = field(default_factory=dict)  # licence, citation: instead of those of the specification
+    terms: Mapping[str, str] = field(default_factory=dict)  # all of TERMS: instead of those of the specification
 
     def to_bytes(self) -> bytes:
         """One JSON document with one file per line, so that its files can be read without a JSON parser."""
+        terms = {name: value for name, value in self.terms.items() if value or name not in ADDED_TERMS}
+        minor = MINOR if self.teacher_views or terms else VERSION[1]
         header = {
             "format": MANIFEST_FORMAT,
-            "version": f"{VERSION[0]}.{MINOR if self.teacher_views or self.terms else VERSION[1]}",
+            "version": f"{VERSION[0]}.{TERMS_MINOR if terms.keys() & set(ADDED_TERMS) else minor}",
             "identity": self.identity,
             "views": self.views,
             "teachers": self.teachers,
         }
         header |= {"teacher_views": dict(self.teacher_views)} if self.teacher_views else {}
-        header |= {"terms": dict(self.terms)} if self.terms else {}
+        header |= {"terms": terms} if terms else {}
         # Also canonical JSON: no file name needs an escape.
         lines = [f'["{path}",{entry.size},"{entry.sha256}"]' for path, entry in sorted(self.files.items())]
         body = OPEN + canonical(header) + FILES + ",\n".join(lines).encode() + b"\n"
@@ -226,10 +229,10 @@ def parse_header(data: bytes, where: str) -> Header:
         views=views,
         teachers=teachers,
         teacher_views=_parse_teacher_views(fields, teachers, views) if minor >= MINOR else {},
-        terms=_parse_terms(fields, where) if minor >= MINOR else {},
+        terms=_parse_terms(fields, where, minor) if minor >= MINOR else {},
         files=slice(start + len(FILES), len(data) - TAIL),
     )
-    fields.done(ignore_unknown=minor > MINOR)
+    fields.done(ignore_unknown=minor > TERMS_MINOR)
     return header
 
 
@@ -242,12 +245,15 @@ def _parse_teacher_views(fields: Fields, teachers: Mapping[str, Json], views: in
     return fewer
 
 
-def _parse_terms(fields: Fields, where: str) -> dict[str, str]:
+def _parse_terms(fields: Fields, where: str, minor: int) -> dict[str, str]:
+    """All of `TERMS`, "" for those that the manifest does not state."""
     if "terms" not in fields:
         return {}
     terms = Fields(fields.mapping("terms"), where)
-    values = {name: terms.text(name, limits.MAX_TEXT) for name in TERMS}
-    terms.done()
+    optional = ADDED_TERMS if minor >= TERMS_MINOR else ()
+    stated = [name for name in TERMS if name not in ADDED_TERMS or (name in optional and name in terms)]
+    values = dict.fromkeys(TERMS, "") | {name: terms.text(name, limits.MAX_TEXT) for name in stated}
+    terms.done(ignore_unknown=minor > TERMS_MINOR)
     return values
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "BLOCKS",
     "CHECKSUM",
     "MANIFEST",
+    "SIGNATURE",
     "ArrayLayout",
     "Block",
     "all_blocks",
@@ -189,6 +190,7 @@ def _bytes_codec(itemsize: int) -> dict[str, Json]:
 JOURNAL = "_redistill"
 BLOCKS = f"{JOURNAL}/blocks"
 MANIFEST = f"{JOURNAL}/manifest.json"
+SIGNATURE = f"{MANIFEST}.sig"  # of the manifest, by its author; never read with an archive
 COPY_NAME = "copy.json"
 COPY = f"{JOURNAL}/{COPY_NAME}"  # of a copy that holds some views only
 NOTES = f"{JOURNAL}/notes"

@@ -22,9 +22,10 @@ from redistill_cache.download import FileSink
 from redistill_cache.errors import Damaged
 from redistill_cache.journal import FileEntry
 
-__all__ = ["END", "MANIFEST", "TarSink", "contents", "header", "is_packed", "padding", "tar_size"]
+__all__ = ["END", "MANIFEST", "SIGNATURE", "TarSink", "contents", "header", "is_packed", "padding", "tar_size"]
 
 MANIFEST = "manifest.json"
+SIGNATURE = f"{MANIFEST}.sig"
 BASE = "base.tar"
 MOST_TARS = 90  # of views: some hosts take less than 100 files
 BLOCK = 512

@@ -52,6 +52,9 @@ def pack(archive: Path, out: Path, *, progress: PackProgress | None = None, noti
                     progress(done, sum(sizes.values()))
             if not (out / packed.MANIFEST).exists():
                 LOCAL.publish(out / packed.MANIFEST, manifest)
+            if (archive / layout.SIGNATURE).exists():
+                signature = read_small(archive / layout.SIGNATURE, limits.MAX_RECORD_BYTES)
+                LOCAL.publish(out / packed.SIGNATURE, signature)
     return sizes | {packed.MANIFEST: len(manifest)}
 
 

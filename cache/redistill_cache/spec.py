@@ -21,11 +21,14 @@ from redistill_cache.errors import UsageError
 from redistill_cache.strict_json import Json, canonical, json_copy
 
 __all__ = [
+    "ADDED_TERMS",
+    "ARCHIVE_MINOR",
     "CHUNK_BYTES",
     "FORMAT",
     "LOGITS",
     "RUN_SETTINGS",
     "TEACHER_MINOR",
+    "TERMS",
     "VERSION",
     "ArchiveSpec",
     "ArraySpec",
@@ -200,10 +203,15 @@ def _divisors(number: int) -> list[int]:
 
 FORMAT = "redistill-archive"
 VERSION = (1, 0)
+# The minor version of an archive with one of `ADDED_TERMS`.
+ARCHIVE_MINOR = 1
 # The minor version of a teacher whose specification says what version 1.0 cannot: see `TeacherSpec.to_json`.
 TEACHER_MINOR = 1
 # The signal of a network's output; others are named after layers.
 LOGITS = "logits"
+# What the author states about the archive, all of it text. A sealed archive may state other terms in its manifest.
+ADDED_TERMS = ("data_source", "data_licence", "teacher_licence")
+TERMS = ("licence", "citation", *ADDED_TERMS)
 # Members of a teacher's `model` that describe how its values were computed and stored, not the network.
 RUN_SETTINGS = frozenset(
     {
@@ -364,6 +372,10 @@ class ArchiveSpec:
     excluded: tuple[Mapping[str, str], ...] = ()
     licence: str = ""
     citation: str = ""
+    data_source: str = ""
+    """Where the images come from: a name or a URL, which nothing opens."""
+    data_licence: str = ""
+    teacher_licence: str = ""
     environment: Mapping[str, Json] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -401,8 +413,8 @@ class ArchiveSpec:
             require(set(item) == {"key", "reason"}, "an excluded sample", "a key and a reason", dict(item))
             check_text(item["key"], "key of an excluded sample")
             check_text(item["reason"], "reason of an excluded sample")
-        check_text(self.licence, "licence")
-        check_text(self.citation, "citation")
+        for name in TERMS:
+            check_text(getattr(self, name), name)
 
     def check_teacher(self, teacher: TeacherSpec) -> None:
         """`UsageError` unless the logits of a teacher have one value per class."""
@@ -412,8 +424,14 @@ class ArchiveSpec:
             require(fits, f"teacher {teacher.name!r}: width of the logits", expected, signal.width)
 
     def with_terms(self, terms: Mapping[str, str]) -> ArchiveSpec:
-        """The same specification with another licence or citation."""
-        return replace(self, licence=terms.get("licence", self.licence), citation=terms.get("citation", self.citation))
+        """The same specification with some of `TERMS` replaced."""
+        values: Mapping[str, Any] = terms
+        return replace(self, **values)
+
+    @property
+    def added_terms(self) -> dict[str, str]:
+        """Those of `ADDED_TERMS` that are stated; version 1.0 of the format does not have them."""
+        return {name: value for name in ADDED_TERMS if (value := getattr(self, name))}
 
     @property
     def blocks_per_view(self) -> int:
@@ -427,7 +445,7 @@ class ArchiveSpec:
     def to_json(self) -> dict[str, Json]:
         return {
             "format": FORMAT,
-            "version": f"{VERSION[0]}.{VERSION[1]}",
+            "version": f"{VERSION[0]}.{ARCHIVE_MINOR if self.added_terms else VERSION[1]}",
             "num_samples": self.num_samples,
             "num_views": self.num_views,
             "num_classes": self.num_classes,
@@ -442,6 +460,7 @@ class ArchiveSpec:
             "licence": self.licence,
             "citation": self.citation,
             "environment": self.environment,
+            **self.added_terms,
         }
 
 

@@ -183,7 +183,7 @@ def _extra_files(state: ArchiveState) -> list[DamagedFile]:
     """Files of a sealed archive that are neither in its manifest nor part of an unfinished addition."""
     if state.id is None:
         return []
-    known = state.listed.keys() | {layout.MANIFEST}
+    known = state.listed.keys() | {layout.MANIFEST, layout.SIGNATURE}
     if state.is_partial_copy:
         known = known | {layout.COPY}
     sealed = tuple(f"teachers/{name}/" for name in state.teachers)

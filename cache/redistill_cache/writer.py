@@ -26,7 +26,7 @@ from redistill_cache.codecs.stats import check_stats, merge_stats
 from redistill_cache.commits import ArchiveFolders, Commits
 from redistill_cache.copies import refuse_partial_copy
 from redistill_cache.errors import Damaged, Incomplete, OutOfRange, Refused, SpecMismatch, UsageError
-from redistill_cache.journal import FILES, TERMS, FileEntry, Manifest, Record, parse_header, parse_record, sha256
+from redistill_cache.journal import FILES, FileEntry, Manifest, Record, parse_header, parse_record, sha256
 from redistill_cache.keys import PackedKeys, keys_flaw, pack_keys
 from redistill_cache.layout import ArrayLayout, Block, all_blocks, part_blocks, parts, samples_block, side_block
 from redistill_cache.open_state import check_keys_size, check_side_size, read_committed, read_state
@@ -34,6 +34,7 @@ from redistill_cache.reader import Archive
 from redistill_cache.rows import codec_out_of_range, row_out_of_range
 from redistill_cache.shards import encode_shard
 from redistill_cache.spec import (
+    TERMS,
     ArchiveSpec,
     TeacherSpec,
     additions_flaw,
@@ -463,7 +464,7 @@ class ArchiveWriter:
         self.teachers = {name: document.spec for name, document in documents.items()}
 
     def edit_terms(self, **terms: str) -> str:
-        """Replace the licence or the citation of a sealed archive, and return its new id.
+        """Replace some of the terms of a sealed archive, such as its licence, and return its new id.
 
         They are stated in the manifest, so no other file changes, and blocks stay bound to the specification.
         """
@@ -530,7 +531,7 @@ class ArchiveWriter:
         return [*records, *(folder / file for file in inside)]
 
     def _terms(self) -> Mapping[str, str]:
-        """Licence and citation as they were edited last."""
+        """The terms as they were edited last."""
         for path in (self.path / layout.MANIFEST, self.path / layout.OLD_MANIFEST):
             try:
                 return parse_header(read_small(path, limits.MAX_MANIFEST_BYTES), str(path)).terms

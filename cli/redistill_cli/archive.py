@@ -6,10 +6,14 @@ from typing import Annotated
 
 import typer
 from redistill_cache.errors import UsageError
+from redistill_cache.spec import TERMS
 from redistill_cache.wording import harmless, human_bytes
 
+from redistill.caching.options import CacheOptions
+from redistill.sharing.terms import checked_terms
+from redistill_cli.archive_card import card, sign
 from redistill_cli.archive_transport import fetch, pack
-from redistill_cli.options import ArchivePath, Command
+from redistill_cli.options import ArchivePath, Command, collect, takes
 
 __all__ = ["archive"]
 
@@ -25,6 +29,8 @@ def group() -> None:
     \b
       redistill archive fetch https://example.org/r50.redistill r50 --views 4
       redistill archive pack teacher.redistill.zarr teacher.redistill
+      redistill archive card teacher.redistill
+      redistill archive sign teacher.redistill --key private.pem
       redistill archive remove-teacher teacher.redistill.zarr resnet18
       redistill archive edit teacher.redistill.zarr --licence CC-BY-4.0
     """
@@ -60,28 +66,33 @@ def remove_teacher(
 
 
 @archive.command(cls=Command)
-def edit(
-    path: ArchivePath,
-    licence: Annotated[str | None, typer.Option("--licence", metavar="SPDX", help="Licence of the archive.")] = None,
-    citation: Annotated[str | None, typer.Option("--citation", metavar="TEXT", help="How to cite it.")] = None,
-) -> None:
-    """Set the licence or the citation of a finished archive.
+@takes(CacheOptions, only=TERMS)
+def edit(*, path: ArchivePath, **values: str | None) -> None:
+    """Set licences, citation and source of the images of a finished archive.
 
-    No block changes; the archive gets another id.
+    No block changes; the archive gets another id. An empty text removes what
+    was stated.
 
     Examples:
 
     \b
       redistill archive edit teacher.redistill.zarr --licence CC-BY-4.0
+
+    \b
+      redistill archive edit teacher.redistill.zarr \\
+        --data-source 'ImageNet-1k, ILSVRC 2012' \\
+        --data-licence LicenseRef-ImageNet
     """
     from redistill_cache.writer import ArchiveWriter
 
-    terms = {name: value for name, value in (("licence", licence), ("citation", citation)) if value is not None}
+    terms = collect(CacheOptions, values)
     if not terms:
-        raise UsageError("nothing to change; give --licence or --citation")
-    identity = ArchiveWriter.resume(path).edit_terms(**terms)
+        raise UsageError("nothing to change; give --licence or --citation, or another option of 'archive edit --help'")
+    identity = ArchiveWriter.resume(path).edit_terms(**checked_terms(terms))
     typer.echo(f"{harmless(path)}: id {identity}")
 
 
 archive.command(cls=Command)(pack)
 archive.command(cls=Command)(fetch)
+archive.command(cls=Command)(card)
+archive.command(cls=Command)(sign)

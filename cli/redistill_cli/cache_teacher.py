@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from redistill.caching.options import CacheOptions
+from redistill.sharing.terms import missing_for_publishing, publishing_advice
 from redistill_cli.options import collect, takes
 from redistill_cli.rendering import TerminalProgress, console, human_seconds, key_values, print_json
 
@@ -170,4 +171,6 @@ def show_result(result: CacheResult) -> None:
         ("time", f"{human_seconds(result.seconds)}{speed}"),
         ("size", f"{human_bytes(result.total_bytes)}, teacher outputs {result.bytes_per_view:.1f} bytes per view"),
     ]
+    if result.id and (missing := missing_for_publishing(result.path)):
+        rows.append(("publishing", publishing_advice(result.path, missing)))
     key_values(rows)

@@ -68,6 +68,9 @@ def show_summary(description: dict[str, Any]) -> None:
             ("canaries", f"{d['canaries_per_view']} per view" if d["canaries_per_view"] else "no canaries"),
             ("licence", d["licence"] or "not stated"),
             ("citation", d["citation"] or "not stated"),
+            ("images from", d["data_source"] or "not stated"),
+            ("image licence", d["data_licence"] or "not stated"),
+            ("teacher licence", d["teacher_licence"] or "not stated"),
         ]
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING
 from inspect import Parameter
 from pathlib import Path
@@ -22,16 +22,17 @@ ArchivePath = Annotated[Path, typer.Argument(metavar="ARCHIVE", help="Path such 
 Function = TypeVar("Function", bound=Callable[..., None])
 
 
-def takes(options: type, *, require: bool = True) -> Callable[[Function], Function]:
+def takes(options: type, *, require: bool = True, only: Collection[str] = ()) -> Callable[[Function], Function]:
     """Give a command the options of a dataclass, in place of its `**` parameter and before its own parameters.
 
     An option that is not on the command line is None, so that a preset or a file can set it. Without `require`, no
-    option is required.
+    option is required. With `only`, these fields are the options.
     """
 
     def decorate(command: Function) -> Function:
         own = inspect.signature(command, eval_str=True).parameters.values()
-        derived = [parameter(option, require) for option in options_of(options).values() if option.help]
+        chosen = [option for name, option in options_of(options).items() if not only or name in only]
+        derived = [parameter(option, require) for option in chosen if option.help]
         signature = inspect.Signature([*derived, *(p for p in own if p.kind is Parameter.KEYWORD_ONLY)])
         cast("Any", command).__signature__ = signature  # where typer looks for parameters
         return command

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from redistill_cache.errors import UsageError
 from redistill_cache.wording import harmless, human_bytes
 
 from redistill_cli.rendering import (
@@ -43,6 +44,12 @@ def verify(
         str | None,
         typer.Option("--data", metavar="DATA", help="Also check that these images give the archive's views."),
     ] = None,
+    signature: Annotated[
+        bool, typer.Option("--signature", help="Also check the signature beside the manifest; needs --key.")
+    ] = False,
+    key: Annotated[
+        Path | None, typer.Option("--key", metavar="PEM", help="Public key of the author, for --signature.")
+    ] = None,
     offline: Offline = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -51,14 +58,17 @@ def verify(
     Compares every file with its checksum; with --data, also renders sample
     views again and compares them with the archive's canaries.
 
-    Exit codes: 0 ok, 1 unfinished, 3 the images do not give the archive's views, 4 damaged.
+    Exit codes: 0 ok, 1 unfinished or not signed by this key, 3 the images do not give the archive's views, 4 damaged.
 
     Examples:
 
     \b
       redistill verify teacher.redistill.zarr --full
       redistill verify teacher.redistill.zarr --data folder:imagenet/train
+      redistill verify teacher.redistill.zarr --signature --key public.pem
     """
+    if signature != (key is not None):
+        raise UsageError("--signature and --key go together: the signature is checked with the author's public key")
     from redistill_cache import verify as verification
 
     set_offline(offline)
@@ -71,16 +81,28 @@ def verify(
         alignment = _align(path, data, full=full)
         aligned = alignment["verdict"] in ("exact", "tolerance")
         report = replace(report, ok=aligned, alignment=alignment)
+    signed: dict[str, str] = {}
+    if key is not None and not report.damaged and report.missing_blocks is None:
+        signed = {"signed_id": _signed_id(archive, path, key)}
     if as_json:
-        print_json(report.to_json() | {"quarantined": moved})
+        print_json(report.to_json() | {"quarantined": moved} | signed)
     else:
         _show(path, report, moved)
+        if signed:
+            typer.echo(f"{harmless(path)}: signed with the private key of {harmless(key)}")
     if report.damaged:
         raise typer.Exit(DAMAGED)
     if not aligned:
         raise typer.Exit(REFUSED)
     if report.missing_blocks is not None:
         raise typer.Exit(UNFINISHED)
+
+
+def _signed_id(location: str, archive: Path, key: Path) -> str:
+    """The id in the signature beside the archive at `location`, of which `archive` is the copy here."""
+    from redistill.sharing.signing import check_signature, read_signature
+
+    return check_signature(archive, read_signature(location), key)
 
 
 def _align(archive: Path, data: str, *, full: bool) -> dict[str, Any]:

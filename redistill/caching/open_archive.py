@@ -15,10 +15,9 @@ import numpy as np
 from redistill_cache import Archive, ArchiveSpec, ArchiveWriter, TeacherSpec
 from redistill_cache.commits import Commits
 from redistill_cache.errors import Incomplete, Refused, SpecMismatch
-from redistill_cache.journal import TERMS
 from redistill_cache.layout import MANIFEST, Block, part_blocks, side_block
 from redistill_cache.open_state import read_state
-from redistill_cache.spec import LOGITS
+from redistill_cache.spec import LOGITS, TERMS
 from redistill_cache.spec_files import list_teachers, read_root
 from redistill_cache.storage import LOCAL, Files, disk_trouble, is_leftover
 from redistill_cache.writer import refuse_difference
@@ -128,16 +127,17 @@ def check_same_recipe(path: Path, stored: ArchiveSpec, plan: Plan) -> None:
 
 
 def check_same_terms(options: CacheOptions, stored: ArchiveSpec) -> None:
-    """Licence and citation may have been edited since the archive was started."""
+    """The terms may have been edited since the archive was started."""
     path = options.out
     if (path / MANIFEST).exists():
         stored = read_state(path, allow_partial=False).spec
     for name in TERMS:
         value, current = getattr(options, name), getattr(stored, name)
         if value and value != current:
+            flag = f"--{name.replace('_', '-')}"
             raise SpecMismatch(
-                f"{path} has the {name} {current!r}, now it is {value!r}; leave out --{name}, or change that of the "
-                f"finished archive: redistill archive edit {path} --{name} ..."
+                f"{path} has the {name} {current!r}, now it is {value!r}; leave out {flag}, or change that of the "
+                f"finished archive: redistill archive edit {path} {flag} ..."
             )
 
 

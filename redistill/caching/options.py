@@ -9,10 +9,11 @@ from typing import Any
 
 from redistill_cache.codecs import CODECS
 from redistill_cache.errors import UsageError
-from redistill_cache.spec import LOGITS, check_name, check_signal_name, check_text
+from redistill_cache.spec import LOGITS, TERMS, check_name, check_signal_name
 
 from redistill.option_fields import check_values, option
 from redistill.shares import parse_share
+from redistill.sharing.terms import checked_terms
 from redistill.sources import OnBadImage
 from redistill.specs import did_you_mean
 
@@ -108,8 +109,17 @@ class CacheOptions:
             default_text="after its network",
         ),
     )
-    licence: str = field(default="", metadata=option("Licence of the archive."))
-    citation: str = field(default="", metadata=option("How to cite the archive."))
+    licence: str = field(default="", metadata=option("Licence of the archive, such as CC-BY-4.0.", metavar="SPDX"))
+    citation: str = field(default="", metadata=option("How to cite the archive.", metavar="TEXT"))
+    data_source: str = field(
+        default="", metadata=option("Where the images come from: name and version, or a URL.", metavar="TEXT")
+    )
+    data_licence: str = field(
+        default="", metadata=option("Licence of the images, such as LicenseRef-ImageNet.", metavar="SPDX")
+    )
+    teacher_licence: str = field(
+        default="", metadata=option("Licence of the teacher's weights, such as BSD-3-Clause.", metavar="SPDX")
+    )
     block_rows: int | None = field(
         default=None,
         metadata=option("Rows per committed block.", default_text="from the number of samples", at_least=1),
@@ -160,8 +170,8 @@ class CacheOptions:
             check_name(self.teacher_name, "--teacher-name")
         if self.share is not None:
             parse_share(self.share)
-        check_text(self.licence, "--licence")
-        check_text(self.citation, "--citation")
+        for name, value in checked_terms({name: getattr(self, name) for name in TERMS}).items():
+            object.__setattr__(self, name, value)
 
     def name_of_teacher(self, network: str) -> str:
         """The teacher's name in the archive: `teacher_name`, or the network's name in the allowed characters."""

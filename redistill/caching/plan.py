@@ -8,7 +8,7 @@ from typing import Any
 
 from redistill_cache import ArchiveSpec, TeacherSpec
 from redistill_cache.errors import Refused, UsageError
-from redistill_cache.spec import LOGITS
+from redistill_cache.spec import LOGITS, TERMS
 from redistill_cache.spec_files import list_teachers, read_root, read_teachers
 
 from redistill.caching.additions import Part, parts_to_write
@@ -223,9 +223,8 @@ def archive_spec(
         canaries_per_view=min(count, max(MIN_CANARIES, min(CANARIES_PER_VIEW, count // SAMPLES_PER_CANARY))),
         source=source.description,
         excluded=tuple({"key": key, "reason": reason} for key, reason in index.excluded),
-        licence=options.licence,
-        citation=options.citation,
         environment=view_environment(),
+        **{name: getattr(options, name) for name in TERMS},
     )
 
 
@@ -263,8 +262,7 @@ def use_stored_settings(plan: Plan, stored: ArchiveSpec) -> Plan:
         "recipe": sets_recipe,
         "view_arrays": sets_recipe,
         "block_rows": options.block_rows is not None,
-        "licence": False,
-        "citation": False,
+        **dict.fromkeys(TERMS, False),
         # The reasons are those of the first run.
         "excluded": {item["key"] for item in plan.spec.excluded} != {item["key"] for item in stored.excluded},
     }

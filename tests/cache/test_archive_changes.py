@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import tempfile
@@ -15,7 +16,9 @@ import pytest
 from redistill_cache import ArchiveWriter, open_archive
 from redistill_cache.errors import Incomplete, OutOfRange, Refused, UsageError
 from redistill_cache.inspect import describe
+from redistill_cache.journal import CLOSE, END, sha256
 from redistill_cache.storage import Files
+from redistill_cache.strict_json import canonical
 from redistill_cache.verify import quarantine, verify
 
 from tests.faults.power_cut import PowerCut, PowerCutDisk
@@ -132,6 +135,49 @@ def test_an_edit_killed_anywhere_leaves_old_or_new(two: Path, tmp_path: Path):
         archive = open_archive(path, verify="full")
         assert (archive.id == old) == (archive.spec.licence == SPEC.licence)
         shutil.rmtree(path)
+
+
+def versions(path: Path) -> tuple[str, str]:
+    """Of the specification and of the manifest."""
+    root = json.loads((path / "zarr.json").read_bytes())["attributes"]["redistill"]
+    return root["version"], json.loads((path / "_redistill/manifest.json").read_bytes())["manifest"]["version"]
+
+
+def test_licences_of_others_and_the_source_of_images_need_a_newer_version_where_they_are_stated(two: Path):
+    added = {"data_source": "Glyphs", "data_licence": "LicenseRef-Glyphs", "teacher_licence": "MIT"}
+    path = two.parent / "b"
+    make(path, replace(SPEC, **added), ("a", "b"))
+    assert (versions(two), versions(path)) == (("1.0", "1.0"), ("1.1", "1.0"))
+    assert {name: describe(open_archive(path, verify="full"))[name] for name in added} == added
+    ArchiveWriter.resume(two).edit_terms(data_licence="MIT")
+    assert versions(two) == ("1.0", "1.2")
+    spec = open_archive(two, verify="full").spec
+    assert (spec.licence, spec.data_licence, spec.teacher_licence) == (SPEC.licence, "MIT", "")
+    # The manifest replaces all terms: those that it does not state are withdrawn.
+    ArchiveWriter.resume(path).edit_terms(teacher_licence="", data_source="")
+    assert open_archive(path).spec.added_terms == {"data_licence": "LicenseRef-Glyphs"}
+    ArchiveWriter.resume(path).edit_terms(data_licence="")
+    assert (open_archive(path).spec.added_terms, versions(path)) == ({}, ("1.1", "1.1"))
+
+
+@pytest.mark.parametrize(
+    ("version", "added", "message"),
+    [
+        ("1.1", {"data_licence": "MIT"}, "unknown field 'data_licence'"),
+        ("1.2", {"data_licence": 3}, "'data_licence' must be a string"),
+        ("1.2", {"data_licence": "x" * 5000}, "at most 4096"),
+        ("1.2", {"price": "x"}, "unknown field 'price'"),
+        ("1.3", {"price": "x"}, None),
+    ],
+)
+def test_terms_of_a_manifest_are_those_of_its_version(two: Path, version: str, added: dict, message: str | None):
+    path = two / "_redistill/manifest.json"
+    ArchiveWriter.resume(two).edit_terms(**NEW)
+    body = path.read_bytes().replace(b'"version":"1.1"', f'"version":"{version}"'.encode())
+    body = body.replace(b'"terms":{', b'"terms":{' + canonical(added)[1:-1] + b",").partition(CLOSE)[0]
+    path.write_bytes(body + CLOSE + sha256(body).encode() + END)
+    with pytest.raises(Refused, match=message) if message else contextlib.nullcontext():
+        assert open_archive(two).spec.licence == NEW["licence"]
 
 
 def test_terms_that_cannot_be_edited(two: Path, tmp_path: Path):

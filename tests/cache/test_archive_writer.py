@@ -16,7 +16,7 @@ from redistill_cache.codecs import fit_codec
 from redistill_cache.codecs.catalogue import WITHOUT_SIDE_DATA
 from redistill_cache.errors import Incomplete, NewerFormat, OutOfRange, Refused, SpecMismatch, UsageError
 from redistill_cache.layout import Block
-from redistill_cache.spec import CODECS, ArchiveSpec
+from redistill_cache.spec import ADDED_TERMS, CODECS, ArchiveSpec
 from redistill_cache.spec_files import read_root
 from redistill_cache.storage import Files
 from redistill_cache.strict_json import canonical
@@ -68,6 +68,7 @@ CHANGED: dict[str, object] = {
     "excluded": (),
     "licence": "CC0-1.0",
     "citation": "",
+    **dict.fromkeys(ADDED_TERMS, "stated now"),
 }
 
 
@@ -86,7 +87,7 @@ def test_resume_names_the_field_that_differs(tmp_path: Path, name: str):
 
 def test_every_field_of_a_specification_is_compared_or_may_differ():
     free = {"num_views", "environment"}
-    assert {*CHANGED, *free, "format", "version"} == set(SPEC.to_json())
+    assert {*CHANGED, *free, "format", "version"} == set(replace(SPEC, **dict.fromkeys(ADDED_TERMS, "x")).to_json())
 
 
 def test_resume_accepts_another_environment_and_keeps_the_first(tmp_path: Path):
@@ -106,10 +107,10 @@ def test_resume_never_writes_through_a_link(tmp_path: Path, archive: Path):
 
 def test_nothing_is_added_to_an_archive_of_a_newer_minor_version(tmp_path: Path):
     ArchiveWriter.create(tmp_path / "a", SPEC)
-    value = SPEC.resolved().to_json() | {"version": "1.1", "added_later": 1}
+    value = SPEC.resolved().to_json() | {"version": "1.2", "added_later": 1}
     document = {"zarr_format": 3, "node_type": "group", "attributes": {"redistill": value}}
     (tmp_path / "a/zarr.json").write_bytes(canonical(document))
-    assert read_root(tmp_path / "a").newer == "1.1"
+    assert read_root(tmp_path / "a").newer == "1.2"
     for attempt in (ArchiveWriter.resume, lambda path: ArchiveWriter.extend_views(path, 9)):
         with pytest.raises(NewerFormat, match="not added to"):
             attempt(tmp_path / "a")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,11 +65,26 @@ def test_licence_and_citation_are_set_later(run, tmp_path: Path):
     description = json.loads(run("inspect", path, "--json").stdout)
     assert (description["licence"], description["citation"]) == ("CC0-1.0", "")
     assert description["id"] in edited.stdout
+    apart = run(
+        "archive", "edit", path, "--data-source", "glyphs", "--data-licence", "mit", "--teacher-licence", "MIT-0"
+    )
+    assert apart.returncode == 0, apart.stderr
+    shown = run("inspect", path).stdout
+    for name, value in {
+        "licence": "CC0-1.0",
+        "images from": "glyphs",
+        "image licence": "MIT",
+        "teacher licence": "MIT-0",
+    }.items():
+        assert re.search(rf"^{name} +{value}$", shown, re.MULTILINE), name
+    free_text = run("archive", "edit", path, "--data-licence", "ask the authors")
+    assert (free_text.returncode, free_text.stderr.count("\n")) == (2, 1)
+    assert "--data-licence must be an SPDX expression" in free_text.stderr
     assert run("verify", path, "--full").returncode == 0
     nothing = run("archive", "edit", path)
     assert nothing.returncode == 2
     assert "--licence or --citation" in nothing.stderr
-    missing = run("archive", "edit", tmp_path / "none", "--licence", "x")
+    missing = run("archive", "edit", tmp_path / "none", "--licence", "MIT")
     assert (missing.returncode, missing.stderr.count("\n")) == (3, 1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shlex
 import sys
 from pathlib import Path
 
@@ -60,6 +61,24 @@ def test_json_is_the_only_output(cached):
     assert result["total_bytes"] == sum((Path("a.zarr") / name).stat().st_size for name in file_hashes(Path("a.zarr")))
     code, out, _ = cached("--views", "2", "--json")
     assert (code, json.loads(out)["images"], json.loads(out)["id"]) == (0, 0, result["id"])
+
+
+def test_a_finished_archive_says_what_it_lacks_to_be_published(cached, monkeypatch: pytest.MonkeyPatch, capsys):
+    code, out, err = cached("--licence", "cc0-1.0", out="a b.zarr")
+    assert code == 0, err
+    [line] = [line for line in out.splitlines() if line.startswith("publishing")]
+    assert line.split(maxsplit=1)[1] == "missing citation; redistill archive edit 'a b.zarr' --citation TEXT"
+    advised = shlex.split(line.partition("; ")[2].replace("TEXT", "'Nobody (2026)'"))
+    monkeypatch.setattr(sys, "argv", advised)
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert not exit_.value.code
+    capsys.readouterr()
+    code, out, _ = cached(out="a b.zarr")
+    assert (code, "publishing" in out) == (0, False)
+    code, _, err = cached("--licence", "MIT", out="a b.zarr")
+    assert code == 3
+    assert "has the licence 'CC0-1.0', now it is 'MIT'" in error_line(err)
 
 
 def test_a_dry_run_estimates_and_writes_nothing(cached, tmp_path: Path):
@@ -200,6 +219,7 @@ CHANGED = {
     "--block-rows": (("--block-rows", "16"), "block_rows"),
     "--licence": (("--licence", "MIT"), "licence"),
     "--citation": (("--citation", "me"), "citation"),
+    "--data-licence": (("--data-licence", "MIT"), "leave out --data-licence"),
     "--views": (("--views", "3"), "num_views = 1, now it is 3; use extend_views (--extend-views)"),
     "--teacher": (("--teacher", f"{TEACHER}&seed=1"), "weights_digest"),
 }

@@ -55,6 +55,8 @@ def test_a_teacher_of_an_earlier_version_with_rounded_logits_is_not_continued(tm
         ({"size": 24}, "--recipe 'cifar?size=32"),
         ({"block_rows": 16}, "block_rows"),
         ({"licence": "MIT"}, "licence"),
+        ({"data_source": "glyphs"}, "leave out --data-source"),
+        ({"teacher_licence": "MIT"}, "leave out --teacher-licence"),
         ({"data": "synthetic?n=91&classes=5"}, "num_samples"),
         ({"data": "synthetic?n=90&classes=5&seed=3"}, "source.seed"),
     ],
