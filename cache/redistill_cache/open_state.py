@@ -105,9 +105,12 @@ def read_state(path: Path, *, allow_partial: bool) -> ArchiveState:
     return _sealed(path, root, data)
 
 
-def read_committed(path: Path, commits: Commits) -> ArchiveState:
-    """The blocks committed by now, for a writer, including those of a teacher being added to a sealed archive."""
-    return _partial(path, read_root(path), commits, settle=True)
+def read_committed(path: Path, commits: Commits, *, settle: bool = True) -> ArchiveState:
+    """The blocks committed by now, including those of a teacher being added to a sealed archive.
+
+    Only a writer may settle them; for a reader, the blocks that are not settled are left out.
+    """
+    return _partial(path, read_root(path), commits, settle=settle)
 
 
 # -- sealed -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`redistill archive`: change, fetch or pack an archive without running a teacher."""
+"""`redistill archive`: change, combine, fetch or pack archives without running a teacher."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import typer
 from redistill_cache.errors import UsageError
 from redistill_cache.wording import harmless, human_bytes
 
+from redistill_cli.archive_contents import merge, skeleton
 from redistill_cli.archive_transport import fetch, pack
 from redistill_cli.options import ArchivePath, Command
 
@@ -18,7 +19,7 @@ archive = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 @archive.callback()
 def group() -> None:
-    """Change, fetch or pack an archive without running a teacher.
+    """Change, combine, fetch or pack archives without running a teacher.
 
     Examples:
 
@@ -27,6 +28,7 @@ def group() -> None:
       redistill archive pack teacher.redistill.zarr teacher.redistill
       redistill archive remove-teacher teacher.redistill.zarr resnet18
       redistill archive edit teacher.redistill.zarr --licence CC-BY-4.0
+      redistill archive merge lab-a.redistill.zarr lab-b.redistill.zarr --out teacher.redistill.zarr
     """
 
 
@@ -85,3 +87,5 @@ def edit(
 
 archive.command(cls=Command)(pack)
 archive.command(cls=Command)(fetch)
+archive.command(cls=Command)(skeleton)
+archive.command(cls=Command)(merge)
