@@ -16,10 +16,12 @@ from redistill_cache import layout, limits
 from redistill_cache.errors import Damaged, NewerFormat, NotAnArchive, Refused, UsageError
 from redistill_cache.spec import (
     FORMAT,
+    ROOT_MINOR,
     TEACHER_MINOR,
     VERSION,
     ArchiveSpec,
     ArraySpec,
+    Parent,
     SideArray,
     SignalSpec,
     TeacherSpec,
@@ -124,11 +126,19 @@ def parse_archive_spec(value: Json, where: str) -> ArchiveSpec:
             licence=fields.text("licence", limits.MAX_TEXT),
             citation=fields.text("citation", limits.MAX_TEXT),
             environment=fields.mapping("environment"),
+            subset_of=_parse_parent(fields, where) if minor >= ROOT_MINOR and "subset_of" in fields else None,
         )
     except UsageError as error:  # the same rules hold for a caller and for a file
         raise Refused(f"{where}: {error}") from None
-    fields.done(ignore_unknown=minor > VERSION[1])
+    fields.done(ignore_unknown=minor > ROOT_MINOR)
     return spec
+
+
+def _parse_parent(root: Fields, where: str) -> Parent:
+    fields = Fields(root.mapping("subset_of"), f"{where}: subset_of")
+    parent = Parent(fields.text("id", 64), fields.integers("views", limits.MAX_VIEWS))
+    fields.done()
+    return parent
 
 
 def _parse_excluded(value: Json, where: str) -> dict[str, str]:
@@ -203,7 +213,7 @@ def read_root(path: Path) -> Document[ArchiveSpec]:
         layout.check_extent(spec, {})
     except UsageError as error:
         raise Refused(f"{where}: {error}") from None
-    newer = _check_bytes(data, layout.root_metadata(spec), value, where, VERSION[1])
+    newer = _check_bytes(data, layout.root_metadata(spec), value, where, ROOT_MINOR)
     return Document(spec, value, archive_identity(value), data, newer)
 
 

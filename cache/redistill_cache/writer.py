@@ -240,6 +240,8 @@ class ArchiveWriter:
             stored = root.spec
             if num_views < stored.num_views:
                 raise Refused(f"{path} has {stored.num_views} views; it cannot shrink to {num_views}")
+            if num_views > stored.num_views and stored.subset_of is not None:
+                raise Refused(f"{path} is a subset of archive {stored.subset_of.id}; add views to that one")
             if num_views > stored.num_views:
                 spec = replace(stored, num_views=num_views)
                 layout.check_extent(spec, {})

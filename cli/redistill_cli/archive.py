@@ -8,7 +8,7 @@ import typer
 from redistill_cache.errors import UsageError
 from redistill_cache.wording import harmless, human_bytes
 
-from redistill_cli.archive_contents import merge, skeleton
+from redistill_cli.archive_contents import merge, skeleton, subset
 from redistill_cli.archive_transport import fetch, pack
 from redistill_cli.options import ArchivePath, Command
 
@@ -29,6 +29,7 @@ def group() -> None:
       redistill archive remove-teacher teacher.redistill.zarr resnet18
       redistill archive edit teacher.redistill.zarr --licence CC-BY-4.0
       redistill archive merge lab-a.redistill.zarr lab-b.redistill.zarr --out teacher.redistill.zarr
+      redistill archive subset teacher.redistill.zarr small.redistill.zarr --per-class 20 --views 4
     """
 
 
@@ -89,3 +90,4 @@ archive.command(cls=Command)(pack)
 archive.command(cls=Command)(fetch)
 archive.command(cls=Command)(skeleton)
 archive.command(cls=Command)(merge)
+archive.command(cls=Command)(subset)

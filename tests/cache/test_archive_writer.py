@@ -106,10 +106,10 @@ def test_resume_never_writes_through_a_link(tmp_path: Path, archive: Path):
 
 def test_nothing_is_added_to_an_archive_of_a_newer_minor_version(tmp_path: Path):
     ArchiveWriter.create(tmp_path / "a", SPEC)
-    value = SPEC.resolved().to_json() | {"version": "1.1", "added_later": 1}
+    value = SPEC.resolved().to_json() | {"version": "1.2", "added_later": 1}
     document = {"zarr_format": 3, "node_type": "group", "attributes": {"redistill": value}}
     (tmp_path / "a/zarr.json").write_bytes(canonical(document))
-    assert read_root(tmp_path / "a").newer == "1.1"
+    assert read_root(tmp_path / "a").newer == "1.2"
     for attempt in (ArchiveWriter.resume, lambda path: ArchiveWriter.extend_views(path, 9)):
         with pytest.raises(NewerFormat, match="not added to"):
             attempt(tmp_path / "a")
