@@ -31,7 +31,7 @@ from redistill_cache.open_state import VERIFY_ADVICE, ArchiveState, committed_fi
 from redistill_cache.reader import Archive
 from redistill_cache.spec import ArchiveSpec, TeacherSpec
 from redistill_cache.spec_files import read_root, read_teachers
-from redistill_cache.storage import LEFTOVER, LOCAL, disk_trouble, read_small, refuse_full_disk
+from redistill_cache.storage import LEFTOVER, LOCAL, Files, disk_trouble, read_small, refuse_full_disk
 from redistill_cache.verify import verify
 from redistill_cache.writer import ArchiveWriter, first_difference, shown
 
@@ -196,21 +196,21 @@ class Base:
         for block, files in all_blocks(self.spec, specs, 0):
             yield block, files, self.teachers[block.part.split("/")[1]] if "/" in block.part else self.samples
 
-    def write(self, out: Path) -> None:
+    def write(self, out: Path, files: Files) -> None:
         """Create the archive, with everything or not at all."""
         for old in out.parent.glob(f"{glob.escape(out.name)}.*{LEFTOVER}"):  # of a process that was killed
             shutil.rmtree(old)
         folder = out.with_name(f"{out.name}.{uuid.uuid4().hex}{LEFTOVER}")
-        writer = ArchiveWriter.create(folder, self.spec)
+        writer = ArchiveWriter.create(folder, self.spec, files=files)
         for name, source in self.teachers.items():
             writer.declare_teacher(source.teachers[name])
-        for block, files, source in self.blocks():
-            source.copy(block, files, writer)
+        for block, names, source in self.blocks():
+            source.copy(block, names, writer)
         if self.terms is not None:
-            LOCAL.make_directories(folder / layout.QUARANTINE)
-            LOCAL.publish(folder / layout.OLD_MANIFEST, self.terms)
-        LOCAL.rename(folder, out)
-        LOCAL.sync_directory(out.parent)
+            files.make_directories(folder / layout.QUARANTINE)
+            files.publish(folder / layout.OLD_MANIFEST, self.terms)
+        files.rename(folder, out)
+        files.sync_directory(out.parent)
 
     def is_at(self, out: Path) -> Source | None:
         """The archive at `out`, if one with this base was begun there. `Refused` if there is anything else."""
@@ -230,7 +230,7 @@ class Base:
         return there
 
 
-def skeleton(archive: Path, out: Path, *, notify: Notify = say) -> ArchiveSpec:
+def skeleton(archive: Path, out: Path, *, notify: Notify = say, files: Files = LOCAL) -> ArchiveSpec:
     """Write an archive with the samples and the teachers of another one and without blocks, to be written elsewhere.
 
     Nothing is done where it exists already.
@@ -239,9 +239,9 @@ def skeleton(archive: Path, out: Path, *, notify: Notify = say) -> ArchiveSpec:
     base = Base(source.spec, source, dict.fromkeys(source.teachers, source), source.edited_terms())
     with disk_trouble("write", out), locked(out, f"writes {out}", notify):
         if base.is_at(out) is None:
-            refuse_full_disk(out, sum(source.state.files[name].size for _, files, _ in base.blocks() for name in files))
-            LOCAL.make_directories(out.parent)
-            base.write(out)
+            refuse_full_disk(out, sum(source.state.files[name].size for _, names, _ in base.blocks() for name in names))
+            files.make_directories(out.parent)
+            base.write(out, files)
     return source.spec
 
 
@@ -338,20 +338,20 @@ def _views_of_parts(plan: Merge) -> dict[str, int]:
     return views | dict.fromkeys(layout.parts(spec, {}), shared)
 
 
-def merge(plan: Merge, *, progress: Progress | None = None, notify: Notify = say) -> str | None:
+def merge(plan: Merge, *, progress: Progress | None = None, notify: Notify = say, files: Files = LOCAL) -> str | None:
     """Copy the blocks, and seal the archive if none is missing. Returns its id, or None if it is unfinished."""
     out = plan.out
     with disk_trouble("write", out), locked(out, f"merges to {out}", notify):
         refuse_full_disk(out, plan.bytes_to_copy)
         if plan.base.is_at(out) is None:
-            LOCAL.make_directories(out.parent)
-            plan.base.write(out)
-        writer, done = ArchiveWriter.resume(out, plan.base.spec), 0
-        for block, files, holders in _blocks(plan):
+            files.make_directories(out.parent)
+            plan.base.write(out, files)
+        writer, done = ArchiveWriter.resume(out, plan.base.spec, files=files), 0
+        for block, names, holders in _blocks(plan):
             if not holders:
                 continue
-            holders[0].copy(block, files, writer)
-            done += sum(holders[0].state.files[name].size for name in files)
+            holders[0].copy(block, names, writer)
+            done += sum(holders[0].state.files[name].size for name in names)
             if progress is not None:
                 progress(done, plan.total_bytes)
         identity = None if plan.missing else writer.seal(complete=True)

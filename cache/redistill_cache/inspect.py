@@ -93,10 +93,10 @@ def _bytes_by_array(archive: Archive, paths: list[str], views: int) -> dict[str,
 def _fidelity(archive: Archive, part: TeacherSpec, signal: SignalSpec) -> dict[str, Any] | None:
     """The requested bound, in which measure, and the errors of all rows, where they were measured.
 
-    None where nothing is known. A subset has the bound that the codec certifies for every row, and no errors.
+    None where the writer measured nothing; a subset still has the bound that the codec certifies for every row.
     """
     stats = archive.state.stats.get(part.name, {}).get(signal.name)
-    if stats is None and certified_bound(signal) is None:
+    if stats is None and (archive.spec.subset_of is None or certified_bound(signal) is None):
         return None
     measured = {} if stats is None else summarise(stats)
     return {"bound": signal.config.get("fidelity"), "metric": signal.config.get("metric")} | measured

@@ -28,7 +28,7 @@ from redistill_cache.reader import Archive
 from redistill_cache.rows import read_rows
 from redistill_cache.shards import encode_shard
 from redistill_cache.spec import ArchiveSpec, Parent
-from redistill_cache.storage import disk_trouble, refuse_full_disk
+from redistill_cache.storage import LOCAL, Files, disk_trouble, refuse_full_disk
 from redistill_cache.verify import verify
 from redistill_cache.writer import ArchiveWriter
 
@@ -214,15 +214,17 @@ def _canaries_among(archive: Archive, view: int, rows: np.ndarray) -> np.ndarray
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def write_subset(subset: Subset, *, progress: Progress | None = None, notify: Notify = say) -> str:
+def write_subset(
+    subset: Subset, *, progress: Progress | None = None, notify: Notify = say, files: Files = LOCAL
+) -> str:
     """Write the subset, or what an interrupted call left to do, and return its id."""
     out, archive = subset.out, Archive(subset.state)
     with disk_trouble("write", out), locked(out, f"writes {out}", notify):
         if (out / "zarr.json").exists():
-            writer = ArchiveWriter.resume(out, subset.spec)
+            writer = ArchiveWriter.resume(out, subset.spec, files=files)
         else:
             refuse_full_disk(out, subset.estimated_bytes)
-            writer = ArchiveWriter.create(out, subset.spec)
+            writer = ArchiveWriter.create(out, subset.spec, files=files)
         _write_base(subset, archive, writer)
         blocks = [
             block

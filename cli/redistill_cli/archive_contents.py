@@ -121,9 +121,7 @@ def subset(
     plan = plan_subset(archive, out, numbers, chosen)
     what = f"{plan.spec.num_samples:,} of {archive.num_samples:,} samples, {len(numbers)} of {archive.num_views} views"
     if archive.spec.canaries_per_view and not plan.spec.canaries_per_view:
-        note(
-            "warning: no canary is among these rows, so no images can be compared with the subset; --per-class keeps some"
-        )
+        note("warning: no canary is among these rows, so no images can be compared with them; --per-class keeps some")
     if dry_run:
         typer.echo(f"{harmless(out)}: {what}, about {human_bytes(plan.estimated_bytes)}")
         return
