@@ -28,8 +28,8 @@ def group() -> None:
       redistill archive pack teacher.redistill.zarr teacher.redistill
       redistill archive remove-teacher teacher.redistill.zarr resnet18
       redistill archive edit teacher.redistill.zarr --licence CC-BY-4.0
-      redistill archive merge lab-a.redistill.zarr lab-b.redistill.zarr --out teacher.redistill.zarr
-      redistill archive subset teacher.redistill.zarr small.redistill.zarr --per-class 20 --views 4
+      redistill archive merge a.redistill.zarr b.redistill.zarr --out c.redistill.zarr
+      redistill archive subset teacher.redistill.zarr two.redistill.zarr --views 2
     """
 
 

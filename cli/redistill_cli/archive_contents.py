@@ -23,14 +23,14 @@ def skeleton(
     """Write an archive without blocks, in which another lab writes its share.
 
     It has the images' keys and digests, the recipe, and the teachers with their
-    codecs. The other lab runs cache-teacher with --out OUT and --no-help on its
-    own copy of the images; then redistill archive merge joins both archives.
+    codecs. Of two labs, one runs cache-teacher with --share 0/2 --no-help on its
+    archive, the other one with --out OUT --share 1/2 --no-help on its own copy of
+    the images; then redistill archive merge joins both archives.
 
     Examples:
 
     \b
       redistill archive skeleton teacher.redistill.zarr share.redistill.zarr
-      redistill cache-teacher DATA --teacher TEACHER --out share.redistill.zarr --share 1/2 --no-help
     """
     from redistill_cache.combining import skeleton as write_skeleton
 
@@ -53,7 +53,8 @@ def merge(
     Examples:
 
     \b
-      redistill archive merge lab-a.redistill.zarr lab-b.redistill.zarr --out teacher.redistill.zarr
+      redistill archive merge a.redistill.zarr b.redistill.zarr \\
+        --out teacher.redistill.zarr
     """
     from redistill_cache.combining import merge as merge_archives
     from redistill_cache.combining import plan_merge
@@ -105,9 +106,12 @@ def subset(
     Examples:
 
     \b
-      redistill archive subset teacher.redistill.zarr two-views.redistill.zarr --views 2
-      redistill archive subset teacher.redistill.zarr small.redistill.zarr --per-class 20
-      redistill archive subset teacher.redistill.zarr cats.redistill.zarr --classes tabby,tiger --views 0,2,5
+      redistill archive subset teacher.redistill.zarr two.redistill.zarr \\
+        --views 2
+      redistill archive subset teacher.redistill.zarr few.redistill.zarr \\
+        --per-class 20
+      redistill archive subset teacher.redistill.zarr cats.redistill.zarr \\
+        --classes tabby,tiger --views 0,2,5
     """
     from redistill_cache.errors import UsageError
     from redistill_cache.reader import open_archive
