@@ -6,9 +6,11 @@ import functools
 import http.server
 import multiprocessing
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -32,6 +34,23 @@ def child_processes() -> Callable[[], set[BaseProcess]]:
     """Call it for the child processes that run and were started by this test, and not by one before it."""
     before = set(multiprocessing.active_children())
     return lambda: set(multiprocessing.active_children()) - before
+
+
+@contextmanager
+def folder_in_memory(otherwise: Path) -> Iterator[Path]:
+    """A temporary folder, in memory where possible, for tests that need no real disk."""
+    shared = Path("/dev/shm")
+    if not shared.is_dir():
+        yield otherwise
+        return
+    with tempfile.TemporaryDirectory(dir=shared, prefix="redistill-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def ram(tmp_path: Path) -> Iterator[Path]:
+    with folder_in_memory(tmp_path) as folder:
+        yield folder
 
 
 class QuietHandler(http.server.SimpleHTTPRequestHandler):

@@ -6,7 +6,7 @@ from typing import Any
 
 from redistill_cache import layout
 from redistill_cache.addresses import is_address
-from redistill_cache.codecs.stats import summarise
+from redistill_cache.codecs.stats import certified_bound, summarise
 from redistill_cache.download import Notify, say
 from redistill_cache.fetching import fetched_description, locate
 from redistill_cache.packed import is_packed
@@ -53,6 +53,7 @@ def describe(archive: Archive) -> dict[str, Any]:
             for name in archive.teachers
         },
         "models": {name: teacher.model for name, teacher in archive.teachers.items()},
+        "subset_of": None if spec.subset_of is None else spec.subset_of.to_json(),
         "source": spec.source,
         "excluded": [dict(item) for item in spec.excluded],
         "licence": spec.licence,
@@ -93,8 +94,12 @@ def _bytes_by_array(archive: Archive, paths: list[str], views: int) -> dict[str,
 
 
 def _fidelity(archive: Archive, part: TeacherSpec, signal: SignalSpec) -> dict[str, Any] | None:
-    """The requested bound, in which measure, and the errors of every row; None where the writer measured nothing."""
+    """The requested bound, in which measure, and the errors of all rows, where they were measured.
+
+    None where the writer measured nothing; a subset still has the bound that the codec certifies for every row.
+    """
     stats = archive.state.stats.get(part.name, {}).get(signal.name)
-    if stats is None:
+    if stats is None and (archive.spec.subset_of is None or certified_bound(signal) is None):
         return None
-    return {"bound": signal.config.get("fidelity"), "metric": signal.config.get("metric")} | summarise(stats)
+    measured = {} if stats is None else summarise(stats)
+    return {"bound": signal.config.get("fidelity"), "metric": signal.config.get("metric")} | measured

@@ -117,6 +117,14 @@ class PackedKeys(Sequence[str]):
             same[at] = (words == other._padded(other_rows[at], lengths[part])).all(axis=1)
         return same
 
+    def find(self, keys: PackedKeys) -> np.ndarray:
+        """The position of each of these keys here, -1 for one that is not here."""
+        hashes = self.hashes()
+        order = np.argsort(hashes)
+        rows: np.ndarray = order[np.minimum(np.searchsorted(hashes[order], keys.hashes()), len(order) - 1)]
+        rows[~self.equal_at(rows, keys, np.arange(len(keys)))] = -1
+        return rows
+
     def _padded(self, rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Keys as the rows of a matrix of 64-bit words, padded with zeros."""
         words = -(-int(lengths.max(initial=0)) // 8)

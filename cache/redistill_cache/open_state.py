@@ -105,9 +105,12 @@ def read_state(path: Path, *, allow_partial: bool) -> ArchiveState:
     return _sealed(path, root, data)
 
 
-def read_committed(path: Path, commits: Commits) -> ArchiveState:
-    """The blocks committed by now, for a writer, including those of a teacher being added to a sealed archive."""
-    return _partial(path, read_root(path), commits, settle=True)
+def read_committed(path: Path, commits: Commits, *, settle: bool = True) -> ArchiveState:
+    """The blocks committed by now, including those of a teacher being added to a sealed archive.
+
+    Only a writer may settle them; for a reader, the blocks that are not settled are left out.
+    """
+    return _partial(path, read_root(path), commits, settle=settle)
 
 
 # -- sealed -----------------------------------------------------------------------------------------------------------
@@ -171,8 +174,11 @@ def files_of_views(files: Mapping[str, FileEntry], views: int) -> dict[str, File
 def _sealed_root(declared: Document[ArchiveSpec], sealed: FileEntry | None, views: int) -> Document[ArchiveSpec]:
     """The root zarr.json that was sealed: views that were declared since then do not concern a reader.
 
-    The number of views is all that differs, and has not fallen, so it is found by trying.
+    The number of views is all that differs, and has not fallen, so it is found by trying. No views are added to
+    a subset.
     """
+    if declared.spec.subset_of is not None:
+        return declared
     most = max(1, MOST_HASHED // len(declared.data))
     for number in range(views, min(declared.spec.num_views, views + most)):
         data = layout.root_metadata_of({**declared.value, "num_views": number})

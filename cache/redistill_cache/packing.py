@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from redistill_cache.errors import Damaged, Refused
 from redistill_cache.journal import sha256
 from redistill_cache.locks import locked, new_partial, publish_partial, remove_partials
 from redistill_cache.open_state import VERIFY_ADVICE, ArchiveState, committed_file, read_state
-from redistill_cache.storage import LOCAL, disk_trouble, read_small
+from redistill_cache.storage import LOCAL, disk_trouble, read_small, refuse_full_disk
 
 __all__ = ["pack"]
 
@@ -43,7 +42,7 @@ def pack(archive: Path, out: Path, *, progress: PackProgress | None = None, noti
             _refuse_others(out, tars, manifest)
             for name in [*tars, packed.MANIFEST]:
                 remove_partials(out / name)
-            _refuse_full_disk(out, sizes)
+            refuse_full_disk(out, sum(size for name, size in sizes.items() if not (out / name).exists()))
             done = 0
             for name, members in tars.items():
                 _write(out / name, state, members)
@@ -64,13 +63,6 @@ def _refuse_others(out: Path, tars: dict[str, list[str]], manifest: bytes) -> No
     packed_manifest = out / packed.MANIFEST
     if other or (packed_manifest.exists() and read_small(packed_manifest, limits.MAX_MANIFEST_BYTES) != manifest):
         raise Refused(f"{out} holds {[*other, packed.MANIFEST][0]} of another archive; choose another folder")
-
-
-def _refuse_full_disk(out: Path, sizes: dict[str, int]) -> None:
-    needed = sum(size for name, size in sizes.items() if not (out / name).exists())
-    free = shutil.disk_usage(out).free
-    if needed > free:
-        raise Refused(f"{out}: needs {needed} bytes, {free} are free; free some space, or choose another disk")
 
 
 def _write(path: Path, state: ArchiveState, members: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ spec_files.py).
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -32,6 +33,7 @@ __all__ = [
     "VERSION",
     "ArchiveSpec",
     "ArraySpec",
+    "Parent",
     "SideArray",
     "SignalSpec",
     "TeacherSpec",
@@ -203,7 +205,7 @@ def _divisors(number: int) -> list[int]:
 
 FORMAT = "redistill-archive"
 VERSION = (1, 0)
-# The minor version of an archive with one of `ADDED_TERMS`.
+# The minor version of an archive whose specification says what version 1.0 cannot: see `ArchiveSpec.to_json`.
 ARCHIVE_MINOR = 1
 # The minor version of a teacher whose specification says what version 1.0 cannot: see `TeacherSpec.to_json`.
 TEACHER_MINOR = 1
@@ -351,12 +353,36 @@ def additions_flaw(teachers: Mapping[str, TeacherSpec]) -> str | None:
     return None
 
 
+ARCHIVE_ID = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The archive that a subset was taken from: its id, and the numbers that the views of the subset have there."""
+
+    id: str
+    views: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "views", tuple(self.views))
+        is_id = isinstance(self.id, str) and bool(ARCHIVE_ID.fullmatch(self.id))
+        require(is_id, "subset_of: id", "64 hexadecimal digits", self.id)
+        for view in self.views:
+            check_int(view, "subset_of: views", 0, limits.MAX_VIEWS - 1)
+        rise = all(a < b for a, b in itertools.pairwise(self.views))
+        require(rise, "subset_of: views", "numbers that rise", self.views)
+
+    def to_json(self) -> dict[str, Json]:
+        return {"id": self.id, "views": list(self.views)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class ArchiveSpec:
     """What all views of an archive share: samples, classes, recipe, and how rows are cut into blocks.
 
     `recipe` and `source` are descriptions, never code, paths or URLs. `environment` (library versions) is only
     recorded. `excluded` lists samples of the source that are not in the archive: {"key": ..., "reason": ...}.
+    `subset_of` is the archive that this one is a part of, if it was not written by a teacher.
     """
 
     num_samples: int
@@ -377,6 +403,7 @@ class ArchiveSpec:
     data_licence: str = ""
     teacher_licence: str = ""
     environment: Mapping[str, Json] = field(default_factory=dict)
+    subset_of: Parent | None = None
 
     def __post_init__(self) -> None:
         check_int(self.num_samples, "num_samples", 1, limits.MAX_SAMPLES)
@@ -390,6 +417,8 @@ class ArchiveSpec:
         for key in ("recipe", "source", "environment"):
             object.__setattr__(self, key, json_copy(getattr(self, key), key))
         self._check_names()
+        views = self.num_views if self.subset_of is None else len(self.subset_of.views)
+        require(views == self.num_views, "subset_of: views", f"{self.num_views} numbers, one per view", views)
         for array in self.view_arrays:
             check_array(array, "view parameters")
         check_unique((array.name for array in self.view_arrays), "view_arrays", limits.MAX_ARRAYS)
@@ -443,9 +472,11 @@ class ArchiveSpec:
         return replace(self, view_arrays=arrays)
 
     def to_json(self) -> dict[str, Json]:
-        return {
+        added: dict[str, Json] = {} if self.subset_of is None else {"subset_of": self.subset_of.to_json()}
+        added |= self.added_terms
+        return added | {
             "format": FORMAT,
-            "version": f"{VERSION[0]}.{ARCHIVE_MINOR if self.added_terms else VERSION[1]}",
+            "version": f"{VERSION[0]}.{ARCHIVE_MINOR if added else VERSION[1]}",
             "num_samples": self.num_samples,
             "num_views": self.num_views,
             "num_classes": self.num_classes,
@@ -460,7 +491,6 @@ class ArchiveSpec:
             "licence": self.licence,
             "citation": self.citation,
             "environment": self.environment,
-            **self.added_terms,
         }
 
 

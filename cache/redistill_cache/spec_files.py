@@ -22,6 +22,7 @@ from redistill_cache.spec import (
     VERSION,
     ArchiveSpec,
     ArraySpec,
+    Parent,
     SideArray,
     SignalSpec,
     TeacherSpec,
@@ -126,6 +127,7 @@ def parse_archive_spec(value: Json, where: str) -> ArchiveSpec:
             licence=fields.text("licence", limits.MAX_TEXT),
             citation=fields.text("citation", limits.MAX_TEXT),
             environment=fields.mapping("environment"),
+            subset_of=_parse_parent(fields, where) if minor >= ARCHIVE_MINOR and "subset_of" in fields else None,
             **_parse_added_terms(fields, minor),
         )
     except UsageError as error:  # the same rules hold for a caller and for a file
@@ -137,6 +139,13 @@ def parse_archive_spec(value: Json, where: str) -> ArchiveSpec:
 def _parse_added_terms(fields: Fields, minor: int) -> dict[str, str]:
     known = ADDED_TERMS if minor >= ARCHIVE_MINOR else ()
     return {name: fields.text(name, limits.MAX_TEXT) for name in known if name in fields}
+
+
+def _parse_parent(root: Fields, where: str) -> Parent:
+    fields = Fields(root.mapping("subset_of"), f"{where}: subset_of")
+    parent = Parent(fields.text("id", 64), fields.integers("views", limits.MAX_VIEWS))
+    fields.done()
+    return parent
 
 
 def _parse_excluded(value: Json, where: str) -> dict[str, str]:

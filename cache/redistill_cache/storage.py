@@ -14,6 +14,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import shutil
 import stat
 import uuid
 from collections.abc import Iterator
@@ -22,7 +23,17 @@ from pathlib import Path
 from redistill_cache import limits
 from redistill_cache.errors import Damaged, Refused
 
-__all__ = ["LOCAL", "Files", "disk_trouble", "file_sha256", "is_leftover", "open_regular", "read_small", "walk_regular"]
+__all__ = [
+    "LOCAL",
+    "Files",
+    "disk_trouble",
+    "file_sha256",
+    "is_leftover",
+    "open_regular",
+    "read_small",
+    "refuse_full_disk",
+    "walk_regular",
+]
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -179,6 +190,16 @@ def disk_trouble(action: str, path: Path, after: str = "") -> Iterator[None]:
         reason = error.strerror or str(error)
         advice = ADVICE.get(error.errno or 0, "check the disk and the path")
         raise Refused(f"cannot {action} {where}: {reason}; {advice}{after}") from error
+
+
+def refuse_full_disk(path: Path, needed: int) -> None:
+    """`Refused` where fewer than `needed` bytes are free on the disk of a folder that exists or is to be created."""
+    folder = path
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise Refused(f"{path}: needs {needed} bytes, {free} are free; free some space, or choose another disk")
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,7 +46,7 @@ from redistill_cache.spec_files import list_teachers, read_root, read_teachers
 from redistill_cache.storage import LOCAL, MOST_FILES, Files, disk_trouble, is_leftover, read_small, walk_regular
 from redistill_cache.strict_json import Json, canonical
 
-__all__ = ["ArchiveWriter", "refuse_difference"]
+__all__ = ["ArchiveWriter", "first_difference", "refuse_difference", "shown"]
 
 
 # -- checks before writing --------------------------------------------------------------------------------------------
@@ -54,22 +54,27 @@ __all__ = ["ArchiveWriter", "refuse_difference"]
 
 def refuse_difference(stored: Json, requested: Json, where: str, free: Sequence[str] = ()) -> None:
     """`SpecMismatch` with the first field that differs; the fields in `free` may differ."""
-    difference = _first_difference(
-        {key: value for key, value in stored.items() if key not in free},
-        {key: value for key, value in requested.items() if key not in free},
-        "",
-    )
-    if difference:
+    if difference := first_difference(stored, requested, free):
         field, old, new = difference
         more_views = field == "num_views" and new > old
         hint = "use extend_views (--extend-views)" if more_views else "use the same setting"
         raise SpecMismatch(
-            f"{where} was started with {field} = {_show(old)}, now it is {_show(new)}; {hint}, or start a new archive"
+            f"{where} was started with {field} = {shown(old)}, now it is {shown(new)}; {hint}, or start a new archive"
         )
 
 
-def _show(value: Json) -> str:
+def shown(value: Json) -> str:
+    """A value of a specification in an error."""
     return ascii(value)[:80]
+
+
+def first_difference(stored: Json, other: Json, free: Sequence[str] = ()) -> tuple[str, Json, Json] | None:
+    """The first field that differs, with both values; the fields in `free` may differ."""
+    return _first_difference(
+        {key: value for key, value in stored.items() if key not in free},
+        {key: value for key, value in other.items() if key not in free},
+        "",
+    )
 
 
 def _first_difference(old: Json, new: Json, path: str) -> tuple[str, Json, Json] | None:
@@ -236,6 +241,8 @@ class ArchiveWriter:
             stored = root.spec
             if num_views < stored.num_views:
                 raise Refused(f"{path} has {stored.num_views} views; it cannot shrink to {num_views}")
+            if num_views > stored.num_views and stored.subset_of is not None:
+                raise Refused(f"{path} is a subset of archive {stored.subset_of.id}; add views to that one")
             if num_views > stored.num_views:
                 spec = replace(stored, num_views=num_views)
                 layout.check_extent(spec, {})
@@ -352,6 +359,12 @@ class ArchiveWriter:
         check_codecs(teacher, arrays)
         data = _encode(layouts, arrays)
         check_side_size(teacher, lambda path: len(data[path]))
+        self.declare_teacher(teacher)
+        self._write_once(side_block(teacher.name), data, f"side data of teacher {teacher.name!r}")
+        return teacher
+
+    def declare_teacher(self, teacher: TeacherSpec) -> None:
+        """The first half of `add_teacher`, for a resolved and checked teacher whose side data is written as a block."""
         path = self.path / layout.teacher_path(teacher.name)
         with disk_trouble("write", path, RERUN):
             self._files.make_directories(path.parent)
@@ -362,8 +375,6 @@ class ArchiveWriter:
             refuse_difference(stored.to_json(), teacher.to_json(), f"{self.path}: teacher {teacher.name!r}")
             self.teachers[teacher.name] = stored
             self._folders.write_metadata(self.spec, self.teachers)
-        self._write_once(side_block(teacher.name), data, f"side data of teacher {teacher.name!r}")
-        return teacher
 
     def _write_once(self, block: Block, data: Mapping[str, bytes], what: str) -> None:
         """Commit a block that an archive has once; if it is committed already, it must have the same bytes."""
@@ -402,15 +413,22 @@ class ArchiveWriter:
                     f"{block}: row {block.start + bad} of array {name!r} holds NaN, Inf or a value above 2^100 in "
                     "magnitude, which no reader accepts"
                 )
+        shards = ((a.shard_path(block.view, block.index), encode_shard(a, arrays[name])) for name, a in layouts.items())
+        return self.write_encoded(block, shards, stats)
+
+    def write_encoded(
+        self, block: Block, files: Iterable[tuple[str, bytes]], stats: Mapping[str, Json] | None = None
+    ) -> Record | None:
+        """Commit a block of any part whose files (path, bytes) exist already, such as those of another archive.
+
+        They are taken one at a time, so that only one is in memory, and must be those of the block.
+        """
         with disk_trouble("write", self.path, RERUN):
             if self.is_committed(block):
                 return None
             try:
-                files = {}
-                for name, array in layouts.items():  # one at a time, so that only one shard is in memory
-                    path = array.shard_path(block.view, block.index)
-                    files[path] = self._commits.stage(path, encode_shard(array, arrays[name]))
-                record = Record(block, self._identity_of(block), files, stats)
+                entries = {path: self._commits.stage(path, data) for path, data in files}
+                record = Record(block, self._identity_of(block), entries, stats)
                 check_record(record, self.teachers)
                 return record if self._commits.commit(record) else None
             except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""`redistill archive`: change, fetch or pack an archive without running a teacher."""
+"""`redistill archive`: change, combine, fetch or pack archives without running a teacher."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from redistill_cache.wording import harmless, human_bytes
 from redistill.caching.options import CacheOptions
 from redistill.sharing.terms import checked_terms
 from redistill_cli.archive_card import card, sign
+from redistill_cli.archive_contents import merge, skeleton, subset
 from redistill_cli.archive_transport import fetch, pack
 from redistill_cli.options import ArchivePath, Command, collect, takes
 
@@ -22,7 +23,7 @@ archive = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 @archive.callback()
 def group() -> None:
-    """Change, fetch or pack an archive without running a teacher.
+    """Change, combine, fetch or pack archives without running a teacher.
 
     Examples:
 
@@ -33,6 +34,8 @@ def group() -> None:
       redistill archive sign teacher.redistill --key private.pem
       redistill archive remove-teacher teacher.redistill.zarr resnet18
       redistill archive edit teacher.redistill.zarr --licence CC-BY-4.0
+      redistill archive merge a.redistill.zarr b.redistill.zarr --out c.redistill.zarr
+      redistill archive subset teacher.redistill.zarr two.redistill.zarr --views 2
     """
 
 
@@ -96,3 +99,6 @@ archive.command(cls=Command)(pack)
 archive.command(cls=Command)(fetch)
 archive.command(cls=Command)(card)
 archive.command(cls=Command)(sign)
+archive.command(cls=Command)(skeleton)
+archive.command(cls=Command)(merge)
+archive.command(cls=Command)(subset)

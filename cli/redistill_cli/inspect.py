@@ -22,6 +22,8 @@ from redistill_cli.rendering import (
     set_offline,
 )
 
+SHOWN_VIEWS = 16
+
 
 def inspect(
     archive: Annotated[str, typer.Argument(metavar=PATH_OR_URL, help=ARCHIVE_HELP)],
@@ -59,6 +61,7 @@ def show_summary(description: dict[str, Any]) -> None:
             ("archive", d["path"]),
             ("id", d["id"] or "not sealed"),
             ("state", state(d)),
+            *subset_of(d["subset_of"]),
             ("samples", f"{d['num_samples']:,}, {len(d['excluded'])} excluded"),
             ("views", f"{d['num_views']:,}{fewer_views(d)}"),
             ("classes", f"{d['num_classes']:,}"),
@@ -81,6 +84,14 @@ def state(description: dict[str, Any]) -> str:
     if description["id"] is None:
         return f"unfinished, {description['committed_blocks']} blocks committed"
     return f"a copy that {held_views(description['num_views'], description['sealed_views'])}"
+
+
+def subset_of(parent: dict[str, Any] | None) -> list[tuple[str, object]]:
+    """The archive that a subset was taken from, and which of its views these are."""
+    if parent is None:
+        return []
+    views = ", ".join(map(str, parent["views"][:SHOWN_VIEWS])) + ", ..." * (len(parent["views"]) > SHOWN_VIEWS)
+    return [("subset of", f"{parent['id']}, its views {views}")]
 
 
 def fewer_views(description: dict[str, Any]) -> str:

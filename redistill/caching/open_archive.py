@@ -92,6 +92,11 @@ def open_existing(plan: Plan) -> tuple[Plan, ArchiveWriter]:
     """The archive at `--out`, and the plan with the settings stored in it. Refused before anything in it changes."""
     options, path = plan.options, plan.options.out
     stored = read_root(path).spec
+    if stored.subset_of is not None:  # the parameters of its views were drawn for other numbers of rows and views
+        raise Refused(
+            f"{path} is a subset of archive {stored.subset_of.id}, so no teacher or views can be added to it; add them "
+            "to that archive, and take the subset again"
+        )
     plan = use_stored_settings(plan, stored)
     check_same_recipe(path, stored, plan)
     check_same_terms(options, stored)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +17,6 @@ from tests.faults.scenario import hashes, write_archive
 @pytest.fixture(autouse=True)
 def _fresh_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def ram(tmp_path: Path) -> Iterator[Path]:
-    """A temporary folder, in memory where possible: these tests simulate the disk and need no real one."""
-    shared = Path("/dev/shm")
-    if not shared.is_dir():
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir=shared, prefix="redistill-") as folder:
-        yield Path(folder)
 
 
 @functools.lru_cache(maxsize=256)

@@ -25,6 +25,7 @@ __all__ = [
     "Centre",
     "ErrorStats",
     "NotFinite",
+    "certified_bound",
     "check_finite",
     "check_stats",
     "error_names",

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from redistill_cache import open_archive
 from redistill_cache.errors import Refused, SpecMismatch, UsageError
+from redistill_cache.subsets import plan_subset, write_subset
 from redistill_cache.verify import verify
 
 from redistill.caching import cache_teacher
@@ -143,3 +145,18 @@ def test_a_path_that_cannot_become_an_archive(tmp_path: Path):
 def test_invalid_options(tmp_path: Path, option: dict):
     with pytest.raises(UsageError, match="--" + "|".join(option).replace("_", "-")):
         five_class_options(tmp_path / "a.zarr", **option)
+
+
+def test_nothing_is_added_to_a_subset(archive: Path, tmp_path: Path):
+    """Its rows and views have other numbers than those that their parameters were drawn with."""
+    whole = open_archive(archive)
+    for name, views, rows in (("views", (1,), None), ("rows", (0, 1), np.arange(0, 90, 3))):
+        path = tmp_path / name
+        write_subset(plan_subset(whole, path, views, rows))
+        before = file_hashes(path)
+        for changes in ({"views": None}, {"teacher_name": "second"}, {"views": 3, "extend_views": True}):
+            with pytest.raises(
+                Refused, match=f"is a subset of archive {whole.id}, so no teacher or views can be added"
+            ):
+                cache_teacher(five_class_options(path, **changes))
+        assert file_hashes(path) == before

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import redistill_cache
 from redistill_cache import ArchiveWriter
+from redistill_cache.combining import merge, plan_merge, skeleton
 from redistill_cache.errors import Damaged, Incomplete, Refused, SpecMismatch
 from redistill_cache.storage import Files
 from redistill_cache.verify import verify
@@ -322,3 +323,15 @@ def test_a_damaged_archive_is_not_resumed(tmp_path: Path):
     (path / "zarr.json").write_text(text.replace('"seed":0', '"seed": 0'))
     with pytest.raises(Damaged, match=r"zarr\.json"):
         cache_teacher(cache_options(path))
+
+
+def test_two_labs_on_two_disks_give_the_archive_of_one_run(complete_five_classes: Path, ram: Path):
+    """The second lab starts from a skeleton of the first one's archive."""
+    first, second = (five_class_options(ram / lab, share=f"{i}/2", no_help=True) for i, lab in enumerate("ab"))
+    assert cache_teacher(first).missing == ("teachers/small",)
+    skeleton(ram / "a", ram / "b")
+    assert cache_teacher(second).missing == ("teachers/small",)
+    assert (
+        merge(plan_merge([ram / "a", ram / "b"], ram / "c")) == redistill_cache.open_archive(complete_five_classes).id
+    )
+    assert file_hashes(ram / "c") == file_hashes(complete_five_classes)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from redistill_cache import open_archive
 from redistill_cache.errors import Damaged, Refused, SpecMismatch
+from redistill_cache.subsets import choose_rows, plan_subset, write_subset
 from safetensors.torch import load_file
 
 from redistill.demo.rewriting import rewrite_logits
@@ -27,6 +28,7 @@ from redistill.training import TrainOptions, train
 from redistill.training.loop import Diverged
 from redistill.training.options import read_config
 from redistill.training.run_files import refuse_foreign_folder
+from redistill.views import ViewDataset
 from tests.redistill.training.runs import InterruptAt, history, weights
 from tests.small_archive import DATA, TEACHER, VAL
 
@@ -312,3 +314,31 @@ def test_a_teacher_that_is_often_wrong_but_not_at_chance_is_not(options, archive
     recorded = RecordedWarnings()
     train(options(archive=tmp_path / "third.redistill.zarr", epochs=1), recorded)
     assert not recorded.texts
+
+
+class Told(NoProgress):
+    """Keeps the messages of a run."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def info(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_a_subset_trains_on_its_images_of_the_whole_data(options, archive: Path, tmp_path: Path):
+    """The data has 150 images; the subset of 40 of them is joined by content, and compared by its canaries."""
+    whole = open_archive(archive)
+    rows = choose_rows(whole, per_class=5, views=(0, 2))
+    write_subset(plan_subset(whole, tmp_path / "subset", (0, 2), rows))
+    told = Told()
+    result = train(options(archive=tmp_path / "subset", epochs=2), told)[0]
+    assert any("40 matched, 110 extra" in line for line in told.lines)
+    assert any("canaries are bit-identical" in line for line in told.lines)
+    subset = open_archive(tmp_path / "subset")
+    assert result.archive_id == subset.id
+    dataset = ViewDataset(DATA, subset)
+    assert sorted(dataset.indices(1)) == list(range(40, 80))
+    of_whole = ViewDataset(DATA, whole)
+    for row, old in list(enumerate(rows.tolist()))[::13]:
+        assert torch.equal(dataset[dataset.index(1, row)].pixels, of_whole[of_whole.index(2, old)].pixels)
