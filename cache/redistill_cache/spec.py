@@ -22,10 +22,10 @@ from redistill_cache.strict_json import Json, canonical, json_copy
 
 __all__ = [
     "ADDED_TERMS",
-    "ARCHIVE_MINOR",
     "CHUNK_BYTES",
     "FORMAT",
     "LOGITS",
+    "ROOT_MINOR",
     "RUN_SETTINGS",
     "TEACHER_MINOR",
     "TERMS",
@@ -204,7 +204,7 @@ def _divisors(number: int) -> list[int]:
 FORMAT = "redistill-archive"
 VERSION = (1, 0)
 # The minor version of an archive with one of `ADDED_TERMS`.
-ARCHIVE_MINOR = 1
+ROOT_MINOR = 1
 # The minor version of a teacher whose specification says what version 1.0 cannot: see `TeacherSpec.to_json`.
 TEACHER_MINOR = 1
 # The signal of a network's output; others are named after layers.
@@ -445,7 +445,7 @@ class ArchiveSpec:
     def to_json(self) -> dict[str, Json]:
         return {
             "format": FORMAT,
-            "version": f"{VERSION[0]}.{ARCHIVE_MINOR if self.added_terms else VERSION[1]}",
+            "version": f"{VERSION[0]}.{ROOT_MINOR if self.added_terms else VERSION[1]}",
             "num_samples": self.num_samples,
             "num_views": self.num_views,
             "num_classes": self.num_classes,
