@@ -1,7 +1,8 @@
-"""The description of an archive as plain JSON: the output of `redistill inspect --json`."""
+"""The description of an archive as plain JSON: the output of `redistill inspect --json`; and parts of it in words."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from redistill_cache import layout
@@ -13,7 +14,7 @@ from redistill_cache.packed import is_packed
 from redistill_cache.reader import Archive, open_archive
 from redistill_cache.spec import SignalSpec, TeacherSpec
 
-__all__ = ["describe", "describe_at"]
+__all__ = ["describe", "describe_at", "described_recipe", "settings_text"]
 
 
 def describe_at(location: str, *, notify: Notify = say) -> dict[str, Any]:
@@ -103,3 +104,20 @@ def _fidelity(archive: Archive, part: TeacherSpec, signal: SignalSpec) -> dict[s
         return None
     measured = {} if stats is None else summarise(stats)
     return {"bound": signal.config.get("fidelity"), "metric": signal.config.get("metric")} | measured
+
+
+def described_recipe(recipe: Mapping[str, Any]) -> str:
+    """The operations of a recipe with their settings; what an archive stores may be any JSON."""
+    ops = recipe.get("ops", [])
+    parts = []
+    for op in ops if isinstance(ops, list) else [ops]:
+        if not isinstance(op, dict):
+            parts.append(str(op))
+            continue
+        settings = settings_text({name: value for name, value in op.items() if name != "op"})
+        parts.append(f"{op.get('op', '?')} ({settings})" if settings else str(op.get("op", "?")))
+    return f"{', then '.join(parts) or 'none'}; {recipe.get('size', '?')} pixels"
+
+
+def settings_text(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)

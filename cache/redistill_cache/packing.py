@@ -51,10 +51,12 @@ def pack(archive: Path, out: Path, *, progress: PackProgress | None = None, noti
                     progress(done, sum(sizes.values()))
             if not (out / packed.MANIFEST).exists():
                 LOCAL.publish(out / packed.MANIFEST, manifest)
+            sizes[packed.MANIFEST] = len(manifest)
             if (archive / layout.SIGNATURE).exists():
                 signature = read_small(archive / layout.SIGNATURE, limits.MAX_RECORD_BYTES)
                 LOCAL.publish(out / packed.SIGNATURE, signature)
-    return sizes | {packed.MANIFEST: len(manifest)}
+                sizes[packed.SIGNATURE] = len(signature)
+    return sizes
 
 
 def _refuse_others(out: Path, tars: dict[str, list[str]], manifest: bytes) -> None:

@@ -23,10 +23,10 @@ from redistill_cache.strict_json import Json, canonical, json_copy
 
 __all__ = [
     "ADDED_TERMS",
-    "ARCHIVE_MINOR",
     "CHUNK_BYTES",
     "FORMAT",
     "LOGITS",
+    "ROOT_MINOR",
     "RUN_SETTINGS",
     "TEACHER_MINOR",
     "TERMS",
@@ -206,7 +206,7 @@ def _divisors(number: int) -> list[int]:
 FORMAT = "redistill-archive"
 VERSION = (1, 0)
 # The minor version of an archive whose specification says what version 1.0 cannot: see `ArchiveSpec.to_json`.
-ARCHIVE_MINOR = 1
+ROOT_MINOR = 1
 # The minor version of a teacher whose specification says what version 1.0 cannot: see `TeacherSpec.to_json`.
 TEACHER_MINOR = 1
 # The signal of a network's output; others are named after layers.
@@ -476,7 +476,7 @@ class ArchiveSpec:
         added |= self.added_terms
         return added | {
             "format": FORMAT,
-            "version": f"{VERSION[0]}.{ARCHIVE_MINOR if added else VERSION[1]}",
+            "version": f"{VERSION[0]}.{ROOT_MINOR if added else VERSION[1]}",
             "num_samples": self.num_samples,
             "num_views": self.num_views,
             "num_classes": self.num_classes,

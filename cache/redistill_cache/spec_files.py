@@ -16,8 +16,8 @@ from redistill_cache import layout, limits
 from redistill_cache.errors import Damaged, NewerFormat, NotAnArchive, Refused, UsageError
 from redistill_cache.spec import (
     ADDED_TERMS,
-    ARCHIVE_MINOR,
     FORMAT,
+    ROOT_MINOR,
     TEACHER_MINOR,
     VERSION,
     ArchiveSpec,
@@ -127,17 +127,17 @@ def parse_archive_spec(value: Json, where: str) -> ArchiveSpec:
             licence=fields.text("licence", limits.MAX_TEXT),
             citation=fields.text("citation", limits.MAX_TEXT),
             environment=fields.mapping("environment"),
-            subset_of=_parse_parent(fields, where) if minor >= ARCHIVE_MINOR and "subset_of" in fields else None,
+            subset_of=_parse_parent(fields, where) if minor >= ROOT_MINOR and "subset_of" in fields else None,
             **_parse_added_terms(fields, minor),
         )
     except UsageError as error:  # the same rules hold for a caller and for a file
         raise Refused(f"{where}: {error}") from None
-    fields.done(ignore_unknown=minor > ARCHIVE_MINOR)
+    fields.done(ignore_unknown=minor > ROOT_MINOR)
     return spec
 
 
 def _parse_added_terms(fields: Fields, minor: int) -> dict[str, str]:
-    known = ADDED_TERMS if minor >= ARCHIVE_MINOR else ()
+    known = ADDED_TERMS if minor >= ROOT_MINOR else ()
     return {name: fields.text(name, limits.MAX_TEXT) for name in known if name in fields}
 
 
@@ -220,7 +220,7 @@ def read_root(path: Path) -> Document[ArchiveSpec]:
         layout.check_extent(spec, {})
     except UsageError as error:
         raise Refused(f"{where}: {error}") from None
-    newer = _check_bytes(data, layout.root_metadata(spec), value, where, ARCHIVE_MINOR)
+    newer = _check_bytes(data, layout.root_metadata(spec), value, where, ROOT_MINOR)
     return Document(spec, value, archive_identity(value), data, newer)
 
 

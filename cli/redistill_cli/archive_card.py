@@ -60,13 +60,16 @@ def sign(
     It lies beside the manifest, in manifest.json.sig. Others check it with
     'redistill verify --signature'. Changes of the archive need another one.
 
-    Examples:
+    OpenSSL makes keys:
 
     \b
       openssl ecparam -name prime256v1 -genkey -noout -out private.pem
       openssl ec -in private.pem -pubout -out public.pem
+
+    Examples:
+
+    \b
       redistill archive sign teacher.redistill.zarr --key private.pem
-      redistill verify teacher.redistill.zarr --signature --key public.pem
     """
     from redistill.sharing.signing import sign as write_signature
 

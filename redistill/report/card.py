@@ -9,7 +9,7 @@ from typing import Any
 
 from redistill_cache import Archive
 from redistill_cache.codecs.stats import BINS_PER_OCTAVE, LOWEST_OCTAVE, BlockStats
-from redistill_cache.inspect import describe
+from redistill_cache.inspect import describe, described_recipe, settings_text
 from redistill_cache.wording import human_bytes
 
 from redistill.report.charts import BINS_PER_DECADE, Figure, histogram
@@ -121,20 +121,3 @@ def by_quarter_decade(histogram: Mapping[int, int], worst: float) -> dict[int, i
     for quarter in [quarter for quarter in counts if quarter < lowest]:
         counts[lowest] = counts.get(lowest, 0) + counts.pop(quarter)
     return counts
-
-
-def described_recipe(recipe: Mapping[str, Any]) -> str:
-    """The operations of a recipe with their settings; what an archive stores may be any JSON."""
-    ops = recipe.get("ops", [])
-    parts = []
-    for op in ops if isinstance(ops, list) else [ops]:
-        if not isinstance(op, dict):
-            parts.append(str(op))
-            continue
-        settings = settings_text({name: value for name, value in op.items() if name != "op"})
-        parts.append(f"{op.get('op', '?')} ({settings})" if settings else str(op.get("op", "?")))
-    return f"{', then '.join(parts) or 'none'}; {recipe.get('size', '?')} pixels"
-
-
-def settings_text(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)

@@ -24,7 +24,7 @@ from redistill_cache import Archive, limits, open_archive, packed
 from redistill_cache.copies import refuse_partial_copy
 from redistill_cache.errors import Refused
 from redistill_cache.fetching import fetch_archive, fetched_description
-from redistill_cache.inspect import describe
+from redistill_cache.inspect import describe, described_recipe
 from redistill_cache.journal import FileEntry, sha256
 from redistill_cache.layout import MANIFEST
 from redistill_cache.locks import remove_partials
@@ -32,7 +32,6 @@ from redistill_cache.spec import LOGITS
 from redistill_cache.storage import LOCAL, disk_trouble, read_small
 from redistill_cache.wording import human_bytes
 
-from redistill.report.card import described_recipe
 from redistill.sharing.croissant import croissant
 from redistill.sharing.escaping import Plain, csv_text, markdown, yaml_text
 from redistill.sharing.terms import data_source, spdx

@@ -11,7 +11,10 @@ from pathlib import Path
 
 from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
 from redistill_cache import Archive, ArchiveSpec, open_archive
+from redistill_cache.addresses import is_address
 from redistill_cache.errors import UsageError
+from redistill_cache.fetching import fetched_description
+from redistill_cache.packed import is_packed
 from redistill_cache.spec import check_text
 
 __all__ = ["LICENCES", "checked_terms", "data_source", "missing_for_publishing", "publishing_advice", "spdx"]
@@ -61,9 +64,17 @@ def data_source(spec: ArchiveSpec) -> str:
     return spec.data_source or (NAMED_SOURCES.get(kind, "") if isinstance(kind, str) else "")
 
 
+def spec_at(location: str | Path) -> ArchiveSpec:
+    """The specification of the archive at a path or an address, of which no more than its metadata are fetched."""
+    if is_address(location) or is_packed(location):
+        with fetched_description(str(location)) as state:
+            return state.spec
+    return open_archive(location).spec
+
+
 def missing_for_publishing(archive: Archive | str | Path) -> list[str]:
     """What a published archive must state and this one does not: keys of `NEEDED`."""
-    spec = (archive if isinstance(archive, Archive) else open_archive(archive)).spec
+    spec = archive.spec if isinstance(archive, Archive) else spec_at(archive)
     stated = (spdx(spec.licence), data_source(spec), spec.citation.strip())
     return [name for name, value in zip(NEEDED, stated, strict=True) if not value]
 
@@ -71,4 +82,5 @@ def missing_for_publishing(archive: Archive | str | Path) -> list[str]:
 def publishing_advice(path: str | Path, missing: list[str]) -> str:
     """One line: what is missing, and the command that states it."""
     options = " ".join(NEEDED[name] for name in missing)
-    return f"missing {', '.join(missing)}; redistill archive edit {shlex.quote(str(path))} {options}"
+    edited, then = (path, "") if not is_packed(path) else ("ARCHIVE", ", the one that was packed, and pack it again")
+    return f"missing {', '.join(missing)}; redistill archive edit {shlex.quote(str(edited))} {options}{then}"

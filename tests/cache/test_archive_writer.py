@@ -14,7 +14,7 @@ import pytest
 from redistill_cache import ArchiveWriter, ArraySpec, SignalSpec, TeacherSpec, open_archive
 from redistill_cache.codecs import fit_codec
 from redistill_cache.codecs.catalogue import WITHOUT_SIDE_DATA
-from redistill_cache.errors import Incomplete, NewerFormat, OutOfRange, Refused, SpecMismatch, UsageError
+from redistill_cache.errors import Damaged, Incomplete, NewerFormat, OutOfRange, Refused, SpecMismatch, UsageError
 from redistill_cache.layout import Block
 from redistill_cache.spec import ADDED_TERMS, CODECS, ArchiveSpec
 from redistill_cache.spec_files import read_root
@@ -114,6 +114,26 @@ def test_nothing_is_added_to_an_archive_of_a_newer_minor_version(tmp_path: Path)
     for attempt in (ArchiveWriter.resume, lambda path: ArchiveWriter.extend_views(path, 9)):
         with pytest.raises(NewerFormat, match="not added to"):
             attempt(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"data_licence": "MIT"}, Refused, "unknown field 'data_licence'"),
+        ({"version": "1.1"}, Damaged, "not the canonical form"),
+        ({"version": "1.1", "data_licence": ""}, Damaged, "not the canonical form"),
+        ({"version": "1.1", "data_licence": 1}, Refused, "'data_licence' must be a string"),
+        ({"version": "1.1", "data_licence": "x" * 5000}, Refused, "at most 4096"),
+        ({"version": "1.1", "data_licence": "MIT", "price": "x"}, Refused, "unknown field 'price'"),
+    ],
+)
+def test_terms_of_a_specification_are_those_of_its_version(tmp_path: Path, changes: dict, kind: type, message: str):
+    ArchiveWriter.create(tmp_path / "a", SPEC)
+    document = {"zarr_format": 3, "node_type": "group"}
+    attributes = {"redistill": SPEC.resolved().to_json() | changes}
+    (tmp_path / "a/zarr.json").write_bytes(canonical(document | {"attributes": attributes}))
+    with pytest.raises(kind, match=message):
+        read_root(tmp_path / "a")
 
 
 # -- samples ----------------------------------------------------------------------------------------------------------

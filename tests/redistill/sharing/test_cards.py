@@ -7,6 +7,8 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from redistill_cache.verify import verify
 from redistill_cli.__main__ import main
 
 from redistill.sharing.cards import HUB_LICENCES, write_cards
+from redistill.sharing.terms import missing_for_publishing
 from tests import tiny_archive
 from tests.tiny_archive import SPEC, contents, make, start
 
@@ -162,6 +165,7 @@ def test_a_packed_archive_is_not_unpacked_for_its_card(shared: Path, tmp_path: P
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     write_cards(shared / "a.redistill", tmp_path / "card")
+    assert missing_for_publishing(shared / "a.redistill") == []
     assert not list((tmp_path / "cache").rglob("manifest.json"))
     assert {path.name for path in tmp_path.iterdir()} <= {"card", "cache"}
     description = (tmp_path / "card/README.md").read_text().replace("ADDRESS", "hf://datasets/org/a")
@@ -295,6 +299,13 @@ def test_archives_without_logits_terms_or_class_names_have_cards_too(tmp_path: P
     assert "source_datasets" not in front_matter(readme)
     assert (tmp_path / "card/preview.csv").read_text().splitlines()[0] == "key,label"
     assert not mlcroissant.Dataset(str(tmp_path / "card/croissant.json")).metadata.ctx.issues.errors
+
+
+def test_cards_and_signatures_load_no_torch():
+    code = "import sys, redistill.sharing.cards, redistill.sharing.signing; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "redistill.sharing.cards" in loaded
+    assert not {"torch", "model_signing"} & set(loaded)
 
 
 def test_licences_of_the_hub():

@@ -45,7 +45,8 @@ def signed(tmp_path_factory: pytest.TempPathFactory, keys: tuple[Path, Path]) ->
     folder = tmp_path_factory.mktemp("signed")
     make(folder / "a.redistill.zarr", replace(SPEC, num_views=2, block_rows=64))
     sign(folder / "a.redistill.zarr", keys[0])
-    pack(folder / "a.redistill.zarr", folder / "a.redistill")
+    written = pack(folder / "a.redistill.zarr", folder / "a.redistill")
+    assert written == {name: len(data) for name, data in contents(folder / "a.redistill").items()}
     return folder
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from redistill_cache.errors import UsageError
+from redistill_cache.packing import pack
 
 from redistill.caching import CacheOptions
 from redistill.sharing.terms import checked_terms, data_source, missing_for_publishing, publishing_advice, spdx
@@ -45,7 +46,7 @@ def test_another_text_is_refused_by_name(name: str, text: str):
     assert spdx(text) is None
 
 
-def test_what_is_missing_and_the_command_that_states_it(tmp_path: Path):
+def test_what_is_missing_and_the_command_that_states_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     full = replace(SMALL, data_source="Glyphs 1")
     bare = replace(SMALL, licence="", citation="", source={})
     cases = {
@@ -58,6 +59,13 @@ def test_what_is_missing_and_the_command_that_states_it(tmp_path: Path):
     for name, (spec, missing) in cases.items():
         make(tmp_path / name, spec)
         assert missing_for_publishing(tmp_path / name) == missing, name
+    pack(tmp_path / "bare", tmp_path / "packed")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert missing_for_publishing(tmp_path / "packed") == cases["bare"][1]
+    assert publishing_advice(tmp_path / "packed", ["citation"]) == (
+        "missing citation; redistill archive edit ARCHIVE --citation TEXT, the one that was packed, and pack it again"
+    )
+    assert not list((tmp_path / "cache").rglob("manifest.json")), "it is not unpacked"
     assert "CIFAR-100" in data_source(cases["named"][0])
     assert publishing_advice(tmp_path / "free text", ["licence", "citation"]) == (
         f"missing licence, citation; redistill archive edit '{tmp_path}/free text' --licence SPDX --citation TEXT"
