@@ -162,6 +162,7 @@ def test_a_teacher_with_fewer_views_is_complete(tmp_path: Path):
     assert (archive.views_of("tiny"), archive.views_of("other")) == (1, 2)
     for view in range(2):
         assert np.array_equal(archive.logits(view, teacher="other"), open_archive(tmp_path / "b").logits(view))
+    assert joined(tmp_path / "c", tmp_path / "a", out=tmp_path / "again") == identity
     writer = ArchiveWriter.resume(tmp_path / "c")
     fill(writer)
     make(tmp_path / "both", SPEC, ("tiny", "other"))
