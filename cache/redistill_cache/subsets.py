@@ -245,8 +245,12 @@ def write_subset(
 
 
 def _write_base(subset: Subset, archive: Archive, writer: ArchiveWriter) -> None:
-    rows = np.arange(archive.num_samples) if subset.rows is None else subset.rows
-    writer.write_samples(archive.keys.take(rows), archive.labels[rows], archive.digests[rows], archive.sizes[rows])
+    rows = subset.rows
+    if rows is None:
+        block, files = next(layout.all_blocks(subset.spec, {}, 0))
+        subset.source.copy(block, files, writer)
+    else:
+        writer.write_samples(archive.keys.take(rows), archive.labels[rows], archive.digests[rows], archive.sizes[rows])
     for name in subset.teacher_views:
         teacher = subset.state.teachers[name]
         writer.declare_teacher(teacher)

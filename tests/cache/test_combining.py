@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -91,7 +93,7 @@ def test_a_skeleton_is_made_once_and_never_over_anything_else(sealed: Path, tmp_
         skeleton(sealed, tmp_path / "folder")
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [3, pytest.param(2, marks=pytest.mark.slow)])
 def test_labs_on_separate_disks_give_the_bytes_of_one_run(sealed: Path, tmp_path: Path, count: int):
     first = start(tmp_path / "lab0")
     writers = [first]
@@ -160,6 +162,7 @@ def test_a_teacher_with_fewer_views_is_complete(tmp_path: Path):
     assert (archive.views_of("tiny"), archive.views_of("other")) == (1, 2)
     for view in range(2):
         assert np.array_equal(archive.logits(view, teacher="other"), open_archive(tmp_path / "b").logits(view))
+    assert joined(tmp_path / "c", tmp_path / "a", out=tmp_path / "again") == identity
     writer = ArchiveWriter.resume(tmp_path / "c")
     fill(writer)
     make(tmp_path / "both", SPEC, ("tiny", "other"))
@@ -333,3 +336,30 @@ def test_blocks_of_a_writer_that_died_are_left_out_and_not_touched(tmp_path: Pat
     assert merge(plan) is None
     assert staged.exists()
     assert not shard.exists()
+
+
+MERGE_AND_MEASURE = """
+import resource, sys
+from pathlib import Path
+from redistill_cache.combining import merge, plan_merge
+assert merge(plan_merge([Path(sys.argv[1]), Path(sys.argv[2])], Path(sys.argv[3])))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_depend_on_the_size_of_the_archives(tmp_path: Path):
+    def peak(views: int) -> int:
+        folder = tmp_path / str(views)
+        spec = replace(tiny_archive.SPEC, num_samples=8192, num_views=views, block_rows=2048)
+        first = start(folder / "a", spec)
+        skeleton(first.path, folder / "b")
+        fill(first, ["views", "canaries"])
+        for index, writer in enumerate((first, ArchiveWriter.resume(folder / "b"))):
+            for block in writer.missing("teachers/tiny")[index::2]:
+                writer.write(block, *block_data(block, spec))
+        command = [sys.executable, "-c", MERGE_AND_MEASURE, *(str(folder / name) for name in "abc")]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    small = peak(2)
+    assert peak(40) < 1.15 * small

@@ -113,7 +113,7 @@ def check_subset(parent: Archive, views: list[int], rows: list[int]) -> None:
         shutil.rmtree(subset.path)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(views=some(VIEWS), rows=some(N))
 def test_every_value_of_any_subset_is_the_parents(parent: Archive, views: list[int], rows: list[int]):
     check_subset(parent, views, rows)

@@ -117,10 +117,10 @@ def check_kills(command: str, folder: Path, fatal_operations: Sequence[int]) -> 
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_killed_at_some_operations(folder: Path, command: str):
+def test_killed_at_an_operation(folder: Path, command: str):
     print(f"replay with REDISTILL_SEED={SEED}")
     count = count_operations(command, folder)
-    check_kills(command, folder, sorted(random.Random(f"{SEED} {command}").sample(range(1, count + 1), 2)))
+    check_kills(command, folder, [random.Random(f"{SEED} {command}").randrange(1, count + 1)])
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -150,11 +151,15 @@ def test_invalid_options(tmp_path: Path, option: dict):
 def test_nothing_is_added_to_a_subset(archive: Path, tmp_path: Path):
     """Its rows and views have other numbers than those that their parameters were drawn with."""
     whole = open_archive(archive)
-    for name, views, rows in (("views", (1,), None), ("rows", (0, 1), np.arange(0, 90, 3))):
+    changes: dict[str, Any]
+    for name, views, rows, changes in (
+        ("views", (1,), None, {"views": None, "teacher_name": "second"}),
+        ("rows", (0, 1), np.arange(0, 90, 3), {"views": 3, "extend_views": True}),
+    ):
         path = tmp_path / name
         write_subset(plan_subset(whole, path, views, rows))
         before = file_hashes(path)
-        for changes in ({"views": None}, {"teacher_name": "second"}, {"views": 3, "extend_views": True}):
+        if True:
             with pytest.raises(
                 Refused, match=f"is a subset of archive {whole.id}, so no teacher or views can be added"
             ):
