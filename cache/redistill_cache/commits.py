@@ -35,6 +35,7 @@ from redistill_cache.journal import FileEntry, Record, parse_record, sha256
 from redistill_cache.layout import BLOCKS, Block
 from redistill_cache.spec import ArchiveSpec, TeacherSpec
 from redistill_cache.storage import LEFTOVER, Files, is_leftover, read_small, walk_regular
+from redistill_cache.verified_files import stamp_of
 
 __all__ = ["ArchiveFolders", "Commits"]
 
@@ -85,6 +86,7 @@ class Commits:
     def __init__(self, root: Path, files: Files) -> None:
         self._root = root
         self._files = files
+        self._read: dict[Block, tuple[str, Record]] = {}  # records with the stamps of their files
 
     def stage(self, path: str, data: bytes) -> FileEntry:
         """Step 1 for one file."""
@@ -144,9 +146,14 @@ class Commits:
         return {f"{BLOCKS}/{path.name}" for path in (self._root / BLOCKS).iterdir() if path.suffix == ".json"}
 
     def load(self, block: Block, identity: str, files: Collection[str]) -> Record:
-        """The record of a block, which must list exactly these files."""
+        """The record of a block, which must list exactly these files. It is read again only where its file changed."""
         path = self.path(block)
-        record = parse_record(read_small(path, limits.MAX_RECORD_BYTES), block, identity, str(path))
+        # Before it is read: if it is replaced in between, it is read once more next time.
+        stamp = stamp_of(os.lstat(path))
+        known, record = self._read.get(block, ("", None))
+        if record is None or stamp != known or record.identity != identity:
+            record = parse_record(read_small(path, limits.MAX_RECORD_BYTES), block, identity, str(path))
+            self._read[block] = stamp, record
         if record.files.keys() != set(files):
             raise Damaged(f"{path}: the commit record of {block} does not list the files of its arrays; it was edited")
         return record
