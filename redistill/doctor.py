@@ -24,7 +24,7 @@ from redistill_cache.codecs import fit_codec, join_encoded
 from redistill_cache.codecs.catalogue import compressed_size
 from redistill_cache.errors import Refused
 from redistill_cache.machine import usable_cores, usable_memory
-from redistill_cache.storage import LOCAL, Files, disk_trouble
+from redistill_cache.storage import EXCLUSIVE_RENAME, HARD_LINKS, LOCAL, Files, disk_trouble
 
 from redistill.cached_teacher import decode_rows
 from redistill.devices import one_thread, pick_amp, pick_device, refuse_out_of_memory
@@ -89,6 +89,8 @@ class Diagnosis:
     disk_write_mib_per_second: float
     file_system: dict[str, str | None]
     """What writing an archive needs of the file system, and the error where it lacks it."""
+    commits_by: str | None
+    """Which of two of these decides the winner of a race; None if there is neither, and no archive can be written."""
     data: str
     view_size: int
     views_per_second_and_core: float
@@ -138,6 +140,7 @@ def examine(
     student = student or ("demo:small" if size < SMALL_IMAGE else "torchvision:resnet18")
     amp = pick_amp(device, None)
     student_rate, student_batch = time_student(student, size, device, allow_python=allow_python)
+    file_system = try_file_system(folder)
     diagnosis = Diagnosis(
         versions={name: version_of(name) for name in (*PACKAGES, *EXTRAS)},
         python=platform.python_version(),
@@ -150,7 +153,8 @@ def examine(
         workers=default_workers(),
         disk_free_gib=disk_free,
         disk_write_mib_per_second=write_rate(folder),
-        file_system=try_file_system(folder),
+        file_system=file_system,
+        commits_by=commits_by(file_system),
         data=data or "synthetic images; use --data for others",
         view_size=size,
         views_per_second_and_core=render_rate(dataset),
@@ -194,7 +198,7 @@ def try_file_system(folder: Path, files: Files = LOCAL) -> dict[str, str | None]
     """What the writer of an archive does, tried in a temporary folder: None, or the error where it does not work."""
     found: dict[str, str | None] = {}
     with disk_trouble("write", folder), tempfile.TemporaryDirectory(dir=folder, prefix=".redistill-doctor-") as inside:
-        one, two, link = (Path(inside) / name for name in ("one", "two", "link"))
+        one, two, link, moved, target = (Path(inside) / name for name in ("one", "two", "link", "moved", "target"))
         files.write(one, b"1")
         files.write(two, b"2")
 
@@ -209,9 +213,17 @@ def try_file_system(folder: Path, files: Files = LOCAL) -> dict[str, str | None]
                 files.link(two, link)
                 raise OSError(errno.EEXIST, "a link replaces a file")
 
+        def refuse_rename_over_a_file() -> None:
+            files.write(moved, b"4")
+            files.rename_exclusively(moved, target)
+            with suppress(FileExistsError):
+                files.rename_exclusively(two, target)
+                raise OSError(errno.EEXIST, "a rename replaces a file")
+
         operations: dict[str, Callable[[], None]] = {
             "exclusive create": refuse_existing,
-            "hard links": refuse_second_link,
+            HARD_LINKS: refuse_second_link,
+            EXCLUSIVE_RENAME: refuse_rename_over_a_file,
             "rename over a file": lambda: files.rename(two, one),
             "fsync of a file": lambda: files.sync_file(one),
             "fsync of a folder": lambda: files.sync_directory(Path(inside)),
@@ -223,6 +235,11 @@ def try_file_system(folder: Path, files: Files = LOCAL) -> dict[str, str | None]
             except OSError as error:
                 found[name] = error.strerror or str(error)
     return found
+
+
+def commits_by(file_system: Mapping[str, str | None]) -> str | None:
+    """What the writer of an archive uses of what was tried."""
+    return next((name for name in (HARD_LINKS, EXCLUSIVE_RENAME) if file_system[name] is None), None)
 
 
 # -- rates ------------------------------------------------------------------------------------------------------------
@@ -420,7 +437,9 @@ def add_advice(diagnosis: Diagnosis) -> None:
     if stage2.limit == "loader":
         advice.append("rendering is the bottleneck: train several students in one pass (--seed 0 --seed 1 ...)")
         advice.append("or use several views of each decoded image (--views-per-image 2), or store smaller images")
-    lacking = [f"{name} ({problem})" for name, problem in diagnosis.file_system.items() if problem]
+    unneeded = {HARD_LINKS, EXCLUSIVE_RENAME} if diagnosis.commits_by else set()
+    problems = ((name, problem) for name, problem in diagnosis.file_system.items() if name not in unneeded)
+    lacking = [f"{name} ({problem})" for name, problem in problems if problem]
     if lacking:
         advice.append(
             f"the file system of this folder lacks {', '.join(lacking)}: write archives elsewhere, and copy them here"

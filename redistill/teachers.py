@@ -136,6 +136,8 @@ class Teacher:
 NEIGHBOUR_BOUND = {None: 0.02, torch.float16: 0.1, torch.bfloat16: 0.1}
 # Two runs of the same batch are equal bit for bit on a CPU. A GPU may choose another kernel the second time.
 REPEAT_BOUND = {"cpu": 0.0, "cuda": 1e-3, "mps": 1e-3}
+# Of a larger batch, so many images are run again.
+REPEATED_IMAGES = 32
 
 
 @dataclass(frozen=True)
@@ -151,34 +153,39 @@ class TeacherCheck:
     """Largest difference between two runs of the same batch."""
 
 
-def check_teacher(teacher: Teacher, pixels: Tensor) -> TeacherCheck:
-    """Run the teacher several times over `pixels` [B >= 4, 3, H, W]; refuse it, or measure its reproducibility."""
+def check_teacher(teacher: Teacher, pixels: Tensor) -> tuple[TeacherCheck, dict[str, Tensor]]:
+    """Run the teacher over `pixels` [B >= 4, 3, H, W], and twice more over some of them in batches of another size.
+
+    Refuse it, or return the measurements and its outputs for `pixels`, computed without torch.compile.
+    """
     assert len(pixels) >= 4, len(pixels)
     with teacher.uncompiled():
         return check_uncompiled(teacher, pixels)
 
 
-def check_uncompiled(teacher: Teacher, pixels: Tensor) -> TeacherCheck:
+def check_uncompiled(teacher: Teacher, pixels: Tensor) -> tuple[TeacherCheck, dict[str, Tensor]]:
     refuse_train_mode(teacher)
     before = state_digests(teacher.network)
-    first, second = teacher(pixels), teacher(pixels)
-    refuse_not_finite(teacher, first)
+    outputs, few = teacher(pixels), pixels[:REPEATED_IMAGES]
+    first = {name: rows[: len(few)] for name, rows in outputs.items()}
+    second, third = run_regrouped(teacher, few), run_regrouped(teacher, few)
+    refuse_not_finite(teacher, outputs)
     refuse_changed(before, state_digests(teacher.network))
     refuse_train_mode(teacher)
     deviation = max(first[LOGITS].std().item(), 1e-12)
-    repeat = max_difference(first, second)
+    repeat = max_difference(second, third)
     if repeat > REPEAT_BOUND[teacher.device.type] * deviation:
         raise Refused(
             f"two runs of the teacher over the same images give different logits (by {repeat:.3g}); it must not use "
             f"dropout or sampling in eval mode"
         )
-    difference = max_difference(first, run_regrouped(teacher, pixels))
+    difference = max_difference(first, second)
     if difference > NEIGHBOUR_BOUND[teacher.amp] * deviation:
         raise Refused(
             f"the teacher's logits for an image depend on the other images of the batch (by {difference:.3g}, at a "
             f"standard deviation of {deviation:.3g}); batch norm must use its running statistics"
         )
-    return TeacherCheck(len(pixels), difference, difference / deviation, repeat)
+    return TeacherCheck(len(few), difference, difference / deviation, repeat), outputs
 
 
 def run_regrouped(teacher: Teacher, pixels: Tensor) -> dict[str, Tensor]:

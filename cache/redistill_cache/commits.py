@@ -1,13 +1,23 @@
 """Committing a block: which of several writers wins, and what a crash at any point leaves behind.
 
     1. stage    every shard is written, synced and named after its own hash:  <shard>.<sha256>.partial
-    2. commit   the record, which lists these hashes, is linked into place: exactly one writer succeeds
+    2. commit   the record, which lists these hashes, takes its name exclusively: exactly one writer succeeds
     3. settle   every staged shard is renamed to its final name
 
 The record is a redo log: after step 2 the block is committed, and any process may run or repeat step 3. A writer that
 dies before step 2 leaves partial files, which readers ignore; one that dies after it leaves a block that the next
 writer settles. The files of a losing writer never get their final names, because only files with the hashes of the
-winning record are renamed. No locks are used, so none can become stale; the file system only has to support hard links.
+winning record are renamed. No locks are used, so none can become stale; the file system only has to support hard links,
+or a rename that replaces nothing (storage.py).
+
+Between machines, on NFS: the server decides a link, whatever its clients have cached. A client may see a record late
+(its folder's names and attributes are cached for seconds): it then computes a block again and loses. A record is synced
+and closed before it gets its name, so whoever opens it reads all of it (close to open), and so with the files that it
+lists, since they are synced before it. A reply that is lost makes a client repeat a link that has succeeded, which
+fails then: the writer takes itself for the loser, finds its own record, and settles it. And whoever commits the last
+block lists the folder after changing it, which makes its client ask the server: so at least one process finds nothing
+missing, and seals. On SMB, a rename that replaces nothing is the server's own operation; its reply may be lost as well,
+and then the record is written again and loses.
 """
 
 from __future__ import annotations
@@ -25,6 +35,7 @@ from redistill_cache.journal import FileEntry, Record, parse_record, sha256
 from redistill_cache.layout import BLOCKS, Block
 from redistill_cache.spec import ArchiveSpec, TeacherSpec
 from redistill_cache.storage import LEFTOVER, Files, is_leftover, read_small, walk_regular
+from redistill_cache.verified_files import stamp_of
 
 __all__ = ["ArchiveFolders", "Commits"]
 
@@ -75,6 +86,7 @@ class Commits:
     def __init__(self, root: Path, files: Files) -> None:
         self._root = root
         self._files = files
+        self._read: dict[Block, tuple[str, Record]] = {}  # records with the stamps of their files
 
     def stage(self, path: str, data: bytes) -> FileEntry:
         """Step 1 for one file."""
@@ -134,9 +146,14 @@ class Commits:
         return {f"{BLOCKS}/{path.name}" for path in (self._root / BLOCKS).iterdir() if path.suffix == ".json"}
 
     def load(self, block: Block, identity: str, files: Collection[str]) -> Record:
-        """The record of a block, which must list exactly these files."""
+        """The record of a block, which must list exactly these files. It is read again only where its file changed."""
         path = self.path(block)
-        record = parse_record(read_small(path, limits.MAX_RECORD_BYTES), block, identity, str(path))
+        # Before it is read: if it is replaced in between, it is read once more next time.
+        stamp = stamp_of(os.lstat(path))
+        known, record = self._read.get(block, ("", None))
+        if record is None or stamp != known or record.identity != identity:
+            record = parse_record(read_small(path, limits.MAX_RECORD_BYTES), block, identity, str(path))
+            self._read[block] = stamp, record
         if record.files.keys() != set(files):
             raise Damaged(f"{path}: the commit record of {block} does not list the files of its arrays; it was edited")
         return record

@@ -3,7 +3,14 @@
 All changes that a writer makes go through `Files`, so that tests can substitute a failing disk or a simulated power cut
 without changing the code under test. A file becomes visible with all of its bytes or not at all:
 
-    write temporary -> fsync file -> rename (or link, which fails when another writer was first) -> fsync directory
+    write temporary -> fsync file -> rename -> fsync directory
+
+Where one of several writers must win, the third step is a link, which fails when the name exists. File systems without
+hard links (exFAT, FAT, many SMB shares) get a rename that replaces nothing, where Linux and the file system have it.
+Both are one operation of the file system, so nothing is claimed that a dead process would have to give back: a process
+that dies before the step leaves a temporary file, one that dies after it has won, and either step fails for a name that
+the other has made. Where there is neither, writing an archive is refused: a file that is created exclusively and then
+filled or replaced would show a part of itself, or block others, when its writer dies.
 
 Files of an archive are untrusted: links and pipes are refused, and no more bytes are read than expected.
 """
@@ -11,6 +18,7 @@ Files of an archive are untrusted: links and pipes are refused, and no more byte
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import os
@@ -24,6 +32,8 @@ from redistill_cache import limits
 from redistill_cache.errors import Damaged, Refused
 
 __all__ = [
+    "EXCLUSIVE_RENAME",
+    "HARD_LINKS",
     "LOCAL",
     "Files",
     "disk_trouble",
@@ -42,8 +52,12 @@ LEFTOVER = ".partial"
 # Each attempt fails only if another process seals the archive in the moment between two system calls; as many may as
 # processes finish an archive together.
 PUBLISH_ATTEMPTS = 64
-# What file systems without hard links answer (FAT, some network and FUSE mounts, Android).
-NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EMLINK)
+# How one of several writers wins.
+HARD_LINKS, EXCLUSIVE_RENAME = "hard links", "exclusive rename"
+# What file systems answer that lack it (FAT, some network and FUSE mounts, Android; systems other than Linux).
+LACKING = (errno.EPERM, errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EMLINK)
+# Of renameat2: paths are not relative to an open folder; the new name must not exist.
+AT_FDCWD, RENAME_NOREPLACE = -100, 1
 
 
 class Files:
@@ -82,6 +96,10 @@ class Files:
         """Give `old` a second name; FileExistsError when `new` exists, as for the loser of a race."""
         os.link(old, new, follow_symlinks=False)
 
+    def rename_exclusively(self, old: Path, new: Path) -> None:
+        """Rename; FileExistsError when `new` exists, as for the loser of a race."""
+        rename_without_replacing(old, new)
+
     def remove(self, path: Path) -> None:
         path.unlink()
 
@@ -116,44 +134,67 @@ class Files:
             self.write(temporary, data)
             self.sync_file(temporary)
             if exclusive:
-                self._link(temporary, path)
-                with contextlib.suppress(FileNotFoundError):
-                    self.remove(temporary)
+                if self._take_name(temporary, path) == HARD_LINKS:
+                    with contextlib.suppress(FileNotFoundError):
+                        self.remove(temporary)
             else:
                 self.rename(temporary, path)
         except BaseException:
             self._discard(temporary)
             raise
 
-    def require_links(self, folder: Path) -> None:
-        """`Refused` where the file system of a folder lacks hard links, before any work is done that needs them.
+    def exclusive_by(self, folder: Path) -> str | None:
+        """How one of several writers wins in a folder: HARD_LINKS, or EXCLUSIVE_RENAME.
 
-        Any other error is left to the operation that meets it: another process may sweep these files as leftovers.
+        `Refused` where its file system has neither, before any work is done that needs them. None if another error
+        hides it, which is left to the operation that meets it: another process may sweep these files as leftovers.
         """
-        first, second = (folder / f"link.{uuid.uuid4().hex}{LEFTOVER}" for _ in range(2))
+        first, second = (folder / f"name.{uuid.uuid4().hex}{LEFTOVER}" for _ in range(2))
         try:
             with contextlib.suppress(OSError):
                 self.write(first, b"")
-                self._link(first, second)
+                return self._take_name(first, second)
+            return None
         finally:
             self._discard(first)
             self._discard(second)
 
-    def _link(self, old: Path, new: Path) -> None:
+    def _take_name(self, old: Path, new: Path) -> str:
+        """Give `old` the name `new`; FileExistsError when it exists. With HARD_LINKS, it keeps the other name too."""
         try:
             self.link(old, new)
+            return HARD_LINKS
         except OSError as error:
-            if error.errno not in NO_LINKS:
+            if error.errno not in LACKING:
+                raise
+            no_links = error
+        try:
+            self.rename_exclusively(old, new)
+            return EXCLUSIVE_RENAME
+        except OSError as error:
+            if error.errno not in LACKING:
                 raise
             raise Refused(
-                f"the file system of {new.parent} does not support hard links ({error.strerror}), which writing an "
-                "archive needs; choose an --out on another file system, and copy the archive when it is finished"
+                f"the file system of {new.parent} supports neither hard links ({no_links.strerror}) nor a rename that "
+                f"replaces nothing ({error.strerror}), and writing an archive needs one of them; choose an --out on "
+                "another file system, and copy the archive when it is finished"
             ) from error
 
     def _discard(self, temporary: Path) -> None:
         """Best effort after a failure: readers ignore a leftover, and `seal` removes it."""
         with contextlib.suppress(OSError):
             self.remove(temporary)
+
+
+def rename_without_replacing(old: Path, new: Path) -> None:
+    """Linux's renameat2, which Python lacks; OSError with ENOSYS where the C library lacks it as well."""
+    library = ctypes.CDLL(None, use_errno=True)
+    code = errno.ENOSYS
+    if hasattr(library, "renameat2"):
+        if not library.renameat2(AT_FDCWD, os.fsencode(old), AT_FDCWD, os.fsencode(new), RENAME_NOREPLACE):
+            return
+        code = ctypes.get_errno()
+    raise OSError(code, os.strerror(code), str(old), None, str(new))
 
 
 def is_leftover(path: Path) -> bool:

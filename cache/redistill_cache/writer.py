@@ -215,7 +215,7 @@ class ArchiveWriter:
             if spec is not None:
                 refuse_difference(root.spec.to_json(), spec.resolved().to_json(), str(path), NOT_COMPARED)
             walk_regular(path, most=MOST_FILES)  # never write through a link
-            files.require_links(path)
+            files.exclusive_by(path)
             writer = cls(path, root.spec, files)
             documents = read_teachers(path, list_teachers(path), root)
             root.require_writable(path)

@@ -74,7 +74,8 @@ def show(diagnosis: Diagnosis) -> None:
         ),
         (
             "file system",
-            "; ".join(f"{name}: {problem or 'yes'}" for name, problem in d.file_system.items()),
+            "; ".join(f"{name}: {problem or 'yes'}" for name, problem in d.file_system.items())
+            + f"; blocks are committed by {d.commits_by or 'neither, so no archive can be written'}",
         ),
         ("workers", f"{d.workers} by default, start method {d.worker_start}"),
         ("views", f"{d.views_per_second_and_core:.0f}/s per core at {d.view_size} px ({harmless(d.data)})"),

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from redistill_cache import SignalSpec, TeacherSpec, layout
-from redistill_cache.codecs import BlockStats, Codec
+from redistill_cache.codecs import BlockStats, Codec, join_encoded
 from redistill_cache.codecs.catalogue import Choice
 from redistill_cache.errors import Refused
 from redistill_cache.journal import FileEntry, Record
 from redistill_cache.keys import pack_keys
 from redistill_cache.layout import Block
+from redistill_cache.machine import usable_cores
 from redistill_cache.shards import encode_shard
 from redistill_cache.spec import ArchiveSpec
 from redistill_cache.wording import human_bytes
@@ -49,7 +52,7 @@ class Estimate:
     bytes_per_view: float
     """The teacher's arrays only."""
     images_per_second: float
-    """Of all shares together, extrapolated from this process's pilot."""
+    """Of all shares together, extrapolated from this process's pilot: rendering, the teacher and encoding."""
     seconds: float
     device: str
     device_hours: float
@@ -95,7 +98,8 @@ def estimate(plan: Plan, pilot: Pilot, choices: Mapping[str, Choice]) -> Estimat
     side = {f"{name}/{key}": array for name, codec in codecs.items() for key, array in codec.side().items()}
     side_bytes = sum(len(encode_shard(array, side[name])) for name, array in layout.side_arrays(teacher).items())
     other, files = other_bytes(plan, spec, teacher, stats)
-    images_per_second = pilot.images_per_second * plan.share.count
+    device_seconds = total_views * (1.0 / pilot.images_per_second + encoding_seconds(plan, pilot, choices))
+    seconds = device_seconds / plan.share.count
     return Estimate(
         samples=spec.num_samples,
         views=spec.num_views,
@@ -105,15 +109,31 @@ def estimate(plan: Plan, pilot: Pilot, choices: Mapping[str, Choice]) -> Estimat
         view_bytes=0 if plan.part.adds_to else round(view_params_bytes(plan, spec) * total_views) + canary_bytes(spec),
         other_bytes=other,
         bytes_per_view=bytes_per_view,
-        images_per_second=images_per_second,
-        seconds=total_views / images_per_second,
+        images_per_second=total_views / seconds,
+        seconds=seconds,
         device=str(plan.teacher.device),
-        device_hours=total_views / pilot.images_per_second / 3600,
+        device_hours=device_seconds / 3600,
         free_bytes=free_bytes(plan.options.out),
         pilot_rows=len(pilot),
         teacher_top1=pilot.correct / pilot.labelled if pilot.labelled else None,
         codecs={name: choice.reason for name, choice in choices.items()},
     )
+
+
+def encoding_seconds(plan: Plan, pilot: Pilot, choices: Mapping[str, Choice]) -> float:
+    """Of the signals of a view: on a GPU its own, beside the teacher; else a share of the cores that both use."""
+    device = plan.teacher.device
+    if device.type != "cuda":
+        cores = max(1, usable_cores() // plan.share.local_count)
+        return sum(choice.best.cpu_seconds_per_row for choice in choices.values()) / cores
+    total = 0.0
+    for name, choice in choices.items():
+        rows = torch.from_numpy(pilot.rows[name][-len(choice.best.encoded) :]).to(device)
+        join_encoded([choice.codec.encode(rows)])  # compiles kernels
+        start = time.perf_counter()
+        join_encoded([choice.codec.encode(rows)])  # moves the result to the host, so the device is done
+        total += (time.perf_counter() - start) / len(rows)
+    return total
 
 
 def signal_bytes(

@@ -73,7 +73,7 @@ def check_new_path(options: CacheOptions, *, files: Files = LOCAL) -> None:
     if not os.access(parent, os.W_OK | os.X_OK):
         raise Refused(f"cannot write to {parent}; check the permissions, or choose another --out")
     with disk_trouble("write to", parent):
-        files.require_links(parent)
+        files.exclusive_by(parent)
 
 
 def create_archive(plan: Plan) -> tuple[Plan, ArchiveWriter]:

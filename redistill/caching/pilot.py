@@ -18,6 +18,7 @@ import torch
 from redistill_cache.codecs import CodecOptions, NotFinite, explain_codec
 from redistill_cache.codecs.catalogue import Choice
 from redistill_cache.errors import RedistillError, Refused
+from redistill_cache.layout import part_blocks
 from torch import Tensor
 
 from redistill.caching.plan import Plan
@@ -29,6 +30,7 @@ from redistill.teachers import TeacherCheck, check_teacher
 from redistill.views.dataset import MixedView, RenderedView
 
 __all__ = [
+    "Computed",
     "Pilot",
     "TeacherRunner",
     "batches_of",
@@ -47,12 +49,23 @@ FEATURE_PILOT_ROWS = 4096
 MAX_KEPT_VALUES = 1 << 26
 # Codecs are compared on the last rows of the pilot, so any run of consecutive rows must be spread over all views too.
 STRIDE = 8
-CHECKED_IMAGES = 32
+# A check of the first batch, which is not kept, needs few images, and at least so many.
+CHECKED_IMAGES, LEAST_CHECKED = 32, 4
 # A basis from the head's weights may be smaller than one fitted to the logits when there are this many times more
 # classes than features. `auto` tries both and compares their sizes, so for it a much lower ratio is worth a trial.
 MIN_CLASSES_PER_FEATURE, MIN_CLASSES_PER_FEATURE_AUTO = 4, 1
 
 Tag = TypeVar("Tag")
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A whole batch of a block, whose signals are known before the archive exists."""
+
+    signals: dict[str, Tensor]
+    """On the teacher's device."""
+    pixels: Tensor | None = None
+    """Of the batch that the teacher was checked with."""
 
 
 class TeacherRunner:
@@ -61,8 +74,8 @@ class TeacherRunner:
     A batch is (tag, dataset indices); the tag comes back with the result. Workers start once, for all calls.
     """
 
-    kept: dict[tuple[int, int], dict[str, Tensor]]
-    """Signals of whole batches of blocks that the pilot computed, by view and first row."""
+    kept: dict[tuple[int, int], Computed]
+    """What the check and the pilot computed of a small archive, by view and first row."""
 
     def __init__(self, plan: Plan, stop: StopRequest) -> None:
         self.plan, self.stop, self._dataset, self.kept = plan, stop, plan.dataset, {}
@@ -102,14 +115,23 @@ def stack_pixels(items: list[RenderedView | MixedView]) -> Tensor:
     return torch.stack([item.pixels for item in items])
 
 
-def check_first_batch(runner: TeacherRunner) -> TeacherCheck:
-    """Refuse a teacher that fails on these views, or whose outputs must not be stored."""
+def check_first_batch(runner: TeacherRunner, *, before_pilot: bool = False) -> TeacherCheck:
+    """Refuse a teacher that fails on these views, or whose outputs must not be stored.
+
+    The batch is the first one that this process would write. Before a pilot of all views it is kept as a part of it.
+    """
     plan = runner.plan
-    count = min(CHECKED_IMAGES, plan.options.batch_size, plan.spec.num_samples)
-    [(_, pixels)] = runner.render([(None, runner.indices(0, range(count)))])
-    pixels = pixels.repeat(-(-4 // count), 1, 1, 1)  # the check needs at least four images
+    block = plan.share.work_order(list(part_blocks(plan.spec, plan.folder, plan.spec.num_views)))[0]
+    rows = next(batches_of(block.rows, plan.batch_size))
+    keep = before_pilot and pilot_is_whole(plan)
+    # The speed is measured on the rest; what is checked of a compiled network is the one that was compiled.
+    keep = keep and LEAST_CHECKED <= len(rows) < plan.spec.num_samples * plan.spec.num_views
+    keep = keep and not plan.options.compile
+    rows = rows if keep else rows[:CHECKED_IMAGES]
+    [(_, pixels)] = runner.render([(None, runner.indices(block.view, rows))])
+    copies = -(-LEAST_CHECKED // len(rows))
     try:
-        return check_teacher(plan.teacher, pixels)
+        check, signals = check_teacher(plan.teacher, pixels.repeat(copies, 1, 1, 1))
     except RedistillError:
         raise
     except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:  # from inside the network
@@ -118,6 +140,9 @@ def check_first_batch(runner: TeacherRunner) -> TeacherCheck:
         raise Refused(
             f"the teacher {plan.teacher.model.spec!r} fails on views of {size} px: {first_line(error)}; use {hint}"
         ) from error
+    if keep:
+        runner.kept[block.view, rows.start] = Computed(signals, pixels)
+    return check
 
 
 @dataclass(frozen=True)
@@ -137,31 +162,43 @@ class Pilot:
 
 def run_pilot(runner: TeacherRunner) -> Pilot:
     """Of few views, the pilot is all of them: their batches are those of the blocks, and their signals are kept."""
-    plan, batch_size, samples = runner.plan, runner.plan.batch_size, runner.plan.spec.num_samples
-    indices = pilot_indices(plan)
-    whole = len(indices) == samples * plan.spec.num_views
+    plan, samples = runner.plan, runner.plan.spec.num_samples
+    indices, names = pilot_indices(plan), (LOGITS, *plan.part.signals)
+    whole = pilot_is_whole(plan)
     if whole:
-        computed = [np.array(runner.indices(view, rows)) for view, rows in block_batches(plan)]
+        batches = [np.array(runner.indices(view, rows)) for view, rows in block_batches(plan)]
     else:
-        computed = np.split(indices, range(batch_size, len(indices), batch_size))
-    outputs: dict[str, list[Tensor]] = {name: [] for name in (LOGITS, *plan.part.signals)}
-    start, values = time.perf_counter(), 0
-    for batch, _, signals in runner.run((batch, batch.tolist()) for batch in computed):
+        batches = np.split(indices, range(plan.batch_size, len(indices), plan.batch_size))
+    known = {int(runner.indices(view, [row])[0]): batch for (view, row), batch in runner.kept.items()}
+    to_run = [batch for batch in batches if int(batch[0]) not in known]
+    order: list[np.ndarray] = [batch for batch in batches if int(batch[0]) in known]
+    outputs = {name: [known[int(batch[0])].signals[name].cpu() for batch in order] for name in names}
+    values = sum(rows.numel() for batch in known.values() for rows in batch.signals.values())
+    start = time.perf_counter()
+    for batch, _, signals in runner.run((batch, batch.tolist()) for batch in to_run):
+        order.append(batch)
         for name, parts in outputs.items():
             parts.append(signals[name].cpu())
         values += sum(rows.numel() for rows in signals.values())
         if whole and values <= MAX_KEPT_VALUES:
             view, row = divmod(int(batch[0]), samples)
-            runner.kept[view, row] = signals
+            runner.kept[view, row] = Computed(signals)
     seconds = time.perf_counter() - start
     if values > MAX_KEPT_VALUES:
         runner.kept.clear()
-    order = np.argsort(np.concatenate(computed))[indices] if whole else slice(None)
-    stacked = {name: torch.cat(parts).numpy()[order] for name, parts in outputs.items()}
+    computed = np.concatenate(order)
+    places = np.argsort(computed)[indices] if whole else slice(None)
+    stacked = {name: torch.cat(parts).numpy()[places] for name, parts in outputs.items()}
     labels = plan.index.labels[indices % samples]
     correct = (stacked[LOGITS].argmax(1) == labels) & (labels >= 0)
     rows = {name: stacked[name] for name in plan.part.signals}
-    return Pilot(rows, len(indices) / seconds, int((labels >= 0).sum()), int(correct.sum()))
+    speed = sum(map(len, to_run)) / seconds
+    return Pilot(rows, speed, int((labels >= 0).sum()), int(correct.sum()))
+
+
+def pilot_is_whole(plan: Plan) -> bool:
+    """Whether the pilot is all views."""
+    return len(pilot_indices(plan)) == plan.spec.num_samples * plan.spec.num_views
 
 
 def block_batches(plan: Plan) -> Iterator[tuple[int, range]]:

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,6 @@ from redistill_cache.inspect import describe
 from redistill_cache.layout import Block
 from redistill_cache.rows import open_signal
 from redistill_cache.wording import human_bytes
-from torch import Tensor
 
 from redistill.caching.encoder import BlockEncoder, RunStats
 from redistill.caching.estimate import Estimate, estimate, refuse_small_disk, teacher_spec
@@ -45,6 +43,7 @@ from redistill.caching.open_archive import (
 )
 from redistill.caching.options import CacheOptions
 from redistill.caching.pilot import (
+    Computed,
     Pilot,
     TeacherRunner,
     batches_of,
@@ -227,7 +226,7 @@ def declared_soon(plan: Plan, stop: StopRequest) -> bool:
 def checked_pilot(runner: TeacherRunner, progress: Progress) -> tuple[TeacherCheck, Pilot]:
     """The teacher's signals for the pilot's views, with a warning if its accuracy on them is suspicious."""
     plan = runner.plan
-    check, pilot = check_first_batch(runner), run_pilot(runner)
+    check, pilot = check_first_batch(runner, before_pilot=True), run_pilot(runner)
     if not warn_of_chance_accuracy(plan, pilot.correct, pilot.labelled, progress):
         warn_of_lost_accuracy(plan, pilot.correct, pilot.labelled, progress)
     return check, pilot
@@ -277,13 +276,14 @@ def write_blocks(
     """Run the teacher and write its blocks. The first block is checked while the next ones are computed."""
     plan = runner.plan
     total, images = sum(len(block.rows) for block in blocks), 0
-    unchecked: tuple[int, range, Tensor] | None = None
+    unchecked: tuple[int, range, Computed] | None = None
+    run_again = not runner.kept
     tell_slow_encoder(plan, writer, progress)
     with BlockEncoder(plan, writer, stats) as encoder:
-        for (block, rows), pixels, signals in computed_batches(runner, teacher_batches(runner, writer, blocks)):
-            encoder.add(block, rows, signals)
-            if pixels is not None and images == 0:
-                unchecked = block.view, rows, pixels.clone()
+        for (block, rows), batch in computed_batches(runner, teacher_batches(runner, writer, blocks)):
+            encoder.add(block, rows, batch.signals)
+            if images == 0:
+                unchecked = block.view, rows, batch
             images += len(rows)
             # This process sees only its own progress, and assumes that the others are as fast.
             progress.advance(
@@ -294,10 +294,10 @@ def write_blocks(
                 written=human_bytes(stats.bytes),
             )
             if unchecked is not None and stats.blocks:
-                check_stored_batch(plan, writer, *unchecked)
+                check_stored_batch(plan, writer, *unchecked, run_again=run_again)
                 unchecked = None
     if unchecked is not None:
-        check_stored_batch(plan, writer, *unchecked)
+        check_stored_batch(plan, writer, *unchecked, run_again=run_again)
 
 
 def tell_slow_encoder(plan: Plan, writer: ArchiveWriter, progress: Progress) -> None:
@@ -322,28 +322,43 @@ def teacher_batches(
 
 def computed_batches(
     runner: TeacherRunner, batches: Iterator[tuple[tuple[Block, range], list[int]]]
-) -> Iterator[tuple[tuple[Block, range], Tensor | None, dict[str, Tensor]]]:
-    """(block and rows, pixels, signals) of every batch; without pixels where the pilot computed the signals."""
-    # The self-test needs the pixels of the first batch.
-    yield from runner.run(islice(batches, 1) if runner.kept else batches)
-    for (block, rows), _ in batches:
+) -> Iterator[tuple[tuple[Block, range], Computed]]:
+    """The signals of every batch, from the pilot if it computed them; with pixels, at least those of the first one."""
+    if not runner.kept:
+        yield from ((tag, Computed(signals, pixels)) for tag, pixels, signals in runner.run(batches))
+        return
+    is_first = True
+    for (block, rows), indices in batches:
         runner.stop.raise_if_set()
-        yield (block, rows), None, runner.kept.pop((block.view, rows.start))
+        batch = runner.kept.pop((block.view, rows.start))
+        if is_first and batch.pixels is None:  # another process has written the block that was checked
+            [(_, pixels)] = runner.render([(None, indices)])
+            batch = Computed(batch.signals, pixels)
+        is_first = False
+        yield (block, rows), batch
 
 
-def check_stored_batch(plan: Plan, writer: ArchiveWriter, view: int, rows: range, rendered: Tensor) -> None:
+def check_stored_batch(
+    plan: Plan, writer: ArchiveWriter, view: int, rows: range, computed: Computed, *, run_again: bool
+) -> None:
     """Self-test before the long part of the run: render a batch from the archive alone, as in training, and compare
-    its pixels with those that workers `rendered`, and the stored signals with the teacher's."""
+    its pixels with those that workers rendered, and the stored signals with the teacher's.
+
+    With `run_again`, the teacher computes them again, as it may have changed since its check. Signals that a pilot of
+    all views computed are all there are, so nothing can change any more.
+    """
+    assert computed.pixels is not None
     archive = writer.read_back()
     dataset = ViewDataset(plan.source, archive, joined=join_archive(plan.index, archive), check=False)
     pixels = stack_pixels(dataset.__getitems__([dataset.index(view, row) for row in rows]))
-    differing = int((pixels != rendered).flatten(1).any(1).sum())
+    differing = int((pixels != computed.pixels).flatten(1).any(1).sum())
     if differing:
         raise Refused(
             f"self-test: {differing} of {len(rows)} views rendered from the archive differ from the teacher's input; "
             "check whether the images are changing during the run"
         )
-    outputs, part = plan.teacher(pixels), archive.state.teachers[plan.part.name]
+    outputs = plan.teacher(pixels) if run_again else computed.signals
+    part = archive.state.teachers[plan.part.name]
     for spec in part.signals:
         signal, stored = spec.name, open_signal(archive.state, part, spec)
         decoded, exact = stored.decode(view, np.asarray(rows)), outputs[spec.name].cpu().numpy()

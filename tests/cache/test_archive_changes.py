@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import shutil
 import tempfile
 from dataclasses import replace
@@ -17,10 +16,10 @@ from redistill_cache import ArchiveWriter, open_archive
 from redistill_cache.errors import Incomplete, OutOfRange, Refused, UsageError
 from redistill_cache.inspect import describe
 from redistill_cache.journal import CLOSE, END, sha256
-from redistill_cache.storage import Files
 from redistill_cache.strict_json import canonical
 from redistill_cache.verify import quarantine, verify
 
+from tests.faults.no_links import NoLinks
 from tests.faults.power_cut import PowerCut, PowerCutDisk
 from tests.tiny_archive import SPEC, contents, fill, make, start
 
@@ -191,29 +190,16 @@ def test_terms_that_cannot_be_edited(two: Path, tmp_path: Path):
 # -- file systems without hard links ----------------------------------------------------------------------------------
 
 
-class NoLinks(Files):
-    """A disk without hard links, such as exFAT."""
-
-    def __init__(self, code: int) -> None:
-        self.code, self.written = code, 0
-
-    def link(self, old: Path, new: Path) -> None:
-        raise OSError(self.code, os.strerror(self.code), str(old), None, str(new))
-
-    def write(self, path: Path, data: bytes | memoryview) -> None:
-        self.written += len(data)
-        super().write(path, data)
-
-
 @pytest.mark.parametrize("code", [errno.EPERM, errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EMLINK])
-def test_a_file_system_without_hard_links_is_named(two: Path, tmp_path: Path, code: int):
+def test_a_file_system_without_hard_links_and_exclusive_renames_is_named(two: Path, tmp_path: Path, code: int):
+    ArchiveWriter.create(tmp_path / "new", SPEC, files=NoLinks(code))
+    ArchiveWriter.resume(two, files=NoLinks(code))
     for attempt in (
-        lambda files: ArchiveWriter.create(tmp_path / "new", SPEC, files=files),
+        lambda files: ArchiveWriter.create(tmp_path / "other", SPEC, files=files),
         lambda files: ArchiveWriter.resume(two, files=files),
     ):
-        disk = NoLinks(code)
-        with pytest.raises(Refused, match=r"file system of .* does not support hard links.*choose an --out") as error:
-            attempt(disk)
+        with pytest.raises(Refused, match=r"file system of .* neither hard links.*choose an --out") as error:
+            attempt(NoLinks(code, renames=False))
         assert "\n" not in str(error.value)
     assert not list(tmp_path.rglob("*.partial"))
     assert verify(two, full=True).ok

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +258,65 @@ def test_an_incomplete_archive_is_not_sealed(tmp_path: Path):
         writer.seal()
     one_line(error)
     assert not writer.sealed
+
+
+opened_records: Counter[str] | None = None
+
+
+def count_record(event: str, args: tuple[Any, ...]) -> None:
+    if event == "open" and opened_records is not None and "_redistill/blocks/" in str(args[0]):
+        opened_records[Path(args[0]).name] += 1
+
+
+@cache
+def watch_opened_files() -> None:  # for good: an audit hook cannot be removed
+    sys.addaudithook(count_record)
+
+
+@pytest.fixture
+def opened() -> Iterator[Counter[str]]:
+    """How often this process has opened each commit record."""
+    global opened_records
+    watch_opened_files()
+    opened_records = Counter()
+    yield opened_records
+    opened_records = None
+
+
+def test_a_writer_reads_each_record_once(tmp_path: Path, opened: Counter[str]):
+    path = tmp_path / "a"
+    fill(start(path), parts=("views", "canaries"))
+    writer, other = ArchiveWriter.resume(path), ArchiveWriter.resume(path)
+    opened.clear()
+    writer.read_back()
+    assert not opened, "they were read when it resumed"
+    fill(other)
+    opened.clear()
+    for _ in range(3):
+        writer.read_back()
+    assert set(opened) == {file.name for file in path.rglob("teachers.tiny.[0-9]*.json")}, "those of the other writer"
+    assert set(opened.values()) == {1}
+    opened.clear()
+    writer.seal()
+    assert not opened
+
+
+def test_a_record_that_changes_is_read_again(tmp_path: Path):
+    path = tmp_path / "a"
+    writer = start(path)
+    fill(writer)
+    identity = writer.seal()
+    record = path / "_redistill/blocks/views.0.0.json"
+    data = record.read_bytes()
+    record.write_bytes(data.replace(b'"view":0', b'"view":1'))
+    with pytest.raises(Damaged, match="commit record of"):
+        writer.seal()
+    record.write_bytes(data)
+    assert writer.seal() == identity
+    record.unlink()
+    record.symlink_to(path / "zarr.json")
+    with pytest.raises(Refused, match="symbolic link"):
+        writer.seal()
 
 
 def test_a_prefix_of_views_is_sealed_and_then_continued(tmp_path: Path):

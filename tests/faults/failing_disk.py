@@ -77,6 +77,9 @@ class FailingDisk(Files):
     def link(self, old: Path, new: Path) -> None:
         self._do(old, lambda: super(FailingDisk, self).link(old, new))
 
+    def rename_exclusively(self, old: Path, new: Path) -> None:
+        self._do(old, lambda: super(FailingDisk, self).rename_exclusively(old, new))
+
     def remove(self, path: Path) -> None:
         self._do(path, lambda: super(FailingDisk, self).remove(path))
 

@@ -210,6 +210,9 @@ class PowerCutDisk(Files):
     def link(self, old: Path, new: Path) -> None:
         self._do("link", (old, new), lambda: super(PowerCutDisk, self).link(old, new))
 
+    def rename_exclusively(self, old: Path, new: Path) -> None:
+        self._do("rename", (old, new), lambda: super(PowerCutDisk, self).rename_exclusively(old, new))
+
     def remove(self, path: Path) -> None:
         self._do("remove", (path,), lambda: super(PowerCutDisk, self).remove(path))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -99,21 +100,28 @@ def test_two_writers_race_for_a_hundred_blocks(ram: Path):
 # -- the same command, started several times --------------------------------------------------------------------------
 
 
-def write_whole(path: Path, barrier: Barrier, fatal: int, parent: Connection) -> None:
+# Whether each of the writers can make hard links; the others rename exclusively.
+DISKS = {"links": (True, True), "renames": (False, False), "both": (True, False)}
+
+
+def write_whole(path: Path, barrier: Barrier, fatal: int, links: bool, parent: Connection) -> None:
     barrier.wait(SECONDS)
     try:
-        parent.send(write_archive(path, SelfKillingFiles(fatal)))
+        parent.send(write_archive(path, SelfKillingFiles(fatal, links=links)))
     except RedistillError as error:
         parent.send(error)
 
 
-def run_together(path: Path, fatal: list[int]) -> list[str | Exception]:
-    """Start several writers of the same archive at the same time; the results of those that are not killed."""
+def run_together(path: Path, fatal: list[int], links: Sequence[bool] = (True,)) -> list[str | Exception]:
+    """Start several writers of the same archive at the same time; the results of those that are not killed.
+
+    The writers take turns in what `links` says.
+    """
     barrier = context().Barrier(len(fatal))
     pipes = [context().Pipe(duplex=False) for _ in fatal]
     processes = [
-        context().Process(target=write_whole, args=(path, barrier, number, pipe[1]))
-        for number, pipe in zip(fatal, pipes, strict=True)
+        context().Process(target=write_whole, args=(path, barrier, number, links[i % len(links)], pipe[1]))
+        for i, (number, pipe) in enumerate(zip(fatal, pipes, strict=True))
     ]
     for process, (_, theirs) in zip(processes, pipes, strict=True):
         process.start()
@@ -148,6 +156,32 @@ def test_three_writers_write_one_archive(ram: Path, reference: Reference):
 @pytest.mark.timeout(3600)
 def test_three_writers_write_one_archive_a_hundred_times(ram: Path, reference: Reference):
     write_together(ram, 100, reference)
+
+
+def kill_most(folder: Path, times: int, disk: str, reference: Reference) -> None:
+    """Six writers, of which four are killed at random operations: the archive is that of one writer without faults."""
+    rng = random.Random(disk)
+    for number in range(times):
+        path = folder / f"{disk}-{number}.redistill.zarr"
+        fatal = [0, 0, *(rng.randint(1, 400) for _ in range(4))]
+        results = run_together(path, fatal, DISKS[disk])
+        assert results[:2] == [reference[0]] * 2, f"{disk}, run {number}, kills at operations {fatal[2:]}"
+        assert write_archive(path) == reference[0]
+        assert hashes(path) == reference[1]
+        assert not leftovers(path)
+        shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("disk", ["renames", "both"])
+def test_six_writers_without_hard_links_write_one_archive(ram: Path, disk: str, reference: Reference):
+    kill_most(ram, 1, disk, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("disk", DISKS)
+def test_six_writers_write_one_archive_a_hundred_times(ram: Path, disk: str, reference: Reference):
+    kill_most(ram, 100, disk, reference)
 
 
 # -- starting and finishing at the same moment ------------------------------------------------------------------------

@@ -6,9 +6,11 @@ import random
 from pathlib import Path
 
 import pytest
-from redistill_cache.storage import LOCAL, Files, is_leftover
+from redistill_cache.errors import Refused
+from redistill_cache.storage import EXCLUSIVE_RENAME, HARD_LINKS, LOCAL, Files, is_leftover
 
 from tests.faults.failing_disk import FAILURES, FailingDisk, Failure
+from tests.faults.no_links import NoLinks
 from tests.faults.power_cut import DiskModel, PowerCut, PowerCutDisk
 
 OLD, NEW = b"old" * 300, b"new" * 500
@@ -26,15 +28,23 @@ def try_publish(disk: Files, path: Path, exclusive: bool) -> OSError | None:
     return None
 
 
+class FailingWithoutLinks(FailingDisk):
+    def link(self, old: Path, new: Path) -> None:
+        NoLinks().link(old, new)
+
+
+@pytest.mark.parametrize("disk_type", [FailingDisk, FailingWithoutLinks])
 @pytest.mark.parametrize("exclusive", [False, True], ids=["replace", "exclusive"])
 @pytest.mark.parametrize("failure", FAILURES, ids=str)
-def test_publish_is_all_or_nothing_on_a_failing_disk(tmp_path: Path, failure: Failure, exclusive: bool):
+def test_publish_is_all_or_nothing_on_a_failing_disk(
+    tmp_path: Path, failure: Failure, exclusive: bool, disk_type: type[FailingDisk]
+):
     for nth in range(1, 20):
         folder = tmp_path / str(nth)
         folder.mkdir()
         if not exclusive:
             (folder / "file").write_bytes(OLD)
-        disk = FailingDisk(nth, failure)
+        disk = disk_type(nth, failure)
         error = try_publish(disk, folder / "file", exclusive)
         if error is None:
             assert not disk.failed, "a failure was swallowed"
@@ -46,12 +56,24 @@ def test_publish_is_all_or_nothing_on_a_failing_disk(tmp_path: Path, failure: Fa
     pytest.fail("publish never completed without a failure")
 
 
-def test_only_one_of_two_exclusive_writes_succeeds(tmp_path: Path):
-    LOCAL.publish(tmp_path / "file", OLD, exclusive=True)
+@pytest.mark.parametrize("first", [LOCAL, NoLinks()], ids=["links", "renames"])
+@pytest.mark.parametrize("second", [LOCAL, NoLinks()], ids=["links", "renames"])
+def test_only_one_of_two_exclusive_writes_succeeds(tmp_path: Path, first: Files, second: Files):
+    first.publish(tmp_path / "file", OLD, exclusive=True)
     with pytest.raises(FileExistsError):
-        LOCAL.publish(tmp_path / "file", NEW, exclusive=True)
+        second.publish(tmp_path / "file", NEW, exclusive=True)
     assert {path.name for path in tmp_path.iterdir()} == {"file"}
     assert (tmp_path / "file").read_bytes() == OLD
+
+
+def test_a_disk_without_links_and_exclusive_renames_is_refused(tmp_path: Path):
+    assert (LOCAL.exclusive_by(tmp_path), NoLinks().exclusive_by(tmp_path)) == (HARD_LINKS, EXCLUSIVE_RENAME)
+    neither = NoLinks(renames=False)
+    with pytest.raises(Refused, match="supports neither hard links"):
+        neither.exclusive_by(tmp_path)
+    with pytest.raises(Refused, match="supports neither hard links"):
+        neither.publish(tmp_path / "file", NEW, exclusive=True)
+    assert not list(tmp_path.iterdir())
 
 
 class SweptByAnother(Files):
@@ -73,19 +95,33 @@ class SweptByAnother(Files):
         self._sweep(old)
         super().link(old, new)
 
+    def rename_exclusively(self, old: Path, new: Path) -> None:
+        self._sweep(old)
+        super().rename_exclusively(old, new)
+
     def remove(self, path: Path) -> None:
         self._sweep(path)
         super().remove(path)
 
 
+class SweptWithoutLinks(SweptByAnother, NoLinks):
+    def __init__(self, times: int) -> None:
+        SweptByAnother.__init__(self, times)
+        NoLinks.__init__(self)
+
+    def link(self, old: Path, new: Path) -> None:
+        NoLinks.link(self, old, new)
+
+
+@pytest.mark.parametrize("disk", [SweptByAnother, SweptWithoutLinks])
 @pytest.mark.parametrize("exclusive", [False, True], ids=["replace", "exclusive"])
-def test_publish_survives_the_sweep_of_another_process(tmp_path: Path, exclusive: bool):
+def test_publish_survives_the_sweep_of_another_process(tmp_path: Path, disk: type[SweptByAnother], exclusive: bool):
     for times in (1, 2, 3):
         path = tmp_path / f"file{times}"
-        SweptByAnother(times).publish(path, NEW, exclusive=exclusive)
+        disk(times).publish(path, NEW, exclusive=exclusive)
         assert path.read_bytes() == NEW
     with pytest.raises(FileNotFoundError):
-        SweptByAnother(1000).publish(tmp_path / "never", NEW, exclusive=exclusive)
+        disk(1000).publish(tmp_path / "never", NEW, exclusive=exclusive)
     with pytest.raises(FileNotFoundError):
         LOCAL.publish(tmp_path / "missing folder" / "file", NEW, exclusive=exclusive)
     assert not any(is_leftover(path) for path in tmp_path.iterdir())
@@ -150,7 +186,7 @@ def test_new_directories_survive_power_cuts(tmp_path: Path):
 
 def test_the_simulated_disks_cover_every_operation():
     """An operation added to `Files` must also be added to the failing disk and the power cut."""
-    compositions = {"make_directories", "publish", "require_links"}
+    compositions = {"make_directories", "publish", "exclusive_by"}
     primitives = {name for name in vars(Files) if not name.startswith("_")} - compositions
     assert primitives <= vars(FailingDisk).keys()
     assert primitives <= vars(PowerCutDisk).keys()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from redistill_cache.storage import Files
 
+from tests.faults.no_links import NoLinks
 from tests.faults.scenario import block_arrays, codec, write_archive
 
 __all__ = ["SelfKillingFiles", "context", "start_writer"]
@@ -24,8 +25,8 @@ __all__ = ["SelfKillingFiles", "context", "start_writer"]
 class SelfKillingFiles(Files):
     """The real disk; kills its own process with SIGKILL just before operation `fatal` (from 1)."""
 
-    def __init__(self, fatal: int) -> None:
-        self._left = fatal
+    def __init__(self, fatal: int, *, links: bool = True) -> None:
+        self._left, self._links = fatal, links
 
     def _do(self, operation: Callable[[], None]) -> None:
         self._left -= 1
@@ -49,7 +50,12 @@ class SelfKillingFiles(Files):
         self._do(lambda: super(SelfKillingFiles, self).rename(old, new))
 
     def link(self, old: Path, new: Path) -> None:
+        if not self._links:
+            NoLinks().link(old, new)
         self._do(lambda: super(SelfKillingFiles, self).link(old, new))
+
+    def rename_exclusively(self, old: Path, new: Path) -> None:
+        self._do(lambda: super(SelfKillingFiles, self).rename_exclusively(old, new))
 
     def remove(self, path: Path) -> None:
         self._do(lambda: super(SelfKillingFiles, self).remove(path))

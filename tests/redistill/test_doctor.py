@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 from redistill_cache.errors import Refused
-from redistill_cache.storage import Files
 
 from redistill import doctor
-from redistill.doctor import balance, examine, open_views, paced, try_file_system
+from redistill.doctor import balance, commits_by, examine, open_views, paced, try_file_system
 from tests import tiny_archive
+from tests.faults.no_links import NoLinks
 
 
 class ManyImages:
@@ -112,20 +112,23 @@ def test_both_stages_of_a_teacher_are_measured(tmp_path: Path, monkeypatch: pyte
         examine(folder=tmp_path, teacher="demo:small?num_classes=30")
 
 
-class Fat(Files):
+class Fat(NoLinks):
     """A disk like those that have neither links nor durable folders."""
-
-    def link(self, old: Path, new: Path) -> None:
-        raise OSError(errno.EPERM, os.strerror(errno.EPERM), str(old), None, str(new))
 
     def sync_directory(self, path: Path) -> None:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(path))
 
 
 def test_what_a_file_system_can_do_is_tried(tmp_path: Path):
-    assert set(try_file_system(tmp_path).values()) == {None}
-    found = {name: problem for name, problem in try_file_system(tmp_path, Fat()).items() if problem}
-    assert found == {"hard links": "Operation not permitted", "fsync of a folder": "Invalid argument"}
+    tried = try_file_system(tmp_path)
+    assert set(tried.values()) == {None}
+    assert commits_by(tried) == "hard links"
+    tried = try_file_system(tmp_path, Fat())
+    lacking = {"hard links": "Operation not permitted", "fsync of a folder": "Invalid argument"}
+    assert {name: problem for name, problem in tried.items() if problem} == lacking
+    assert commits_by(tried) == "exclusive rename"
+    tried = try_file_system(tmp_path, Fat(renames=False))
+    assert commits_by(tried) is None
     assert list(tmp_path.iterdir()) == []
 
 

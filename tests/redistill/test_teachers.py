@@ -348,10 +348,21 @@ def test_a_faulty_teacher_is_refused(spec: str, fault: str):
 @pytest.mark.parametrize("spec", ARCHITECTURES)
 def test_a_correct_teacher_is_never_refused(spec: str, amp: torch.dtype | None):
     for channels_last in (True, False):
-        check = check_teacher(teacher(opened(spec), amp=amp, channels_last=channels_last), images(8))
+        check, _ = check_teacher(teacher(opened(spec), amp=amp, channels_last=channels_last), images(8))
         assert check.images == 8
         assert check.repeat == 0
         assert check.relative_batch_difference < (1e-4 if amp is None else 0.05)
+
+
+def test_a_large_batch_is_run_once_and_some_of_it_again():
+    """Its outputs can be stored, so a small archive needs no other pass over them."""
+    module, sizes = opened().module, []
+    checked = teacher(of_module(module))
+    module.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    check, outputs = check_teacher(checked, images(40))
+    assert check.images == 32
+    assert sizes == [40, 2, 30, 2, 30]
+    assert torch.equal(outputs["logits"], checked(images(40))["logits"])
 
 
 def test_the_difference_between_batch_compositions_is_measured():
@@ -361,7 +372,7 @@ def test_the_difference_between_batch_compositions_is_measured():
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.inner(x) + 1e-4 * len(x)
 
-    check = check_teacher(teacher(of_module(BatchSizeDependent(opened().module))), images(6))
+    check, _ = check_teacher(teacher(of_module(BatchSizeDependent(opened().module))), images(6))
     assert check.batch_difference == pytest.approx(4e-4, rel=1e-2)  # a batch of six against one of two
 
 
@@ -417,7 +428,7 @@ def test_a_teacher_on_a_gpu():
     device = pick_device("cuda")
     for amp in (None, pick_amp(device, None)):
         on_gpu = Teacher(opened("cifar:resnet8"), device=device, amp=amp, layers=("penultimate",))
-        check = check_teacher(on_gpu, images(8))
+        check, _ = check_teacher(on_gpu, images(8))
         exact = teacher(opened("cifar:resnet8"))(images(8))["logits"]
         assert (on_gpu(images(8))["logits"].cpu() - exact).abs().max() < 0.1 * exact.std()
         assert check.relative_batch_difference < 0.1
@@ -428,4 +439,4 @@ def test_a_compiled_teacher_has_the_same_logits():
     plain = teacher(opened("demo:large"))(images())["logits"]
     compiled = teacher(opened("demo:large"), compile=True, layers=("penultimate", "layer2"))
     torch.testing.assert_close(compiled(images())["logits"], plain, rtol=1e-4, atol=1e-5)
-    assert check_teacher(compiled, images()).repeat == 0
+    assert check_teacher(compiled, images())[0].repeat == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -196,6 +197,8 @@ class CodecTrial:
     codec: Codec
     label: str
     bytes_per_row: float
+    cpu_seconds_per_row: float
+    """To encode a row, without compressing it."""
     stats: Mapping[str, float]
     encoded: Encoded
     """The last rows of the pilot, `TRIAL_ROWS` at most."""
@@ -214,8 +217,10 @@ class Choice:
 
 
 def _try_codec(codec: Codec, label: str, rows: np.ndarray) -> CodecTrial:
+    start = time.process_time()
     encoded = codec.encode(rows[-TRIAL_ROWS:])
-    return CodecTrial(codec, label, compressed_size(codec, encoded), BlockStats.of(encoded).summary(), encoded)
+    seconds = (time.process_time() - start) / len(encoded)
+    return CodecTrial(codec, label, compressed_size(codec, encoded), seconds, BlockStats.of(encoded).summary(), encoded)
 
 
 def compressed_size(codec: Codec, encoded: Encoded) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -14,7 +15,6 @@ import redistill_cache
 from redistill_cache import ArchiveWriter
 from redistill_cache.combining import merge, plan_merge, skeleton
 from redistill_cache.errors import Damaged, Incomplete, Refused, SpecMismatch
-from redistill_cache.storage import Files
 from redistill_cache.verify import verify
 
 from redistill.caching import cache_teacher
@@ -22,6 +22,7 @@ from redistill.caching.open_archive import check_new_path
 from redistill.interrupts import Interrupted
 from redistill.progress import NoProgress
 from tests.faults.failing_disk import FailingDisk, Failure
+from tests.faults.no_links import NoLinks
 from tests.stage1 import (
     DATA,
     FIVE_CLASSES,
@@ -146,16 +147,24 @@ def test_an_archive_created_by_another_process_is_resumed(complete_five_classes:
     assert file_hashes(path) == file_hashes(complete_five_classes)
 
 
-def test_a_file_system_without_hard_links_is_refused_before_the_teacher_runs(
+def without_links(*_: object, **__: object) -> None:
+    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+def test_a_file_system_without_hard_links_gets_the_same_archive(
+    complete_five_classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(os, "link", without_links)
+    cache_teacher(five_class_options(tmp_path / "a.zarr"))
+    assert file_hashes(tmp_path / "a.zarr") == file_hashes(complete_five_classes)
+
+
+def test_a_file_system_without_exclusive_names_is_refused_before_the_teacher_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    class NoLinks(Files):
-        def link(self, old: Path, new: Path) -> None:
-            raise OSError(errno.EPERM, "Operation not permitted", str(old), None, str(new))
-
-    monkeypatch.setitem(check_new_path.__kwdefaults__, "files", NoLinks())
+    monkeypatch.setitem(check_new_path.__kwdefaults__, "files", NoLinks(renames=False))
     ran = SignalAtBatch(signal.SIGTERM)
-    with pytest.raises(Refused, match=r"file system of .* does not support hard links.*choose an --out"):
+    with pytest.raises(Refused, match=r"file system of .* supports neither hard links.*choose an --out"):
         cache_teacher(five_class_options(tmp_path / "a.zarr"), ran)
     assert not list(tmp_path.iterdir())
 
