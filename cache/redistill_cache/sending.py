@@ -81,7 +81,9 @@ def destination_of(text: str) -> Address:
     if address.scheme == "hf":
         raise UsageError(f"{address}: archives get to the hub with 'redistill archive publish', not with copy")
     if address.scheme not in BUCKETS:
-        raise UsageError(f"{address}: {address.scheme}:// cannot be written; give a folder, s3://BUCKET/PATH or gs://...")
+        raise UsageError(
+            f"{address}: {address.scheme}:// cannot be written; give a folder, s3://BUCKET/PATH or gs://..."
+        )
     return address
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
-from redistill_cache.wording import harmless, human_bytes
+from redistill_cache.wording import harmless
 
 from redistill_cli.rendering import PATH_OR_URL, Offline, ProgressBar, set_offline
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -111,9 +107,7 @@ def test_some_views_are_copied_to_a_folder_only(sealed: Path, tmp_path: Path):
 # -- buckets ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_bucket_gets_either_form_and_gives_it_back(
-    sealed: Path, tmp_path: Path, s3: Mapping[str, str], serve: Serve
-):
+def test_a_bucket_gets_either_form_and_gives_it_back(sealed: Path, tmp_path: Path, s3: Mapping[str, str], serve: Serve):
     identity = copy_archive(str(sealed), "s3://lab/one/a.redistill")
     assert identity == open_archive(sealed).id
     assert objects(s3, "one/a.redistill") == packed_form(sealed, tmp_path)
@@ -149,13 +143,13 @@ def test_a_copy_in_a_bucket_continues_and_refuses_another_archive(
     other = tmp_path / "other"
     tiny_archive.make(other, teachers=())
     for form in (True, False):
-        with pytest.raises(Refused, match="holds the archive .* choose another place"):
+        with pytest.raises(Refused, match=r"holds the archive .* choose another place"):
             copy_archive(str(sealed if not form else other), place, pack=form)
     time.sleep(1.1)  # the times of objects are whole seconds
     copy_archive(str(sealed), place)
     assert objects(s3, "two/a.redistill") == whole
     assert client.head_object(Bucket="lab", Key="two/a.redistill/base.tar")["LastModified"] == kept
-    with pytest.raises(Refused, match="holds the archive .* choose another place"):
+    with pytest.raises(Refused, match=r"holds the archive .* choose another place"):
         copy_archive(str(other), place)
     assert objects(s3, "two/a.redistill") == whole
     client.close()
@@ -173,7 +167,7 @@ def test_a_damaged_archive_is_not_copied(archive_copy: Path, s3: Mapping[str, st
 
 
 def test_trouble_with_a_bucket_is_one_line(sealed: Path, s3: Mapping[str, str], monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(Refused, match="cannot write to s3://none/a: .*exist") as refused:
+    with pytest.raises(Refused, match=r"cannot write to s3://none/a: .*exist") as refused:
         copy_archive(str(sealed), "s3://none/a")
     assert "\n" not in str(refused.value)
     monkeypatch.setenv("REDISTILL_OFFLINE", "1")
