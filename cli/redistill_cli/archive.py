@@ -8,7 +8,7 @@ import typer
 from redistill_cache.errors import UsageError
 from redistill_cache.wording import harmless, human_bytes
 
-from redistill_cli.archive_publish import copy
+from redistill_cli.archive_publish import copy, publish
 from redistill_cli.archive_transport import fetch, pack
 from redistill_cli.options import ArchivePath, Command
 
@@ -26,6 +26,7 @@ def group() -> None:
     \b
       redistill archive fetch https://example.org/r50.redistill r50 --views 4
       redistill archive pack teacher.redistill.zarr teacher.redistill
+      redistill archive publish teacher.redistill.zarr hf://datasets/lab/r50
       redistill archive copy teacher.redistill.zarr s3://lab/teacher.redistill
       redistill archive remove-teacher teacher.redistill.zarr resnet18
       redistill archive edit teacher.redistill.zarr --licence CC-BY-4.0
@@ -88,3 +89,4 @@ def edit(
 archive.command(cls=Command)(pack)
 archive.command(cls=Command)(fetch)
 archive.command(cls=Command)(copy)
+archive.command(cls=Command)(publish)

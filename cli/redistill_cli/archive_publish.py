@@ -7,9 +7,10 @@ from typing import Annotated
 import typer
 from redistill_cache.wording import harmless
 
+from redistill_cli.options import ArchivePath
 from redistill_cli.rendering import PATH_OR_URL, Offline, ProgressBar, set_offline
 
-__all__ = ["copy"]
+__all__ = ["copy", "publish"]
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")]
 
@@ -62,3 +63,56 @@ def copy(
     with ProgressBar(f"copy {redact(source)}", "B") as bar:
         identity = copy_archive(source, destination, views=views, pack=pack, progress=bar.update, notify=bar.write)
     typer.echo(f"{harmless(redact(destination))}: id {identity}")
+
+
+def publish(
+    path: ArchivePath,
+    destination: Annotated[
+        str,
+        typer.Argument(
+            metavar="DESTINATION", help="hf://datasets/ORG/NAME[/PATH], s3://BUCKET/PATH, gs://BUCKET/PATH or a folder."
+        ),
+    ],
+    private: Annotated[
+        bool, typer.Option("--private", help="Create the repository of the hub as a private one.")
+    ] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Replace another archive that is there; the hub keeps it under its tag.")
+    ] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Publish a finished archive in packed form, and print its address.
+
+    The archive must state its licence, the source of its images and a
+    citation; every byte of it is checked before anything is sent. On the hub,
+    all files appear by one commit, which gets a tag. An interrupted command
+    continues, and sends nothing twice.
+
+    Examples:
+
+    \b
+      redistill archive publish teacher.redistill.zarr hf://datasets/lab/r50 --dry-run
+      redistill archive publish teacher.redistill.zarr hf://datasets/lab/r50
+    """
+    from redistill_cache.addresses import redact
+    from redistill_cache.errors import Refused
+
+    from redistill.sharing import publishing
+
+    if dry_run:
+        planned = publishing.plan(path, destination)
+        typer.echo(f"{harmless(redact(destination))}: would get {planned.contents.summary}, and the card")
+        if planned.advice:
+            raise Refused(planned.advice)
+        return
+    with ProgressBar(f"verify {path}", "item") as check, ProgressBar(f"publish {path}", "B") as bar:
+        address = publishing.publish(
+            path,
+            destination,
+            private=private,
+            replace=replace,
+            checked=check.update,
+            progress=bar.update,
+            notify=bar.write,
+        )
+    typer.echo(f"published; others use it by this address, and get no other archive from it:\n{harmless(address)}")

@@ -1,0 +1,1 @@
+"""What an archive needs to be shared: its terms, a card that describes it, and a signature."""

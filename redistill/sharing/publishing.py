@@ -1,0 +1,122 @@
+"""Publishing an archive: its terms are stated, every byte of it is checked, and then it is sent in packed form.
+
+It goes to a dataset repository of the hub (hub.py), to a bucket or to a folder, with its card beside it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from redistill_cache import layout
+from redistill_cache.addresses import Address, with_pin
+from redistill_cache.download import Notify, say
+from redistill_cache.errors import Damaged, Refused
+from redistill_cache.journal import sha256
+from redistill_cache.locks import locked
+from redistill_cache.packing import pack, sealed_archive
+from redistill_cache.sending import Contents, SendProgress, destination_of, send
+from redistill_cache.storage import disk_trouble
+from redistill_cache.verify import verify
+
+from redistill.sharing.hub import Repository
+from redistill.sharing.terms import missing_for_publishing, publishing_advice
+
+__all__ = ["Plan", "plan", "publish"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would be published, and what is missing for it."""
+
+    contents: Contents
+    advice: str
+    """Empty where nothing is missing."""
+
+
+def plan(archive: Path, destination: str) -> Plan:
+    place(destination)
+    state, _ = sealed_archive(archive, "publishing it")
+    missing = missing_for_publishing(archive)
+    return Plan(Contents.of(state, pack=True), publishing_advice(archive, missing) if missing else "")
+
+
+def place(destination: str) -> Address:
+    """Where an archive can be published: a repository of the hub, a bucket, or a folder."""
+    return Repository.parse(destination).address if destination.startswith("hf://") else destination_of(destination)
+
+
+def publish(
+    archive: Path,
+    destination: str,
+    *,
+    private: bool = False,
+    replace: bool = False,
+    progress: SendProgress | None = None,
+    checked: SendProgress | None = None,
+    notify: Notify = say,
+) -> str:
+    """Publish a sealed archive; returns the address or path, pinned to its id, under which others find it.
+
+    `checked` is told the progress of the check, `progress` that of the bytes. `private` and `replace` are for the hub:
+    a new repository is private, and another archive at this place is replaced.
+    """
+    target = place(destination)
+    archive = archive.absolute()
+    _, manifest = sealed_archive(archive, "publishing it")
+    identity = sha256(manifest)
+    missing = missing_for_publishing(archive)
+    if missing:
+        raise Refused(f"{archive} is not published: {publishing_advice(archive, missing)}")
+    if target.scheme != "hf" and (private or replace):
+        raise Refused(f"{target}: --private and --replace are for repositories of the hub; leave them out")
+    repository = Repository.parse(destination) if target.scheme == "hf" else None
+    if repository is not None:
+        repository.refuse_other_archive(archive / layout.MANIFEST, replace=replace)  # before hours of work
+    report = verify(archive, full=True, progress=checked)
+    if not report.ok:
+        flaw = report.damaged[0] if report.damaged else "it is not finished"
+        raise Damaged(f"{archive} is not published, as it is damaged: {flaw}; see 'redistill verify --full'")
+    if repository is not None:
+        with _packed(archive, identity, notify) as folder, _card(archive) as card:
+            files = {path.name: path for path in sorted(folder.iterdir())} | card
+            return repository.publish(files, identity, private=private, progress=progress, notify=notify)
+    if target.scheme != "file":
+        with _card(archive) as card:
+            send(archive, target, pack=True, beside=card, progress=progress)
+        return with_pin(target.url, identity)
+    out = target.local
+    pack(archive, out, progress=progress, notify=notify)
+    with _card(archive) as card, disk_trouble("write", out):
+        for name, path in card.items():
+            shutil.copyfile(path, out / name)
+    return with_pin(str(out), identity)
+
+
+@contextmanager
+def _packed(archive: Path, identity: str, notify: Notify) -> Iterator[Path]:
+    """The packed form in a folder beside the archive, which an interrupted call leaves to the next one."""
+    staging = archive.with_name(f"{archive.name}.publishing")
+    with disk_trouble("write", staging), locked(staging, f"publishes {archive}", notify):
+        for other in staging.glob("*"):
+            if other.name != identity:  # of an interrupted call, before the archive was changed
+                shutil.rmtree(other)
+        pack(archive, staging / identity, notify=notify)
+        yield staging / identity
+        shutil.rmtree(staging)
+
+
+@contextmanager
+def _card(archive: Path) -> Iterator[dict[str, Path]]:
+    """The files that describe an archive, made from it."""
+    with TemporaryDirectory(prefix="redistill-") as folder:
+        try:
+            from redistill.sharing.cards import write_cards  # type: ignore[import-not-found, unused-ignore]
+        except ModuleNotFoundError:
+            yield {}
+            return
+        yield {path.name: path for path in write_cards(archive, Path(folder))}
