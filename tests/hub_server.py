@@ -46,6 +46,8 @@ class Hub:
     before: Callable[[str, str], None] = lambda _, __: None
     repositories: dict[str, Repository] = field(default_factory=dict)
     large: dict[str, bytes] = field(default_factory=dict)
+    uploads: list[str] = field(default_factory=list)
+    """The large files that were sent, each as often as it was."""
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     """Method, path, authorization; those of the storage begin with /storage."""
     address: str = ""
@@ -56,11 +58,8 @@ class Hub:
         """Of a client that is logged in."""
         return {"HF_ENDPOINT": self.address, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
 
-    def uploads(self) -> int:
-        return sum(method == "PUT" for method, _, _ in self.requests)
 
-
-class Answer(Exception):  # noqa: N818  it is not always an error
+class Answer(Exception):
     def __init__(self, status: int, body: object = None, **headers: str) -> None:
         self.status, self.body, self.headers = status, body, headers
 
@@ -77,7 +76,10 @@ def described(path: str, data: bytes) -> dict[str, object]:
     """A file, as trees show it."""
     entry: dict[str, object] = {"type": "file", "path": path, "size": len(data), "oid": blob_id(data)}
     if is_large(path, len(data)):
-        entry |= {"oid": "0" * 40, "lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}}
+        entry |= {
+            "oid": "0" * 40,
+            "lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130},
+        }
     return entry
 
 
@@ -91,7 +93,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.handle_request()
 
-    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
+    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET  # noqa: N815
 
     def handle_request(self) -> None:
         path = unquote(urlsplit(self.path).path)
@@ -250,6 +252,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if hashlib.sha256(body).hexdigest() != oid:
                 raise Answer(400, {"error": "other bytes than announced"})
             self.hub.large[oid] = body
+            self.hub.uploads.append(oid)
             raise Answer(200, {})
         raise self.file(self.hub.large[oid])
 

@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 SERVER = """
 import sys
@@ -48,11 +49,21 @@ def s3_server(folder: Path) -> Iterator[Mapping[str, str]]:
         server.wait(timeout=60)
 
 
-def objects(environment: Mapping[str, str], folder: str) -> dict[str, bytes]:
-    """The objects below a folder of the bucket 'lab', as another client sees them."""
+def s3_client(environment: Mapping[str, str]) -> Any:
     import boto3
 
-    client = boto3.client("s3", endpoint_url=environment["AWS_ENDPOINT_URL"])
+    return boto3.client(
+        "s3",
+        endpoint_url=environment["AWS_ENDPOINT_URL"],
+        aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
+        region_name=environment["AWS_DEFAULT_REGION"],
+    )
+
+
+def objects(environment: Mapping[str, str], folder: str) -> dict[str, bytes]:
+    """The objects below a folder of the bucket 'lab', as another client sees them."""
+    client = s3_client(environment)
     found = client.list_objects_v2(Bucket="lab", Prefix=f"{folder}/").get("Contents", [])
     read = {item["Key"]: client.get_object(Bucket="lab", Key=item["Key"])["Body"].read() for item in found}
     client.close()

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from redistill_cache import fetch_archive, open_archive
+from redistill_cache import fetch_archive, open_archive, sending
 from redistill_cache.errors import Damaged, Incomplete, OutOfRange, Refused, UsageError
 from redistill_cache.packing import pack
 from redistill_cache.sending import NOTE, copy_archive, planned
 from redistill_cache.verify import verify
 
 from tests import tiny_archive
-from tests.s3_server import objects, s3_server
+from tests.s3_server import objects, s3_client, s3_server
 from tests.tiny_archive import contents
 
 Serve = Callable[..., tuple[str, list[str]]]
@@ -114,22 +120,28 @@ def test_a_bucket_gets_either_form_and_gives_it_back(sealed: Path, tmp_path: Pat
     fetched = fetch_archive("s3://lab/one/a.redistill", tmp_path / "out")
     assert contents(fetched) == contents(sealed)
     assert verify(fetched, full=True).ok
+
+
+@pytest.mark.slow
+def test_a_bucket_gets_what_is_on_a_server_or_in_a_bucket(
+    sealed: Path, tmp_path: Path, s3: Mapping[str, str], serve: Serve
+):
+    identity, tars = open_archive(sealed).id, packed_form(sealed, tmp_path)
     address, _ = serve(tmp_path)
     copy_archive(f"{address}/expected.redistill#sha256={identity}", "s3://lab/one/a.redistill.zarr")
     assert objects(s3, "one/a.redistill.zarr") == contents(sealed)
     copy_archive("s3://lab/one/a.redistill.zarr", "s3://lab/one/b.redistill")
-    assert objects(s3, "one/b.redistill") == objects(s3, "one/a.redistill")
+    assert objects(s3, "one/b.redistill") == tars
 
 
+@pytest.mark.slow
 def test_a_copy_in_a_bucket_continues_and_refuses_another_archive(
     sealed: Path, tmp_path: Path, s3: Mapping[str, str], monkeypatch: pytest.MonkeyPatch
 ):
-    import boto3
-
     place = "s3://lab/two/a.redistill"
     copy_archive(str(sealed), place)
     whole = objects(s3, "two/a.redistill")
-    client = boto3.client("s3", endpoint_url=s3["AWS_ENDPOINT_URL"])
+    client = s3_client(s3)
     keys = [f"two/a.redistill/{name}" for name in ("manifest.json", "view-0001.tar")]
     for key in keys:
         client.delete_object(Bucket="lab", Key=key)
@@ -164,6 +176,45 @@ def test_a_damaged_archive_is_not_copied(archive_copy: Path, s3: Mapping[str, st
     found = objects(s3, "three/a.redistill")
     assert "view-0001.tar" not in found
     assert "manifest.json" not in found
+
+
+@pytest.mark.slow
+def test_large_files_appear_with_their_last_byte(tmp_path: Path, s3: Mapping[str, str]):
+    """They are sent in parts: the copy is killed while it sends, and ends as one that was not."""
+    spec = replace(tiny_archive.SPEC, num_samples=250_000, num_views=2, block_rows=100_000)
+    path = tmp_path / "large"
+    tiny_archive.make(path, spec)
+    place, folder = "s3://lab/large/a.redistill", "large/a.redistill"
+    client, draw = s3_client(s3), random.Random(5)
+    command = [sys.executable, "-m", "redistill_cli", "archive", "copy", str(path), place]
+    expected = packed_form(path, tmp_path)
+    note = f'{{"form":"packed","id":"{open_archive(path).id}"}}'.encode()
+    for _ in range(3):
+        with contextlib.suppress(client.exceptions.ClientError):
+            client.delete_object(Bucket="lab", Key=f"{folder}/{NOTE}")
+            client.delete_object(Bucket="lab", Key=f"{folder}/view-0001.tar")
+        client.put_object(Bucket="lab", Key=f"{folder}/{NOTE}", Body=note)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not client.list_multipart_uploads(Bucket="lab").get("Uploads"):
+            time.sleep(0.02)
+        time.sleep(draw.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.wait(60)
+        for upload in client.list_multipart_uploads(Bucket="lab").get("Uploads", []):
+            client.abort_multipart_upload(Bucket="lab", Key=upload["Key"], UploadId=upload["UploadId"])
+        for name, data in objects(s3, folder).items():
+            assert name == NOTE or data == expected[name]
+    assert subprocess.run(command, timeout=240, check=False).returncode == 0
+    assert objects(s3, folder) == expected
+    assert max(map(len, expected.values())) > sending.BLOCK
+    shard = max(path.glob("teachers/tiny/*/*/c.1.2*"))
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(Damaged, match=r"c\.1\.2.* does not have the SHA-256"):
+        copy_archive(str(path), "s3://lab/large/damaged.redistill")
+    assert set(objects(s3, "large/damaged.redistill")) == {NOTE, "base.tar", "view-0000.tar"}
+    assert not client.list_multipart_uploads(Bucket="lab").get("Uploads")
+    client.close()
 
 
 def test_trouble_with_a_bucket_is_one_line(sealed: Path, s3: Mapping[str, str], monkeypatch: pytest.MonkeyPatch):
