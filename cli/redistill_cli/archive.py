@@ -1,4 +1,4 @@
-"""`redistill archive`: change, fetch or pack an archive without running a teacher."""
+"""`redistill archive`: change, publish or fetch an archive without running a teacher."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ archive = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 @archive.callback()
 def group() -> None:
-    """Change, fetch or pack an archive without running a teacher.
+    """Change, publish or fetch an archive without running a teacher.
 
     Examples:
 
