@@ -37,6 +37,8 @@ BUCKETS = ("s3", "gs")
 BLOCK = 8 << 20  # of an object that is sent in parts
 MOST_PARTS = 9_000  # of an object; S3 takes 10,000
 CONNECTIONS = 4
+# Seconds; the package tries five times.
+S3_OPTIONS = {"config_kwargs": {"connect_timeout": 20, "read_timeout": 60, "retries": {"max_attempts": 1}}}
 
 SendProgress = Callable[[int, int], None]
 
@@ -246,7 +248,10 @@ class Bucket:
         try:
             import fsspec  # type: ignore[import-untyped]
 
-            self.files: Any = fsspec.filesystem(address.scheme, skip_instance_cache=True, use_listings_cache=False)
+            options = S3_OPTIONS if address.scheme == "s3" else {}
+            self.files: Any = fsspec.filesystem(
+                address.scheme, skip_instance_cache=True, use_listings_cache=False, **options
+            )
         except ImportError as error:
             extra = f"; pip install 'redistill[{EXTRAS[address.scheme]}]'" if address.scheme in EXTRAS else ""
             raise Refused(

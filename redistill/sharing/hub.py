@@ -96,7 +96,7 @@ class Repository:
         )
         huggingface_hub.utils.disable_progress_bars()
         huggingface_hub.utils.logging.set_verbosity_error()
-        return huggingface_hub.HfApi()
+        return huggingface_hub.HfApi(library_name="redistill")
 
     def refuse_other_archive(self, manifest: Path, *, replace: bool) -> None:
         """`Refused` without a token that is valid, or where another archive is and is not to be replaced."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -104,6 +105,23 @@ def test_another_lab_gets_what_was_published_to_the_hub(archive: Path, hub: Hub,
     assert (fetched.returncode, fetched.stderr) == (0, "")
     assert contents(tmp_path / "theirs") == contents(archive)
     assert {auth for _, path, auth in hub.requests if path.startswith("/storage")} == {None}
+
+
+@pytest.mark.slow
+def test_large_files_get_to_the_hub_by_xet(archive: Path, hub: Hub, run: Run, tmp_path: Path):
+    """As they do where its package is installed; they are read by their addresses as ever."""
+    pytest.importorskip("hf_xet")
+    files = [data for name, data in tars(archive, tmp_path).items() if name.endswith(".tar")]
+    hub.known = {hashlib.sha256(data).hexdigest(): data for data in files}
+    for _ in range(2):
+        done = run("publish", archive, "hf://datasets/lab/r50", env=hub.environment(xet=True))
+        assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(hub.uploads) == sorted(hub.known)
+    assert not [path for _, path, _ in hub.requests if path.endswith("/objects/batch")]
+    assert TOKEN not in str([auth for _, path, auth in hub.requests if path.startswith("/v")])
+    fetched = run("fetch", done.stdout.splitlines()[-1], tmp_path / "theirs", env=hub.environment(xet=True))
+    assert fetched.returncode == 0
+    assert contents(tmp_path / "theirs") == contents(archive)
 
 
 @pytest.mark.slow
