@@ -9,7 +9,7 @@ manifest is read back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from typing import Any
 
 from redistill_cache import layout, limits, packed
 from redistill_cache.addresses import SCHEMES, Address, address_of_path, is_address, parse_address, redact
-from redistill_cache.download import EXTRAS, Notify, is_offline, say
+from redistill_cache.download import Notify, is_offline, say
 from redistill_cache.errors import Damaged, OutOfRange, RedistillError, Refused, UsageError
 from redistill_cache.fetching import check_id, fetch_archive, fetched_description, locate
 from redistill_cache.journal import sha256
@@ -37,8 +37,8 @@ BUCKETS = ("s3", "gs")
 BLOCK = 8 << 20  # of an object that is sent in parts
 MOST_PARTS = 9_000  # of an object; S3 takes 10,000
 CONNECTIONS = 4
-# Seconds; the package tries five times.
-S3_OPTIONS = {"config_kwargs": {"connect_timeout": 20, "read_timeout": 60, "retries": {"max_attempts": 1}}}
+# Seconds; the package tries five times, and each time as often as this says.
+S3_OPTIONS = {"config_kwargs": {"connect_timeout": 20, "read_timeout": 30, "retries": {"max_attempts": 1}}}
 
 SendProgress = Callable[[int, int], None]
 
@@ -167,7 +167,7 @@ def send(
     target: Address,
     *,
     pack: bool,
-    beside: Mapping[str, Path] | None = None,
+    beside: Iterable[Path] = (),
     progress: SendProgress | None = None,
 ) -> str:
     """Copy a local archive to a bucket; returns its id. Files of `beside` are sent with it, and replaced."""
@@ -188,8 +188,8 @@ def send(
             done += contents.files[name]
             if progress is not None:
                 progress(done, total)
-        for name, path in (beside or {}).items():
-            bucket.write(name, path.read_bytes())
+        for path in beside:
+            bucket.write(path.name, path.read_bytes())
         arrived = bucket.sizes()
         for name, size in contents.files.items():
             if arrived.get(name) != size:
@@ -253,7 +253,7 @@ class Bucket:
                 address.scheme, skip_instance_cache=True, use_listings_cache=False, **options
             )
         except ImportError as error:
-            extra = f"; pip install 'redistill[{EXTRAS[address.scheme]}]'" if address.scheme in EXTRAS else ""
+            extra = "; pip install 'redistill[s3]'" if address.scheme == "s3" else ""
             raise Refused(
                 f"{address}: {address.scheme}:// needs a package that is not installed ({one_line(error)}){extra}"
             ) from error

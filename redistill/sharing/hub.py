@@ -80,7 +80,7 @@ class Repository:
 
     @cached_property
     def api(self) -> Any:  # noqa: ANN401  the package is optional
-        """The client, which waits for no answer longer than a minute or two."""
+        """The client; it waits for no answer longer than `TIMEOUT_S`, and the package's own has no such limit."""
         if is_offline():
             raise Refused(f"{self.address} cannot be written: --offline contacts no server")
         try:
@@ -90,13 +90,14 @@ class Repository:
                 f"{self.address}: hf:// needs a package that is not installed ({one_line(error)}); "
                 "pip install 'redistill[hub]'"
             ) from error
-        made = huggingface_hub.get_session()
-        huggingface_hub.set_client_factory(
+        hub: Any = huggingface_hub  # which has no types for all of this
+        made = hub.get_session()
+        hub.set_client_factory(
             lambda: type(made)(event_hooks=made.event_hooks, follow_redirects=True, timeout=TIMEOUT_S)
         )
-        huggingface_hub.utils.disable_progress_bars()
-        huggingface_hub.utils.logging.set_verbosity_error()
-        return huggingface_hub.HfApi(library_name="redistill")
+        hub.utils.disable_progress_bars()
+        hub.utils.logging.set_verbosity_error()
+        return hub.HfApi(library_name="redistill")
 
     def refuse_other_archive(self, manifest: Path, *, replace: bool) -> None:
         """`Refused` without a token that is valid, or where another archive is and is not to be replaced."""
@@ -123,13 +124,10 @@ class Repository:
     # -- publishing ---------------------------------------------------------------------------------------------------
 
     def publish(
-        self, paths: Mapping[str, Path], identity: str, *, private: bool, progress: SendProgress | None, notify: Notify
-    ) -> str:
-        """Make the folder of the repository hold these files, the manifest of the archive being one of them.
-
-        Returns the address that has them from now on.
-        """
-        files = {name: LocalFile(path) for name, path in paths.items()}
+        self, paths: Iterable[Path], identity: str, *, private: bool, progress: SendProgress | None, notify: Notify
+    ) -> None:
+        """Make the folder of the repository hold these files, the manifest of the archive being one of them."""
+        files = {path.name: LocalFile(path) for path in paths}
         with self._trouble(), warnings.catch_warnings(record=True) as warned:
             self.api.create_repo(self.name, repo_type="dataset", private=private or None, exist_ok=True)
             commit = self._commit(files, f"Archive {identity}", progress)
@@ -139,11 +137,14 @@ class Repository:
             if wrong:
                 raise Damaged(f"{self.address}: {wrong[0]} is not there as it was sent; run the same command again")
             self._tag(identity[:TAG_LENGTH], commit, {packed.MANIFEST: files[packed.MANIFEST]})
-        address = f"hf://datasets/{self.name}@{identity[:TAG_LENGTH]}/{self.folder}".rstrip("/")
-        manifest = read_address(parse_address(f"{address}/{packed.MANIFEST}"), limits.MAX_MANIFEST_BYTES)
+        address = self.address_of(identity)
+        manifest = read_address(parse_address(address).child(packed.MANIFEST), limits.MAX_MANIFEST_BYTES)
         if sha256(manifest) != identity:
             raise Damaged(f"{address} does not give the manifest that was sent; run the same command again")
-        return with_pin(address, identity)
+
+    def address_of(self, identity: str) -> str:
+        """The address that has this archive once it is published, whatever replaces it later."""
+        return with_pin(f"hf://datasets/{self.name}@{identity[:TAG_LENGTH]}/{self.folder}".rstrip("/"), identity)
 
     def _commit(self, files: Mapping[str, LocalFile], message: str, progress: SendProgress | None) -> str:
         """Upload what is not there yet, and commit all of it at once."""

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from redistill_cache import layout
 from redistill_cache.addresses import Address, with_pin
@@ -81,42 +80,38 @@ def publish(
     if not report.ok:
         flaw = report.damaged[0] if report.damaged else "it is not finished"
         raise Damaged(f"{archive} is not published, as it is damaged: {flaw}; see 'redistill verify --full'")
-    if repository is not None:
-        with _packed(archive, identity, notify) as folder, _card(archive) as card:
-            files = {path.name: path for path in sorted(folder.iterdir())} | card
-            return repository.publish(files, identity, private=private, progress=progress, notify=notify)
-    if target.scheme != "file":
-        with _card(archive) as card:
-            send(archive, target, pack=True, beside=card, progress=progress)
-        return with_pin(target.url, identity)
-    out = target.local
-    pack(archive, out, progress=progress, notify=notify)
-    with _card(archive) as card, disk_trouble("write", out):
-        for name, path in card.items():
-            shutil.copyfile(path, out / name)
-    return with_pin(str(out), identity)
+    if target.scheme == "file":
+        pack(archive, target.local, progress=progress, notify=notify)
+        _write_card(archive, target.local)
+        return with_pin(str(target.local), identity)
+    with _packed(archive, identity, notify) as folder:
+        names = pack(archive, folder, notify=notify)
+        if repository is None:
+            address = with_pin(target.url, identity)
+            send(archive, target, pack=True, beside=_write_card(archive, folder, address), progress=progress)
+            return address
+        address = repository.address_of(identity)
+        files = [*(folder / name for name in names), *_write_card(archive, folder, address)]
+        repository.publish(files, identity, private=private, progress=progress, notify=notify)
+        return address
 
 
 @contextmanager
 def _packed(archive: Path, identity: str, notify: Notify) -> Iterator[Path]:
-    """The packed form in a folder beside the archive, which an interrupted call leaves to the next one."""
+    """A folder beside the archive for its packed form, which an interrupted call leaves to the next one."""
     staging = archive.with_name(f"{archive.name}.publishing")
     with disk_trouble("write", staging), locked(staging, f"publishes {archive}", notify):
         for other in staging.glob("*"):
             if other.name != identity:  # of an interrupted call, before the archive was changed
                 shutil.rmtree(other)
-        pack(archive, staging / identity, notify=notify)
         yield staging / identity
         shutil.rmtree(staging)
 
 
-@contextmanager
-def _card(archive: Path) -> Iterator[dict[str, Path]]:
-    """The files that describe an archive, made from it."""
-    with TemporaryDirectory(prefix="redistill-") as folder:
-        try:
-            from redistill.sharing.cards import write_cards  # type: ignore[import-not-found, unused-ignore]
-        except ModuleNotFoundError:
-            yield {}
-            return
-        yield {path.name: path for path in write_cards(archive, Path(folder))}
+def _write_card(archive: Path, folder: Path, address: str | None = None) -> list[Path]:
+    """The files that describe an archive, beside its packed form."""
+    try:
+        from redistill.sharing.cards import write_cards  # type: ignore[import-not-found, unused-ignore]
+    except ModuleNotFoundError:
+        return []
+    return list(write_cards(archive, folder, **({} if address is None else {"address": address})))
