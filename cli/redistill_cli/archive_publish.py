@@ -49,8 +49,8 @@ def copy(
     Examples:
 
     \b
-      redistill archive copy teacher.redistill.zarr s3://lab/teacher.redistill
-      redistill archive copy https://example.org/r50.redistill /mnt/r50 --views 4
+      redistill archive copy r50.redistill.zarr s3://lab/r50.redistill
+      redistill archive copy https://host/r50.redistill /mnt/r50 --views 4
     """
     from redistill_cache.addresses import redact
     from redistill_cache.sending import copy_archive, planned
@@ -91,8 +91,8 @@ def publish(
     Examples:
 
     \b
-      redistill archive publish teacher.redistill.zarr hf://datasets/lab/r50 --dry-run
-      redistill archive publish teacher.redistill.zarr hf://datasets/lab/r50
+      redistill archive publish r50.redistill.zarr s3://lab/r50.redistill
+      redistill archive publish r50.redistill.zarr hf://datasets/me/r50
     """
     from redistill_cache.addresses import redact
     from redistill_cache.errors import Refused

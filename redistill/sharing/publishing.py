@@ -17,6 +17,7 @@ from redistill_cache.download import Notify, say
 from redistill_cache.errors import Damaged, Refused
 from redistill_cache.journal import sha256
 from redistill_cache.locks import locked
+from redistill_cache.packed import is_packed
 from redistill_cache.packing import pack, sealed_archive
 from redistill_cache.sending import Contents, SendProgress, destination_of, send
 from redistill_cache.storage import disk_trouble
@@ -39,6 +40,7 @@ class Plan:
 
 def plan(archive: Path, destination: str) -> Plan:
     place(destination)
+    _refuse_packed(archive)
     state, _ = sealed_archive(archive, "publishing it")
     missing = missing_for_publishing(archive)
     return Plan(Contents.of(state, pack=True), publishing_advice(archive, missing) if missing else "")
@@ -66,6 +68,7 @@ def publish(
     """
     target = place(destination)
     archive = archive.absolute()
+    _refuse_packed(archive)
     _, manifest = sealed_archive(archive, "publishing it")
     identity = sha256(manifest)
     missing = missing_for_publishing(archive)
@@ -94,6 +97,14 @@ def publish(
         files = [*(folder / name for name in names), *_write_card(archive, folder, address)]
         repository.publish(files, identity, private=private, progress=progress, notify=notify)
         return address
+
+
+def _refuse_packed(archive: Path) -> None:
+    if is_packed(archive):
+        raise Refused(
+            f"{archive} is the packed form; publish the archive itself, which 'redistill archive fetch {archive} OUT' "
+            "unpacks"
+        )
 
 
 @contextmanager

@@ -312,3 +312,5 @@ def test_a_folder_gets_an_archive_that_states_its_terms(tmp_path: Path, monkeypa
     identity = ArchiveWriter.resume(path).edit_terms(licence="CC-BY-4.0")
     assert publish(path, str(out)) == f"{out}#sha256={identity}"
     assert_holds(contents(out), path, tmp_path)
+    with pytest.raises(Refused, match=r"out is the packed form; publish the archive itself"):
+        publish(out, str(tmp_path / "again"))
