@@ -1,4 +1,4 @@
-"""`redistill archive`: change, combine, fetch or pack archives without running a teacher."""
+"""`redistill archive`: change, combine, publish or fetch archives without running a teacher."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from redistill.caching.options import CacheOptions
 from redistill.sharing.terms import checked_terms
 from redistill_cli.archive_card import card, sign
 from redistill_cli.archive_contents import merge, skeleton, subset
+from redistill_cli.archive_publish import copy, publish
 from redistill_cli.archive_transport import fetch, pack
 from redistill_cli.options import ArchivePath, Command, collect, takes
 
@@ -23,7 +24,7 @@ archive = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 @archive.callback()
 def group() -> None:
-    """Change, combine, fetch or pack archives without running a teacher.
+    """Change, combine, publish or fetch archives without running a teacher.
 
     Examples:
 
@@ -32,6 +33,8 @@ def group() -> None:
       redistill archive pack teacher.redistill.zarr teacher.redistill
       redistill archive card teacher.redistill
       redistill archive sign teacher.redistill --key private.pem
+      redistill archive publish teacher.redistill.zarr hf://datasets/lab/r50
+      redistill archive copy teacher.redistill.zarr s3://lab/teacher.redistill
       redistill archive remove-teacher teacher.redistill.zarr resnet18
       redistill archive edit teacher.redistill.zarr --licence CC-BY-4.0
       redistill archive merge a.redistill.zarr b.redistill.zarr --out c.redistill.zarr
@@ -102,3 +105,5 @@ archive.command(cls=Command)(sign)
 archive.command(cls=Command)(skeleton)
 archive.command(cls=Command)(merge)
 archive.command(cls=Command)(subset)
+archive.command(cls=Command)(copy)
+archive.command(cls=Command)(publish)
