@@ -11,18 +11,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from redistill_cache import layout
+from redistill_cache import layout, packed
 from redistill_cache.addresses import Address, with_pin
 from redistill_cache.download import Notify, say
 from redistill_cache.errors import Damaged, Refused
 from redistill_cache.journal import sha256
 from redistill_cache.locks import locked
-from redistill_cache.packed import is_packed
 from redistill_cache.packing import pack, sealed_archive
 from redistill_cache.sending import Contents, SendProgress, destination_of, send
 from redistill_cache.storage import disk_trouble
 from redistill_cache.verify import verify
 
+from redistill.sharing.cards import refuse_folder, write_cards
 from redistill.sharing.hub import Repository
 from redistill.sharing.terms import missing_for_publishing, publishing_advice
 
@@ -84,23 +84,26 @@ def publish(
         flaw = report.damaged[0] if report.damaged else "it is not finished"
         raise Damaged(f"{archive} is not published, as it is damaged: {flaw}; see 'redistill verify --full'")
     if target.scheme == "file":
+        refuse_folder(target.local)
         pack(archive, target.local, progress=progress, notify=notify)
-        _write_card(archive, target.local)
-        return with_pin(str(target.local), identity)
+        address = with_pin(str(target.local), identity)
+        write_cards(archive, target.local, address=address)
+        return address
     with _packed(archive, identity, notify) as folder:
         names = pack(archive, folder, notify=notify)
         if repository is None:
             address = with_pin(target.url, identity)
-            send(archive, target, pack=True, beside=_write_card(archive, folder, address), progress=progress)
+            beside = [*write_cards(archive, folder, address=address), *folder.glob(packed.SIGNATURE)]
+            send(archive, target, pack=True, beside=beside, progress=progress)
             return address
         address = repository.address_of(identity)
-        files = [*(folder / name for name in names), *_write_card(archive, folder, address)]
+        files = [*(folder / name for name in names), *write_cards(archive, folder, address=address)]
         repository.publish(files, identity, private=private, progress=progress, notify=notify)
         return address
 
 
 def _refuse_packed(archive: Path) -> None:
-    if is_packed(archive):
+    if packed.is_packed(archive):
         raise Refused(
             f"{archive} is the packed form; publish the archive itself, which 'redistill archive fetch {archive} OUT' "
             "unpacks"
@@ -117,12 +120,3 @@ def _packed(archive: Path, identity: str, notify: Notify) -> Iterator[Path]:
                 shutil.rmtree(other)
         yield staging / identity
         shutil.rmtree(staging)
-
-
-def _write_card(archive: Path, folder: Path, address: str | None = None) -> list[Path]:
-    """The files that describe an archive, beside its packed form."""
-    try:
-        from redistill.sharing.cards import write_cards  # type: ignore[import-not-found, unused-ignore]
-    except ModuleNotFoundError:
-        return []
-    return list(write_cards(archive, folder, **({} if address is None else {"address": address})))
