@@ -214,7 +214,7 @@ def parse_record(content: object, num_classes: int) -> Record:
     if labels.ndim != 3 or labels.shape[1] != 2 or not 1 <= labels.shape[2] <= num_classes:
         expected = f"[N, 2, K] or [N, {num_classes}]"
         raise Refused(f"expected labels {expected} of {num_classes} classes, found {list(labels.shape)}")
-    ids = labels[:, 0]
+    ids = labels[:, 0].astype(np.float64)
     if labels.dtype == np.float16 and num_classes > LARGEST_FLOAT16_CLASS:
         raise Refused(
             f"classes are stored in float16, which is exact up to {LARGEST_FLOAT16_CLASS} only, and there are "

@@ -24,7 +24,7 @@ class ForeignViews:
     """Some views of some records, checked."""
 
     content: tuple[np.ndarray, ...]
-    """What was read of them: hashed, so that a resumed import has the same source."""
+    """[views, n, ...]: what was read of them; hashed, so that a resumed import has the same source."""
     top1: np.ndarray
     """[views, n]: the class with the largest logit."""
     logits: Callable[[int, slice], np.ndarray]

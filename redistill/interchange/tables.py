@@ -123,7 +123,7 @@ class Table:
         def logits(_: int, part: slice) -> np.ndarray:
             return single[part] if temperature is None else logits_of(rows[part], temperature)
 
-        return ForeignViews((rows,), single.argmax(1)[None], logits, lost=lost)
+        return ForeignViews((rows[None],), single.argmax(1)[None], logits, lost=lost)
 
 
 def _look_like_probabilities(rows: np.ndarray) -> bool:

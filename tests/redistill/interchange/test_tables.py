@@ -24,7 +24,7 @@ RECIPE = "center?size=24&crop_pct=0.9&interpolation=bicubic"
 
 
 def options(source: Path, images: Path, out: Path, **changed) -> ImportOptions:
-    settings = {"recipe": RECIPE, "fidelity": 1e-6, **changed}
+    settings = {"recipe": RECIPE, "codec": "float32", **changed}
     return ImportOptions(source=source, layout="table", data=f"folder:{images}", out=out, **settings)
 
 
