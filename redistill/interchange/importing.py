@@ -117,8 +117,6 @@ def import_archive(options: ImportOptions, progress: Progress | None = None, *, 
         survey = survey_source(job)
         codec, size = choose_codec(job)
         audit = (*job.foreign.audit, PIXELS, *notes, *survey.sentences())
-        for sentence in audit:
-            progress.info(f"audit: {sentence}")
         warn_of_chance(job, survey)
         refuse_small_disk(options.out, round(size * len(job.records) * job.spec.num_views))
         identity = None if dry_run else write_archive(job, codec, survey, audit)

@@ -17,6 +17,7 @@ from redistill_cache.verify import verify
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from redistill.caching import CacheOptions, cache_teacher
 from redistill.interchange import importing
 from redistill.interchange.fkd import parse_record
 from redistill.interchange.importing import ImportResult, import_archive
@@ -121,6 +122,17 @@ def test_few_views_at_a_time_give_the_same_archive(tmp_path: Path, images, keys,
         (records / f"{name}.json").unlink()
     (tmp_path / "one" / "_redistill" / "manifest.json").unlink()
     assert load(tmp_path / "fkd", images, tmp_path / "one", block_rows=8).id == whole
+
+
+def test_no_teacher_is_added_to_views_that_stage_1_did_not_draw(tmp_path: Path, images, keys, logits):
+    write_fkd(tmp_path / "fkd", images, keys, logits)
+    path = tmp_path / "a"
+    before = load(tmp_path / "fkd", images, path).id
+    teacher = "demo:tiny?num_classes=5&weights=random"
+    with pytest.raises(Refused, match="not drawn from its seed but imported"):
+        cache_teacher(CacheOptions(data=f"folder:{images}", teacher=teacher, out=path, teacher_name="b", workers=0))
+    assert open_archive(path, verify="full").id == before
+    assert not (path / "teachers" / "b").exists()
 
 
 def test_losses_of_float16_are_counted():
