@@ -8,7 +8,7 @@ import typer
 from redistill_cache.errors import UsageError
 from redistill_cache.wording import harmless, human_bytes
 
-from redistill_cli.archive_interchange import import_source
+from redistill_cli.archive_interchange import export, import_source
 from redistill_cli.archive_transport import fetch, pack
 from redistill_cli.options import ArchivePath, Command
 
@@ -27,6 +27,7 @@ def group() -> None:
       redistill archive fetch https://example.org/r50.redistill r50 --views 4
       redistill archive pack teacher.redistill.zarr teacher.redistill
       redistill archive import logits.npz --from table --data folder:train --out t.redistill.zarr
+      redistill archive export teacher.redistill.zarr rows --to npz --views 0
       redistill archive remove-teacher teacher.redistill.zarr resnet18
       redistill archive edit teacher.redistill.zarr --licence CC-BY-4.0
     """
@@ -88,3 +89,4 @@ def edit(
 archive.command(cls=Command)(pack)
 archive.command(cls=Command)(fetch)
 archive.command("import", cls=Command)(import_source)
+archive.command(cls=Command)(export)
