@@ -65,12 +65,10 @@ def teacher_is_declared(plan: Plan) -> bool:
     return Commits(plan.options.out, LOCAL).is_committed(side_block(plan.part.name))
 
 
-def check_new_path(options: CacheOptions, *, files: Files = LOCAL) -> None:
+def check_new_path(path: Path, *, files: Files = LOCAL) -> None:
     """Refuse a path where no archive can be created, before the teacher runs."""
-    path, parent = options.out, existing_parent(options.out)
-    if options.extend_views:
-        raise Refused(f"{path} does not exist, so it has no views to extend; leave out --extend-views")
-    if path.is_dir() and not all(map(is_leftover, path.iterdir())) and not archive_exists(options):
+    parent = existing_parent(path)
+    if path.is_dir() and not all(map(is_leftover, path.iterdir())) and not (path / "zarr.json").exists():
         raise Refused(f"{path} holds files and is not an archive; choose another --out")
     if not parent.is_dir():
         raise Refused(f"{parent} is a file; --out must be a new folder")

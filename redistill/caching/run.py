@@ -120,7 +120,9 @@ def cache_teacher(options: CacheOptions, progress: Progress | None = None) -> Ca
             prepared_once(options.out, lambda: is_prepared(options), progress.info, stop.raise_if_set)
         )
         if not archive_exists(options):
-            check_new_path(options)
+            if options.extend_views:
+                raise Refused(f"{options.out} does not exist, so it has no views to extend; leave out --extend-views")
+            check_new_path(options.out)
         with raise_on_signals():
             plan = make_plan(options, share, partial(progress.advance, "index"))
         writer: ArchiveWriter | None = None

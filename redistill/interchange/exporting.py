@@ -44,7 +44,7 @@ from redistill.sources.index import repeats
 from redistill.sources.open_source import open_source
 from redistill.views import join_archive
 
-__all__ = ["ExportResult", "export_archive"]
+__all__ = ["ExportResult", "export_archive", "sample_name"]
 
 DESCRIPTION = "export.json"
 MAX_DESCRIPTION = 1 << 20
@@ -126,8 +126,8 @@ def export_archive(
         rows = job.count * len(job.views) * job.row_bytes
         out = options.out.absolute()
         check_folder(job, out)
-        finished = [name for name in names if (out / name).exists()]
-        if not finished and rows > (free := free_bytes(out)):
+        kept = finished(job, out, names)
+        if not kept and rows > (free := free_bytes(out)):
             raise Refused(f"{out}: the rows take {human_bytes(rows)}, found {human_bytes(free)} free; free some space")
         total = rows
         if not dry_run:
@@ -146,7 +146,7 @@ def export_archive(
         views=job.views,
         samples=job.count,
         files=len(names),
-        kept=len(finished),
+        kept=kept,
         total_bytes=total,
     )
 
@@ -193,6 +193,12 @@ def check_folder(job: Job, out: Path) -> None:
                 raise Refused(f"{out} holds another export (its {DESCRIPTION} differs); choose another folder")
         elif any(not is_leftover(path) for path in out.iterdir()):
             raise Refused(f"{out} holds other files; choose a new folder")
+
+
+def finished(job: Job, out: Path, names: list[str]) -> int:
+    """How many files need not be written: of tars, which are written one after another, the leading ones."""
+    there = [(out / name).exists() for name in names]
+    return there.index(False) if job.options.to == "webdataset" and not all(there) else sum(there)
 
 
 # -- npz --------------------------------------------------------------------------------------------------------------
@@ -258,7 +264,7 @@ def write_tars(job: Job, out: Path, names: list[str]) -> None:
     import webdataset
 
     samples = sample_names(job.archive.keys)
-    first = next((number for number, name in enumerate(names) if not (out / name).exists()), len(names))
+    first = finished(job, out, names)
     if first == len(names):
         return
     shards = Shards()

@@ -28,6 +28,7 @@ from redistill_cache.spec import LOGITS
 from redistill_cache.storage import LOCAL
 
 from redistill.caching.estimate import refuse_small_disk
+from redistill.caching.open_archive import check_new_path
 from redistill.caching.plan import default_block_rows, default_canaries
 from redistill.caching.run import is_near_chance
 from redistill.interchange.fkd import FkdFolder
@@ -114,12 +115,14 @@ def import_archive(options: ImportOptions, progress: Progress | None = None, *, 
     with stop_on_signals() as stop:
         with raise_on_signals():
             job, notes = make_job(options, stop, progress)
+            existing = None if dry_run else open_existing(job)
         survey = survey_source(job)
         codec, size = choose_codec(job)
         audit = (*job.foreign.audit, PIXELS, *notes, *survey.sentences())
         warn_of_chance(job, survey)
-        refuse_small_disk(options.out, round(size * len(job.records) * job.spec.num_views))
-        identity = None if dry_run else write_archive(job, codec, survey, audit)
+        if existing is None:
+            refuse_small_disk(options.out, round(size * len(job.records) * job.spec.num_views))
+        identity = None if dry_run else write_archive(job, existing, codec, survey, audit)
     return ImportResult(
         path=str(options.out),
         id=identity,
@@ -318,8 +321,23 @@ def pilot_rows(job: Job) -> np.ndarray:
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def write_archive(job: Job, codec: Codec, survey: Survey, audit: tuple[str, ...]) -> str:
-    writer = open_writer(job, survey)
+def open_existing(job: Job) -> ArchiveWriter | None:
+    """The archive that an earlier call began; None if there is none yet and one can be created."""
+    path, name = job.options.out, job.options.teacher_name
+    if not (path / "zarr.json").exists():
+        check_new_path(path)
+        return None
+    writer = ArchiveWriter.resume(path, job.spec)
+    if others := sorted(set(writer.teachers) - {name}):
+        raise Refused(f"{path} holds the teacher {others[0]}, whose views may be others; import to a new archive")
+    return writer
+
+
+def write_archive(job: Job, writer: ArchiveWriter | None, codec: Codec, survey: Survey, audit: tuple[str, ...]) -> str:
+    if writer is None:
+        LOCAL.make_directories(job.options.out.absolute().parent)
+        writer = ArchiveWriter.create(job.options.out, job.spec)
+    refuse_other_source(job, writer, survey)
     index = job.index
     writer.write_samples(index.keys, index.labels, index.digests, index.sizes)
     model = {
@@ -336,19 +354,14 @@ def write_archive(job: Job, codec: Codec, survey: Survey, audit: tuple[str, ...]
     return writer.seal()
 
 
-def open_writer(job: Job, survey: Survey) -> ArchiveWriter:
-    """A new archive, or the one that an earlier call with this source began."""
-    path, name = job.options.out, job.options.teacher_name
-    if not (path / "zarr.json").exists():
-        LOCAL.make_directories(path.absolute().parent)
-        return ArchiveWriter.create(path, job.spec)
-    writer = ArchiveWriter.resume(path, job.spec)
-    if others := sorted(set(writer.teachers) - {name}):
-        raise Refused(f"{path} holds the teacher {others[0]}, whose views may be others; import to a new archive")
-    imported = writer.teachers[name].model.get("imported") if name in writer.teachers else None
-    if isinstance(imported, dict) and imported.get("digest") not in (None, survey.digest):
-        raise SpecMismatch(f"{path} was started from a source with other content; use that one, or start a new archive")
-    return writer
+def refuse_other_source(job: Job, writer: ArchiveWriter, survey: Survey) -> None:
+    """Blocks of two sources must not mix."""
+    teacher = writer.teachers.get(job.options.teacher_name)
+    imported = teacher.model.get("imported") if teacher is not None else None
+    if isinstance(imported, dict) and imported.get("digest") != survey.digest:
+        raise SpecMismatch(
+            f"{writer.path} was started from a source with other content; use that one, or start a new archive"
+        )
 
 
 def write_blocks(job: Job, writer: ArchiveWriter, codec: Codec) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from redistill_cache.errors import UsageError
 from redistill_cache.spec import LOGITS, check_name, check_signal_name, check_text
 
-from redistill.caching.options import CHOICES
+from redistill.caching.options import CHOICES, check_local
 from redistill.option_fields import check_values, option
 from redistill.specs import did_you_mean
 
@@ -103,6 +103,7 @@ class ImportOptions:
             raise UsageError(f"--codec {self.codec!r} is not known; {did_you_mean(self.codec, CHOICES)}")
         if self.temperature is not None and self.layout == "table" and self.values == "logits":
             raise UsageError("--temperature is that of probabilities, and the table has logits; drop it")
+        check_local(self.out)
         check_name(self.teacher_name, "--teacher-name")
         check_text(self.licence, "--licence")
         check_text(self.citation, "--citation")

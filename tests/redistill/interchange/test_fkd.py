@@ -55,9 +55,7 @@ def marginal(probabilities: np.ndarray, kept: int) -> np.ndarray:
     ("kind", "dtype", "tensors"),
     [
         ("marginal", "float32", False),
-        ("marginal", "float16", True),
-        ("smoothing", "float32", True),
-        ("full", "float32", False),
+        ("smoothing", "float16", True),
         ("full", "float16", False),
     ],
 )
@@ -99,29 +97,27 @@ def test_a_view_has_the_pixels_of_the_crop_resized_then_flipped(tmp_path: Path, 
 
 def test_first_views_temperature_and_both_pickle_forms(tmp_path: Path, images, keys, logits):
     for name, legacy in (("new", False), ("old", True)):
-        write_fkd(tmp_path / name, images, keys, logits, kind="full", tensors=True, legacy=legacy)
+        views = write_fkd(tmp_path / name, images, keys, logits, kind="full", tensors=True, legacy=legacy)
         load(tmp_path / name, images, tmp_path / f"{name}.a", views=2, temperature=3.0)
     new, old = open_archive(tmp_path / "new.a"), open_archive(tmp_path / "old.a")
     assert new.id == old.id
     assert new.num_views == 2
-    write_fkd(tmp_path / "t1", images, keys, logits, kind="full")
-    load(tmp_path / "t1", images, tmp_path / "t1.a")
-    once = open_archive(tmp_path / "t1.a").logits(1).astype(np.float64)
-    np.testing.assert_allclose(softmax(new.logits(1) / 3.0), softmax(once), atol=1e-3)
+    expected = np.stack([views[key].probabilities[1] for key in keys])
+    np.testing.assert_allclose(softmax(new.logits(1).astype(np.float64) / 3.0), expected, atol=1e-5)
     assert "views: the first 2 of 4 crops" in new.teacher("imported").model["audit"]
 
 
 def test_few_views_at_a_time_give_the_same_archive(tmp_path: Path, images, keys, logits, monkeypatch):
     """Memory is bounded by reading some views of a block at a time; an interrupted import is continued."""
     write_fkd(tmp_path / "fkd", images, keys, logits)
-    whole = load(tmp_path / "fkd", images, tmp_path / "whole", block_rows=8).id
+    whole = load(tmp_path / "fkd", images, tmp_path / "whole", block_rows=16).id
     monkeypatch.setattr(importing, "READ_BYTES", 1)
-    assert load(tmp_path / "fkd", images, tmp_path / "one", block_rows=8).id == whole
+    assert load(tmp_path / "fkd", images, tmp_path / "one", block_rows=16).id == whole
     records = tmp_path / "one" / "_redistill" / "blocks"
-    for name in ("views.1.2", "teachers.imported.3.0", "canaries.2.0"):
+    for name in ("views.1.1", "teachers.imported.3.0", "canaries.2.0"):
         (records / f"{name}.json").unlink()
     (tmp_path / "one" / "_redistill" / "manifest.json").unlink()
-    assert load(tmp_path / "fkd", images, tmp_path / "one", block_rows=8).id == whole
+    assert load(tmp_path / "fkd", images, tmp_path / "one", block_rows=16).id == whole
 
 
 def test_no_teacher_is_added_to_views_that_stage_1_did_not_draw(tmp_path: Path, images, keys, logits):
