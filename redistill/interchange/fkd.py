@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -27,12 +27,11 @@ from redistill_cache.errors import Refused, UsageError
 from redistill_cache.keys import PackedKeys, pack_keys
 from redistill_cache.storage import disk_trouble, walk_regular
 
+from redistill.interchange.crops import audit_of_crops, crops_recipe, views_of_top
 from redistill.interchange.foreign import ForeignViews
 from redistill.interchange.options import ImportOptions
 from redistill.interchange.pickles import array_of, load_torch
-from redistill.interchange.probabilities import check_probabilities, check_top, logits_of, logits_of_top
-from redistill.views.recipe import Flip, RandomResizedCrop, Recipe
-from redistill.views.recipe_spec import parse_recipe
+from redistill.interchange.probabilities import check_probabilities, logits_of
 
 __all__ = ["FkdFolder"]
 
@@ -95,19 +94,7 @@ class FkdFolder:
         self.audit = tuple(self._audit(options))
 
     def _audit(self, options: ImportOptions) -> Iterator[str]:
-        stated = "stated by the user" if options.temperature else "not in the source; assumed to be 1"
-        yield f"temperature of the probabilities: {stated}; the logits are its product with their logarithm"
-        if options.recipe is None:
-            yield (
-                f"size and interpolation: not in the source; assumed to be {self.recipe.size} px and "
-                f"{self.recipe.interpolation}"
-            )
-        yield "teacher, its weights and the range of its crops: not in the source"
-        if self.kept is not None:
-            yield (
-                f"classes: the source keeps the {self.kept} largest of {self.num_classes:,} probabilities; the others "
-                "share the rest evenly, and losses that depend on them are refused"
-            )
+        yield from audit_of_crops(options, self.recipe, self.kept, self.num_classes)
         if self.description["dtype"] == "float16":
             yield "precision of the probabilities: the source has float16"
         if self.num_views < self.description["crops"]:
@@ -115,9 +102,9 @@ class FkdFolder:
         if self._others:
             yield f"{self._others:,} files that do not end in {SUFFIX} were not read"
 
-    def name_of(self, key: str) -> str:
-        path = PurePosixPath(key)
-        return str(path.with_name(path.name.partition(".")[0] or path.name))
+    def names_of(self, keys: PackedKeys) -> Iterable[str]:
+        paths = map(PurePosixPath, keys)
+        return (str(path.with_name(path.name.partition(".")[0] or path.name)) for path in paths)
 
     def read(self, records: np.ndarray, views: range, sizes: np.ndarray) -> ForeignViews:
         loaded = [self._checked(int(record)) for record in records]
@@ -129,20 +116,18 @@ class FkdFolder:
         top = np.stack([record.probabilities[part] for record in loaded], axis=1)
         boxes = self._boxes(coords, sizes, records, lost)
         params = {"crop": boxes, "flip": flips.astype(np.uint8)}
-        content = (coords, flips, top)
+        content = (coords, flips)
         if self.kept is None:
             lost += check_probabilities(top, where)
             return ForeignViews(
-                content, top.argmax(-1), lambda v, rows: logits_of(top[v, rows], self._temperature), params, lost
+                (*content, top),
+                top.argmax(-1),
+                lambda v, rows: logits_of(top[v, rows], self._temperature),
+                params,
+                lost,
             )
         ids = np.stack([record.ids[part] for record in loaded if record.ids is not None], axis=1)
-        lost += check_top(ids, top, self.num_classes, where)
-        best = np.take_along_axis(ids, top.argmax(-1)[..., None], -1)[..., 0]
-
-        def logits(view: int, rows: slice) -> np.ndarray:
-            return logits_of_top(ids[view, rows], top[view, rows], self.num_classes, self._temperature)
-
-        return ForeignViews((*content, ids), best, logits, params, lost)
+        return views_of_top(ids, top, self.num_classes, self._temperature, where, content, params, lost)
 
     def _boxes(self, coords: np.ndarray, sizes: np.ndarray, records: np.ndarray, lost: Counter[str]) -> np.ndarray:
         """int32 [v, n, 4]: top, left, height, width in pixels."""
@@ -223,12 +208,3 @@ def parse_record(content: object, num_classes: int) -> Record:
     if not (np.abs(ids) < 1 << 24).all() or (ids != np.rint(ids)).any():
         raise Refused("expected whole numbers as classes in labels[:, 0]")
     return Record(coords, flip, ids.astype(np.int64), labels[:, 1])
-
-
-def crops_recipe(text: str | None) -> Recipe:
-    recipe = parse_recipe(text or "rrc")
-    flip = recipe.find(Flip)
-    has_both = len(recipe.steps) == 2 and isinstance(recipe.crop, RandomResizedCrop) and flip is not None
-    if not has_both or flip is None or flip.vflip:
-        raise UsageError(f"--recipe {text!r}: FKD has crops and horizontal flips, nothing else; expected rrc?size=...")
-    return recipe

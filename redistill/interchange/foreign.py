@@ -7,7 +7,7 @@ them and to count what they lost, once to write), and stores logits and view par
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -68,8 +68,8 @@ class Foreign(Protocol):
     def audit(self) -> tuple[str, ...]:
         """What any source of this kind does not say or has lost, and what is assumed instead: a sentence each."""
 
-    def name_of(self, key: str) -> str:
-        """How the source names the image with this key."""
+    def names_of(self, keys: PackedKeys) -> Iterable[str]:
+        """How the source names the images with these keys, all images of the data in order."""
 
     def read(self, records: np.ndarray, views: range, sizes: np.ndarray) -> ForeignViews:
         """These views of these records; `sizes` [n, 2] are height and width of their images. Refuses what is wrong."""

@@ -33,6 +33,7 @@ from redistill.caching.plan import default_block_rows, default_canaries
 from redistill.caching.run import is_near_chance
 from redistill.interchange.fkd import FkdFolder
 from redistill.interchange.foreign import Foreign, ForeignViews
+from redistill.interchange.mldr import MlDrFolder
 from redistill.interchange.options import ImportOptions
 from redistill.interchange.tables import open_table
 from redistill.interrupts import StopRequest, raise_on_signals, stop_on_signals
@@ -136,7 +137,11 @@ def import_archive(options: ImportOptions, progress: Progress | None = None, *, 
     )
 
 
-LAYOUTS: Mapping[str, Callable[[ImportOptions, int | None], Foreign]] = {"table": open_table, "fkd": FkdFolder}
+LAYOUTS: Mapping[str, Callable[[ImportOptions, int | None], Foreign]] = {
+    "table": open_table,
+    "fkd": FkdFolder,
+    "ml-dr": MlDrFolder,
+}
 """How a source is opened; the number of classes is that of the data, if it is known."""
 
 
@@ -164,7 +169,7 @@ def make_job(options: ImportOptions, stop: StopRequest, progress: Progress) -> t
 
 def join_names(options: ImportOptions, foreign: Foreign, index: SourceIndex) -> tuple[np.ndarray, list[str]]:
     """The record of every image, -1 where there is none. Refused where names differ in a way that is not accepted."""
-    wanted, names = pack_keys(map(foreign.name_of, index.keys)), foreign.names
+    wanted, names = pack_keys(foreign.names_of(index.keys)), foreign.names
     hashes, known = wanted.hashes(), names.hashes()
     if len(ambiguous := repeats(hashes)):
         raise Refused(

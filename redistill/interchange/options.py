@@ -23,10 +23,11 @@ class ImportOptions:
     source: Path = field(
         metadata=option("What another program wrote: a table of logits, or a folder in its layout.", positional=True)
     )
-    layout: Literal["table", "fkd"] = field(
+    layout: Literal["table", "fkd", "ml-dr"] = field(
         metadata=option(
             "Layout of SOURCE. table: .npz, .npy, .csv or .parquet of file names and logits, of the central crop. "
-            "fkd: a folder of FKD, one file of crops and soft labels per image.",
+            "fkd: a folder of FKD, one file of crops and soft labels per image. ml-dr: a folder of ml-dr, with "
+            "crops and flips only.",
             name="from",
         )
     )

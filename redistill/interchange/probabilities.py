@@ -45,10 +45,16 @@ def check_top(ids: np.ndarray, top: np.ndarray, num_classes: int, where: str) ->
         raise Refused(f"{where}: expected probabilities that sum to at most 1, found {float(sums.max()):.4g}")
     counts = _zeros(top)
     if num_classes > top.shape[-1]:
-        share = (1 - sums) / (num_classes - top.shape[-1])
+        others, smallest = num_classes - top.shape[-1], top.min(-1).astype(np.float64)
+        share = (1 - sums) / others
+        if float(((share - smallest) * others).max(initial=0)) > TOLERANCE[top.dtype.name]:  # more than rounding leaves
+            raise Refused(
+                f"{where}: in one view the other {others} classes have more mass than fits below the stored ones, so "
+                "these are not the largest probabilities; check --classes"
+            )
         counts["views whose other classes have no mass: it was dropped, or rounded away"] = int((share <= 0).sum())
         counts["views whose other classes have more mass than fits below the stored ones; it is cut to that"] = int(
-            (share > top.min(-1)).sum()
+            (share > smallest).sum()
         )
     return +counts
 

@@ -17,7 +17,7 @@ import tempfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -95,9 +95,11 @@ class Table:
             done = "had rounded the values before" if kind == "float16" else "is rounded to float32"
             yield f"precision: the source has {kind}, which {done}"
 
-    def name_of(self, key: str) -> str:
-        name = PurePosixPath(key).name
-        return {"key": key, "name": name, "stem": name.partition(".")[0]}[self._match]
+    def names_of(self, keys: PackedKeys) -> Iterable[str]:
+        if self._match == "key":
+            return keys
+        names = (PurePosixPath(key).name for key in keys)
+        return names if self._match == "name" else (name.partition(".")[0] for name in names)
 
     def read(self, records: np.ndarray, views: range, sizes: np.ndarray) -> ForeignViews:  # noqa: ARG002
         rows = np.asarray(self._rows[records])

@@ -18,7 +18,7 @@ from redistill_cache import open_archive
 
 from tests.redistill.interchange.fkd_files import write_fkd
 
-KILLS = 6
+KILLS = 4
 
 
 def folder(path: Path) -> dict[str, str]:
@@ -61,6 +61,7 @@ def finish(root: Path, *arguments: str) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_killed_imports_and_exports_are_finished_to_the_same_bytes(source: Path):
     def load(out: str) -> list[str]:
         recipe, rows = ["--recipe", "rrc?size=24"], ["--block-rows", "32"]

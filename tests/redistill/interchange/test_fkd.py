@@ -141,9 +141,11 @@ def test_losses_of_float16_are_counted():
     assert np.isfinite(rows).all()
     assert rows[0, :2] == pytest.approx([0, np.log(2.0**-25)])
     assert rows[0, 2] <= rows[0, 1]
-    loose = np.array([[0.9, 1e-5]], np.float32)
+    loose = np.array([[0.9995, 1e-7]], np.float32)
     assert sum(check_top(ids, loose, 1000, "here").values()) == 1
-    assert logits_of_top(ids, loose, 1000, 1.0)[0, 2:].max() <= np.log(np.float32(1e-5)) + 1e-6
+    assert logits_of_top(ids, loose, 1000, 1.0)[0, 2:].max() <= np.log(np.float32(1e-7)) + 1e-6
+    with pytest.raises(Refused, match="not the largest probabilities"):
+        check_top(ids, np.array([[0.9, 1e-5]], np.float32), 1000, "here")
 
 
 def test_boxes_in_float16_of_a_large_image_are_counted(tmp_path: Path):
