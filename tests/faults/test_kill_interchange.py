@@ -18,7 +18,7 @@ from redistill_cache import open_archive
 
 from tests.redistill.interchange.fkd_files import write_fkd
 
-KILLS = 4
+KILLS = 3
 
 
 def folder(path: Path) -> dict[str, str]:
