@@ -29,7 +29,7 @@ from redistill_cache import Archive, open_archive
 from redistill_cache.download import Notify, say
 from redistill_cache.errors import OutOfRange, Refused
 from redistill_cache.keys import PackedKeys, pack_keys
-from redistill_cache.locks import locked, new_partial, publish_partial, remove_partials
+from redistill_cache.locks import locked, new_partial, publish_partial
 from redistill_cache.spec import LOGITS
 from redistill_cache.storage import LOCAL, disk_trouble, is_leftover, read_small
 from redistill_cache.strict_json import canonical
@@ -135,8 +135,8 @@ def export_archive(
                 LOCAL.make_directories(out)
                 with locked(out, f"exports to {out}", notify):
                     check_folder(job, out)
-                    for name in names:
-                        remove_partials(out / name)
+                    for path in filter(is_leftover, out.iterdir()):  # of killed calls
+                        path.unlink()
                     LOCAL.publish(out / DESCRIPTION, describe(job))
                     (write_npz_files if options.to == "npz" else write_tars)(job, out, names)
             total = sum((out / name).stat().st_size for name in names)

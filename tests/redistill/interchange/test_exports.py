@@ -143,6 +143,7 @@ def test_tars_are_the_same_after_an_error_and_a_kill(archive: Path, tmp_path: Pa
     run(tmp_path / "w")
     assert digests(tmp_path / "w") == whole
     (tmp_path / "w" / "images-000002.tar").rename(tmp_path / "w" / "images-000002.tar.abc.partial")
+    (tmp_path / "w" / "export.json.abc.partial").write_bytes(b"{")
     assert run(tmp_path / "w").kept == 2
     assert digests(tmp_path / "w") == whole
     assert json.loads((tmp_path / "w" / "export.json").read_text())["archive"] == open_archive(archive).id
