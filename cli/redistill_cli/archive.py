@@ -13,6 +13,7 @@ from redistill.caching.options import CacheOptions
 from redistill.sharing.terms import checked_terms
 from redistill_cli.archive_card import card, sign
 from redistill_cli.archive_contents import merge, skeleton, subset
+from redistill_cli.archive_interchange import export, import_source
 from redistill_cli.archive_publish import copy, publish
 from redistill_cli.archive_transport import fetch, pack
 from redistill_cli.options import ArchivePath, Command, collect, takes
@@ -35,6 +36,8 @@ def group() -> None:
       redistill archive sign teacher.redistill --key private.pem
       redistill archive publish teacher.redistill.zarr hf://datasets/lab/r50
       redistill archive copy teacher.redistill.zarr s3://lab/teacher.redistill
+      redistill archive import logits.npz --from table --data folder:train --out t.redistill.zarr
+      redistill archive export teacher.redistill.zarr rows --to npz --views 0
       redistill archive remove-teacher teacher.redistill.zarr resnet18
       redistill archive edit teacher.redistill.zarr --licence CC-BY-4.0
       redistill archive merge a.redistill.zarr b.redistill.zarr --out c.redistill.zarr
@@ -107,3 +110,5 @@ archive.command(cls=Command)(merge)
 archive.command(cls=Command)(subset)
 archive.command(cls=Command)(copy)
 archive.command(cls=Command)(publish)
+archive.command("import", cls=Command)(import_source)
+archive.command(cls=Command)(export)

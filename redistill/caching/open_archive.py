@@ -15,7 +15,7 @@ import numpy as np
 from redistill_cache import Archive, ArchiveSpec, ArchiveWriter, TeacherSpec
 from redistill_cache.commits import Commits
 from redistill_cache.errors import Incomplete, Refused, SpecMismatch
-from redistill_cache.layout import MANIFEST, Block, part_blocks, side_block
+from redistill_cache.layout import MANIFEST, Block, part_blocks, row_block, side_block
 from redistill_cache.open_state import read_state
 from redistill_cache.spec import LOGITS, TERMS
 from redistill_cache.spec_files import list_teachers, read_root
@@ -43,6 +43,9 @@ __all__ = [
     "write_view_params",
 ]
 
+# Of the first view, to tell views that were drawn from others.
+COMPARED_ROWS = 64
+
 
 def archive_exists(options: CacheOptions) -> bool:
     return (options.out / "zarr.json").exists()
@@ -61,12 +64,10 @@ def teacher_is_declared(plan: Plan) -> bool:
     return Commits(plan.options.out, LOCAL).is_committed(side_block(plan.part.name))
 
 
-def check_new_path(options: CacheOptions, *, files: Files = LOCAL) -> None:
+def check_new_path(path: Path, *, files: Files = LOCAL) -> None:
     """Refuse a path where no archive can be created, before the teacher runs."""
-    path, parent = options.out, existing_parent(options.out)
-    if options.extend_views:
-        raise Refused(f"{path} does not exist, so it has no views to extend; leave out --extend-views")
-    if path.is_dir() and not all(map(is_leftover, path.iterdir())) and not archive_exists(options):
+    parent = existing_parent(path)
+    if path.is_dir() and not all(map(is_leftover, path.iterdir())) and not (path / "zarr.json").exists():
         raise Refused(f"{path} holds files and is not an archive; choose another --out")
     if not parent.is_dir():
         raise Refused(f"{parent} is a file; --out must be a new folder")
@@ -104,6 +105,7 @@ def open_existing(plan: Plan) -> tuple[Plan, ArchiveWriter]:
     check_teacher_name(plan, writer)
     write_samples(plan, writer)
     archive = writer.read_back()
+    refuse_other_views(plan, archive)
     if plan.teacher_name not in archive.teachers and options.extend_views:
         teachers = ", ".join(sorted(archive.teachers)) or "none"
         raise Refused(
@@ -120,6 +122,20 @@ def open_existing(plan: Plan) -> tuple[Plan, ArchiveWriter]:
     if plan.spec.num_views > stored.num_views:
         writer = ArchiveWriter.extend_views(path, plan.spec.num_views)
     return plan, writer
+
+
+def refuse_other_views(plan: Plan, archive: Archive) -> None:
+    """The views of an imported archive are those of its source, and not drawn from the seed as they are here."""
+    block = row_block(archive.spec, "views", 0, 0)
+    if not archive.spec.view_arrays or not archive.state.holds(block):
+        return
+    rows = np.arange(min(COMPARED_ROWS, block.stop))
+    stored, drawn = archive.view_params(0, rows), plan.views.params(0, rows)
+    if any(not np.array_equal(stored[name], drawn[name]) for name in stored):
+        raise Refused(
+            f"{archive.path} has views that were not drawn from its seed but imported, so no teacher can be added to "
+            "it; write a new archive"
+        )
 
 
 def check_same_recipe(path: Path, stored: ArchiveSpec, plan: Plan) -> None:

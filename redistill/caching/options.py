@@ -17,9 +17,15 @@ from redistill.sharing.terms import checked_terms
 from redistill.sources import OnBadImage
 from redistill.specs import did_you_mean
 
-__all__ = ["CacheOptions"]
+__all__ = ["CHOICES", "CacheOptions", "check_local"]
 
 CHOICES = ("auto", *(name for name in CODECS if name != "topk"))
+
+
+def check_local(out: Path) -> None:
+    """`UsageError` for an address where a path is expected."""
+    if re.match("[a-z0-9]{2,}:/", str(out)):
+        raise UsageError(f"--out {out} is a URL; write the archive to a local path and copy it from there")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,8 +170,7 @@ class CacheOptions:
             raise UsageError("topk drops most of each row and is only for importing other formats; use --codec auto")
         if self.codec not in CHOICES:
             raise UsageError(f"--codec {self.codec!r} is not known; {did_you_mean(self.codec, CHOICES)}")
-        if re.match("[a-z0-9]{2,}:/", str(self.out)):
-            raise UsageError(f"--out {self.out} is a URL; write the archive to a local path and copy it from there")
+        check_local(self.out)
         if self.teacher_name is not None:
             check_name(self.teacher_name, "--teacher-name")
         if self.share is not None:

@@ -24,7 +24,7 @@ from redistill.teachers import Teacher
 from redistill.views import DrawnViews, Recipe, ViewDataset, parse_recipe, recipe_text
 from redistill.views.canaries import CANARIES_PER_VIEW, view_environment
 
-__all__ = ["Plan", "make_plan", "use_stored_settings"]
+__all__ = ["Plan", "default_block_rows", "default_canaries", "make_plan", "use_stored_settings"]
 
 # Networks for images below this size are trained on padded crops, others on random resized crops.
 SMALL_INPUT = 64
@@ -220,12 +220,17 @@ def archive_spec(
         recipe=recipe.to_json(),
         seed=options.seed or 0,
         view_arrays=recipe.arrays(),
-        canaries_per_view=min(count, max(MIN_CANARIES, min(CANARIES_PER_VIEW, count // SAMPLES_PER_CANARY))),
+        canaries_per_view=default_canaries(count),
         source=source.description,
         excluded=tuple({"key": key, "reason": reason} for key, reason in index.excluded),
         environment=view_environment(),
         **{name: getattr(options, name) for name in TERMS},
     )
+
+
+def default_canaries(count: int) -> int:
+    """The canaries of each view of so many samples."""
+    return min(count, max(MIN_CANARIES, min(CANARIES_PER_VIEW, count // SAMPLES_PER_CANARY)))
 
 
 def default_block_rows(count: int, view_size: int) -> int:

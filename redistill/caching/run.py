@@ -60,7 +60,15 @@ from redistill.sources.folder import skipped_files
 from redistill.teachers import TeacherCheck
 from redistill.views import ViewDataset, join_archive
 
-__all__ = ["CacheResult", "cache_teacher", "declare_teacher", "estimate_cache", "teacher_batches", "write_teacher"]
+__all__ = [
+    "CacheResult",
+    "cache_teacher",
+    "declare_teacher",
+    "estimate_cache",
+    "is_near_chance",
+    "teacher_batches",
+    "write_teacher",
+]
 
 # The first block is computed twice and compared. On a GPU the second run may use other kernels, whose rounding differs.
 REPEAT_TOLERANCE = {"cpu": 1e-6, "cuda": 1e-3, "mps": 1e-3}
@@ -111,7 +119,9 @@ def cache_teacher(options: CacheOptions, progress: Progress | None = None) -> Ca
             prepared_once(options.out, lambda: is_prepared(options), progress.info, stop.raise_if_set)
         )
         if not archive_exists(options):
-            check_new_path(options)
+            if options.extend_views:
+                raise Refused(f"{options.out} does not exist, so it has no views to extend; leave out --extend-views")
+            check_new_path(options.out)
         with raise_on_signals():
             plan = make_plan(options, share, partial(progress.advance, "index"))
         writer: ArchiveWriter | None = None
@@ -247,15 +257,20 @@ def warn_of_lost_accuracy(plan: Plan, correct: int, labelled: int, progress: Pro
 
 def warn_of_chance_accuracy(plan: Plan, correct: int, labelled: int, progress: Progress) -> bool:
     """Train mode, wrong preprocessing and another class order all give an accuracy near chance."""
-    chance = 1 / plan.spec.num_classes
-    lowest = min(MIN_TIMES_CHANCE * chance, chance + MIN_ABOVE_CHANCE * (1 - chance))
-    is_low = labelled >= MIN_LABELLED and correct < lowest * labelled
+    is_low = is_near_chance(correct, labelled, plan.spec.num_classes)
     if is_low:
         progress.warning(
-            f"the teacher's accuracy is {correct / labelled:.1%} on {labelled:,} views, chance is {chance:.1%}; check "
-            "its weights, its normalisation and the order of its classes"
+            f"the teacher's accuracy is {correct / labelled:.1%} on {labelled:,} views, chance is "
+            f"{1 / plan.spec.num_classes:.1%}; check its weights, its normalisation and the order of its classes"
         )
     return is_low
+
+
+def is_near_chance(correct: int, labelled: int, num_classes: int) -> bool:
+    """Whether there are enough views to say that the accuracy is suspicious."""
+    chance = 1 / num_classes
+    lowest = min(MIN_TIMES_CHANCE * chance, chance + MIN_ABOVE_CHANCE * (1 - chance))
+    return labelled >= MIN_LABELLED and correct < lowest * labelled
 
 
 def write_teacher(runner: TeacherRunner, writer: ArchiveWriter, stats: RunStats, progress: Progress) -> None:
