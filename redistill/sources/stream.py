@@ -33,7 +33,6 @@ from redistill_cache.keys import PackedKeys, pack_keys
 from redistill_cache.verified_files import cache_folder
 from redistill_cache.wording import human_bytes
 
-from redistill.interrupts import stop_requested
 from redistill.sources import DEFAULT_STREAM_CACHE
 from redistill.sources.base import Sample, pixel_limit, shared_index
 from redistill.sources.images import MAX_ENCODED_BYTES, BadImage
@@ -171,7 +170,7 @@ def _indexed(addresses: Sequence[Address], kind: TarKind, cache: TarCache) -> Ta
             missing.append(error)
 
     if todo:
-        read(todo[0], stop_requested)
+        read(todo[0], lambda: False)
         largest = int(parts[todo[0]].tar_bytes[0]) if todo[0] in parts else cache.limit
         with _Threads(max(1, min(THREADS, cache.limit // (2 * max(1, largest))))) as threads:
             for future in [threads.submit(read, i, threads.stopped) for i in todo[1:]]:
@@ -437,7 +436,7 @@ class _Threads:
         return self._pool.submit(work, *arguments)
 
     def stopped(self) -> bool:
-        return self._stop.is_set() or stop_requested()
+        return self._stop.is_set()
 
     def __enter__(self) -> _Threads:
         return self

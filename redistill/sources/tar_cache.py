@@ -27,8 +27,6 @@ from redistill_cache.storage import LEFTOVER, LOCAL, disk_trouble
 from redistill_cache.verified_files import cache_folder
 from redistill_cache.wording import human_bytes
 
-from redistill.interrupts import stop_requested
-
 __all__ = ["NoRoom", "Part", "TarCache", "TarChanged", "name_of"]
 
 STEP = 64 << 20  # reserved at a time for a tar whose server does not announce its length
@@ -91,11 +89,12 @@ class TarCache:
         *,
         keep: AbstractSet[str] = frozenset(),
         waits: bool = True,
-        stopped: Callable[[], bool] = stop_requested,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> Path:
         """The tar, fetched unless it is here. Where its size is known, it must have it.
 
         Tars with a name in `keep` are not removed for it. Where there is no room now, it `waits`, or raises `NoRoom`.
+        A request to stop does not end it: a run that stops at a safe point needs its images up to there.
         """
         target = self.path(address)
 
@@ -149,7 +148,7 @@ class TarCache:
         """The bytes of parts of tars that need not be here, several at a time."""
         sinks = [_PartSink(part) for part in parts]
         transfers = (Transfer(part.address, sink) for part, sink in zip(parts, sinks, strict=True))
-        download(transfers, stopped=stop_requested)
+        download(transfers)
         return [bytes(sink.data) for sink in sinks]
 
     # -- room ---------------------------------------------------------------------------------------------------------
