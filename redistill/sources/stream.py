@@ -487,5 +487,11 @@ class TarsAhead:
 
     def _fetch(self, tar: int) -> None:
         assert self.source is not None
+        name = name_of(self.source.addresses[tar])
         with suppress(RedistillError, OSError):
-            self.source.fetch(tar, keep=self._keep, waits=False, stopped=self._threads.stopped)
+            self.source.fetch(
+                tar,
+                keep=lambda: self._keep,
+                waits=False,
+                stopped=lambda: self._threads.stopped() or name not in self._keep,  # its group is over
+            )

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, NamedTuple
 from redistill_cache.addresses import Address
 from redistill_cache.download import Transfer, download, say
 from redistill_cache.errors import Refused
-from redistill_cache.locks import locked, new_partial, publish_partial, remove_partials, unlocked
+from redistill_cache.locks import locked, new_partial, remove_partials, unlocked
 from redistill_cache.storage import LEFTOVER, LOCAL, disk_trouble
 from redistill_cache.verified_files import cache_folder
 from redistill_cache.wording import human_bytes
@@ -87,13 +87,13 @@ class TarCache:
         address: Address,
         size: int | None = None,
         *,
-        keep: AbstractSet[str] = frozenset(),
+        keep: Callable[[], AbstractSet[str]] = frozenset,
         waits: bool = True,
         stopped: Callable[[], bool] = lambda: False,
     ) -> Path:
         """The tar, fetched unless it is here. Where its size is known, it must have it.
 
-        Tars with a name in `keep` are not removed for it. Where there is no room now, it `waits`, or raises `NoRoom`.
+        Tars with a name in `keep()` are not removed for it. Where there is no room now, it `waits`, or raises `NoRoom`.
         A request to stop does not end it: a run that stops at a safe point needs its images up to there.
         """
         target = self.path(address)
@@ -110,6 +110,7 @@ class TarCache:
             with locked(target, f"fetches {address}", say, refuse_if_stopped):
                 if is_whole(target, size):  # fetched by the process that held the lock
                     return target
+                refuse_if_stopped()
                 remove_partials(target)
                 try:
                     with new_partial(target) as file:
@@ -117,7 +118,9 @@ class TarCache:
                         sink.transfer = Transfer(address, sink)
                         download([sink.transfer], stopped=stopped)
                         file.truncate(sink.received)
-                    publish_partial(file, target)
+                    # Not synced, since most tars are removed soon: every image is compared with its digest.
+                    _touch(Path(file.name))
+                    LOCAL.rename(Path(file.name), target)
                 finally:
                     remove_partials(target)
         return target
@@ -138,7 +141,7 @@ class TarCache:
         """These are used now."""
         for address in addresses:
             with suppress(OSError):
-                os.utime(self.path(address))
+                _touch(self.path(address))
 
     def remove(self, address: Address) -> None:
         with suppress(OSError):
@@ -153,7 +156,9 @@ class TarCache:
 
     # -- room ---------------------------------------------------------------------------------------------------------
 
-    def _reserve(self, file: BinaryIO, total: int, keep: AbstractSet[str], waits: bool, sink: _TarSink) -> None:
+    def _reserve(
+        self, file: BinaryIO, total: int, keep: Callable[[], AbstractSet[str]], waits: bool, sink: _TarSink
+    ) -> None:
         """Let the unfinished file have this size."""
         if total > self.limit:
             raise NoRoom(
@@ -166,10 +171,10 @@ class TarCache:
             time.sleep(POLL_S)
         sink.transfer.waits, sink.transfer.last = False, time.monotonic()
 
-    def _has_room(self, file: BinaryIO, total: int, keep: AbstractSet[str]) -> bool:
+    def _has_room(self, file: BinaryIO, total: int, keep: Callable[[], AbstractSet[str]]) -> bool:
         own = Path(file.name).name
         with self._lock, locked(self.folder, "makes room for a tar", say):
-            in_use = keep | {name for name, times in self._held.items() if times}
+            in_use = keep() | {name for name, times in self._held.items() if times}
             whole, used = [], total
             for path in self.folder.iterdir():
                 if path.name == own or (path.name.endswith(LEFTOVER) and not _is_alive(path)):
@@ -189,6 +194,12 @@ class TarCache:
             file.flush()
             os.truncate(file.fileno(), total)
             return True
+
+
+def _touch(path: Path) -> None:
+    """Of two files, the one that was touched later has the later time: the clock of the file system is too coarse."""
+    now = time.time_ns()
+    os.utime(path, ns=(now, now))
 
 
 def is_whole(target: Path, size: int | None) -> bool:

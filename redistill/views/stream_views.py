@@ -49,9 +49,9 @@ def webdataset_views(
         loader = DataLoader(pipeline.shuffle(1000).batched(64), batch_size=None, num_workers=8)
 
     `urls` is a pattern as after `wds:`, or a list of paths and addresses: http(s), s3, gs or hf. Tars at addresses take
-    up to `stream_cache` GiB of the cache folder. Tars are divided over nodes and workers as webdataset does it. Rows are
-    found by key, and each image must have the bytes that the archive was made from. One that the archive lacks is
-    refused, or skipped with `allow_missing`. The first canaries that come are compared, as `ViewDataset` compares all.
+    up to `stream_cache` GiB of the cache folder. Tars are divided over nodes and workers as webdataset does it.
+    Rows are found by key, and each image must have the bytes that the archive was made from. One that the archive
+    lacks is refused, or skipped with `allow_missing`. The first canaries that come are compared with the archive's.
     """
     import webdataset  # here, as few loops need it
     from webdataset.compat import FluidWrapper

@@ -153,6 +153,7 @@ def progress_of(folder: Path) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_stage_1_over_a_hundred_tars_killed_ten_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     files = {f"t{number:02d}.tar": tar_of(range(3 * number, 3 * number + 3)) for number in range(100)}
