@@ -1,10 +1,10 @@
-"""The cost of streaming tars compared with a folder of the same images: python bench/streaming.py [--quick] [--json PATH]
+"""The cost of streaming tars compared with a folder of the same images: python bench/streaming.py [--quick]
 
-local tars over a folder      images/s of training from tars on this disk with stream=1, over a folder of the same images
-tars of a server over it      the same from a server on loopback that waits 20 ms before every answer and refuses 1 % of
-                              them, with room for a third of the tars
-control                       the folder over itself
-1,000 tars over 100           peak memory of a streamed run of the same images in ten times as many tars
+local tars over a folder    images/s of training from tars on this disk with stream=1, over a folder of the same images
+tars of a server over it    the same from a server on loopback that waits 20 ms before every answer and refuses 1 % of
+                            them, with room for a third of the tars
+control                     the folder over itself
+1,000 tars over 100         peak memory of a streamed run of the same images in ten times as many tars
 
 The runs that are compared alternate, as in stage2.py, and the first epoch is not counted. The tars were indexed before.
 """

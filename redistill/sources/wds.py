@@ -1,8 +1,9 @@
 """`wds:PATTERN`: tar files in webdataset's layout, read in place.
 
-* PATTERN is a folder (its *.tar by name), or one or more tars: paths or http(s) addresses without a '?', separated by
-  '::', with braces as in 'train-{000..146}.tar' or '{a,b}.tar'; at most 100,000 in all. `${NAME}` is replaced by the
-  environment variable WDS_NAME. This is webdataset's own expansion, so a name that contains one of these can be reached
+* PATTERN is a folder (its *.tar by name), a list file (LIST.txt with one tar in a line, '#' before a comment), or one
+  or more tars: paths or addresses (http(s), s3, gs, hf) without a '?', separated by '::', with braces as in
+  'train-{000..146}.tar' or '{a,b}.tar'; at most 100,000 in all. `${NAME}` is replaced by the environment variable
+  WDS_NAME. This is webdataset's own expansion, so a name that contains one of these can be reached
   only through its folder (or, for braces, with a backslash before them), and an IPv6 address with '::' not at all.
   'pipe:' is refused and no shell ever runs. Tars are not extracted, and no file on disk is opened by a name from inside
   a tar.
@@ -18,9 +19,10 @@
 * Folders are skipped; links, devices, sparse files and other special members are refused by name.
 * A tar without its end mark, or with anything but zeros after it, is refused: it is truncated, damaged, or two tars
   in one file, of which other readers silently read only the first. Compressed tars are refused.
-* A remote tar is downloaded once, as a whole, into `tars` in the user's cache folder ($XDG_CACHE_HOME/redistill, by
-  default ~/.cache/redistill), checked against the length that the server announced and up to its end mark, and from
-  then on read there without contacting the server; delete the file to download it again.
+* A remote tar that is not streamed (see `stream`) is downloaded once, as a whole, into `tars` in the user's cache
+  folder ($XDG_CACHE_HOME/redistill, by default ~/.cache/redistill), checked against the length that the server
+  announced and up to its end mark, and from then on read there without contacting the server; delete the file to
+  download it again.
 * The headers of a tar are read once and cached while its size and modification time stay the same; samples are then
   read by offset, in any order.
 """
