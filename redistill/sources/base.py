@@ -27,6 +27,7 @@ __all__ = [
     "StreamedSource",
     "digest_of",
     "file_stamp",
+    "in_any_order",
     "local_path",
     "pixel_limit",
     "shared_index",
@@ -108,6 +109,11 @@ class StreamedSource(ListedSource, Protocol):
 def streamed(source: object) -> StreamedSource | None:
     """The source, if it is one of tars that are used one group after another."""
     return source if isinstance(source, StreamedSource) and source.window > 0 else None
+
+
+def in_any_order(source: Source) -> Source:
+    """The source for few samples, in any order: their tars are not fetched for them."""
+    return source.by_parts() if isinstance(source, StreamedSource) else source
 
 
 FileStamp = tuple[int, int, int, int]

@@ -14,7 +14,7 @@ import torch
 from redistill_cache.errors import OutOfRange, Refused
 from redistill_cache.keys import pack_keys
 
-from redistill.sources.base import ListedSource, Sample, Source, StreamedSource, digest_of
+from redistill.sources.base import ListedSource, Sample, Source, StreamedSource, digest_of, in_any_order
 from redistill.sources.images import decode_image
 from redistill.sources.join import Join
 from redistill.sources.open_source import open_source
@@ -100,7 +100,7 @@ class ViewDataset(torch.utils.data.Dataset[RenderedView | MixedView]):
     def by_parts(self) -> ViewDataset:
         """The same dataset for use in any order: of streamed tars that are not here, only single images are read."""
         other = copy.copy(self)
-        other.source = self.source.by_parts() if isinstance(self.source, StreamedSource) else self.source
+        other.source = in_any_order(self.source)
         return other
 
     def __repr__(self) -> str:
@@ -239,7 +239,7 @@ def render(
     The image is found by content, so the order of the source does not matter; a changed image is refused. The canaries
     are not checked: `aligned_views` does this for a whole dataset.
     """
-    source = open_source(source)
+    source = in_any_order(open_source(source))
     recipe = archive_recipe(archive)
     for what, value, count in (("row", row, archive.num_samples), ("view", view, archive.num_views)):
         if not 0 <= value < count:

@@ -287,3 +287,20 @@ def test_a_list_file_names_tars(server: Flaky, tmp_path: Path):
     listed.write_text("\n")
     with pytest.raises(Refused, match="names no tars"):
         redistill.open_source(f"wds:{listed}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_ten_thousand_tars_by_braces_and_by_a_list(tmp_path: Path):
+    """Each is read once; opened again, none is."""
+    count = 10_000
+    with serving(Flaky({f"{i:04d}.tar": tar_of(range(i, i + 1)) for i in range(count)})) as server:
+        (tmp_path / "tars.txt").write_text("".join(f"{server.address}/{i:04d}.tar\n" for i in range(count)))
+        options = "stream=1&window=100"
+        by_braces = redistill.open_source(f"wds:{server.address}/{{0000..9999}}.tar?{options}", stream_cache=0.01)
+        assert (len(by_braces), max(requested(server).values())) == (count, 1)
+        server.requests.clear()
+        by_list = redistill.open_source(f"wds:{tmp_path / 'tars.txt'}?{options}", stream_cache=0.01)
+        assert index_source(by_list).reused == count
+        assert requested(server) == {}
+        assert by_list.sample(9_876).payload == picture(9_876)
