@@ -29,6 +29,7 @@ NAMES = (
     "stage1",
     "steps",
     "stage2",
+    "streaming",
     "accuracy",
     "methods",
 )

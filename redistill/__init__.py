@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from redistill.signals import tap
     from redistill.views.dataset import ViewDataset, render
     from redistill.views.sampler import ViewSampler
+    from redistill.views.stream_views import webdataset_views
 
 __version__: str
 
@@ -28,6 +29,7 @@ __all__ = [
     "open_source",
     "render",
     "tap",
+    "webdataset_views",
 ]
 
 # Loaded at first use: these need torch, and the processes that only read and hash images should not wait for it.
@@ -39,6 +41,7 @@ LAZY = {
     "losses": "redistill.losses",
     "render": "redistill.views.dataset",
     "tap": "redistill.signals",
+    "webdataset_views": "redistill.views.stream_views",
 }
 
 

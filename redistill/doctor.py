@@ -31,7 +31,7 @@ from redistill.devices import one_thread, pick_amp, pick_device, refuse_out_of_m
 from redistill.loading import default_workers, refuse_few_open_files, worker_context
 from redistill.models import OpenedModel, open_model
 from redistill.signals import LOGITS
-from redistill.sources.base import ObjectSource, Sample, Source
+from redistill.sources.base import ObjectSource, Sample, Source, in_any_order
 from redistill.sources.index import index_source
 from redistill.sources.open_source import open_source
 from redistill.teachers import Teacher
@@ -278,7 +278,7 @@ class Subset:
 
 def open_views(data: str, archive: Archive | None, size: int | None = None) -> ViewDataset:
     """Views as in training: with the archive's recipe, or the default one for the size of the images or of views."""
-    source = ObjectSource(Subset(open_source(data)))
+    source = ObjectSource(Subset(in_any_order(open_source(data))))
     if not len(source):
         raise Refused(f"{data} has no images; use another --data, or omit it")
     index = index_source(source, workers=0)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from redistill_cache.wording import harmless
 
+from redistill.sources import DEFAULT_STREAM_CACHE, STREAM_CACHE_HELP
 from redistill_cli.rendering import TerminalProgress, print_json
 
 
@@ -21,6 +22,9 @@ def index(
     decode: Annotated[
         bool, typer.Option("--decode", help="Decode every image, as --on-bad-image exclude does later.")
     ] = False,
+    stream_cache: Annotated[
+        float, typer.Option(help=f"{STREAM_CACHE_HELP} [default: 20]", min=0.001, show_default=False)
+    ] = DEFAULT_STREAM_CACHE,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Hash every image once, and write the index to a file.
@@ -43,7 +47,7 @@ def index(
 
     with TerminalProgress() as progress, raise_on_signals():
         made = index_source(
-            open_source(data),
+            open_source(data, stream_cache=stream_cache),
             workers=workers,
             progress=partial(progress.advance, "index"),
             on_bad_image="exclude" if decode else "fail",

@@ -26,6 +26,7 @@ from redistill.caching.estimate import existing_parent, refuse_small_disk
 from redistill.caching.options import CacheOptions
 from redistill.caching.pilot import TeacherRunner
 from redistill.caching.plan import Plan, use_stored_settings
+from redistill.sources.base import streamed
 from redistill.views.canaries import canary_rows, fingerprint
 from redistill.views.recipe import Recipe
 from redistill.views.recipe_spec import recipe_text
@@ -206,7 +207,13 @@ def blocks_to_write(plan: Plan, writer: ArchiveWriter, part: str, *, helps: bool
     """The missing blocks in the order of this process. A share is one of all blocks, whichever are missing by now."""
     missing = set(missing_blocks(plan, writer, part))
     blocks = list(part_blocks(writer.spec, part, plan.spec.num_views))
-    return [block for block in plan.share.work_order(blocks, helps=helps) if block in missing]
+    if streamed(plan.source) is None:
+        ordered = plan.share.work_order(blocks, helps=helps)
+    else:  # all views of the same rows in turn, so that their tars are fetched once
+        starts = sorted({block.start for block in blocks})
+        of_rows = [[block for block in blocks if block.start == start] for start in starts]
+        ordered = [block for same_rows in plan.share.work_order(of_rows, helps=helps) for block in same_rows]
+    return [block for block in ordered if block in missing]
 
 
 def write_samples(plan: Plan, writer: ArchiveWriter) -> None:

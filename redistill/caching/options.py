@@ -14,7 +14,7 @@ from redistill_cache.spec import LOGITS, TERMS, check_name, check_signal_name
 from redistill.option_fields import check_values, option
 from redistill.shares import parse_share
 from redistill.sharing.terms import checked_terms
-from redistill.sources import OnBadImage
+from redistill.sources import DEFAULT_STREAM_CACHE, STREAM_CACHE_HELP, OnBadImage
 from redistill.specs import did_you_mean
 
 __all__ = ["CHOICES", "CacheOptions", "check_local"]
@@ -98,6 +98,10 @@ class CacheOptions:
     batch_size: int = field(default=128, metadata=option("Teacher batch size.", at_least=1))
     workers: int | None = field(
         default=None, metadata=option("Rendering processes.", default_text="one per CPU core", at_least=0)
+    )
+    stream_cache: float = field(
+        default=DEFAULT_STREAM_CACHE,
+        metadata=option(STREAM_CACHE_HELP, metavar="GIB", above=0, at_most=2**20),
     )
     device: str = field(default="auto", metadata=option("Device: auto, cpu, cuda, cuda:N or mps."))
     amp: bool | None = field(default=None, metadata=option("Run the teacher in bfloat16.", default_text="on CUDA only"))

@@ -25,8 +25,10 @@ from redistill.caching.plan import Plan
 from redistill.interrupts import StopRequest
 from redistill.loading import BatchLoader
 from redistill.signals import LOGITS
+from redistill.sources.stream import StreamSource
 from redistill.specs import first_line
 from redistill.teachers import TeacherCheck, check_teacher
+from redistill.views import ViewDataset
 from redistill.views.dataset import MixedView, RenderedView
 
 __all__ = [
@@ -51,6 +53,8 @@ MAX_KEPT_VALUES = 1 << 26
 STRIDE = 8
 # A check of the first batch, which is not kept, needs few images, and at least so many.
 CHECKED_IMAGES, LEAST_CHECKED = 32, 4
+# A pilot of at least one in so many images reads whole tars.
+MOSTLY = 4
 # A basis from the head's weights may be smaller than one fitted to the logits when there are this many times more
 # classes than features. `auto` tries both and compares their sizes, so for it a much lower ratio is worth a trial.
 MIN_CLASSES_PER_FEATURE, MIN_CLASSES_PER_FEATURE_AUTO = 4, 1
@@ -79,12 +83,21 @@ class TeacherRunner:
 
     def __init__(self, plan: Plan, stop: StopRequest) -> None:
         self.plan, self.stop, self._dataset, self.kept = plan, stop, plan.dataset, {}
-        self._loader = BatchLoader(
-            self._dataset,
-            workers=plan.workers,
+        self._loader = self._new_loader(self._dataset.by_parts())
+
+    def _new_loader(self, dataset: ViewDataset) -> BatchLoader:
+        return BatchLoader(
+            dataset,
+            workers=self.plan.workers,
             collate=stack_pixels,
-            pin=plan.teacher.device.type == "cuda",
+            pin=self.plan.teacher.device.type == "cuda",
         )
+
+    def read_whole_tars(self) -> None:
+        """From now on, rows are read in order: of streamed tars, whole ones. Before, single images of any tar."""
+        if isinstance(self._dataset.source, StreamSource):
+            self._loader.close()
+            self._loader = self._new_loader(self._dataset)
 
     def __enter__(self) -> TeacherRunner:
         return self
@@ -92,7 +105,7 @@ class TeacherRunner:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._loader.__exit__(kind, error, trace)
+        self._loader.close()
 
     def indices(self, view: int, rows: Iterable[int]) -> list[int]:
         """Dataset indices of these rows of a view."""
@@ -169,6 +182,8 @@ def run_pilot(runner: TeacherRunner) -> Pilot:
         batches = [np.array(runner.indices(view, rows)) for view, rows in block_batches(plan)]
     else:
         batches = np.split(indices, range(plan.batch_size, len(indices), plan.batch_size))
+    if MOSTLY * len(indices) >= samples:
+        runner.read_whole_tars()
     known = {int(runner.indices(view, [row])[0]): batch for (view, row), batch in runner.kept.items()}
     to_run = [batch for batch in batches if int(batch[0]) not in known]
     order: list[np.ndarray] = [batch for batch in batches if int(batch[0]) in known]

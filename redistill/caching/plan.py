@@ -23,6 +23,7 @@ from redistill.sources.open_source import open_source
 from redistill.teachers import Teacher
 from redistill.views import DrawnViews, Recipe, ViewDataset, parse_recipe, recipe_text
 from redistill.views.canaries import CANARIES_PER_VIEW, view_environment
+from redistill.views.stream_order import refuse_mixing
 
 __all__ = ["Plan", "default_block_rows", "default_canaries", "make_plan", "use_stored_settings"]
 
@@ -130,7 +131,8 @@ def make_plan(options: CacheOptions, share: Share, progress: Callable[[int, int]
         batch_size=options.batch_size,
         layers=list(dict.fromkeys(signal for part in parts for signal in part.signals if signal != LOGITS)),
     )
-    source = open_source(options.data)
+    source = open_source(options.data, stream_cache=options.stream_cache)
+    refuse_mixing(source, recipe)
     if not len(source):
         raise Refused(f"{options.data} holds no images")
     check_classes(source.class_names, model)

@@ -56,7 +56,9 @@ from redistill.caching.plan import Plan, make_plan
 from redistill.interrupts import StopRequest, raise_on_signals, stop_on_signals
 from redistill.progress import NoProgress, Progress
 from redistill.shares import Share, prepared_once
+from redistill.sources.base import streamed
 from redistill.sources.folder import skipped_files
+from redistill.sources.stream import TarsAhead
 from redistill.teachers import TeacherCheck
 from redistill.views import ViewDataset, join_archive
 
@@ -294,8 +296,11 @@ def write_blocks(
     unchecked: tuple[int, range, Computed] | None = None
     run_again = not runner.kept
     tell_slow_encoder(plan, writer, progress)
-    with BlockEncoder(plan, writer, stats) as encoder:
+    runner.read_whole_tars()
+    with BlockEncoder(plan, writer, stats) as encoder, TarsAhead(plan.source, tars_of_rows(plan, blocks)) as ahead:
+        numbers = {start: number for number, start in enumerate(dict.fromkeys(block.start for block in blocks))}
         for (block, rows), batch in computed_batches(runner, teacher_batches(runner, writer, blocks)):
+            ahead.enter(numbers[block.start])
             encoder.add(block, rows, batch.signals)
             if images == 0:
                 unchecked = block.view, rows, batch
@@ -313,6 +318,14 @@ def write_blocks(
                 unchecked = None
     if unchecked is not None:
         check_stored_batch(plan, writer, *unchecked, run_again=run_again)
+
+
+def tars_of_rows(plan: Plan, blocks: Sequence[Block]) -> Iterator[list[int]]:
+    """The tars of the rows of the blocks, in the order of their use; blocks of several views have the same rows."""
+    tars = streamed(plan.source)
+    assert tars is not None
+    for start, stop in dict.fromkeys((block.start, block.stop) for block in blocks):
+        yield np.unique(tars.tar_of[plan.index.rows[start:stop]]).tolist()
 
 
 def tell_slow_encoder(plan: Plan, writer: ArchiveWriter, progress: Progress) -> None:

@@ -17,6 +17,7 @@ from redistill_cache.errors import RedistillError
 from redistill.models import open_weights
 from redistill.report.runs import Group
 from redistill.signals import LOGITS
+from redistill.sources.base import in_any_order
 from redistill.sources.open_source import open_source
 from redistill.training.run_files import STUDENT
 from redistill.views import ViewDataset
@@ -66,7 +67,7 @@ class Examples:
 
 def find_examples(archive: Archive, data: str, groups: Sequence[Group]) -> Examples:
     """Predictions on views of random rows: by the archived teachers, and by the first student of each group."""
-    dataset = ViewDataset(open_source(data), archive, check=archive.spec.canaries_per_view > 0)
+    dataset = ViewDataset(in_any_order(open_source(data)), archive, check=archive.spec.canaries_per_view > 0)
     indices = dataset.indices(VIEW)
     chosen = np.random.default_rng(0).permutation(len(indices))[:CANDIDATES]
     items = dataset.__getitems__(indices[chosen].tolist())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -24,11 +24,14 @@ __all__ = [
     "ObjectSource",
     "Sample",
     "Source",
+    "StreamedSource",
     "digest_of",
     "file_stamp",
+    "in_any_order",
     "local_path",
     "pixel_limit",
     "shared_index",
+    "streamed",
 ]
 
 NO_LABEL = -1
@@ -82,6 +85,35 @@ class ListedSource(Source, Protocol):
 
     def stamps(self) -> np.ndarray:
         """The `file_stamp` of each sample's file, int64 [N, 4]; -1 if it is missing."""
+
+
+@runtime_checkable
+class StreamedSource(ListedSource, Protocol):
+    """Tars that are used one group after another, since they need not be on the disk together."""
+
+    tar_of: np.ndarray
+    """[N] int32: the number of the tar of each sample."""
+    window: int
+    """How many tars are used together and have their samples mixed; 0: all, in any order."""
+
+    def by_parts(self) -> StreamedSource:
+        """The same samples for use in any order: of tars that are not here, only these samples are read."""
+
+    def loaded(self, samples: Sequence[int]) -> StreamedSource:
+        """The same source with these samples in memory, if they are to be read in parts."""
+
+    def forget(self, i: int) -> None:
+        """The sample is not the one that was indexed: index its tar again when the source is opened again."""
+
+
+def streamed(source: object) -> StreamedSource | None:
+    """The source, if it is one of tars that are used one group after another."""
+    return source if isinstance(source, StreamedSource) and source.window > 0 else None
+
+
+def in_any_order(source: Source) -> Source:
+    """The source for few samples, in any order: their tars are not fetched for them."""
+    return source.by_parts() if isinstance(source, StreamedSource) else source
 
 
 FileStamp = tuple[int, int, int, int]

@@ -26,7 +26,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from redistill_cache.errors import Damaged, Refused
@@ -37,15 +37,18 @@ from redistill_cache.verified_files import cache_folder
 
 from redistill.interrupts import interrupts_blocked
 from redistill.sources import OnBadImage
-from redistill.sources.base import ListedSource, Source, digest_of
+from redistill.sources.base import ListedSource, Source, digest_of, streamed
 from redistill.sources.images import BadImage, decode_array, image_size
 
 __all__ = [
+    "HEADER",
+    "ImageTable",
     "SourceIndex",
     "index_source",
     "load_arrays",
     "old_enough",
     "pair_up",
+    "read_chunk",
     "repeats",
     "save_arrays",
 ]
@@ -104,19 +107,24 @@ def index_source(
     if save_to is not None and not isinstance(source, ListedSource):
         raise Refused(f"{source.spec} has no files whose index could be shared; expected folder:PATH or wds:PATTERN")
     level = DECODED if on_bad_image == "exclude" else HEADER
-    table = _Table.empty(len(source))
+    table = ImageTable.empty(len(source))
     if isinstance(source, ListedSource):
         stamps = source.stamps()
         if reuse:
-            table.fill(source, stamps, _load_table(_index_file(source)))
+            if isinstance(source, IndexedSource):
+                table = source.images.copy()
+            table.fill(source, stamps, load_table(_index_file(source)))
             if source.index_file is not None:
                 table.fill(source, stamps, _shared_table(source.index_file), SIZE_AND_MTIME)
     todo = np.flatnonzero(table.level < level)
     started = time.time_ns()
-    keys, labels, bad = _read_all(source, todo, table, level, _processes(workers, len(todo)), progress)
+    tars = streamed(source)
+    # Few samples of tars that are elsewhere are read without the rest of their tars.
+    reader = source if tars is None or 4 * len(todo) >= len(source) else tars.by_parts()
+    keys, labels, bad = _read_all(reader, todo, table, level, _processes(workers, len(todo)), progress)
     if isinstance(source, ListedSource):
         keys, labels = source.keys, source.labels
-        saved = _SavedTable(source.keys, stamps, table)
+        saved = SavedTable(source.keys, stamps, table)
         if len(todo):
             save_arrays(_index_file(source), **saved.arrays(started))
     left_out = _samples_of_keys(keys, without) if without else np.zeros(0, np.int64)
@@ -126,7 +134,8 @@ def index_source(
     if save_to is not None:
         with disk_trouble("write", save_to):
             LOCAL.make_directories(save_to.absolute().parent)
-            LOCAL.publish(save_to.absolute(), _npz(saved.arrays(started)))
+            tar_arrays = source.tar_arrays() if isinstance(source, IndexedSource) else {}
+            LOCAL.publish(save_to.absolute(), _npz(saved.arrays(started) | tar_arrays))
     bad |= {i: (keys[i], LISTED) for i in left_out.tolist()}
     rows = np.setdiff1d(np.arange(len(source)), np.array(sorted(bad), np.int64), assume_unique=True)
     return SourceIndex(
@@ -149,8 +158,18 @@ def _samples_of_keys(keys: PackedKeys, wanted: Collection[str]) -> np.ndarray:
     return found
 
 
+@runtime_checkable
+class IndexedSource(ListedSource, Protocol):
+    """A source that has read all its images when it was opened."""
+
+    images: ImageTable
+
+    def tar_arrays(self) -> dict[str, np.ndarray]:
+        """What a shared index holds in addition, so that no tar is read when the source is opened with it."""
+
+
 @dataclass
-class _Table:
+class ImageTable:
     """Digest, size and level of every sample of the source, filled from the cache and by reading."""
 
     digests: np.ndarray
@@ -158,11 +177,14 @@ class _Table:
     level: np.ndarray
 
     @classmethod
-    def empty(cls, n: int) -> _Table:
+    def empty(cls, n: int) -> ImageTable:
         return cls(np.zeros((n, 32), np.uint8), np.zeros((n, 2), np.uint32), np.zeros(n, np.uint8))
 
+    def copy(self) -> ImageTable:
+        return ImageTable(self.digests.copy(), self.sizes.copy(), self.level.copy())
+
     def fill(
-        self, source: ListedSource, stamps: np.ndarray, saved: _SavedTable | None, columns: slice = slice(None)
+        self, source: ListedSource, stamps: np.ndarray, saved: SavedTable | None, columns: slice = slice(None)
     ) -> None:
         """Take what is known better of the files that have the stamp, in these columns, that was saved."""
         if saved is None:
@@ -182,7 +204,7 @@ _Chunk = tuple[np.ndarray, list[str], np.ndarray, np.ndarray, np.ndarray, BadIma
 
 
 def _read_all(
-    source: Source, todo: np.ndarray, table: _Table, level: int, processes: int, progress: IndexProgress | None
+    source: Source, todo: np.ndarray, table: ImageTable, level: int, processes: int, progress: IndexProgress | None
 ) -> tuple[PackedKeys, np.ndarray, BadImages]:
     """Read the samples `todo` into the table; returns their keys and labels, and the bad images."""
     labels, bad = np.zeros(len(source), np.int64), {}
@@ -212,7 +234,7 @@ def _processes(workers: int | None, todo: int) -> int:
 def _chunks(source: Source, todo: np.ndarray, level: int, processes: int) -> Iterator[_Chunk]:
     pieces = [todo[i : i + CHUNK] for i in range(0, len(todo), CHUNK)]
     if processes < 1:
-        yield from (_read_chunk(source, rows, level) for rows in pieces)
+        yield from (read_chunk(source, rows, level) for rows in pieces)
         return
     # Not fork: a parent that has run torch holds locks of threads that a forked child does not have.
     context = multiprocessing.get_context("spawn")
@@ -245,10 +267,10 @@ def _start_process(source: Source) -> None:
 
 
 def _read_chunk_in_process(rows: np.ndarray, level: int) -> _Chunk:
-    return _read_chunk(_source_of_process, rows, level)
+    return read_chunk(_source_of_process, rows, level)
 
 
-def _read_chunk(source: Source, rows: np.ndarray, level: int) -> _Chunk:
+def read_chunk(source: Source, rows: np.ndarray, level: int) -> _Chunk:
     """The rows, their keys, labels, digests and sizes, and the bad images among them."""
     digests, sizes = np.zeros((len(rows), 32), np.uint8), np.zeros((len(rows), 2), np.uint32)
     keys, labels, bad = [], np.zeros(len(rows), np.int64), {}
@@ -287,12 +309,12 @@ def _index_file(source: ListedSource) -> Path:
     return cache_folder() / "index" / f"{hashlib.sha256(location).hexdigest()[:32]}.npz"
 
 
-class _SavedTable(NamedTuple):
+class SavedTable(NamedTuple):
     """The rows of a table with the keys and stamps that they were read from."""
 
     keys: PackedKeys
     stamps: np.ndarray
-    table: _Table
+    table: ImageTable
 
     def arrays(self, started_ns: int) -> dict[str, np.ndarray]:
         """What is saved, if reading began at `started_ns`."""
@@ -302,7 +324,7 @@ class _SavedTable(NamedTuple):
         return {"version": np.array(CACHE_VERSION), "stamps": self.stamps, **keys, **table}
 
 
-def _load_table(path: Path) -> _SavedTable | None:
+def load_table(path: Path) -> SavedTable | None:
     """The table that was saved at `path`; None if there is none that can be used."""
     saved = load_arrays(path, CACHE_ARRAYS)
     if saved is None or saved["version"].tolist() != CACHE_VERSION:
@@ -320,11 +342,11 @@ def _load_table(path: Path) -> _SavedTable | None:
         ((n,), "uint8"),
     ]:
         return None
-    return _SavedTable(keys, stamps, _Table(digests, sizes, level))
+    return SavedTable(keys, stamps, ImageTable(digests, sizes, level))
 
 
-def _shared_table(path: Path) -> _SavedTable:
-    saved = _load_table(path)
+def _shared_table(path: Path) -> SavedTable:
+    saved = load_table(path)
     if saved is None:
         found = "another file, or one of another version" if path.exists() else "nothing"
         raise Refused(

@@ -8,11 +8,12 @@ from typing import Any
 
 from redistill_cache.errors import UsageError
 
+from redistill.sources import DEFAULT_STREAM_CACHE
 from redistill.sources.base import ObjectSource, Source, local_path
 from redistill.sources.cifar import open_cifar
 from redistill.sources.folder import open_folder
+from redistill.sources.stream import open_wds
 from redistill.sources.synthetic import open_synthetic
-from redistill.sources.wds import open_wds
 from redistill.specs import Spec, did_you_mean, parse_spec
 
 __all__ = ["open_source"]
@@ -21,32 +22,39 @@ SCHEMES: dict[str, Callable[[Spec], Source]] = {
     "folder": open_folder,
     "cifar10": open_cifar,
     "cifar100": open_cifar,
-    "wds": open_wds,
     "synthetic": open_synthetic,
 }
 EXPECTED = "expected folder:PATH, cifar10:PATH, cifar100:PATH, wds:PATTERN, synthetic, or a path"
 
 
-def open_source(text_or_object: str | Path | Any) -> Source:  # noqa: ANN401  any object of the right shape
+def open_source(
+    text_or_object: str | Path | Any,  # noqa: ANN401  any object of the right shape
+    *,
+    stream_cache: float = DEFAULT_STREAM_CACHE,
+) -> Source:
     """Open an image set: a spec string, a bare path, or an object with `__len__` and `sample(i)`.
 
     folder:PATH  cifar10:PATH  cifar100:PATH  wds:PATTERN  synthetic[:name][?key=value&...]
+
+    Tars that are streamed take up to `stream_cache` GiB of the cache folder.
     """
     if isinstance(text_or_object, str | Path):
-        return _open_text(str(text_or_object))
+        return _open_text(str(text_or_object), stream_cache)
     if isinstance(text_or_object, Source):
         return text_or_object
     return ObjectSource(text_or_object)
 
 
-def _open_text(text: str) -> Source:
+def _open_text(text: str, stream_cache: float) -> Source:
     if not text.strip():
         raise UsageError(f"expected data, found an empty string; {EXPECTED}")
     head, question, options = text.partition("?")
     scheme = head.partition(":")[0]
+    if scheme == "wds":
+        return open_wds(parse_spec(text), stream_cache)
     if scheme in SCHEMES:
         return SCHEMES[scheme](parse_spec(text))
-    return _open_text(_detect(head) + question + options)
+    return _open_text(_detect(head) + question + options, stream_cache)
 
 
 def _detect(path: str) -> str:
@@ -62,5 +70,5 @@ def _detect(path: str) -> str:
         tars = local.glob("*.tar")
         return f"wds:{path}" if any(tars) and not any(child.is_dir() for child in local.iterdir()) else f"folder:{path}"
     if colon and "/" not in scheme:
-        raise UsageError(f"unknown kind of data {scheme!r}; {did_you_mean(scheme, SCHEMES)}")
+        raise UsageError(f"unknown kind of data {scheme!r}; {did_you_mean(scheme, [*SCHEMES, 'wds'])}")
     raise UsageError(f"{path!r} is neither a folder nor a tar pattern; {EXPECTED}")

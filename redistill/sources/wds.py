@@ -1,8 +1,9 @@
 """`wds:PATTERN`: tar files in webdataset's layout, read in place.
 
-* PATTERN is a folder (its *.tar by name), or one or more tars: paths or http(s) addresses without a '?', separated by
-  '::', with braces as in 'train-{000..146}.tar' or '{a,b}.tar'; at most 100,000 in all. `${NAME}` is replaced by the
-  environment variable WDS_NAME. This is webdataset's own expansion, so a name that contains one of these can be reached
+* PATTERN is a folder (its *.tar by name), a list file (LIST.txt with one tar in a line, '#' before a comment), or one
+  or more tars: paths or addresses (http(s), s3, gs, hf) without a '?', separated by '::', with braces as in
+  'train-{000..146}.tar' or '{a,b}.tar'; at most 100,000 in all. `${NAME}` is replaced by the environment variable
+  WDS_NAME. This is webdataset's own expansion, so a name that contains one of these can be reached
   only through its folder (or, for braces, with a backslash before them), and an IPv6 address with '::' not at all.
   'pipe:' is refused and no shell ever runs. Tars are not extracted, and no file on disk is opened by a name from inside
   a tar.
@@ -18,9 +19,10 @@
 * Folders are skipped; links, devices, sparse files and other special members are refused by name.
 * A tar without its end mark, or with anything but zeros after it, is refused: it is truncated, damaged, or two tars
   in one file, of which other readers silently read only the first. Compressed tars are refused.
-* A remote tar is downloaded once, as a whole, into `tars` in the user's cache folder ($XDG_CACHE_HOME/redistill, by
-  default ~/.cache/redistill), checked against the length that the server announced and up to its end mark, and from
-  then on read there without contacting the server; delete the file to download it again.
+* A remote tar that is not streamed (see `stream`) is downloaded once, as a whole, into `tars` in the user's cache
+  folder ($XDG_CACHE_HOME/redistill, by default ~/.cache/redistill), checked against the length that the server
+  announced and up to its end mark, and from then on read there without contacting the server; delete the file to
+  download it again.
 * The headers of a tar are read once and cached while its size and modification time stay the same; samples are then
   read by offset, in any order.
 """
@@ -32,10 +34,10 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from redistill_cache.addresses import Address, is_address, parse_address
@@ -54,15 +56,14 @@ from redistill.sources.base import (
     Sample,
     file_stamp,
     local_path,
-    pixel_limit,
-    shared_index,
 )
 from redistill.sources.images import MAX_ENCODED_BYTES, BadImage
 from redistill.sources.index import load_arrays, old_enough, repeats, save_arrays
 from redistill.sources.tar import Member, members
+from redistill.sources.tar_cache import name_of
 from redistill.specs import Spec
 
-__all__ = ["WdsSource", "open_wds"]
+__all__ = ["WdsSource", "copy_path", "expand_pattern", "local_copy", "parse_place", "read_at", "scan_tar"]
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 LABELS = ("cls", "json")
@@ -71,6 +72,7 @@ MAX_LABEL_BYTES = 16 << 20
 MAX_LABEL = (1 << 31) - 1
 SCAN_VERSION = 1
 MAX_TARS = 100_000
+MAX_LIST_BYTES = 64 << 20
 MAX_BRACES = 32  # inside each other
 MAX_UNANNOUNCED_BYTES = 16 << 30
 
@@ -87,8 +89,10 @@ class WdsSource:
         labelled: bool = True,
         max_pixels: int | None = None,
         index_file: Path | None = None,
+        window: int = 0,
         spec: str | None = None,
     ) -> None:
+        self.window = window
         self.max_pixels, self.index_file = max_pixels, index_file
         self.tars = [_existing(tar).resolve() for tar in tars]
         self.spec = f"wds:{','.join(map(str, tars))}" if spec is None else spec
@@ -101,10 +105,10 @@ class WdsSource:
         table = np.concatenate([part.places for part in parts])
         self._offsets, self._sizes, self.labels = (np.ascontiguousarray(column) for column in table.T)
         counts = [len(part) for part in parts]
-        self._tar_of = np.repeat(np.arange(len(self.tars), dtype=np.int32), counts)
+        self.tar_of = np.repeat(np.arange(len(self.tars), dtype=np.int32), counts)
         repeated = repeats(self.keys.hashes())
         if len(repeated):
-            key, tar = self.keys[int(repeated[0])], self.tars[self._tar_of[repeated[0]]]
+            key, tar = self.keys[int(repeated[0])], self.tars[self.tar_of[repeated[0]]]
             raise Refused(f"the key {key!r} in {str(tar)!r} is in an earlier tar, too; make keys unique across tars")
 
     @property
@@ -121,11 +125,26 @@ class WdsSource:
 
     def stamps(self) -> np.ndarray:
         by_tar = np.array([_stamp_of(tar) for tar in self.tars], np.int64)
-        return by_tar[self._tar_of]
+        return by_tar[self.tar_of]
+
+    @property
+    def largest_tar(self) -> int:
+        """In bytes."""
+        return max(stamp[0] for stamp in self._opened_as)
+
+    def by_parts(self) -> WdsSource:
+        return self
+
+    def loaded(self, samples: Sequence[int]) -> WdsSource:
+        del samples  # they can be read in any order
+        return self
+
+    def forget(self, i: int) -> None:
+        """Nothing to do: an index is not used for a tar that has another stamp."""
 
     def _read(self, i: int, key: str) -> bytes:
         offset, size = int(self._offsets[i]), int(self._sizes[i])
-        tar, opened_as = self.tars[self._tar_of[i]], self._opened_as[self._tar_of[i]]
+        tar, opened_as = self.tars[self.tar_of[i]], self._opened_as[self.tar_of[i]]
         if size > MAX_ENCODED_BYTES:
             raise BadImage(key, f"{size} bytes, more than the limit of {MAX_ENCODED_BYTES}")
         try:
@@ -134,34 +153,17 @@ class WdsSource:
                 status = os.fstat(fd)
                 if file_stamp(status) != opened_as:
                     raise Refused(f"{str(tar)!r} changed since it was opened; start the run again")
-                return _pread(fd, offset, size)
+                return read_at(fd, offset, size)
             finally:
                 os.close(fd)
         except OSError as error:
             raise BadImage(key, f"{str(tar)!r}: {error.strerror or error}") from error
 
 
-def open_wds(spec: Spec) -> WdsSource:
-    """A source from `wds:PATTERN?labels=none&max_pixels=400000000`."""
-    spec.refuse_unknown({"labels", "max_pixels", "index"})
-    labels = spec.take("labels", "members")
-    if labels not in ("members", "none"):
-        raise UsageError(f"{spec.text!r}: expected labels=members or none, found {labels!r}")
-    places = [_place(name) for name in _expand(spec)]  # all are valid before one is fetched
-    tars = [_local_copy(place) if isinstance(place, Address) else place for place in places]
-    return WdsSource(
-        tars,
-        labelled=labels == "members",
-        max_pixels=pixel_limit(spec),
-        index_file=shared_index(spec),
-        spec=spec.text,
-    )
-
-
 # -- which tars -------------------------------------------------------------------------------------------------------
 
 
-def _expand(spec: Spec) -> list[str]:
+def expand_pattern(spec: Spec) -> list[str]:
     """The paths and addresses of a pattern."""
     if not spec.name:
         raise UsageError(f"expected a pattern such as 'wds:train-{{000..146}}.tar', found {spec.text!r}")
@@ -171,6 +173,8 @@ def _expand(spec: Spec) -> list[str]:
         if not tars:
             raise Refused(f"no *.tar in {str(folder)!r}")
         return tars
+    if spec.name.endswith(".txt"):
+        return _checked(_listed(folder), spec)
     from webdataset.shardlists import envsubst, expand_urls  # here, because it imports torch
 
     try:
@@ -187,6 +191,31 @@ def _expand(spec: Spec) -> list[str]:
         raise
     except ValueError as error:
         raise UsageError(f"{spec.text!r} has unbalanced braces; expected braces such as '{{000..146}}'") from error
+    return _checked(names, spec)
+
+
+def _listed(file: Path) -> list[str]:
+    """The names in a list file; relative ones are beside it."""
+    try:
+        with file.open("rb") as opened:
+            content = opened.read(MAX_LIST_BYTES + 1)
+        lines = [line.strip() for line in content.decode().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise Refused(f"{str(file)!r}: expected a list of tars, one in a line: {reason}") from error
+    if len(content) > MAX_LIST_BYTES:
+        raise Refused(f"{str(file)!r} has more than {MAX_LIST_BYTES} bytes; expected a list of tars, one in a line")
+    names = [line for line in lines if line and not line.startswith("#")]
+    if not names:
+        raise Refused(f"{str(file)!r} names no tars; expected one in a line")
+    # What is refused, such as 'pipe:', stays as it is.
+    return [name if re.match(r"[A-Za-z]+:", name) else str(file.parent / local_path(name)) for name in names]
+
+
+def _checked(names: list[str], spec: Spec) -> list[str]:
+    """The names, none of which is empty, occurs twice, or starts a program."""
+    if len(names) > MAX_TARS:
+        raise _too_many(spec)
     for name in names:
         scheme = name.strip().partition(":")[0].lower()
         if not name.strip():
@@ -279,14 +308,18 @@ def _existing(tar: Path) -> Path:
     return tar
 
 
-def _place(name: str) -> Address | Path:
-    return parse_address(name.strip(), ("http", "https")) if is_address(name) else local_path(name)
+def parse_place(name: str) -> Address | Path:
+    return parse_address(name.strip()) if is_address(name) else local_path(name)
 
 
-def _local_copy(address: Address) -> Path:
-    """The file of an http(s) address in the cache folder; downloaded if it is missing."""
-    digest = hashlib.sha256(address.url.encode()).hexdigest()[:32]
-    target = cache_folder() / "tars" / f"{digest}-{PurePosixPath(address.name).name[-100:]}"
+def copy_path(address: Address) -> Path:
+    """Where the copy of a tar is that is kept."""
+    return cache_folder() / "tars" / name_of(address)
+
+
+def local_copy(address: Address) -> Path:
+    """The file of an address in the cache folder; downloaded if it is missing."""
+    target = copy_path(address)
 
     def check(received: Path) -> None:
         """A tar that is truncated or none at all must not stay in the cache."""
@@ -320,7 +353,7 @@ def _samples_of(tar: Path, *, labelled: bool) -> _TarSamples:
     cached = _load_samples(path, stamp)
     if cached is not None:
         return cached
-    keys, places = _scan(tar, labelled)
+    keys, places = scan_tar(tar, labelled)
     samples = _TarSamples(pack_keys(keys), np.array(places, np.int64).reshape(-1, 3), stamp)
     row = np.array([stamp], np.int64)
     if old_enough(row, started).all() and _stamp_of(tar) == stamp:
@@ -349,7 +382,7 @@ def _load_samples(path: Path, stamp: FileStamp) -> _TarSamples | None:
     return _TarSamples(keys, places, stamp) if places.shape == (len(keys), 3) and places.dtype == np.int64 else None
 
 
-def _scan(tar: Path, labelled: bool) -> tuple[list[str], list[tuple[int, int, int]]]:
+def scan_tar(tar: Path, labelled: bool) -> tuple[list[str], list[tuple[int, int, int]]]:
     """Key and place of every sample."""
     keys, places, incomplete = [], [], None
     for group in filter(_Group.is_sample, _groups(tar, labelled)):
@@ -427,7 +460,7 @@ def _label_bytes(fd: int, member: Member, tar: Path) -> bytes:
     if member.size > MAX_LABEL_BYTES:
         raise Refused(f"{member.name!r} in {str(tar)!r} has {member.size} bytes; a label has at most {MAX_LABEL_BYTES}")
     try:
-        return _pread(fd, member.offset, member.size)
+        return read_at(fd, member.offset, member.size)
     except OSError as error:
         raise Refused(f"{str(tar)!r} is truncated at {member.name!r}; get it again") from error
 
@@ -445,7 +478,7 @@ def _split(name: str, tar: Path) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
-def _pread(fd: int, offset: int, size: int) -> bytes:
+def read_at(fd: int, offset: int, size: int) -> bytes:
     """Exactly `size` bytes at `offset`."""
     parts, left = [], size
     while left:

@@ -5,7 +5,7 @@ Which rows form which batch depends on (seed, epoch) alone, for any number of ra
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, NamedTuple
@@ -17,8 +17,10 @@ from redistill_cache.errors import Refused
 from torch import Tensor
 
 from redistill.loading import BatchLoader
+from redistill.sources.stream import TarsAhead
 from redistill.views import ViewDataset
 from redistill.views.dataset import MixedView, RenderedView
+from redistill.views.stream_order import EpochOrder, epoch_order
 
 __all__ = [
     "BatchPlan",
@@ -89,20 +91,31 @@ class Feed:
         num_views = self.dataset.views.num_views if self.num_views is None else self.num_views
         return views_of_epoch(epoch, num_views, self.views_per_image)
 
-    def global_batches(self, epoch: int) -> list[Rows]:
-        """The batches of an epoch over all ranks, as rows of the archive."""
-        usable = reduce(
+    def usable(self, epoch: int) -> Rows:
+        """The rows that can be rendered in an epoch."""
+        rows: Rows = reduce(
             np.intersect1d, (self.dataset.indices(view) % self.dataset.num_rows for view in self.views(epoch))
         )
+        return rows
+
+    def order(self, epoch: int) -> EpochOrder:
+        """All rows of an epoch; of streamed tars, group by group."""
+        dataset = self.dataset
+        return epoch_order(self.seed, epoch, self.usable(epoch), dataset.source, dataset.views.source_rows)
+
+    def global_batches(self, epoch: int) -> list[Rows]:
+        """The batches of an epoch over all ranks, as rows of the archive."""
+        usable = self.usable(epoch)
         if len(usable) < self.world_size:
             raise Refused(f"{len(usable)} rows cannot be split over {self.world_size} ranks; use fewer ranks")
-        batches = epoch_batches(self.seed, epoch, usable, self.batch_size // self.views_per_image)
+        batches = epoch_batches(self.order(epoch).rows, self.batch_size // self.views_per_image)
         if len(batches[-1]) < self.world_size:
             raise Refused(f"--batch-size {self.batch_size} is too small for {self.world_size} ranks")
         return batches
 
     def start(self, epoch: int = 0, batch: int = 0) -> Generator[TrainBatch, None, None]:
         """Every batch from this one to the end of the run. The workers live for all epochs."""
+        groups = _Groups(self, epoch, batch)
 
         def plans() -> Iterator[tuple[BatchPlan, list[int]]]:
             for current in range(epoch, self.epochs):
@@ -113,8 +126,44 @@ class Feed:
                     yield plan, [self.dataset.index(view, row) for row in rows.tolist() for view in views]
 
         pin = self.device.type == "cuda"
-        with BatchLoader(self.dataset, workers=self.workers, collate=collate_views, pin=pin) as loader:
-            yield from on_device(loader.load(plans()), self.device)
+        with (
+            BatchLoader(self.dataset, workers=self.workers, collate=collate_views, pin=pin) as loader,
+            TarsAhead(self.dataset.source, groups.tars()) as ahead,
+        ):
+            for item in on_device(loader.load(plans()), self.device):
+                if ahead.fetches:
+                    ahead.enter(groups.number(item.plan))
+                yield item
+
+
+class _Groups:
+    """The groups of tars that the batches from one on use, numbered from 0 in the order of their use."""
+
+    def __init__(self, feed: Feed, epoch: int, batch: int) -> None:
+        self.feed, self.epoch, self.batch = feed, epoch, batch
+        self._of_epoch: dict[int, tuple[EpochOrder, int]] = {}
+
+    def tars(self) -> Iterator[Sequence[int]]:
+        count = 0
+        for epoch in range(self.epoch, self.feed.epochs):
+            order, skipped = self.feed.order(epoch), 0
+            if epoch == self.epoch and self.batch:
+                batches = len(self.feed.global_batches(epoch))
+                skipped = order.group_at(images_before(self.batch, batches, len(order.rows)))
+            self._of_epoch[epoch] = order, count - skipped
+            for group in order.tars[skipped:]:
+                count += 1
+                yield group.tolist()
+
+    def number(self, plan: BatchPlan) -> int:
+        """The last group that the batch uses."""
+        order, before = self._of_epoch[plan.epoch]
+        return before + order.group_at(images_before(plan.batch + 1, plan.batches, len(order.rows)) - 1)
+
+
+def images_before(batch: int, batches: int, images: int) -> int:
+    """How many of the images of an epoch are in its first batches."""
+    return batch * (images // batches) + min(batch, images % batches)
 
 
 def on_device(batches: Iterator[tuple[BatchPlan, ViewBatch]], device: torch.device) -> Iterator[TrainBatch]:
@@ -145,13 +194,12 @@ def moved(images: ViewBatch, device: torch.device) -> ViewBatch:
     return ViewBatch(*map(move, images))
 
 
-def epoch_batches(seed: int, epoch: int, rows: Rows, batch_size: int) -> list[Rows]:
-    """The rows of one epoch in random order, each once, in as few batches of at most `batch_size` as possible.
+def epoch_batches(rows: Rows, batch_size: int) -> list[Rows]:
+    """The rows of one epoch in their order, in as few batches of at most `batch_size` as possible.
 
     Batch sizes differ by at most one: a small last batch would give batch norms poor statistics.
     """
-    shuffled = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64))).permutation(rows)
-    return np.array_split(shuffled, max(1, -(-len(rows) // batch_size)))
+    return np.array_split(rows, max(1, -(-len(rows) // batch_size)))
 
 
 def rank_rows(batch: Rows, rank: int, world_size: int) -> Rows:

@@ -17,7 +17,7 @@ from redistill_cache.storage import LOCAL
 
 from redistill.optim import OptimConfig, preset
 from redistill.option_fields import check_types, check_values, option, options_of, shown
-from redistill.sources import OnBadImage
+from redistill.sources import DEFAULT_STREAM_CACHE, STREAM_CACHE_HELP, OnBadImage
 from redistill.specs import did_you_mean, parse_spec
 from redistill.strict_toml import read_toml
 
@@ -50,6 +50,7 @@ FREE_ON_RESUME = (
     "on_bad_image",
     "workers",
     "cache_memory",
+    "stream_cache",
     "log",
     "checkpoint_minutes",
     "resume",
@@ -201,6 +202,10 @@ class TrainOptions:
             "and copied to the GPU with every batch.",
             at_least=0,
         ),
+    )
+    stream_cache: float = field(
+        default=DEFAULT_STREAM_CACHE,
+        metadata=option(STREAM_CACHE_HELP, metavar="GIB", above=0, at_most=2**20),
     )
     allow_missing: bool = field(
         default=False, metadata=option("Train on the matching images even if others are missing.")

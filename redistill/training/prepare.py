@@ -25,6 +25,7 @@ from redistill.models import OpenedModel, open_model
 from redistill.progress import Progress
 from redistill.ranks import World
 from redistill.signals import LOGITS, PENULTIMATE, PROBE_SIZE, Head
+from redistill.sources.open_source import open_source
 from redistill.specs import first_line
 from redistill.teachers import Teacher
 from redistill.training.archive_use import ArchiveUse
@@ -37,6 +38,7 @@ from redistill.training.validate import Validation, validation_recipe
 from redistill.views import archive_recipe
 from redistill.views.aligned import AlignedViews, aligned_views
 from redistill.views.canaries import Alignment
+from redistill.views.stream_order import refuse_mixing, stream_settings
 from redistill.views.view_params import excluded_keys
 
 __all__ = ["TrainSetup", "prepare"]
@@ -135,6 +137,7 @@ def prepare(options: TrainOptions, world: World, progress: Progress, saved: Arch
             dataset = dataset.without(held_out)
         elif options.val is not None:
             validation = open_validation(options, archive, size, workers, world)
+    refuse_mixing(dataset.source, dataset.views.recipe)
     feed = Feed(
         dataset,
         epochs=options.optim.epochs,
@@ -161,7 +164,8 @@ def prepare(options: TrainOptions, world: World, progress: Progress, saved: Arch
         )
         for spec, student, objective, looked_at in zip(specs, students, objectives, layers, strict=True)
     ]
-    return TrainSetup(archive, use, feed, members, targets, validation, views.alignment, fixed_options(options, specs))
+    fixed = fixed_options(options, specs) | stream_settings(dataset.source, dataset.views.source_rows)
+    return TrainSetup(archive, use, feed, members, targets, validation, views.alignment, fixed)
 
 
 def evenly(rows: np.ndarray, width: int) -> np.ndarray:
@@ -403,7 +407,7 @@ def open_student(spec: MemberSpec, archive: Archive, size: int, options: TrainOp
 def open_views(options: TrainOptions, archive: Archive, workers: int, progress: Progress) -> AlignedViews:
     """The archive's views from the user's images, verified to be those the teacher was run on."""
     views = aligned_views(
-        options.data,
+        open_source(options.data, stream_cache=options.stream_cache),
         archive,
         size=options.size,
         allow_missing=options.allow_missing,

@@ -17,7 +17,7 @@ from redistill.loading import BatchLoader
 from redistill.metrics import MetricSums, batch_sums
 from redistill.models.model_info import Normalise
 from redistill.sources import OnBadImage
-from redistill.sources.base import NO_LABEL
+from redistill.sources.base import NO_LABEL, in_any_order
 from redistill.sources.index import SourceIndex, index_source
 from redistill.sources.open_source import open_source
 from redistill.training.feed import collate_views
@@ -114,7 +114,8 @@ class Validation:
         labels[np.searchsorted(index.rows, source_rows[present])] = dataset.views.labels[rows[present]]
         if not (labels >= 0).any():
             raise Refused(f"{dataset.source.spec} has none of the {len(rows)} images that are held out for validation")
-        crops = ViewDataset(dataset.source, DrawnViews(index, parse_recipe(f"center?size={size}"), seed=0, num_views=1))
+        center = DrawnViews(index, parse_recipe(f"center?size={size}"), seed=0, num_views=1)
+        crops = ViewDataset(in_any_order(dataset.source), center)
         options = {"batch_size": batch_size, "workers": workers, "rank": rank, "world_size": world_size}
         return cls(crops, labels, None, class_names, **options)
 

@@ -20,7 +20,7 @@ from PIL import features
 from redistill_cache.errors import Damaged, Refused, UsageError
 
 from redistill.devices import one_thread
-from redistill.sources.base import Sample, Source
+from redistill.sources.base import Sample, Source, StreamedSource
 from redistill.sources.images import decode_array
 from redistill.views.counter import Purpose, below, draw_words
 from redistill.views.fingerprint import GRID, best_explanation, distance, grid_positions
@@ -221,7 +221,18 @@ def check_canaries(dataset: Dataset, archive: CanaryArchive, *, views: Sequence[
         for name, value in installed.items()
         if name in archived and archived[name] != value
     }
-    return align(dataset.with_views(dataset.source, dataset.views), stored, keys=archive.keys, versions=versions)
+    source = _with_images(dataset.source, dataset.views, stored)
+    return align(dataset.with_views(source, dataset.views), stored, keys=archive.keys, versions=versions)
+
+
+def _with_images(source: Source, views: Views, stored: Mapping[int, tuple[Rows, Pixels]]) -> Source:
+    """The source; of streamed tars, the images of these rows are read together, and their tars are not fetched."""
+    if not isinstance(source, StreamedSource):
+        return source
+    needed = [rows for rows, _ in stored.values()]
+    if views.recipe.mixes:
+        needed += [views.params(view, rows)["mix_partner"].astype(np.int64) for view, (rows, _) in stored.items()]
+    return source.by_parts().loaded(views.source_rows[np.unique(np.concatenate(needed))].tolist())
 
 
 def _spread(values: Sequence[int], count: int) -> list[int]:

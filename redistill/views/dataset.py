@@ -14,7 +14,7 @@ import torch
 from redistill_cache.errors import OutOfRange, Refused
 from redistill_cache.keys import pack_keys
 
-from redistill.sources.base import ListedSource, Sample, Source, digest_of
+from redistill.sources.base import ListedSource, Sample, Source, StreamedSource, digest_of, in_any_order
 from redistill.sources.images import decode_image
 from redistill.sources.join import Join
 from redistill.sources.open_source import open_source
@@ -97,6 +97,12 @@ class ViewDataset(torch.utils.data.Dataset[RenderedView | MixedView]):
         if check and archive is not None:
             check_canaries(self, archive).require()
 
+    def by_parts(self) -> ViewDataset:
+        """The same dataset for use in any order: of streamed tars that are not here, only single images are read."""
+        other = copy.copy(self)
+        other.source = in_any_order(self.source)
+        return other
+
     def __repr__(self) -> str:
         return f"<ViewDataset: {self.num_rows} rows, {self.views.num_views} views of {self.size} pixels>"
 
@@ -136,6 +142,7 @@ class ViewDataset(torch.utils.data.Dataset[RenderedView | MixedView]):
         for plan in plans:
             images.count_uses(plan.rows)
             images.count_uses(plan.partners[plan.mixed])
+        images.load()
         items: dict[int, RenderedView | MixedView] = {}
         for plan in plans:
             for i, position in enumerate(plan.positions.tolist()):
@@ -193,6 +200,12 @@ class _Images:
     def count_uses(self, rows: Rows) -> None:
         self.uses.update(rows.tolist())
 
+    def load(self) -> None:
+        """Read together what is not on the disk."""
+        if isinstance(self.source, StreamedSource):
+            rows = self.source_rows[list(self.uses)]
+            self.source = self.source.loaded(rows[rows >= 0].tolist())
+
     def decode(self, row: int) -> torch.Tensor:
         image = self.decoded.pop(row, None)
         if image is None:
@@ -201,6 +214,8 @@ class _Images:
                 raise Refused(f"row {row} has no sample in this source; use only the rows of indices(view)")
             sample = self.source.sample(source_row)
             if isinstance(sample.payload, bytes) and sha256(sample.payload).digest() != self.digests[row].tobytes():
+                if isinstance(self.source, StreamedSource):
+                    self.source.forget(source_row)
                 raise Refused(
                     f"image {sample.key!r} has changed since it was indexed; restore it, or start again with the "
                     "images as they are now"
@@ -224,7 +239,7 @@ def render(
     The image is found by content, so the order of the source does not matter; a changed image is refused. The canaries
     are not checked: `aligned_views` does this for a whole dataset.
     """
-    source = open_source(source)
+    source = in_any_order(open_source(source))
     recipe = archive_recipe(archive)
     for what, value, count in (("row", row, archive.num_samples), ("view", view, archive.num_views)):
         if not 0 <= value < count:

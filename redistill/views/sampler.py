@@ -10,6 +10,7 @@ import torch.distributed as dist
 from redistill_cache.errors import UsageError
 
 from redistill.views.dataset import ViewDataset
+from redistill.views.stream_order import epoch_order
 
 __all__ = ["ViewSampler"]
 
@@ -71,8 +72,10 @@ class ViewSampler(torch.utils.data.Sampler[int]):
         return -(-len(self.dataset.indices(self.view)) // self.world)
 
     def __iter__(self) -> Iterator[int]:
-        indices = self.dataset.indices(self.view)
-        generator = np.random.Generator(np.random.Philox(key=np.array([self.seed, self.epoch], np.uint64)))
+        dataset = self.dataset
+        rows = dataset.indices(self.view) % dataset.num_rows
+        order = epoch_order(self.seed, self.epoch, rows, dataset.source, dataset.views.source_rows)
+        indices = self.view * dataset.num_rows + order.rows
         # np.resize repeats the first indices where the ranks cannot have as many without.
-        padded = np.resize(generator.permutation(indices), len(self) * self.world)
+        padded = np.resize(indices, len(self) * self.world)
         return iter(padded[self.rank :: self.world].tolist())

@@ -348,9 +348,9 @@ def test_names_are_counted_before_they_are_made():
     ("text", "expected"),
     [
         ("wds:", "expected a pattern"),
-        ("wds:s3://b/a.tar", "s3://b/a.tar' is not read"),
+        ("wds:ftp://b/a.tar", "ftp://b/a.tar' is not read"),
         ("wds:file:///a.tar", "file:///a.tar' is not read"),
-        ("wds:a.tar::s3://b/a.tar", "s3://b/a.tar' is not read"),
+        ("wds:a.tar::ftp://b/a.tar", "ftp://b/a.tar' is not read"),
         ("wds:http://[half/a.tar", "is not a valid address"),
         ("wds:a{.tar", "unbalanced braces"),
         ("wds:a}.tar", "unbalanced braces"),

@@ -29,12 +29,20 @@ def images_of_steps(records: Iterable[Path]) -> list[list[str]]:
     return [sorted(image for images in of_ranks for image in images) for of_ranks in zip(*ranks, strict=True)]
 
 
-def record(tmp_path: Path, options: TrainOptions, name: str, world_size: int, stop_at: int = 0) -> list[list[str]]:
+def record(
+    tmp_path: Path,
+    options: TrainOptions,
+    name: str,
+    world_size: int,
+    stop_at: int = 0,
+    data: str = DATA,
+    extra: tuple[object, ...] = (),
+) -> list[list[str]]:
     """Train on `world_size` ranks, until SIGTERM at step `stop_at` or to the end; the images of each step."""
     plain = f"--epochs 2 --lr 0.05 --workers 0 --batch-size {options.batch_size} --loss kl --log csv"
     student = "python:tests.recording_student:build?norm=half"
-    arguments = ("train", DATA, "--archive", options.archive, "--out", options.out, "--student", student)
-    arguments += tuple(plain.split())
+    arguments = ("train", data, "--archive", options.archive, "--out", options.out, "--student", student)
+    arguments += (*plain.split(), *extra)
     environment = {"RECORD_TO": str(tmp_path / name), "STOP_AT": str(stop_at)}
     output = tmp_path / f"{name}.txt"
     processes = (

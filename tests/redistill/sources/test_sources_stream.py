@@ -1,0 +1,306 @@
+"""Streamed tars: the order of an epoch, the bounded cache, servers that fail, and tars that change."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import tarfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from redistill_cache import download
+from redistill_cache.errors import Refused, UsageError
+
+import redistill
+from redistill.sources.index import index_source
+from redistill.sources.stream import GIB, StreamSource, TarsAhead
+from redistill.training.feed import epoch_batches, images_before, rank_rows
+from redistill.views.stream_order import grouped_order
+from tests.flaky_server import Flaky, serving
+from tests.redistill.sources.test_sources_wds import picture
+
+PER_TAR = 6
+
+
+def tar_of(numbers: range, label: int = 5) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for number in numbers:
+            for name, content in (
+                (f"x/{number:05d}.png", picture(number)),
+                (f"x/{number:05d}.cls", b"%d" % (number % label)),
+            ):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return out.getvalue()
+
+
+@pytest.fixture
+def server() -> Iterator[Flaky]:
+    """Eight tars of six images."""
+    with serving(Flaky({f"t{i}.tar": tar_of(range(PER_TAR * i, PER_TAR * (i + 1))) for i in range(8)})) as flaky:
+        yield flaky
+
+
+def spec(server: Flaky, options: str = "stream=1&window=2", tars: str = "{0..7}") -> str:
+    return f"wds:{server.address}/t{tars}.tar?{options}"
+
+
+def opened(server: Flaky, *, tars_in_cache: float = 4, options: str = "stream=1&window=2") -> StreamSource:
+    largest = max(map(len, server.files.values()))
+    source = redistill.open_source(spec(server, options), stream_cache=tars_in_cache * largest / GIB)
+    assert isinstance(source, StreamSource)
+    return source
+
+
+def requested(server: Flaky) -> Counter[str]:
+    return Counter(request.path for request in server.requests)
+
+
+# -- order ------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**63),
+    epoch=st.integers(0, 10_000),
+    counts=st.lists(st.integers(0, 30), min_size=1, max_size=40).filter(any),
+    window=st.integers(1, 12),
+    batch_size=st.integers(3, 50),
+)
+def test_the_order_of_an_epoch(seed: int, epoch: int, counts: list[int], window: int, batch_size: int):
+    tar_of_rows = np.repeat(np.arange(len(counts)), counts)
+    rows = np.random.default_rng(0).permutation(2 * len(tar_of_rows))[: len(tar_of_rows)]
+    order = grouped_order(seed, epoch, rows, tar_of_rows, window)
+    again = grouped_order(seed, epoch, rows.copy(), tar_of_rows.copy(), window)
+    assert np.array_equal(order.rows, again.rows)
+    assert np.array_equal(np.sort(order.rows), np.sort(rows))  # each row once
+    # Each tar is in one group, of at most `window`, and its rows are within the group.
+    tars = np.concatenate(order.tars)
+    assert np.array_equal(np.sort(tars), np.flatnonzero(counts))
+    assert max(map(len, order.tars)) <= window
+    tar_of_row = dict(zip(rows.tolist(), tar_of_rows.tolist(), strict=True))
+    for position, row in enumerate(order.rows.tolist()):
+        assert tar_of_row[row] in order.tars[order.group_at(position)]
+    # The same batches for any number of ranks, and positions that a resumed run can count.
+    batches = epoch_batches(order.rows, batch_size)
+    for ranks in (1, 2, 3):
+        for batch in batches:
+            assert np.array_equal(
+                np.sort(np.concatenate([rank_rows(batch, r, ranks) for r in range(ranks)])), np.sort(batch)
+            )
+    for number in range(len(batches) + 1):
+        assert images_before(number, len(batches), len(rows)) == sum(map(len, batches[:number]))
+
+
+def test_the_order_depends_on_seed_and_epoch_and_mixes_the_tars_of_a_window():
+    rows = np.arange(400)
+    one = grouped_order(1, 2, rows, rows // 10, 4)
+    for other in (grouped_order(2, 2, rows, rows // 10, 4), grouped_order(1, 3, rows, rows // 10, 4)):
+        assert not np.array_equal(one.rows, other.rows)
+        assert [set(tars) for tars in one.tars] != [set(tars) for tars in other.tars]
+    assert all(len(set((one.rows[start : start + 20] // 10).tolist())) >= 3 for start in range(0, 400, 40))
+    assert one.rows[:5].tolist() == [378, 372, 371, 327, 363], "released runs are resumed in this order"
+
+
+# -- the cache --------------------------------------------------------------------------------------------------------
+
+
+def test_a_tar_is_read_once_to_index_it_and_once_each_time_it_is_used(server: Flaky, cache: Path):
+    source = opened(server)
+    assert requested(server) == {f"/t{i}.tar": 1 for i in range(8)}
+    index = index_source(source)
+    assert (index.reused, index.sizes.tolist(), index.labels.tolist()) == (
+        *(48, [[8, 6]] * 48),
+        [i % 5 for i in range(48)],
+    )
+    assert list(index.keys[:2]) == ["x/00000", "x/00001"]
+    server.requests.clear()
+    again = opened(server)  # the index is kept
+    assert np.array_equal(index_source(again).digests, index.digests)
+    assert requested(server) == {}
+    biggest, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            total = 0
+            for path in (cache / "streamed").iterdir():
+                try:
+                    total += path.stat().st_size
+                except FileNotFoundError:
+                    continue
+            biggest[0] = max(biggest[0], total)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    order = grouped_order(0, 0, np.arange(48), again.tar_of.astype(np.int64), 2)
+    with TarsAhead(again, [tars.tolist() for tars in order.tars]) as ahead:
+        for position, i in enumerate(order.rows.tolist()):
+            ahead.enter(order.group_at(position))
+            assert again.sample(i).payload == picture(i)
+    done.set()
+    watcher.join()
+    assert max(requested(server).values()) == 1
+    assert 0 < biggest[0] <= again.cache.limit
+    assert len(list((cache / "streamed").glob("*.partial"))) == 0
+
+
+def test_without_ahead_the_samples_are_the_same_and_the_disk_is_bounded(server: Flaky, cache: Path):
+    source = pickle.loads(pickle.dumps(opened(server)))
+    for i in np.random.default_rng(0).permutation(48).tolist():
+        assert source.sample(i).payload == picture(i)
+        assert sum(path.stat().st_size for path in (cache / "streamed").iterdir()) <= source.cache.limit
+    limit = source.cache.limit
+    (cache / "streamed" / "left.0123.partial").write_bytes(bytes(limit))  # by a process that was killed
+    [(cache / "streamed" / name).unlink() for name in {p.name for p in (cache / "streamed").glob("*.tar")}]
+    assert source.sample(0).payload == picture(0)
+    assert not list((cache / "streamed").glob("*.partial"))
+
+
+def test_single_images_are_read_without_their_tars(server: Flaky, cache: Path):
+    opened(server)
+    for path in (cache / "streamed").iterdir():
+        path.unlink()
+    source = opened(server).by_parts().loaded([40, 1, 7, 1])
+    assert [source.sample(i).payload for i in (1, 7, 40, 13)] == [picture(i) for i in (1, 7, 40, 13)]
+    ranges = [request.headers["Range"].removeprefix("bytes=").split("-") for request in server.requests[-4:]]
+    asked = sorted(int(last) - int(first) + 1 for first, last in ranges)
+    assert asked == sorted(len(picture(i)) for i in (1, 7, 40, 13))
+    assert not list((cache / "streamed").iterdir())
+    server.fault = lambda *_: "200 for 206"  # a server without ranges
+    assert source.sample(25).payload == picture(25)
+
+
+def test_a_cache_that_is_too_small_is_refused(server: Flaky):
+    opened(server)
+    with pytest.raises(Refused, match=r"two windows of 4 tars have up to .*; add window=2, or allow at least"):
+        opened(server, options="stream=1&window=4")
+    with pytest.raises(Refused, match=r"two windows of 1 tars .*; allow at least"):
+        opened(server, tars_in_cache=1.5, options="stream=1&window=1")
+    server.files = {name: data for name, data in server.files.items() if name < "t4"}
+    with pytest.raises(Refused, match=r"a tar of at least .*, and --stream-cache is") as refused:
+        redistill.open_source(spec(server, "stream=1&labels=none"), stream_cache=100 / GIB)
+    assert "\n" not in str(refused.value)
+
+
+def test_tars_are_streamed_by_default_if_they_are_larger_than_the_limit(server: Flaky, cache: Path):
+    largest = max(map(len, server.files.values()))
+    source = redistill.open_source(spec(server, "window=1"), stream_cache=4 * largest / GIB)
+    assert isinstance(source, StreamSource)
+    assert max(requested(server).values()) == 1
+    assert not list((cache / "tars").glob("*.tar"))
+    kept = redistill.open_source(spec(server, "labels=none", "{0..1}"), stream_cache=4 * largest / GIB)
+    assert not isinstance(kept, StreamSource)
+    with pytest.raises(UsageError, match="window= mixes the images of streamed tars; add stream=1"):
+        redistill.open_source(spec(server, "window=2&stream=0", "{0..1}"))
+
+
+# -- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+def test_missing_tars_are_counted_and_refused(server: Flaky):
+    del server.files["t3.tar"], server.files["t6.tar"]
+    with pytest.raises(Refused, match=r"2 of 8 tars are missing; the first: .*t3\.tar.*404") as refused:
+        opened(server)
+    assert "\n" not in str(refused.value)
+    server.files |= {f"t{i}.tar": tar_of(range(PER_TAR * i, PER_TAR * (i + 1))) for i in (3, 6)}
+    server.requests.clear()
+    opened(server)
+    assert requested(server) == {"/t3.tar": 1, "/t6.tar": 1}  # the pass continues
+
+
+def test_a_dead_server_ends_in_one_line(server: Flaky, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    for patience in ("FIRST_PATIENCE_S", "PATIENCE_S"):
+        monkeypatch.setattr(download, patience, 0.0)
+    source = opened(server)
+    for path in (cache / "streamed").iterdir():
+        path.unlink()
+    server.fault = lambda *_: "503"
+    for use in (source.sample, source.by_parts().sample):
+        with pytest.raises(Refused, match=r"t4\.tar") as refused:
+            use(PER_TAR * 4)
+        assert "\n" not in str(refused.value)
+    with TarsAhead(source, [[0, 1], [2, 3]]):  # fetching ahead fails in silence, and leaves nothing
+        time.sleep(0.2)
+    assert not list((cache / "streamed").iterdir())
+
+
+@pytest.mark.parametrize("size_changes", [True, False])
+def test_a_tar_that_changes_is_refused_and_indexed_again(server: Flaky, cache: Path, size_changes: bool):
+    before = index_source(opened(server))
+    numbers = range(500, 500 + PER_TAR + 20 * size_changes)
+    server.files["t2.tar"] = tar_of(numbers)
+    for path in (cache / "streamed").iterdir():
+        path.unlink()
+    source = opened(server)
+    if size_changes:
+        for use in (source.sample, source.by_parts().sample):
+            with pytest.raises(
+                Refused, match=r"t2\.tar: now has \d+ bytes, and had \d+ .*; start the run again"
+            ) as refused:
+                use(2 * PER_TAR)
+            assert "\n" not in str(refused.value)
+    else:
+        source.forget(2 * PER_TAR)
+    server.requests.clear()
+    after = index_source(opened(server))
+    assert requested(server) == {"/t2.tar": 1}
+    assert len(after) == len(before) + 20 * size_changes
+    assert not np.array_equal(after.digests[12:18], before.digests[12:18])
+    assert np.array_equal(after.digests[:12], before.digests[:12])
+
+
+def test_a_shared_index_needs_no_pass(server: Flaky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    index = index_source(opened(server), save_to=tmp_path / "i.npz")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another-machine"))
+    server.requests.clear()
+    options = f"stream=1&window=2&index={tmp_path / 'i.npz'}"
+    source = opened(server, options=options)
+    shared = index_source(source)
+    assert (shared.reused, shared.digests.tolist()) == (48, index.digests.tolist())
+    assert requested(server) == {}
+    assert source.sample(30).payload == picture(30)
+    with pytest.raises(Refused, match=r"expected an index of 7 streamed tars at .*i\.npz, found another file"):
+        redistill.open_source(spec(server, options, "{0..6}"))
+
+
+def test_a_list_file_names_tars(server: Flaky, tmp_path: Path):
+    listed = tmp_path / "tars.txt"
+    listed.write_text("# the first two\n" + "".join(f"{server.address}/t{i}.tar\n" for i in range(2)))
+    assert len(redistill.open_source(f"wds:{listed}?stream=1")) == 2 * PER_TAR
+    (tmp_path / "here.tar").write_bytes(server.files["t0.tar"])
+    listed.write_text("here.tar\n")
+    local = redistill.open_source(f"wds:{listed}?stream=1&window=3")
+    assert (len(local), local.window) == (PER_TAR, 3)
+    for line in ("pipe:touch x", "file:///etc/passwd", "ftp://host/a.tar"):
+        listed.write_text(line + "\n")
+        with pytest.raises(UsageError, match="is not read"):
+            redistill.open_source(f"wds:{listed}?stream=1")
+    listed.write_text("\n")
+    with pytest.raises(Refused, match="names no tars"):
+        redistill.open_source(f"wds:{listed}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_ten_thousand_tars_by_braces_and_by_a_list(tmp_path: Path):
+    """Each is read once; opened again, none is."""
+    count = 10_000
+    with serving(Flaky({f"{i:04d}.tar": tar_of(range(i, i + 1)) for i in range(count)})) as server:
+        (tmp_path / "tars.txt").write_text("".join(f"{server.address}/{i:04d}.tar\n" for i in range(count)))
+        options = "stream=1&window=100"
+        by_braces = redistill.open_source(f"wds:{server.address}/{{0000..9999}}.tar?{options}", stream_cache=0.01)
+        assert (len(by_braces), max(requested(server).values())) == (count, 1)
+        server.requests.clear()
+        by_list = redistill.open_source(f"wds:{tmp_path / 'tars.txt'}?{options}", stream_cache=0.01)
+        assert index_source(by_list).reused == count
+        assert requested(server) == {}
+        assert by_list.sample(9_876).payload == picture(9_876)
