@@ -198,7 +198,7 @@ class Base:
 
     def write(self, out: Path, files: Files) -> None:
         """Create the archive, with everything or not at all."""
-        for old in out.parent.glob(f"{glob.escape(out.name)}.*{LEFTOVER}"):  # of a process that was killed
+        for old in out.parent.glob(f"{glob.escape(out.name)}.{'[0-9a-f]' * 32}{LEFTOVER}"):  # of a killed process
             shutil.rmtree(old)
         folder = out.with_name(f"{out.name}.{uuid.uuid4().hex}{LEFTOVER}")
         writer = ArchiveWriter.create(folder, self.spec, files=files)
