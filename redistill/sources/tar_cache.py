@@ -135,7 +135,7 @@ class TarCache:
             yield self.fetch(address, stopped=stopped)
         finally:
             with self._lock:
-                self._held[name] -= 1
+                self._held -= Counter([name])  # keeps what is above zero
 
     def touch(self, addresses: Sequence[Address]) -> None:
         """These are used now."""
@@ -174,7 +174,7 @@ class TarCache:
     def _has_room(self, file: BinaryIO, total: int, keep: Callable[[], AbstractSet[str]]) -> bool:
         own = Path(file.name).name
         with self._lock, locked(self.folder, "makes room for a tar", say):
-            in_use = keep() | {name for name, times in self._held.items() if times}
+            in_use = keep() | self._held.keys()
             whole, used = [], total
             for path in self.folder.iterdir():
                 if path.name == own or (path.name.endswith(LEFTOVER) and not _is_alive(path)):

@@ -297,10 +297,10 @@ def test_ten_thousand_tars_by_braces_and_by_a_list(tmp_path: Path):
     with serving(Flaky({f"{i:04d}.tar": tar_of(range(i, i + 1)) for i in range(count)})) as server:
         (tmp_path / "tars.txt").write_text("".join(f"{server.address}/{i:04d}.tar\n" for i in range(count)))
         options = "stream=1&window=100"
-        by_braces = redistill.open_source(f"wds:{server.address}/{{0000..9999}}.tar?{options}", stream_cache=0.01)
+        by_braces = redistill.open_source(f"wds:{server.address}/{{0000..9999}}.tar?{options}", stream_cache=0.004)
         assert (len(by_braces), max(requested(server).values())) == (count, 1)
         server.requests.clear()
-        by_list = redistill.open_source(f"wds:{tmp_path / 'tars.txt'}?{options}", stream_cache=0.01)
+        by_list = redistill.open_source(f"wds:{tmp_path / 'tars.txt'}?{options}", stream_cache=0.004)
         assert index_source(by_list).reused == count
         assert requested(server) == {}
         assert by_list.sample(9_876).payload == picture(9_876)
