@@ -1,0 +1,330 @@
+"""When does which loss help: python bench/study.py [--quick] [--work DIR] [--jobs 2] [--json PATH] [--plots DIR]
+
+Students of four tasks (study_tasks.py) by loss, temperature, weight, optimiser, size, teacher, number of views, fidelity
+of the archive and number of images. One thing at a time is changed from a centre (a small student, SGD, eight cached
+views at a fidelity of 1e-3, a sound teacher, KL or the power divergence at T = 4), then loss, temperature and teacher
+together. Five seeds; ten where loss, temperature and teacher are crossed.
+
+A cell is one training of a cohort: some losses with all seeds in one pass over the images. Its result, the options it
+was trained with and its seconds are in DIR/results, its runs in DIR/runs. With --work, cells that are done are not
+repeated and an interrupted one continues. Cells that decide come first, so a study can be read at any time:
+
+    python bench/study.py --work DIR --done --json bench/results/study.json --plots docs/plots
+
+Rows are compared with KL at T = 4 of the same cell's setting by a paired t-test over the seeds, with Holm's correction
+for the rows of that setting (study_report.py). Three hours on two cores; --quick, two small tasks in ten minutes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import harness
+import torch
+from study_gradients import audit, gradient_ratio
+from study_report import compared, draw, summary
+from study_tasks import EXACT, TASKS, Lab, Task
+
+from redistill.models import open_weights
+from redistill.optim import OptimConfig, preset
+from redistill.training import TrainOptions, train
+from redistill.training.validate import Validation
+
+BATCH_SIZE = 32
+CPU = torch.device("cpu")
+SEEDS, MORE_SEEDS = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)
+LEAST_STEPS, LEAST_EPOCHS = 768, 48
+ONLINE = 0
+"""As a number of views: a new one in every epoch, from the teacher itself."""
+SGD = OptimConfig(opt="nesterov", lr=0.1, weight_decay=5e-4, warmup_epochs=1.0)
+OPTIMISERS = {
+    "sgd": SGD,
+    "adamw": OptimConfig(opt="adamw", lr=0.003, weight_decay=0.05, warmup_epochs=1.0),
+    "features": preset("features").optim,
+}
+CALIBRATED = "weight=calibrated"
+"""In a loss: the published weight times the ratio of KL's mean gradient to the loss's, before the first step."""
+
+# -- what is trained --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything but the loss; the defaults are the centre."""
+
+    task: str
+    teacher: str = "sound"
+    student: str = "small"
+    optimiser: str = "sgd"
+    per_class: int = 0
+    """Images a class; 0 for the task's."""
+    views: int = 8
+    fidelity: str = "1e-3"
+    length: float = 1.0
+    """Epochs, relative to the task's."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    axis: str
+    setting: Setting
+    losses: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the files of its result and its runs."""
+        of_losses = hashlib.sha256(repr((self.losses, self.seeds)).encode()).hexdigest()[:8]
+        return "_".join(map(str, asdict(self.setting).values())) + f"_{of_losses}"
+
+
+def kd(loss: str, temperature: float | None = None, weight: float | str | None = None, ce: float | None = None) -> str:
+    """A spec string of a loss."""
+    options = [f"temperature={temperature:g}"] if temperature else []
+    options += [f"weight={weight}"] if weight is not None else []
+    name, question, own = loss.partition("?")
+    text = "&".join([*([own] if question else []), *options])
+    return f"{name}?{text}" + ("" if ce is None else f"+ce?weight={ce:g}")
+
+
+PAIR = ("kl", "power")
+TEMPERATURES = (1, 2, 4, 8)
+LABELS = "ce"
+CROSSED = tuple(kd(loss, t) for t in TEMPERATURES for loss in PAIR)
+ENDS = tuple(kd(loss, t) for t in (4, 1) for loss in PAIR)
+FAMILY = (
+    "power?lam=0.3333",
+    "power?lam=0.5",
+    "power?lam=1",
+    "power?form=cressie-read",
+    "power?form=density",
+    "ab",
+    "dkd",
+)
+PUBLISHED = 0.9
+
+
+def cells(tasks: Sequence[str]) -> Iterator[Cell]:
+    """In the order of what decides; a loss that an earlier cell has trained in a setting is left out."""
+    seen: set[tuple[Setting, str, int]] = set()
+    for axis, setting, losses, seeds in wanted(tasks):
+        new = tuple(loss for loss in losses if any((setting, loss, seed) not in seen for seed in seeds))
+        seen |= {(setting, loss, seed) for loss in new for seed in seeds}
+        if new:
+            yield Cell(axis, setting, new, seeds)
+
+
+Wanted = tuple[str, Setting, tuple[str, ...], tuple[int, ...]]
+
+
+def wanted(tasks: Sequence[str]) -> Iterator[Wanted]:
+    for task in tasks:
+        yield "temperature", Setting(task), (LABELS, *CROSSED), SEEDS
+        yield "temperature", Setting(task, "misled-20"), CROSSED, SEEDS
+    of_kind = [task for task in tasks if task != "glyphs100"]  # a network of the teacher's kind takes seven times longer
+    for task in of_kind:
+        yield "length", Setting(task, length=0.5), (LABELS, *ENDS), SEEDS
+    for task in of_kind[1:]:
+        yield "student", Setting(task, student="large"), (LABELS, *ENDS), SEEDS
+    for task in tasks:
+        at_1 = ("power?lam=0.5", "power?form=cressie-read", "dkd")
+        for teacher in ("sound", "misled-20"):
+            losses = [kd(loss, 4) for loss in FAMILY] + [kd(loss, 1) for loss in at_1]
+            yield "loss", Setting(task, teacher), tuple(losses), SEEDS
+        yield "loss", Setting(task), ("ce?smoothing=0.1",), SEEDS
+        yield "loss", Setting(task, optimiser="features", fidelity=EXACT), ("features", kd("kl", 4)), SEEDS
+    for task in of_kind:
+        for teacher in ("sound", "misled-20"):
+            weights = [0.5 * PUBLISHED, 2 * PUBLISHED, 4 * PUBLISHED]
+            losses = [kd(loss, t, weight) for loss, t in (("kl", 4), ("power", 4), ("power", 1)) for weight in weights]
+            losses += [f"power?temperature={t}&{CALIBRATED}" for t in (4, 1)]
+            yield "weight", Setting(task, teacher), tuple(losses), SEEDS
+    for task in of_kind:
+        for teacher in ("noisy-20", "noisy-40", "misled-10", "misled-40", "over-confident", "under-trained"):
+            yield "teacher", Setting(task, teacher), ENDS, SEEDS
+    for task in of_kind:
+        for teacher in ("sound", "misled-20"):
+            losses = [kd(loss, 4, ce=ce, weight=PUBLISHED) for ce in (0, 0.5) for loss in PAIR]
+            yield "ce weight", Setting(task, teacher), tuple(losses), SEEDS
+            yield "optimiser", Setting(task, teacher, optimiser="adamw"), (LABELS, *ENDS), SEEDS
+            yield "student", Setting(task, teacher, student="tiny"), (LABELS, *ENDS), SEEDS
+    for task in of_kind[:2]:
+        for views in (1, 2, 4, 16, ONLINE):
+            yield "views", Setting(task, views=views), ENDS, SEEDS
+        for per_class in (5, 20, 100):
+            yield "images", Setting(task, per_class=per_class), (LABELS, *ENDS), SEEDS
+        for fidelity in ("1e-1", "1e-2", "1e-4", EXACT):
+            yield "fidelity", Setting(task, fidelity=fidelity), ENDS, SEEDS
+    for task in tasks:
+        yield "temperature", Setting(task), (LABELS, *CROSSED), MORE_SEEDS
+        yield "temperature", Setting(task, "misled-20"), CROSSED, MORE_SEEDS
+    yield "student", Setting("glyphs10", student="large"), (LABELS, *ENDS), SEEDS
+    for task in of_kind:
+        yield "student", Setting(task, "misled-20", student="large"), ENDS, SEEDS
+        yield "length", Setting(task, length=2.0), (LABELS, *ENDS), SEEDS
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Study:
+    lab: Lab
+
+    def result(self, cell: Cell) -> Path:
+        return self.lab.work / "results" / f"{cell.name}.json"
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """The result of a cell, from an earlier run or from a new one."""
+        path = self.result(cell)
+        if path.exists():
+            saved: dict[str, Any] = json.loads(path.read_text())
+            return saved
+        torch.set_num_threads(1)  # the networks are too small for more
+        options, start = self.options(cell), time.monotonic()
+        folders = [options.folder(member) for member in options.members]
+        train(options)
+        scores = self.scores(TASKS[cell.setting.task], [folder / "student.safetensors" for folder in folders])
+        keys = [(loss, seed) for loss in cell.losses for seed in cell.seeds]  # the order of the members
+        result = {
+            "cell": cell.name,
+            "axis": cell.axis,
+            "setting": asdict(cell.setting),
+            "epochs": options.optim.epochs,
+            "images": cell_images(cell.setting),
+            "seconds": round(time.monotonic() - start, 1),
+            "losses": dict(zip(cell.losses, options.losses, strict=True)),
+            "students": [
+                {"loss": loss, "seed": seed, **score} for (loss, seed), score in zip(keys, scores, strict=True)
+            ],
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        return result
+
+    def options(self, cell: Cell) -> TrainOptions:
+        setting, task = cell.setting, TASKS[cell.setting.task]
+        per_class = setting.per_class or task.per_class
+        steps_an_epoch = -(-per_class * task.classes // BATCH_SIZE)
+        epochs = max(LEAST_EPOCHS, LEAST_STEPS / steps_an_epoch) * setting.length
+        optim = replace(OPTIMISERS[setting.optimiser], epochs=self.lab.scaled(epochs))
+        views = optim.epochs if setting.views == ONLINE else setting.views
+        data = self.lab.data(task, "student", per_class)
+        archive = self.lab.archive(task, setting.teacher, per_class, views, setting.fidelity)
+        student = f"demo:{setting.student}"
+        losses = tuple(self.calibrated(loss, archive, data, student) for loss in cell.losses)
+        return TrainOptions(
+            data=data,
+            archive=archive,
+            students=(student,),
+            out=self.lab.work / "runs" / cell.name,
+            losses=losses,
+            seeds=cell.seeds,
+            batch_size=BATCH_SIZE,
+            optim=optim,
+            online_teacher=self.lab.teacher(task, setting.teacher) if setting.views == ONLINE else None,
+            device="cpu",
+            workers=0,
+            log=("csv",),
+        )
+
+    def calibrated(self, loss: str, archive: Path, data: str, student: str) -> str:
+        if CALIBRATED not in loss:
+            return loss
+        bare = loss.replace(f"&{CALIBRATED}", "")
+        return loss.replace("calibrated", f"{PUBLISHED * gradient_ratio(bare, archive, data, student):.4g}")
+
+    def scores(self, task: Task, weights: Sequence[Path]) -> list[dict[str, float]]:
+        """Of every student, from one pass over the images for validation."""
+        students = [open_weights(path) for path in weights]
+        with torch.inference_mode():
+            sums = validation(self.lab, task).metric_sums([(s.module, s.normalise()) for s in students], CPU)
+        metrics = [of_student.metrics() for of_student in sums]
+        return [{"top1": each.top1, "nll": each.nll} for each in metrics]
+
+
+def cell_images(setting: Setting) -> int:
+    task = TASKS[setting.task]
+    return (setting.per_class or task.per_class) * task.classes
+
+
+@lru_cache(maxsize=4)
+def validation(lab: Lab, task: Task) -> Validation:
+    """Its pixels stay in memory."""
+    data = lab.val_data(task)
+    return Validation.open(data, class_names=None, num_classes=task.classes, size=task.size)
+
+
+# -- the study --------------------------------------------------------------------------------------------------------
+
+
+def report(study: Study, done: Sequence[dict[str, Any]], args: Any) -> None:  # noqa: ANN401  argparse's namespace
+    rows = compared(done)
+    harness.save("study", [*summary(rows), *audit_rows(study, args), *rows], args)
+    if args.plots is not None:
+        draw(rows, audit_rows(study, args), args.plots)
+
+
+def audit_rows(study: Study, args: Any) -> list[dict[str, Any]]:  # noqa: ANN401
+    """Of every task whose audit is done."""
+    paths = [study.lab.work / "audit" / f"{task}.json" for task in args.tasks]
+    return [row for path in paths if path.exists() for row in json.loads(path.read_text())]
+
+
+def run_audit(study: Study, name: str) -> None:
+    path, task = study.lab.work / "audit" / f"{name}.json", TASKS[name]
+    if path.exists():
+        return
+    epochs = study.options(Cell("audit", Setting(name), (LABELS,), (0,))).optim.epochs
+    rows = []
+    for teacher in ("sound", "misled-20"):
+        archive = study.lab.archive(task, teacher, task.per_class, 8, "1e-3")
+        data = study.lab.data(task, "student", task.per_class)
+        rows += [{"task": name, "teacher": teacher, **row} for row in audit(archive, data, "demo:small", epochs)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rows) + "\n")
+
+
+def main() -> None:
+    parser = harness.arguments(__doc__ or "")
+    parser.add_argument("--work", type=Path, default=None, help="folder for everything, to resume from")
+    parser.add_argument("--jobs", type=int, default=1, help="cells that are trained at the same time")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help=", ".join(TASKS))
+    parser.add_argument("--axes", nargs="+", default=None, metavar="AXIS", help="train only cells of these axes")
+    parser.add_argument("--done", action="store_true", help="report the cells in --work that are done; train nothing")
+    parser.add_argument("--plots", type=Path, default=None, metavar="DIR", help="draw the plots into this folder")
+    args = parser.parse_args()
+    if args.quick:
+        args.tasks = [task for task in args.tasks if task in ("fonts", "digits")]
+    with tempfile.TemporaryDirectory() as temporary:
+        study = Study(Lab(args.work or Path(temporary), scale=1 / 16 if args.quick else 1.0))
+        todo = [cell for cell in cells(args.tasks) if args.axes is None or cell.axis in args.axes]
+        if args.quick:
+            todo = [replace(cell, seeds=cell.seeds[:2]) for cell in todo if cell.seeds == SEEDS]
+        done = {cell: study.run(cell) for cell in todo if study.result(cell).exists()}
+        todo = [] if args.done else [cell for cell in todo if cell not in done]
+        with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+            running = {pool.submit(study.run, cell): cell for cell in todo}
+            audits = [pool.submit(run_audit, study, task) for task in args.tasks if not args.done]
+            for finished in as_completed(running):
+                result = done[running[finished]] = finished.result()
+                print(f"{len(done)}: {result['cell']}, {result['seconds']:.0f} s", flush=True)
+                report(study, list(done.values()), args)
+            for waiting in audits:
+                waiting.result()
+        report(study, list(done.values()), args)
+        print(harness.table(summary(compared(list(done.values())))))
+
+
+if __name__ == "__main__":
+    main()
