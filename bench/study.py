@@ -1,9 +1,9 @@
 """When does which loss help: python bench/study.py [--quick] [--work DIR] [--jobs 2] [--json PATH] [--plots DIR]
 
-Students of four tasks (study_tasks.py) by loss, temperature, weight, optimiser, size, teacher, number of views, fidelity
-of the archive and number of images. One thing at a time is changed from a centre (a small student, SGD, eight cached
-views at a fidelity of 1e-3, a sound teacher, KL or the power divergence at T = 4), then loss, temperature and teacher
-together. Five seeds; ten where loss, temperature and teacher are crossed.
+Students of four tasks (study_tasks.py) by loss, temperature, weight, optimiser, size, teacher, number of views,
+fidelity of the archive and number of images. One thing at a time is changed from a centre (a small student, SGD, eight
+cached views at a fidelity of 1e-3, a sound teacher, KL or the power divergence at T = 4), then loss, temperature and
+teacher together. Five seeds; ten where loss, temperature and teacher are crossed.
 
 A cell is one training of a cohort: some losses with all seeds in one pass over the images. Its result, the options it
 was trained with and its seconds are in DIR/results, its runs in DIR/runs. With --work, cells that are done are not
@@ -31,8 +31,8 @@ from typing import Any
 
 import harness
 import torch
-from study_gradients import audit, gradient_ratio
-from study_report import compared, draw, summary
+from study_gradients import AUDITED, audit, gradient_ratio
+from study_report import compared, draw, gradients, summary
 from study_tasks import EXACT, TASKS, Lab, Task
 
 from redistill.models import open_weights
@@ -100,6 +100,8 @@ def kd(loss: str, temperature: float | None = None, weight: float | str | None =
 PAIR = ("kl", "power")
 TEMPERATURES = (1, 2, 4, 8)
 LABELS = "ce"
+AUDIT = "audit"
+"""The axis of cells that measure gradients."""
 CROSSED = tuple(kd(loss, t) for t in TEMPERATURES for loss in PAIR)
 ENDS = tuple(kd(loss, t) for t in (4, 1) for loss in PAIR)
 FAMILY = (
@@ -118,6 +120,9 @@ def cells(tasks: Sequence[str]) -> Iterator[Cell]:
     """In the order of what decides; a loss that an earlier cell has trained in a setting is left out."""
     seen: set[tuple[Setting, str, int]] = set()
     for axis, setting, losses, seeds in wanted(tasks):
+        if axis == AUDIT:
+            yield Cell(axis, setting, losses, seeds)
+            continue
         new = tuple(loss for loss in losses if any((setting, loss, seed) not in seen for seed in seeds))
         seen |= {(setting, loss, seed) for loss in new for seed in seeds}
         if new:
@@ -128,37 +133,40 @@ Wanted = tuple[str, Setting, tuple[str, ...], tuple[int, ...]]
 
 
 def wanted(tasks: Sequence[str]) -> Iterator[Wanted]:
-    for task in tasks:
-        yield "temperature", Setting(task), (LABELS, *CROSSED), SEEDS
-        yield "temperature", Setting(task, "misled-20"), CROSSED, SEEDS
-    of_kind = [task for task in tasks if task != "glyphs100"]  # a network of the teacher's kind takes seven times longer
-    for task in of_kind:
+    few = [task for task in tasks if task != "glyphs100"]
+    for task in few:
+        yield from crossed(task, SEEDS)
+    for task in few:
         yield "length", Setting(task, length=0.5), (LABELS, *ENDS), SEEDS
-    for task in of_kind[1:]:
+    for task in few:
+        for teacher in ("sound", "misled-20"):
+            yield AUDIT, Setting(task, teacher), AUDITED, SEEDS[:1]
+    for task in few[1:]:
         yield "student", Setting(task, student="large"), (LABELS, *ENDS), SEEDS
     for task in tasks:
+        yield from crossed(task, SEEDS)
         at_1 = ("power?lam=0.5", "power?form=cressie-read", "dkd")
         for teacher in ("sound", "misled-20"):
             losses = [kd(loss, 4) for loss in FAMILY] + [kd(loss, 1) for loss in at_1]
             yield "loss", Setting(task, teacher), tuple(losses), SEEDS
         yield "loss", Setting(task), ("ce?smoothing=0.1",), SEEDS
         yield "loss", Setting(task, optimiser="features", fidelity=EXACT), ("features", kd("kl", 4)), SEEDS
-    for task in of_kind:
+    for task in few:
         for teacher in ("sound", "misled-20"):
             weights = [0.5 * PUBLISHED, 2 * PUBLISHED, 4 * PUBLISHED]
             losses = [kd(loss, t, weight) for loss, t in (("kl", 4), ("power", 4), ("power", 1)) for weight in weights]
             losses += [f"power?temperature={t}&{CALIBRATED}" for t in (4, 1)]
             yield "weight", Setting(task, teacher), tuple(losses), SEEDS
-    for task in of_kind:
+    for task in few:
         for teacher in ("noisy-20", "noisy-40", "misled-10", "misled-40", "over-confident", "under-trained"):
             yield "teacher", Setting(task, teacher), ENDS, SEEDS
-    for task in of_kind:
+    for task in few:
         for teacher in ("sound", "misled-20"):
             losses = [kd(loss, 4, ce=ce, weight=PUBLISHED) for ce in (0, 0.5) for loss in PAIR]
             yield "ce weight", Setting(task, teacher), tuple(losses), SEEDS
             yield "optimiser", Setting(task, teacher, optimiser="adamw"), (LABELS, *ENDS), SEEDS
             yield "student", Setting(task, teacher, student="tiny"), (LABELS, *ENDS), SEEDS
-    for task in of_kind[:2]:
+    for task in few[:2]:
         for views in (1, 2, 4, 16, ONLINE):
             yield "views", Setting(task, views=views), ENDS, SEEDS
         for per_class in (5, 20, 100):
@@ -166,12 +174,17 @@ def wanted(tasks: Sequence[str]) -> Iterator[Wanted]:
         for fidelity in ("1e-1", "1e-2", "1e-4", EXACT):
             yield "fidelity", Setting(task, fidelity=fidelity), ENDS, SEEDS
     for task in tasks:
-        yield "temperature", Setting(task), (LABELS, *CROSSED), MORE_SEEDS
-        yield "temperature", Setting(task, "misled-20"), CROSSED, MORE_SEEDS
+        yield from crossed(task, MORE_SEEDS)
     yield "student", Setting("glyphs10", student="large"), (LABELS, *ENDS), SEEDS
-    for task in of_kind:
+    for task in few:
         yield "student", Setting(task, "misled-20", student="large"), ENDS, SEEDS
         yield "length", Setting(task, length=2.0), (LABELS, *ENDS), SEEDS
+
+
+def crossed(task: str, seeds: tuple[int, ...]) -> Iterator[Wanted]:
+    """Loss, temperature and teacher."""
+    yield "temperature", Setting(task), (LABELS, *CROSSED), seeds
+    yield "temperature", Setting(task, "misled-20"), CROSSED, seeds
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -192,10 +205,14 @@ class Study:
             return saved
         torch.set_num_threads(1)  # the networks are too small for more
         options, start = self.options(cell), time.monotonic()
-        folders = [options.folder(member) for member in options.members]
-        train(options)
-        scores = self.scores(TASKS[cell.setting.task], [folder / "student.safetensors" for folder in folders])
-        keys = [(loss, seed) for loss in cell.losses for seed in cell.seeds]  # the order of the members
+        if cell.axis == AUDIT:
+            epochs, (student,) = options.optim.epochs, options.students
+            measured = {"gradients": list(audit(options.archive, options.data, student, epochs, cell.seeds[0]))}
+        else:
+            measured = {
+                "losses": dict(zip(cell.losses, options.losses, strict=True)),
+                "students": self.trained(cell, options),
+            }
         result = {
             "cell": cell.name,
             "axis": cell.axis,
@@ -203,10 +220,7 @@ class Study:
             "epochs": options.optim.epochs,
             "images": cell_images(cell.setting),
             "seconds": round(time.monotonic() - start, 1),
-            "losses": dict(zip(cell.losses, options.losses, strict=True)),
-            "students": [
-                {"loss": loss, "seed": seed, **score} for (loss, seed), score in zip(keys, scores, strict=True)
-            ],
+            **measured,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n")
@@ -244,13 +258,18 @@ class Study:
         bare = loss.replace(f"&{CALIBRATED}", "")
         return loss.replace("calibrated", f"{PUBLISHED * gradient_ratio(bare, archive, data, student):.4g}")
 
-    def scores(self, task: Task, weights: Sequence[Path]) -> list[dict[str, float]]:
-        """Of every student, from one pass over the images for validation."""
-        students = [open_weights(path) for path in weights]
+    def trained(self, cell: Cell, options: TrainOptions) -> list[dict[str, Any]]:
+        """Train a cohort; the scores of every student, from one pass over the images for validation."""
+        train(options)
+        students = [open_weights(options.folder(member) / "student.safetensors") for member in options.members]
         with torch.inference_mode():
-            sums = validation(self.lab, task).metric_sums([(s.module, s.normalise()) for s in students], CPU)
-        metrics = [of_student.metrics() for of_student in sums]
-        return [{"top1": each.top1, "nll": each.nll} for each in metrics]
+            checked = validation(self.lab, TASKS[cell.setting.task])
+            sums = checked.metric_sums([(s.module, s.normalise()) for s in students], CPU)
+        names = [(loss, seed) for loss in cell.losses for seed in cell.seeds]  # in the order of the members
+        return [
+            {"loss": loss, "seed": seed, "top1": scores.top1, "nll": scores.nll}
+            for (loss, seed), scores in zip(names, (of_student.metrics() for of_student in sums), strict=True)
+        ]
 
 
 def cell_images(setting: Setting) -> int:
@@ -268,31 +287,11 @@ def validation(lab: Lab, task: Task) -> Validation:
 # -- the study --------------------------------------------------------------------------------------------------------
 
 
-def report(study: Study, done: Sequence[dict[str, Any]], args: Any) -> None:  # noqa: ANN401  argparse's namespace
-    rows = compared(done)
-    harness.save("study", [*summary(rows), *audit_rows(study, args), *rows], args)
+def report(done: Sequence[dict[str, Any]], args: Any) -> None:  # noqa: ANN401  argparse's namespace
+    rows, audited = compared(done), gradients(done)
+    harness.save("study", [*summary(rows), *rows, *audited], args)
     if args.plots is not None:
-        draw(rows, audit_rows(study, args), args.plots)
-
-
-def audit_rows(study: Study, args: Any) -> list[dict[str, Any]]:  # noqa: ANN401
-    """Of every task whose audit is done."""
-    paths = [study.lab.work / "audit" / f"{task}.json" for task in args.tasks]
-    return [row for path in paths if path.exists() for row in json.loads(path.read_text())]
-
-
-def run_audit(study: Study, name: str) -> None:
-    path, task = study.lab.work / "audit" / f"{name}.json", TASKS[name]
-    if path.exists():
-        return
-    epochs = study.options(Cell("audit", Setting(name), (LABELS,), (0,))).optim.epochs
-    rows = []
-    for teacher in ("sound", "misled-20"):
-        archive = study.lab.archive(task, teacher, task.per_class, 8, "1e-3")
-        data = study.lab.data(task, "student", task.per_class)
-        rows += [{"task": name, "teacher": teacher, **row} for row in audit(archive, data, "demo:small", epochs)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows) + "\n")
+        draw(rows, audited, args.plots)
 
 
 def main() -> None:
@@ -315,14 +314,11 @@ def main() -> None:
         todo = [] if args.done else [cell for cell in todo if cell not in done]
         with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
             running = {pool.submit(study.run, cell): cell for cell in todo}
-            audits = [pool.submit(run_audit, study, task) for task in args.tasks if not args.done]
             for finished in as_completed(running):
                 result = done[running[finished]] = finished.result()
                 print(f"{len(done)}: {result['cell']}, {result['seconds']:.0f} s", flush=True)
-                report(study, list(done.values()), args)
-            for waiting in audits:
-                waiting.result()
-        report(study, list(done.values()), args)
+                report(list(done.values()), args)
+        report(list(done.values()), args)
         print(harness.table(summary(compared(list(done.values())))))
 
 

@@ -54,7 +54,7 @@ def audit(archive_path: Path, data: str, student: str, epochs: int, seed: int = 
                 break
             network.train()
             batches = Feed(dataset, epochs=epoch + 1, batch_size=BATCH_SIZE, seed=seed).start(epoch)
-            for (plan, images) in batches:
+            for plan, images in batches:
                 set_lr(optimizer, lr_at(optim, epoch + plan.batch / plan.batches))
                 logits = network(normalise(images.pixels))
                 hard = F.cross_entropy(logits, images.labels)

@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 from methods import holm
 from scipy.stats import ttest_rel
 
-__all__ = ["BASE", "compared", "draw", "summary"]
+__all__ = ["BASE", "compared", "draw", "gradients", "summary"]
 
 BASE = "kl?temperature=4"
 SETTING = ("task", "teacher", "student", "optimiser", "per_class", "views", "fidelity", "length")
@@ -29,6 +29,8 @@ def compared(results: Iterable[Mapping[str, Any]]) -> list[Row]:
     cells: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     about: dict[tuple[Any, ...], Row] = {}
     for result in results:
+        if "students" not in result:
+            continue
         setting = tuple(result["setting"][name] for name in SETTING)
         for student in result["students"]:
             top1[setting][student["loss"]][student["seed"]] = student["top1"]
@@ -63,6 +65,15 @@ def compared(results: Iterable[Mapping[str, Any]]) -> list[Row]:
                 }
             )
     return rows
+
+
+def gradients(results: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """The rows of the cells that measure gradients."""
+    of_cells = [(result["setting"], row) for result in results for row in result.get("gradients", ())]
+    return [
+        {"table": "gradients", "task": setting["task"], "teacher": setting["teacher"], **row}
+        for setting, row in of_cells
+    ]
 
 
 def paired_p(of_seed: Mapping[int, float], base: Mapping[int, float]) -> float | None:
@@ -222,7 +233,11 @@ def labels_line(axis: Any, rows: Sequence[Row], task: str) -> None:  # noqa: ANN
 
 def draw_audit(audited: Sequence[Row], folder: Path) -> None:
     kinds = list(dict.fromkeys((row["task"], row["teacher"]) for row in audited))[:4]
-    figures = {"norm": "mean length of the gradient", "shrunk": "rows below a tenth of KL's", "cosine": "cosine to KL's"}
+    figures = {
+        "norm": "mean length of the gradient",
+        "shrunk": "rows below a tenth of KL's",
+        "cosine": "cosine to KL's",
+    }
     figure, axes = plt.subplots(len(figures), len(kinds), figsize=(2.6 * len(kinds), 6), squeeze=False, sharex="col")
     for column, (task, teacher) in enumerate(kinds):
         for of_column, (name, text) in zip(axes, figures.items(), strict=True):

@@ -2,8 +2,8 @@
 
     glyphs10   the task of the demo: ten classes of drawn glyphs
     glyphs100  the same at a hundred classes
-    fonts      forty characters in the TrueType fonts that matplotlib brings; validation is on a family of fonts, Computer
-               Modern, that neither teachers nor students have seen
+    fonts      forty characters in the TrueType fonts that matplotlib brings; validation is on a family of fonts,
+               Computer Modern, that neither teachers nor students have seen
     digits     the handwritten digits of scikit-learn (pip install 'redistill[bench]'), 8 x 8 pixels, drawn at 16 x 16
 
 No image is in two of the three parts of a task: for teachers, for students, for validation. Every file is made at its
@@ -28,6 +28,7 @@ from redistill_cache import open_archive
 
 from redistill.caching import CacheOptions, cache_teacher
 from redistill.demo.rewriting import mislead, rewrite_logits
+from redistill.demo.run import TEACHER_WEIGHTS
 from redistill.optim import OptimConfig
 from redistill.sources.base import Sample, Source
 from redistill.sources.open_source import open_source
@@ -56,6 +57,8 @@ class Task:
     teacher_epochs: int
     size: int = 32
     padding: int = 3
+    sound: Path | None = None
+    """The weights of a sound teacher that is there; the study trains all others."""
     draw: Callable[[str, int], Images] | None = None
     """(part, images a class) -> images; None for the glyphs that the synthetic source draws."""
 
@@ -131,7 +134,7 @@ def draw_digits(part: str, per_class: int) -> Images:
 TASKS: Mapping[str, Task] = {
     task.name: task
     for task in (
-        Task("glyphs10", classes=10, per_class=50, teacher_per_class=600, teacher_epochs=12),
+        Task("glyphs10", classes=10, per_class=50, teacher_per_class=600, teacher_epochs=12, sound=TEACHER_WEIGHTS),
         Task("fonts", classes=40, per_class=12, teacher_per_class=150, teacher_epochs=12, draw=draw_fonts),
         Task(
             "digits",
@@ -191,6 +194,10 @@ class NoisyLabels:
         return replace(sample, label=(sample.label + 1 + int(rng.integers(self.classes - 1))) % self.classes)
 
 
+def teacher_spec(task: Task, weights: Path) -> str:
+    return f"{TEACHER_NETWORK}?num_classes={task.classes}&weights={weights}"
+
+
 @contextmanager
 def missing(path: Path) -> Iterator[bool]:
     """Whether this process must make `path`; others that need it wait until it is there."""
@@ -233,7 +240,9 @@ class Lab:
 
     def teacher(self, task: Task, name: str) -> str:
         """The spec of a trained teacher."""
-        training = TEACHERS["sound" if name.startswith(MISLED) else name]
+        if name == "sound" and task.sound is not None:
+            return teacher_spec(task, task.sound)
+        training = TEACHERS[name]
         out = self.work / "teachers" / f"{task.name}-{name}"
         weights = out / "student.safetensors"
         with missing(out.with_name(f"{out.name}.done")) as to_make:
@@ -260,7 +269,7 @@ class Lab:
                     )
                 )
                 out.with_name(f"{out.name}.done").touch()
-        return f"{TEACHER_NETWORK}?num_classes={task.classes}&weights={weights}"
+        return teacher_spec(task, weights)
 
     def labels_archive(self, task: Task, data: str | NoisyLabels, wrong_labels: float) -> Path:
         """The views of a teacher's images; its logits, of a random network, are not used."""
@@ -277,9 +286,7 @@ class Lab:
             data = self.data(task, "student", per_class)
             spec = self.teacher(task, teacher)
             signals = SIGNALS if teacher == "sound" and views == 8 else SIGNALS[:1]
-            self.cache(
-                path, data=data, teacher=spec, views=views, recipe=task.recipe, codec="float32", signals=signals
-            )
+            self.cache(path, data=data, teacher=spec, views=views, recipe=task.recipe, codec="float32", signals=signals)
             return path
         base = self.archive(task, "sound" if teacher.startswith(MISLED) else teacher, per_class, views, EXACT)
         path = self.work / "archives" / f"{name}.redistill.zarr"
