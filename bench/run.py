@@ -31,6 +31,7 @@ NAMES = (
     "stage2",
     "accuracy",
     "methods",
+    "study",
 )
 
 

@@ -26,6 +26,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +304,9 @@ def main() -> None:
     parser.add_argument("--done", action="store_true", help="report the cells in --work that are done; train nothing")
     parser.add_argument("--plots", type=Path, default=None, metavar="DIR", help="draw the plots into this folder")
     args = parser.parse_args()
+    if "digits" in args.tasks and find_spec("sklearn") is None:
+        print("scikit-learn is not installed; the task digits is left out")
+        args.tasks.remove("digits")
     if args.quick:
         args.tasks = [task for task in args.tasks if task in ("fonts", "digits")]
     with tempfile.TemporaryDirectory() as temporary:
