@@ -53,6 +53,8 @@ class Task:
     classes: int
     per_class: int
     """Images a class of a student, at the centre of the study."""
+    epochs: int
+    """Of a student on as many images, so that one with labels alone has converged; with other images, as many steps."""
     teacher_per_class: int
     teacher_epochs: int
     size: int = 32
@@ -134,19 +136,28 @@ def draw_digits(part: str, per_class: int) -> Images:
 TASKS: Mapping[str, Task] = {
     task.name: task
     for task in (
-        Task("glyphs10", classes=10, per_class=50, teacher_per_class=600, teacher_epochs=12, sound=TEACHER_WEIGHTS),
-        Task("fonts", classes=40, per_class=12, teacher_per_class=150, teacher_epochs=12, draw=draw_fonts),
         Task(
             "digits",
             classes=10,
             per_class=5,
+            epochs=384,
             teacher_per_class=60,
             teacher_epochs=48,
             size=16,
             padding=2,
             draw=draw_digits,
         ),
-        Task("glyphs100", classes=100, per_class=10, teacher_per_class=100, teacher_epochs=12),
+        Task(
+            "glyphs10",
+            classes=10,
+            per_class=50,
+            epochs=192,
+            teacher_per_class=600,
+            teacher_epochs=12,
+            sound=TEACHER_WEIGHTS,
+        ),
+        Task("fonts", classes=40, per_class=12, epochs=192, teacher_per_class=150, teacher_epochs=12, draw=draw_fonts),
+        Task("glyphs100", classes=100, per_class=10, epochs=96, teacher_per_class=100, teacher_epochs=12),
     )
 }
 
