@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ from matplotlib import pyplot as plt
 from methods import holm
 from scipy.stats import ttest_rel
 
-__all__ = ["BASE", "compared", "draw", "gradients", "summary"]
+__all__ = ["BASE", "best_of_two", "compared", "draw", "gradients", "summary"]
 
 BASE = "kl?temperature=4"
 SETTING = ("task", "teacher", "student", "optimiser", "per_class", "views", "fidelity", "length")
@@ -77,10 +78,11 @@ def gradients(results: Iterable[Mapping[str, Any]]) -> list[Row]:
 
 
 def paired_p(of_seed: Mapping[int, float], base: Mapping[int, float]) -> float | None:
-    """Of a paired t-test over the seeds of both; None where there is nothing to test."""
+    """Of a paired t-test over the seeds of both; None where the differences do not vary, so that there is no test."""
     shared = sorted(of_seed.keys() & base.keys())
     own, others = [of_seed[seed] for seed in shared], [base[seed] for seed in shared]
-    if len({a - b for a, b in zip(own, others, strict=True)}) < 2:
+    differences = [a - b for a, b in zip(own, others, strict=True)]
+    if len(shared) < 2 or max(differences) - min(differences) < 1e-9:
         return None
     return float(ttest_rel(own, others).pvalue)
 
@@ -122,6 +124,44 @@ def summary(rows: Sequence[Row]) -> list[Row]:
             }
         )
     return sorted(lines, key=lambda line: (line["teacher"], -line["difference"]))
+
+
+def best_of_two(rows: Sequence[Row], first: str = "power", second: str = "kl") -> list[Row]:
+    """Two losses, each with the one temperature that is best for it over all tasks, with a sound and a misled teacher.
+
+    A line for every task and teacher, with the p-value of a paired t-test over the seeds.
+    """
+    of: dict[str, dict[tuple[str, str], Row]] = defaultdict(dict)
+    for row in rows:
+        if row["teacher"] in ("sound", "misled-20") and all(row[name] == value for name, value in CENTRE.items()):
+            of[row["loss"]][row["task"], row["teacher"]] = row
+    candidates = {
+        name: [loss for loss in of if re.fullmatch(rf"{name}\?temperature=\d+", loss)] for name in (first, second)
+    }
+    known = [set(of[loss]) for losses in candidates.values() for loss in losses]
+    places = sorted(set.intersection(*known)) if known else []
+    if not places or not all(candidates.values()):
+        return []
+    chosen = [
+        max(losses, key=lambda loss: statistics.mean(of[loss][place]["top1"] for place in places))
+        for losses in candidates.values()
+    ]
+    lines = []
+    for task, teacher in places:
+        one, other = (of[loss][task, teacher] for loss in chosen)
+        lines.append(
+            {
+                "table": "best of two",
+                "task": task,
+                "teacher": teacher,
+                "losses": chosen,
+                "top1": [one["top1"], other["top1"]],
+                "difference": one["top1"] - other["top1"],
+                "p": paired_p(one["top1_of_seed"], other["top1_of_seed"]),
+            }
+        )
+    corrected = iter(holm([line["p"] for line in lines if line["p"] is not None]))
+    return [line | {"p_holm": None if line["p"] is None else next(corrected)} for line in lines]
 
 
 # -- plots ------------------------------------------------------------------------------------------------------------
@@ -258,7 +298,7 @@ def finish(figure: Any, axes: Any, path: Path, ylabel: str | None = "top-1, %") 
     if ylabel:
         axes[0].set_ylabel(ylabel)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=7, frameon=False)
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.legend(handles, labels, loc="lower center", ncols=min(len(labels), 2 * len(axes)), fontsize=7, frameon=False)
+    figure.tight_layout(rect=(0, 0.02 + 0.05 * -(-len(labels) // (2 * len(axes))), 1, 1))
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)

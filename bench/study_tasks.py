@@ -220,13 +220,17 @@ def missing(path: Path) -> Iterator[bool]:
 
 @dataclass(frozen=True)
 class Lab:
-    """The folder of images, teachers and archives; `scale` shortens everything for a trial."""
+    """The folder of images, teachers and archives; `scale` shortens the training of students for a trial."""
 
     work: Path
     scale: float = 1.0
 
     def scaled(self, number: float) -> int:
         return max(2, round(number * self.scale))
+
+    def scaled_for_teachers(self, number: float) -> int:
+        """A teacher that has learnt nothing would not even be a trial."""
+        return max(2, round(number * max(self.scale, 0.25)))
 
     def data(self, task: Task, part: str, per_class: int) -> str:
         """The spec of a part of a task's images."""
@@ -258,10 +262,10 @@ class Lab:
         weights = out / "student.safetensors"
         with missing(out.with_name(f"{out.name}.done")) as to_make:
             if to_make:
-                data: str | NoisyLabels = self.data(task, "teacher", self.scaled(task.teacher_per_class))
+                data: str | NoisyLabels = self.data(task, "teacher", self.scaled_for_teachers(task.teacher_per_class))
                 if training.wrong_labels:
                     data = NoisyLabels(open_source(data), task.classes, training.wrong_labels)
-                epochs = self.scaled(task.teacher_epochs * training.epochs)
+                epochs = self.scaled_for_teachers(task.teacher_epochs * training.epochs)
                 optim = OptimConfig(lr=0.1, weight_decay=training.weight_decay, epochs=epochs, warmup_epochs=0.5)
                 archive = self.labels_archive(task, data, training.wrong_labels)
                 train(

@@ -19,7 +19,7 @@ from redistill.training.options import split_terms
 sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 from study import AUDIT, CALIBRATED, SEEDS, Cell, Setting, Study, cells, kd
 from study_gradients import comparison, gradient_ratio, row_gradients
-from study_report import BASE, compared, draw, summary
+from study_report import BASE, best_of_two, compared, draw, summary
 from study_tasks import TASKS, UNSEEN_FONTS, Lab, NoisyLabels, draw_fonts, glyph_in_font
 
 from redistill.losses.catalogue import make_loss
@@ -80,6 +80,18 @@ def test_the_summary_pairs_the_seeds_of_all_tasks_at_the_centre():
     line = row_of(lines, loss="power")
     assert line["p"] == pytest.approx(ttest_rel(POWER + KL, KL + LITERAL).pvalue)
     assert (line["tasks"], line["better"], line["worse"]) == (2, 1, 0)
+
+
+def test_each_loss_is_compared_at_the_one_temperature_that_is_best_for_it():
+    hot, cold = [value + 0.1 for value in KL], [value - 0.2 for value in KL]
+    at = {"kl?temperature=4": KL, "kl?temperature=1": cold, "power?temperature=4": cold, "power?temperature=1": hot}
+    results = [result("fonts", at), result("fonts", at | {"power?temperature=1": POWER}, teacher="misled-20")]
+    lines = best_of_two(compared(results))
+    assert {tuple(line["losses"]) for line in lines} == {("power?temperature=1", "kl?temperature=4")}
+    misled = row_of(lines, teacher="misled-20")
+    assert misled["p"] == pytest.approx(ttest_rel(POWER, KL).pvalue)
+    assert misled["difference"] == pytest.approx(np.mean(POWER) - np.mean(KL))
+    assert best_of_two(compared(results[:0])) == []
 
 
 def test_every_cell_is_a_valid_loss_and_no_student_is_trained_twice():
