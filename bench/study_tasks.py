@@ -140,7 +140,7 @@ TASKS: Mapping[str, Task] = {
             "digits",
             classes=10,
             per_class=5,
-            epochs=384,
+            epochs=192,
             teacher_per_class=60,
             teacher_epochs=48,
             size=16,
