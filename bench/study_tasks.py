@@ -94,17 +94,17 @@ def glyph_in_font(name: str, character: str, rng: np.random.Generator, size: int
     """A character turned, scaled, slanted and shifted, in colours of its own, with noise."""
     large = Image.new("L", (80, 80))
     ImageDraw.Draw(large).text((40, 40), character, fill=255, font=font(name), anchor="mm")
-    angle, slant = rng.uniform(-0.25, 0.25), rng.uniform(-0.25, 0.25)
-    scale_x, scale_y = rng.uniform(1.5, 2.4, 2)  # pixels of `large` in one of the image
+    angle, slant = rng.uniform(-0.2, 0.2, 2)
+    scale_x, scale_y = rng.uniform(1.3, 1.9, 2)  # pixels of `large` in one of the image
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     matrix = turn @ np.array([[scale_x, slant * scale_x], [0, scale_y]])
-    shift = np.array([40, 40]) - matrix @ (size / 2 + rng.uniform(-3, 3, 2))
+    shift = np.array([40, 40]) - matrix @ (size / 2 + rng.uniform(-2.5, 2.5, 2))
     coefficients = (*matrix[0], shift[0], *matrix[1], shift[1])
     placed = large.transform((size, size), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR)
     ink = np.asarray(placed, np.float32)[..., None] / 255
     paper = rng.uniform(60, 195, 3)
-    contrast = rng.uniform(40, 110) * rng.choice([-1, 1])
-    pixels = paper + ink * (contrast + rng.uniform(-30, 30, 3)) + rng.normal(0, rng.uniform(8, 30), (size, size, 3))
+    contrast = rng.uniform(70, 120) * rng.choice([-1, 1])
+    pixels = paper + ink * (contrast + rng.uniform(-30, 30, 3)) + rng.normal(0, rng.uniform(5, 15), (size, size, 3))
     return Image.fromarray((pixels.clip(0, 255) + 0.5).astype(np.uint8))
 
 
@@ -156,7 +156,7 @@ TASKS: Mapping[str, Task] = {
             teacher_epochs=12,
             sound=TEACHER_WEIGHTS,
         ),
-        Task("fonts", classes=40, per_class=12, epochs=192, teacher_per_class=150, teacher_epochs=12, draw=draw_fonts),
+        Task("fonts", classes=40, per_class=20, epochs=128, teacher_per_class=150, teacher_epochs=8, draw=draw_fonts),
         Task("glyphs100", classes=100, per_class=10, epochs=96, teacher_per_class=100, teacher_epochs=12),
     )
 }
