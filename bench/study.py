@@ -20,7 +20,9 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import os
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -32,6 +34,7 @@ from typing import Any
 
 import harness
 import torch
+from redistill_cache.storage import LOCAL
 from study_gradients import AUDITED, audit, gradient_ratio
 from study_report import best_of_two, compared, draw, gradients, summary
 from study_tasks import EXACT, TASKS, Lab, Task
@@ -224,7 +227,7 @@ class Study:
             **measured,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        LOCAL.publish(path, (json.dumps(result, indent=1) + "\n").encode())
         return result
 
     def options(self, cell: Cell) -> TrainOptions:
@@ -294,6 +297,18 @@ def report(done: Sequence[dict[str, Any]], args: Any) -> None:  # noqa: ANN401  
         draw(rows, audited, args.plots)
 
 
+def end_with_parent() -> None:
+    """A worker of a study that was killed must not go on beside the one that resumes it."""
+
+    def wait() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None, "only workers call this"
+        parent.join()
+        os._exit(1)  # as by a kill: checkpoints and results are whole at any moment
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def main() -> None:
     parser = harness.arguments(__doc__ or "")
     parser.add_argument("--work", type=Path, default=None, help="folder for everything, to resume from")
@@ -315,7 +330,8 @@ def main() -> None:
             todo = [replace(cell, seeds=cell.seeds[:2]) for cell in todo if cell.seeds == SEEDS]
         done = {cell: study.run(cell) for cell in todo if study.result(cell).exists()}
         todo = [] if args.done else [cell for cell in todo if cell not in done]
-        with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(args.jobs, spawn, initializer=end_with_parent) as pool:
             running = {pool.submit(study.run, cell): cell for cell in todo}
             for finished in as_completed(running):
                 result = done[running[finished]] = finished.result()
