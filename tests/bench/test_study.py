@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from scipy.stats import ttest_1samp, ttest_rel
@@ -186,3 +190,29 @@ def test_the_calibrated_weight_makes_the_first_gradients_as_long_as_those_of_kl(
     archive, data = lab.archive(task, "sound", 5, 1, "1e-3"), lab.data(task, "student", 5)
     assert gradient_ratio("kl?temperature=1", archive, data, "demo:small") == 1.0
     assert gradient_ratio("power?temperature=1", archive, data, "demo:small") > 1.0
+
+
+@pytest.mark.slow
+def test_a_killed_study_leaves_no_worker_and_goes_on_where_it_was(tmp_path: Path):
+    script, work = Path(sys.modules["study"].__file__), tmp_path / "work"
+    command = [sys.executable, script, "--quick", "--tasks", "glyphs10", "--axes", "length", "--work", work]
+    command += ["--json", tmp_path / "study.json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    killed = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    results = work / "results"
+    deadline = time.monotonic() + 250
+    while not (results.is_dir() and list(results.glob("*.json"))) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    first = {path.name: path.read_bytes() for path in results.glob("*.json")}
+    workers = psutil.Process(killed.pid).children(recursive=True)
+    killed.kill()
+    killed.wait()
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert workers
+    assert not alive
+    subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True, timeout=250)
+    saved = {path.name: path.read_bytes() for path in results.glob("*.json")}
+    assert len(saved) == 2
+    assert first.items() <= saved.items()
+    rows = json.loads((tmp_path / "study.json").read_text())["rows"]
+    assert {row["length"] for row in rows if "length" in row} == {0.5, 2.0}
