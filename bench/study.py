@@ -47,6 +47,7 @@ from redistill.training.validate import Validation
 BATCH_SIZE = 32
 CPU = torch.device("cpu")
 SEEDS = (0, 1, 2, 3, 4)
+MOST_EPOCHS = 384  # of 50 images, which labels alone have learnt long before
 ONLINE = 0
 """As a number of views: a new one in every epoch, from the teacher itself."""
 SGD = OptimConfig(opt="nesterov", lr=0.1, weight_decay=5e-4, warmup_epochs=1.0)
@@ -233,7 +234,7 @@ class Study:
     def options(self, cell: Cell) -> TrainOptions:
         setting, task = cell.setting, TASKS[cell.setting.task]
         per_class = setting.per_class or task.per_class
-        epochs = task.epochs * task.per_class / per_class * setting.length
+        epochs = min(task.epochs * task.per_class / per_class, MOST_EPOCHS) * setting.length
         optim = replace(OPTIMISERS[setting.optimiser], epochs=self.lab.scaled(epochs))
         views = optim.epochs if setting.views == ONLINE else setting.views
         data = self.lab.data(task, "student", per_class)
