@@ -54,7 +54,7 @@ class Task:
     per_class: int
     """Images a class of a student, at the centre of the study."""
     epochs: int
-    """Of a student on as many images, so that one with labels alone has converged; with fewer or more images, as many steps."""
+    """Of a student on as many images, so that one with labels alone has converged. Others train for as many steps."""
     teacher_per_class: int
     teacher_epochs: int
     size: int = 32
