@@ -32,6 +32,7 @@ NAMES = (
     "streaming",
     "accuracy",
     "methods",
+    "study",
 )
 
 
