@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from redistill_cache import download, open_archive
+from redistill_cache import download, open_archive, protocols
 from redistill_cache.addresses import parse_address
 from redistill_cache.errors import RedistillError, Refused, UsageError
 
@@ -136,7 +136,7 @@ SILENT: dict[str, Handler] = {
 
 @pytest.mark.parametrize("name", SILENT)
 def test_a_server_without_bytes_is_left(answer: Serve, monkeypatch: pytest.MonkeyPatch, name: str):
-    monkeypatch.setattr(download, "TIMEOUT_S", 0.4)
+    monkeypatch.setattr(protocols, "TIMEOUT_S", 0.4)
     address, _ = answer(SILENT[name])
     with pytest.raises(download.Unreachable, match=r"/a: (no bytes for|timed out|got more than|.*timed out)"):
         download.read_address(parse_address(f"{address}/a"), 1 << 20)
@@ -179,7 +179,7 @@ def test_redirects_lead_to_http_only(answer: Serve, to: str):
 
 def test_a_redirect_from_https_to_http_is_refused():
     with pytest.raises(Refused, match="not followed"):
-        download._redirected(parse_address("https://example.org/a"), "http://example.org/a")
+        protocols._redirected(parse_address("https://example.org/a"), "http://example.org/a")
 
 
 def own_address() -> str | None:
@@ -190,7 +190,7 @@ def own_address() -> str | None:
         except OSError:
             return None
         host = str(probe.getsockname()[0])
-    return None if download.how_private(host) == 2 else host
+    return None if protocols.how_private(host) == 2 else host
 
 
 def test_a_redirect_does_not_lead_to_a_more_private_network(answer: Serve):
@@ -222,7 +222,7 @@ def test_a_redirect_does_not_lead_to_a_more_private_network(answer: Serve):
     ],
 )
 def test_what_is_private(host: str, privacy: int):
-    assert download.how_private(host) == privacy
+    assert protocols.how_private(host) == privacy
 
 
 def test_a_password_is_sent_to_its_server_only_and_shown_nowhere(answer: Serve):
