@@ -1,8 +1,8 @@
-"""Downloads of files: no more bytes than expected, and no slower than stated.
+"""Downloads of files: no more bytes than expected, and an end when no more of them come.
 
-Threads receive, the caller's thread watches them. So a server that sends nothing, a byte a second or an endless header
-ends the download whatever the protocol is, and Ctrl-C ends it at once. The threads are daemons: none of them keeps a
-process alive.
+Threads receive, the caller's thread watches them. So a server that sends nothing or an endless header ends the download
+whatever the protocol is, and Ctrl-C ends it at once. A slow server does not: its bytes are waited for as long as some
+come. The threads are daemons: none of them keeps a process alive.
 
 What may pass is tried again: 408, 425, 429, 5xx, a connection that breaks, bytes with another hash. The waits grow, or
 are those that the server asks for with Retry-After. A file that broke off is continued where it ended, where the
@@ -40,7 +40,7 @@ PIECE = 1 << 20
 BEGINNING = 64  # bytes that show whether a file is a web page
 CONNECTIONS = 8
 # How long a file that makes no progress is tried again: of a server that answers, and of one that never did.
-PATIENCE_S, FIRST_PATIENCE_S = 120.0, 20.0
+PATIENCE_S, FIRST_PATIENCE_S = 300.0, 20.0
 WAIT_S, LONGEST_WAIT_S = 1.0, 30.0  # before another attempt; doubled each time
 # What a server may ask for with Retry-After: at once, and in all before a file makes progress again.
 ASKED_S, ASKED_IN_ALL_S = 300.0, 900.0
@@ -49,11 +49,10 @@ BUCKET_ATTEMPTS = 3  # packages for buckets try again themselves
 WRONG_BODIES = 3  # with another hash than expected, before a file is called damaged
 MOST_TIMES = 4  # bytes of all attempts together, in sizes of the file
 TOO_BUSY = (408, 425, 429)
-# All connections of a download together.
+# A rate that the user is told of: of all connections of a download together, in a minute.
 SLOW_BYTES_PER_S = 10 << 10
 REQUEST_BYTES = 16 << 10  # what a file counts in addition: requests and the disk take time, however small it is
 MINUTE_S = 60.0
-SLOW_MINUTES = 5
 POLL_S = 0.1
 # Errors of the local disk, not of the network.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
@@ -65,7 +64,7 @@ spread = random.Random().uniform  # machines that were refused together do not c
 
 
 class Unreachable(Refused):
-    """The server is away, or too slow to be of use."""
+    """The server is away."""
 
 
 def is_offline() -> bool:
@@ -208,17 +207,18 @@ def download(
     watch: Callable[[], None] = lambda: None,
     notify: Notify = say,
     stopped: Callable[[], bool] = lambda: False,
+    answered: bool = False,
 ) -> None:
     """Receive every file; `watch` is called again and again in the caller's thread, and once all are received.
 
     http, https and hf use the standard library, the other schemes fsspec. `Unreachable` or `Refused` when the attempts
-    of a file have failed, when nothing comes, or when too little comes for too long, of which `notify` tells before;
-    `Damaged` when a file is not the expected one.
+    of a file have failed, or when nothing comes; `Damaged` when a file is not the expected one. `notify` tells of a
+    server that is slow or asks to wait. `answered`: the server is known to be there, so it is waited for longer.
     """
     waiting = iter(transfers)
     running: set[Transfer] = set()
     ended: SimpleQueue[Transfer] = SimpleQueue()
-    server, rate = Server(), Rate()
+    server, rate = Server(answered), Rate()
     more = True
     try:
         while more or running:
@@ -257,7 +257,7 @@ class Rate:
 
     def __init__(self) -> None:
         self.ended = 0  # bytes of the transfers that have ended
-        self.minute_began, self.before, self.slow_minutes = time.monotonic(), 0, 0
+        self.minute_began, self.before, self.slow = time.monotonic(), 0, False
         self.seen = self.minute_began
 
     def watch(self, running: Iterable[Transfer], notify: Notify) -> None:
@@ -274,15 +274,13 @@ class Rate:
         total = self.ended + sum(transfer.received for transfer in running)
         rate = (total - self.before) / (now - self.minute_began)
         self.minute_began, self.before = now, total
-        if rate >= SLOW_BYTES_PER_S:
-            self.slow_minutes = 0
-            return
-        self.slow_minutes += 1
-        address = next((str(transfer.address) for transfer in running), "the download")
-        slow = f"{address}: {human_bytes(rate)}/s in the last minute, below {human_bytes(SLOW_BYTES_PER_S)}/s"
-        if self.slow_minutes >= SLOW_MINUTES:
-            raise Unreachable(f"{slow} for {SLOW_MINUTES} minutes; try again later, or from another address")
-        notify(f"{slow}; the download ends after {SLOW_MINUTES} such minutes")
+        was_slow, self.slow = self.slow, rate < SLOW_BYTES_PER_S
+        if self.slow and not was_slow:
+            address = next((str(transfer.address) for transfer in running), "the download")
+            notify(
+                f"{address}: {human_bytes(rate)}/s in the last minute; waiting as long as some bytes come, at most "
+                f"{PATIENCE_S:.0f} s for the next"
+            )
 
 
 # -- one file, in its thread ------------------------------------------------------------------------------------------
