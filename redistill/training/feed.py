@@ -17,6 +17,7 @@ from redistill_cache.errors import Refused
 from torch import Tensor
 
 from redistill.loading import BatchLoader
+from redistill.training.archive_use import ViewStream
 from redistill.views import ViewDataset
 from redistill.views.dataset import MixedView, RenderedView
 
@@ -84,6 +85,8 @@ class Feed:
     world_size: int = 1
     workers: int = 0
     device: torch.device = CPU
+    stream: ViewStream | None = None
+    """Of an archive whose views are fetched meanwhile."""
 
     def views(self, epoch: int) -> tuple[int, ...]:
         num_views = self.dataset.views.num_views if self.num_views is None else self.num_views
@@ -102,11 +105,18 @@ class Feed:
         return batches
 
     def start(self, epoch: int = 0, batch: int = 0) -> Generator[TrainBatch, None, None]:
-        """Every batch from this one to the end of the run. The workers live for all epochs."""
+        """Every batch from this one to the end of the run. The workers live for all epochs.
 
-        def plans() -> Iterator[tuple[BatchPlan, list[int]]]:
-            for current in range(epoch, self.epochs):
-                batches, views = self.global_batches(current), self.views(current)
+        Batches are planned ahead of use, and none of an epoch whose views are not here: before it, all earlier ones are
+        given, and then this waits.
+        """
+
+        def plans(first: int) -> Iterator[tuple[BatchPlan, list[int]]]:
+            for current in range(first, self.epochs):
+                views = self.views(current)
+                if current > first and self.stream is not None and not self.stream.here(views):
+                    return
+                batches = self.global_batches(current)
                 for i in range(batch if current == epoch else 0, len(batches)):
                     rows = rank_rows(batches[i], self.rank, self.world_size)
                     plan = BatchPlan(current, i, len(batches), views, rows, len(batches[i]) * len(views))
@@ -114,7 +124,13 @@ class Feed:
 
         pin = self.device.type == "cuda"
         with BatchLoader(self.dataset, workers=self.workers, collate=collate_views, pin=pin) as loader:
-            yield from on_device(loader.load(plans()), self.device)
+            current = epoch
+            while current < self.epochs:
+                if self.stream is not None:
+                    self.stream.wait(self.views(current))
+                for item in on_device(loader.load(plans(current)), self.device):
+                    current = item.plan.epoch + 1
+                    yield item
 
 
 def on_device(batches: Iterator[tuple[BatchPlan, ViewBatch]], device: torch.device) -> Iterator[TrainBatch]:
