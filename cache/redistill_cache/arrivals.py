@@ -31,9 +31,9 @@ from redistill_cache.fetching import (
     id_of_copy,
     locate,
     place_of,
-    refuse_full_disk,
     remember,
     remembered,
+    require_room,
     whole_copy,
 )
 from redistill_cache.open_state import ArchiveState
@@ -115,11 +115,11 @@ class Arrivals:
             self._here.add(view)
         return view in self._here
 
-    def require_room(self, views: Iterable[int]) -> None:
-        """Refuse now where the disk has no room for these views."""
+    def require_room(self, views: Iterable[int], notify: Notify = say) -> None:
+        """Refuse now where there is no room for these views."""
         names = set().union(*(self._names.get(view, ()) for view in views))
         lacking = (self.files[name].size for name in names if not (self.path / name).is_file())
-        refuse_full_disk(self.address, self.path, sum(lacking))
+        require_room(self.address, self.path, sum(lacking), notify)
 
     def expect(self, views: Iterable[int]) -> None:
         """Fetch these views next, in the background, when no reader waits for another one."""

@@ -29,6 +29,7 @@ from typing import BinaryIO
 
 from redistill_cache import layout, limits, packed
 from redistill_cache.addresses import Address, address_of_path, checked_id, is_address, parse_address, split_pin
+from redistill_cache.cached_archives import make_room
 from redistill_cache.copies import held_views, note_views, remove_note
 from redistill_cache.download import (
     FileSink,
@@ -45,6 +46,7 @@ from redistill_cache.errors import Damaged, Incomplete, OutOfRange, RedistillErr
 from redistill_cache.journal import FileEntry, Header, parse_files, parse_header, sha256
 from redistill_cache.locks import (
     DOCUMENTS,
+    keep,
     locked,
     new_partial,
     publish_partial,
@@ -95,7 +97,9 @@ def fetch_archive(
     found = copy_or_manifest(address, pin, notify)
     if isinstance(found, Path):
         return found
-    path = whole_copy(found.id) or fetched(found, place_of(found), first_views(views, address), waits)
+    path = whole_copy(found.id)
+    if path is None:
+        path = fetched(found, place_of(found), first_views(views, address), waits)
     if remembered(address) != found.id and whole_copy(found.id) is not None:
         remember(address, found.id)
     return path
@@ -173,6 +177,7 @@ def whole_copy(identity: str | None) -> Path | None:
     """The copy of this archive whose manifest was published and still has the hash that is the id."""
     if identity is None:
         return None
+    keep_cached(cache_folder() / "archives" / identity / "any")
     for manifest in sorted((cache_folder() / "archives" / identity).glob(f"*/{layout.MANIFEST}")):
         if (manifest.parent / layout.COPY_NAME).exists():
             continue
@@ -182,10 +187,17 @@ def whole_copy(identity: str | None) -> Path | None:
     return None
 
 
+def keep_cached(copy: Path) -> None:
+    """A copy in the cache folder is not removed from it until this process ends."""
+    if copy.parent.parent == cache_folder() / "archives" and copy.parent.is_dir():
+        keep(copy.parent)
+
+
 def copy_with_base(identity: str | None) -> Path | None:
     """The copy of this archive in the cache folder that has what is not of a view, and maybe views."""
     if identity is None:
         return None
+    keep_cached(cache_folder() / "archives" / identity / "any")
     manifests = sorted((cache_folder() / "archives" / identity).glob(f"*/{layout.MANIFEST}"))
     copies = (manifest.parent.parent for manifest in manifests)
     return next((copy for copy in copies if id_of_copy(copy) == identity), None)
@@ -307,10 +319,12 @@ def fetched(remote: Remote, target: Path, wanted: Wanted, waits: Waits) -> Path:
     folder = target.parent if cached else target
     with disk_trouble("write", target):
         sweep()
-        LOCAL.make_directories(target)
+        if cached:
+            keep(folder)
         with locked(folder, f"fetches {remote.address}", waits.notify, waits.until):
             if whole_copy(remote.id) == target or waits.until():  # another process fetched it in the meantime
                 return target
+            LOCAL.make_directories(target)
             if not cached:
                 _refuse_other_folder(target, remote.id)
             sweep_unfinished(folder)
@@ -319,6 +333,9 @@ def fetched(remote: Remote, target: Path, wanted: Wanted, waits: Waits) -> Path:
                     _complete(remote, state, target, wanted, waits)
             finally:
                 sweep_unfinished(folder)
+                with suppress(OSError):  # not empty, unless it was refused
+                    target.rmdir()
+                    folder.rmdir()
     return target
 
 
@@ -388,7 +405,7 @@ def _complete(remote: Remote, state: ArchiveState, target: Path, wanted: Wanted,
     missing = {name for name in files if not _is_here(here, name)}
     total = sum(entry.size for entry in files.values())
     received = total - sum(files[name].size for name in missing)
-    refuse_full_disk(remote.address, target, total - received)
+    require_room(remote.address, target, total - received, waits.notify)
     if begun:
         note_views(target, remote.id, 0)
     for name in sorted(missing):  # its documents were read already
@@ -419,7 +436,10 @@ def _complete(remote: Remote, state: ArchiveState, target: Path, wanted: Wanted,
         remove_note(target)
 
 
-def refuse_full_disk(address: Address, target: Path, needed: int) -> None:
+def require_room(address: Address, target: Path, needed: int, notify: Notify) -> None:
+    """Refuse now what the disk or the limit of the cache folder has no room for."""
+    if target.is_relative_to(cache_folder()):
+        make_room(needed, target.parent, str(address), notify)
     free = shutil.disk_usage(target).free
     if needed > free:
         raise Refused(

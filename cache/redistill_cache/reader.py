@@ -22,7 +22,7 @@ from redistill_cache.arrivals import Arrivals, Origin, begin
 from redistill_cache.codecs import Codec
 from redistill_cache.download import Notify, say
 from redistill_cache.errors import Damaged, OutOfRange, UsageError
-from redistill_cache.fetching import FetchProgress, agreed, fetch_archive, other_archive
+from redistill_cache.fetching import FetchProgress, agreed, fetch_archive, keep_cached, other_archive
 from redistill_cache.journal import FileEntry, sha256
 from redistill_cache.keys import PackedKeys, keys_flaw
 from redistill_cache.layout import Block
@@ -80,6 +80,7 @@ def open_archive(
         location, pin = split_pin(str(path))
         path, id = Path(location), agreed(location, pin, id)  # noqa: A001
     path = path.absolute()  # the working folder may change, or differ in another process
+    keep_cached(path)
     with disk_trouble("read", path):
         state = read_state(path, allow_partial=allow_partial)
         if id is not None and state.id != id:
@@ -113,6 +114,7 @@ def stream_archive(
 
 
 def _streamed(path: Path, origin: Origin) -> Archive:
+    keep_cached(path)
     with disk_trouble("read", path):
         state = read_state(path, allow_partial=False, held_only=False)
         check_metadata_on_disk(state)

@@ -123,7 +123,7 @@ def prepare(
         stream = ViewStream(archive.arrivals, world, progress)
         epochs = range(min(epoch, options.optim.epochs - 1), options.optim.epochs)
         of_epochs = [views_of_epoch(each, use.views, options.views_per_image) for each in epochs]
-        archive.arrivals.require_room({view for views in of_epochs for view in views})
+        archive.arrivals.require_room({view for views in of_epochs for view in views}, progress.info)
         first_views = of_epochs[0]
         stream.wait(first_views)
     if use.views < archive.num_views:
