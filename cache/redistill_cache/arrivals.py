@@ -57,8 +57,9 @@ def begin(
     """The copy of an archive, with what is not of a view at least, and where its views come from if it is not whole."""
     address = locate(url)
     pin = agreed(address, address.pin, id)
-    begun = copy_with_base(pin or remembered(address))
-    if begun is not None and whole_copy(pin) is None and (pin is not None or is_offline()):
+    known = pin or remembered(address)
+    begun = None if whole_copy(known) else copy_with_base(known)
+    if begun is not None and (pin is not None or is_offline()):
         return begun, (address, None)
     try:
         found = copy_or_manifest(address, pin, notify)

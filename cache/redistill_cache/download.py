@@ -399,7 +399,8 @@ class _Attempts:
         if asked is not None:
             self.server.busy_until = max(self.server.busy_until, now + wait)
         if wait >= NOTICED_S and not self.server.trouble:
-            self.server.trouble = f"{transfer.address}: {redact(one_line(error))}; trying again in {wait:.0f} s"
+            less = f", not in the {asked:.0f} s that it asks for" if asked is not None and asked > wait else ""
+            self.server.trouble = f"{transfer.address}: {redact(one_line(error))}; trying again in {wait:.0f} s{less}"
         self.wait = min(2 * self.wait, LONGEST_WAIT_S)
         self._pause(wait)
 

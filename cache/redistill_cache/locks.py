@@ -140,18 +140,18 @@ def acquire(file: BinaryIO, kind: int = fcntl.LOCK_EX) -> bool:
 
 # -- copies in use ----------------------------------------------------------------------------------------------------
 
-_kept: dict[Path, BinaryIO] = {}
-"""The copies that this process uses until it ends: an archive may be read by whoever has it."""
+_kept: dict[Path, int] = {}
+"""The copies that this process uses until it ends, as whoever has an archive may read it: a descriptor of each."""
 
 
 def keep(folder: Path) -> None:
     """From now on this process uses the copy in this folder of the cache folder; waits while it is being removed."""
     with suppress(OSError):  # a cache folder that cannot be written to, so nothing is removed from it either
         if folder not in _kept:
-            file = lock_file(folder / USE)
-            while not acquire(file, fcntl.LOCK_SH):
-                time.sleep(POLL_S)
-            _kept[folder] = file
+            with lock_file(folder / USE) as file:
+                while not acquire(file, fcntl.LOCK_SH):
+                    time.sleep(POLL_S)
+                _kept[folder] = os.dup(file.fileno())  # the lock is that of both
         (folder / USED).touch()
 
 

@@ -113,6 +113,9 @@ class ProgressBar:
         if self._bar.disable:
             self._line(done, total, figures)
             return
+        if self._start is None:  # what was done before does not count for the rate
+            self._start = time.monotonic(), done
+            self._bar.initial = self._bar.n = self._bar.last_print_n = done
         self._bar.total = total
         self._bar.set_postfix(figures, refresh=False)
         self._bar.update(done - self._bar.n)

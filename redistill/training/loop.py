@@ -94,6 +94,7 @@ class Training:
         self.options, self.world, self.files, self.progress, self.stop = options, world, files, progress, stop
         self.feed, self.members, self.targets = setup.feed, setup.members, setup.targets
         self.stream = setup.feed.stream
+        (self.streamed,) = world.any(self.stream is not None)  # on another machine, the archive may be here as a whole
         self.validation, self.use, self.fixed = setup.validation, setup.use, setup.fixed
         self.labels, self.judged = setup.archive.labels, False
         self.rows_on_gpu: bool | None = None
@@ -154,6 +155,7 @@ class Training:
         if self.stream is not None:
             self.stream.compare(self.feed.views(epoch))
             more = more and self.stream.here(self.feed.views(epoch + 1))
+        if self.streamed:
             self.world.barrier()  # no rank waits for a GPU while another one waits for a view
         if self.targets is not None:
             self.targets.begin_epoch(self.feed.views(epoch), self.feed.views(epoch + 1) if more else None)

@@ -51,7 +51,7 @@ def views_asked(flaky: Flaky) -> list[int]:
 
 
 @pytest.mark.parametrize("form", ["tree", "packed"])
-def test_a_view_is_fetched_when_it_is_read(form: str, sealed: Path, tmp_path: Path):
+def test_a_view_is_fetched_when_it_is_read(form: str, sealed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     source = sealed
     if form == "packed":
         source = tmp_path / "a.redistill"
@@ -80,6 +80,8 @@ def test_a_view_is_fetched_when_it_is_read(form: str, sealed: Path, tmp_path: Pa
         assert stream_archive(address).arrivals is None
         sent = [request.path for request in flaky.requests if view_of(request) is not None]
         assert len(sent) == len(set(sent)), "nothing is fetched twice"
+        monkeypatch.setenv("REDISTILL_OFFLINE", "1")
+        assert stream_archive(address).arrivals is None
 
 
 def test_expected_views_come_in_order_and_one_that_is_waited_for_first(sealed: Path):

@@ -107,6 +107,10 @@ def test_a_wait_is_announced(monkeypatch: pytest.MonkeyPatch):
         assert receive(flaky, notify=said.append) == DATA
         (line,) = said
         assert line == f"{flaky.address}/a: HTTP Error 429: Too Many Requests; trying again in 1 s"
+    monkeypatch.setattr(download, "ASKED_S", 1.0)
+    with faults("429", retry_after="700") as flaky:
+        assert receive(flaky, notify=said.append) == DATA
+        assert said[1].endswith("; trying again in 1 s, not in the 700 s that it asks for")
 
 
 # -- what is not waited for -------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from redistill_cache import download, layout, stream_archive
+from redistill_cache import download, fetch_archive, layout, stream_archive
 from redistill_cache.errors import Refused
 from redistill_cache.packing import pack
 
@@ -18,7 +18,7 @@ from redistill.training import train
 from redistill.training.checkpoint import LAST
 from tests.flaky_server import Flaky, Request, serving
 from tests.redistill.training.runs import InterruptAt, history, weights
-from tests.redistill.training.train_process import SECONDS, start, start_ranks
+from tests.redistill.training.train_process import SECONDS, rank_environments, start, start_ranks
 from tests.small_archive import DATA
 
 PLAIN = "--student demo:tiny --lr 0.05 --warmup-epochs 0.5 --workers 0 --batch-size 32 --log csv --device cpu"
@@ -95,7 +95,7 @@ def test_training_begins_with_the_first_view_and_waits_for_the_next(options, arc
     assert history(out) == history(expected)
 
 
-@pytest.mark.parametrize("form", ["tree", "packed"])
+@pytest.mark.parametrize("form", ["tree", pytest.param("packed", marks=pytest.mark.slow)])
 def test_only_the_views_of_the_run_are_fetched(options, archive: Path, tmp_path: Path, form: str):
     """At most 1.02 times the bytes of these views; of the archive as it is, also of what is not of a view."""
     source = archive
@@ -123,6 +123,7 @@ def test_a_resumed_run_fetches_the_view_of_its_epoch_first(options, archive: Pat
     assert weights(tmp_path / "run") == weights(expected)
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_ends_the_run_when_its_view_is_needed(
     options, archive: Path, tmp_path: Path, local, monkeypatch: pytest.MonkeyPatch
 ):
@@ -168,6 +169,25 @@ def test_two_ranks_download_each_view_once(options, archive: Path, tmp_path: Pat
             assert [process.exitcode for process in ranks] == [0, 0], (tmp_path / f"{name}.txt-0").read_text()
         assert sent_once(flaky)
     assert weights(tmp_path / "streamed") == weights(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_ranks_may_differ_in_what_is_here(archive: Path, tmp_path: Path):
+    """As on two machines: rank 0 fetches views, rank 1 has all of them."""
+    out = tmp_path / "run"
+    with served(archive) as (address, flaky):
+        fetch_archive(address)
+        before = len(flaky.requests)
+        arguments = ("train", DATA, "--archive", address, "--out", out, "--epochs", 3, *PLAIN.split())
+        ranks = [
+            start(*arguments, output=tmp_path / f"{rank}.txt", environment={**of_rank, **cache(tmp_path / folder)})
+            for rank, (of_rank, folder) in enumerate(zip(rank_environments(2), ("empty", ""), strict=True))
+        ]
+        for process in ranks:
+            process.join(SECONDS)
+            process.kill()
+        assert [process.exitcode for process in ranks] == [0, 0], (tmp_path / "0.txt").read_text()
+        assert {view_of(request) for request in flaky.requests[before:]} == {None, 0, 1, 2}
 
 
 @pytest.mark.slow
