@@ -136,6 +136,7 @@ def test_a_wait_can_be_stopped_and_leaves_nothing(sealed: Path, tmp_path: Path):
 READ = "import sys; from redistill_cache import stream_archive as s; print(s(sys.argv[1]).logits(1).sum().item())"
 
 
+@pytest.mark.slow
 def test_processes_of_a_machine_share_a_view(sealed: Path):
     with served(sealed, lambda *_: "slow") as (address, flaky):
         command = [sys.executable, "-c", READ, address]

@@ -141,6 +141,7 @@ def test_a_server_that_dies_ends_the_run_when_its_view_is_needed(
     assert weights(tmp_path / "run") == weights(expected)
 
 
+@pytest.mark.slow
 def test_views_that_come_later_are_compared_as_well(options, archive: Path, tmp_path: Path, monkeypatch):
     from redistill.training import prepare
 
