@@ -20,7 +20,10 @@ class Progress(Protocol):
     def info(self, text: str) -> None: ...
     def warning(self, text: str) -> None: ...
     def advance(self, task: str, done: int, total: int, **figures: object) -> None:
-        """`done` of `total` images of a task ("index", "teacher" or "train"), and figures to show with it."""
+        """`done` of `total` images of a task ("index", "teacher" or "train"), and figures to show with it.
+
+        Of a task that begins with "fetch", bytes.
+        """
 
     def epoch(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """An epoch of training has ended: the figures of every member of the cohort."""

@@ -33,7 +33,7 @@ ENTRY_POINTS = {"redistill.__main__"}
 CACHE_THIRD_PARTIES = {"numpy", "zarr", "numcodecs", "google_crc32c", "platformdirs"}
 # Modules that are imported only where they are needed: by an address, by an encoder, by an encoder on CUDA.
 CACHE_LAZY_THIRD_PARTIES = {
-    "redistill_cache.download": {"fsspec"},
+    "redistill_cache.protocols": {"fsspec"},
     "redistill_cache.sending": {"fsspec"},
     "redistill_cache.tokens": {"huggingface_hub"},
     "redistill_cache.codecs.compiled": {"numba"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from redistill_cache.fetching import fetch_archive
-from redistill_cache.reader import Archive, open_archive
+from redistill_cache.reader import Archive, open_archive, stream_archive
 from redistill_cache.rows import PackedView, ViewLoader
 from redistill_cache.spec import ArchiveSpec, ArraySpec, SignalSpec, TeacherSpec
 from redistill_cache.writer import ArchiveWriter
@@ -19,4 +19,5 @@ __all__ = [
     "ViewLoader",
     "fetch_archive",
     "open_archive",
+    "stream_archive",
 ]

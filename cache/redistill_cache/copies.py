@@ -17,7 +17,7 @@ __all__ = ["held_views", "note_views", "refuse_partial_copy", "remove_note"]
 
 
 def held_views(path: Path, identity: str, views: int) -> int | None:
-    """How many of the views of the archive with this id its copy at `path` holds; None where no note says so."""
+    """How many of the first views of the archive with this id its copy at `path` holds; None where no note says so."""
     note = path / layout.COPY
     try:
         data = read_small(note, limits.MAX_RECORD_BYTES)
@@ -26,7 +26,7 @@ def held_views(path: Path, identity: str, views: int) -> int | None:
     fields = Fields(parse(data, cap=limits.MAX_RECORD_BYTES, where=str(note)), str(note))
     if fields.text("id", 64) != identity:
         raise Refused(f"{path} is a copy of another archive than its manifest; fetch it to another folder")
-    held = fields.integer("views", 1, views)
+    held = fields.integer("views", 0, views)
     fields.done()
     return held
 

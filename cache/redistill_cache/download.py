@@ -1,8 +1,8 @@
-"""Downloads of files: no more bytes than expected, no slower than stated, and redirected to no private network.
+"""Downloads of files: no more bytes than expected, and an end when no more of them come.
 
-Threads receive, the caller's thread watches them. So a server that sends nothing, a byte a second or an endless header
-ends the download whatever the protocol is, and Ctrl-C ends it at once. The threads are daemons: none of them keeps a
-process alive.
+Threads receive, the caller's thread watches them. So a server that sends nothing or an endless header ends the download
+whatever the protocol is, and Ctrl-C ends it at once. A slow server does not: its bytes are waited for as long as some
+come. The threads are daemons: none of them keeps a process alive.
 
 What may pass is tried again: 408, 425, 429, 5xx, a connection that breaks, bytes with another hash. The waits grow, or
 are those that the server asks for with Retry-After. A file that broke off is continued where it ended, where the
@@ -16,7 +16,6 @@ import errno
 import hashlib
 import http.client
 import io
-import ipaddress
 import logging
 import os
 import random
@@ -24,33 +23,24 @@ import re
 import ssl
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from functools import cache
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from socket import SHUT_RDWR, socket
-from typing import IO, BinaryIO, Protocol, cast
-from urllib.parse import urljoin
+from typing import BinaryIO, Protocol
 
-from redistill_cache.addresses import Address, parse_address, redact
-from redistill_cache.errors import Damaged, RedistillError, Refused, UsageError
+from redistill_cache.addresses import Address, redact
+from redistill_cache.errors import Damaged, RedistillError, Refused
 from redistill_cache.journal import FileEntry
-from redistill_cache.storage import open_regular
-from redistill_cache.tokens import on_the_hub, token_of
+from redistill_cache.protocols import Answer, Interrupted, RemoteFile, opened, status_of
 from redistill_cache.wording import human_bytes, one_line
 
 __all__ = ["FileSink", "Notify", "Sink", "Transfer", "Unreachable", "download", "is_offline", "read_address", "say"]
 
 PIECE = 1 << 20
 BEGINNING = 64  # bytes that show whether a file is a web page
-TIMEOUT_S = 60.0  # without a byte
-HURRIED_S = 10.0
 CONNECTIONS = 8
 # How long a file that makes no progress is tried again: of a server that answers, and of one that never did.
-PATIENCE_S, FIRST_PATIENCE_S = 120.0, 20.0
+PATIENCE_S, FIRST_PATIENCE_S = 300.0, 20.0
 WAIT_S, LONGEST_WAIT_S = 1.0, 30.0  # before another attempt; doubled each time
 # What a server may ask for with Retry-After: at once, and in all before a file makes progress again.
 ASKED_S, ASKED_IN_ALL_S = 300.0, 900.0
@@ -59,20 +49,14 @@ BUCKET_ATTEMPTS = 3  # packages for buckets try again themselves
 WRONG_BODIES = 3  # with another hash than expected, before a file is called damaged
 MOST_TIMES = 4  # bytes of all attempts together, in sizes of the file
 TOO_BUSY = (408, 425, 429)
-# All connections of a download together.
+# A rate that the user is told of: of all connections of a download together, in a minute.
 SLOW_BYTES_PER_S = 10 << 10
 REQUEST_BYTES = 16 << 10  # what a file counts in addition: requests and the disk take time, however small it is
 MINUTE_S = 60.0
-SLOW_MINUTES = 5
 POLL_S = 0.1
-REDIRECTS = 5
-REDIRECTING = (301, 302, 303, 307, 308)
 # Errors of the local disk, not of the network.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-# Extras of this project that install the packages for a scheme.
-EXTRAS = {"s3": "s3"}
 OFFLINE = "REDISTILL_OFFLINE"
-CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)")
 
 Notify = Callable[[str], None]
 say: Notify = logging.getLogger("redistill_cache").warning
@@ -80,11 +64,7 @@ spread = random.Random().uniform  # machines that were refused together do not c
 
 
 class Unreachable(Refused):
-    """The server is away, or too slow to be of use."""
-
-
-class Interrupted(ConnectionError):
-    """An answer that another attempt may complete."""
+    """The server is away."""
 
 
 def is_offline() -> bool:
@@ -189,13 +169,10 @@ class FileSink:
 
 
 @dataclass(eq=False)
-class Transfer:
+class Transfer(RemoteFile):
     """One file that is received, as its thread and the watching thread see it."""
 
-    address: Address
     sink: Sink
-    hurried: bool = False
-    """One attempt and a short timeout: there is something else to use."""
     error: Exception | None = None
     received: int = 0
     """Bytes of all attempts."""
@@ -203,23 +180,6 @@ class Transfer:
     """When the last bytes came."""
     waits: bool = False
     """Until another attempt."""
-    stop: threading.Event = field(default_factory=threading.Event)
-    connection: socket | None = None
-    ranges: bool = True
-    """Whether the server is asked for a part of the file."""
-    version: str | None = None
-    """ETag or time of the file that the sink has the beginning of."""
-
-    @property
-    def timeout(self) -> float:
-        return HURRIED_S if self.hurried else TIMEOUT_S
-
-    def abandon(self) -> None:
-        """End the transfer's thread, wherever it waits."""
-        self.stop.set()
-        if self.connection is not None:
-            with suppress(OSError):
-                self.connection.shutdown(SHUT_RDWR)
 
 
 @dataclass(eq=False)
@@ -247,17 +207,18 @@ def download(
     watch: Callable[[], None] = lambda: None,
     notify: Notify = say,
     stopped: Callable[[], bool] = lambda: False,
+    answered: bool = False,
 ) -> None:
     """Receive every file; `watch` is called again and again in the caller's thread, and once all are received.
 
     http, https and hf use the standard library, the other schemes fsspec. `Unreachable` or `Refused` when the attempts
-    of a file have failed, when nothing comes, or when too little comes for too long, of which `notify` tells before;
-    `Damaged` when a file is not the expected one.
+    of a file have failed, or when nothing comes; `Damaged` when a file is not the expected one. `notify` tells of a
+    server that is slow or asks to wait. `answered`: the server is known to be there, so it is waited for longer.
     """
     waiting = iter(transfers)
     running: set[Transfer] = set()
     ended: SimpleQueue[Transfer] = SimpleQueue()
-    server, rate = Server(), Rate()
+    server, rate = Server(answered), Rate()
     more = True
     try:
         while more or running:
@@ -296,7 +257,7 @@ class Rate:
 
     def __init__(self) -> None:
         self.ended = 0  # bytes of the transfers that have ended
-        self.minute_began, self.before, self.slow_minutes = time.monotonic(), 0, 0
+        self.minute_began, self.before, self.slow = time.monotonic(), 0, False
         self.seen = self.minute_began
 
     def watch(self, running: Iterable[Transfer], notify: Notify) -> None:
@@ -313,15 +274,13 @@ class Rate:
         total = self.ended + sum(transfer.received for transfer in running)
         rate = (total - self.before) / (now - self.minute_began)
         self.minute_began, self.before = now, total
-        if rate >= SLOW_BYTES_PER_S:
-            self.slow_minutes = 0
-            return
-        self.slow_minutes += 1
-        address = next((str(transfer.address) for transfer in running), "the download")
-        slow = f"{address}: {human_bytes(rate)}/s in the last minute, below {human_bytes(SLOW_BYTES_PER_S)}/s"
-        if self.slow_minutes >= SLOW_MINUTES:
-            raise Unreachable(f"{slow} for {SLOW_MINUTES} minutes; try again later, or from another address")
-        notify(f"{slow}; the download ends after {SLOW_MINUTES} such minutes")
+        was_slow, self.slow = self.slow, rate < SLOW_BYTES_PER_S
+        if self.slow and not was_slow:
+            address = next((str(transfer.address) for transfer in running), "the download")
+            notify(
+                f"{address}: {human_bytes(rate)}/s in the last minute; waiting as long as some bytes come, at most "
+                f"{PATIENCE_S:.0f} s for the next"
+            )
 
 
 # -- one file, in its thread ------------------------------------------------------------------------------------------
@@ -370,7 +329,7 @@ class _Attempts:
         first, last = sink.wanted
         if not transfer.ranges or not (sink.verifies or transfer.version):
             first, last = 0, None
-        with _stream(transfer, first, last) as answer:
+        with opened(transfer, first, last) as answer:
             self.server.answered = True
             if answer.first < sink.wanted[0]:
                 sink.restart()
@@ -418,7 +377,7 @@ class _Attempts:
         return self.wrong_bodies >= WRONG_BODIES
 
     def _wait_or_give_up(self, error: Exception) -> None:
-        transfer, now, status = self.transfer, time.monotonic(), _status(error)
+        transfer, now, status = self.transfer, time.monotonic(), status_of(error)
         self.server.answered |= status is not None
         if status == 416 and transfer.sink.wanted != (0, None):  # the file has become shorter, or takes no ranges
             transfer.ranges = False
@@ -440,7 +399,8 @@ class _Attempts:
         if asked is not None:
             self.server.busy_until = max(self.server.busy_until, now + wait)
         if wait >= NOTICED_S and not self.server.trouble:
-            self.server.trouble = f"{transfer.address}: {redact(one_line(error))}; trying again in {wait:.0f} s"
+            less = f", not in the {asked:.0f} s that it asks for" if asked is not None and asked > wait else ""
+            self.server.trouble = f"{transfer.address}: {redact(one_line(error))}; trying again in {wait:.0f} s{less}"
         self.wait = min(2 * self.wait, LONGEST_WAIT_S)
         self._pause(wait)
 
@@ -478,14 +438,6 @@ def _refuse_html(piece: bytes) -> None:
         )
 
 
-def _status(error: BaseException | None) -> int | None:
-    """The HTTP status of an error of the standard library, or of a package for buckets."""
-    if isinstance(error, urllib.error.HTTPError):
-        return error.code
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    return status if isinstance(status, int) else None
-
-
 def _retry_after(error: Exception) -> float | None:
     """The seconds that the server asks to wait, given as such or as a date."""
     headers = getattr(error, "headers", None) or getattr(getattr(error, "response", None), "headers", None) or {}
@@ -501,193 +453,11 @@ def _retry_after(error: Exception) -> float | None:
 
 def _is_final(error: Exception) -> bool:
     """Whether a retry cannot help."""
-    status = _status(error)
+    status = status_of(error)
     refused = status is not None and 400 <= status < 500 and status not in TOO_BUSY
     distrusted = isinstance(getattr(error, "reason", None), ssl.SSLCertVerificationError)
     return refused or distrusted or is_missing(error) or isinstance(error, (ValueError, PermissionError))
 
 
 def is_missing(error: BaseException | None) -> bool:
-    return isinstance(error, FileNotFoundError) or _status(error) == 404
-
-
-# -- protocols --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a request gives: the bytes of the file from `first` on, which may be before those that were asked for."""
-
-    read: Callable[[int], bytes]
-    """The next bytes, at most as many as it is asked for."""
-    first: int
-    is_range: bool
-    length: int | None
-    """Of the whole file, where the server says it."""
-
-
-@contextmanager
-def _stream(transfer: Transfer, first: int, last: int | None) -> Iterator[Answer]:
-    address = transfer.address
-    if address.scheme in ("http", "https", "hf"):
-        with _opened(transfer, first, last) as response:
-            yield _answer(transfer, response, first)
-        return
-    if address.scheme == "file":
-        with os.fdopen(open_regular(address.local), "rb") as file:
-            file.seek(first)
-            yield Answer(cast("Callable[[int], bytes]", file.read), first, True, os.fstat(file.fileno()).st_size)
-        return
-    try:
-        import fsspec  # type: ignore[import-untyped]
-
-        opened = fsspec.open(address.url, "rb")
-    except ImportError as error:
-        extra = f"; pip install 'redistill[{EXTRAS[address.scheme]}]'" if address.scheme in EXTRAS else ""
-        raise Refused(
-            f"{address}: {address.scheme}:// needs a package that is not installed ({one_line(error)}){extra}"
-        ) from error
-    try:
-        with opened as stream:
-            remote = cast("IO[bytes]", stream)
-            if first:
-                remote.seek(first)
-            yield Answer(remote.read, first, True, None)
-    except (OSError, RedistillError):
-        raise
-    except Exception as error:  # packages for buckets have their own exceptions
-        raise ConnectionError(redact(one_line(error))) from error
-
-
-def _answer(transfer: Transfer, response: http.client.HTTPResponse, first: int) -> Answer:
-    tag = response.headers.get("ETag", "W/")
-    version = response.headers.get("Last-Modified") if tag.startswith("W/") else tag
-    read = response.read1  # read would wait for all the bytes it is asked for
-    if response.status != 206:
-        transfer.version = version
-        return Answer(read, 0, False, response.length)
-    match = CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-    if match is None or int(match[1]) != first:
-        transfer.ranges = False
-        raise Interrupted("the server sent another part of the file than it was asked for")
-    transfer.version = transfer.version or version
-    return Answer(read, first, True, None if match[3] == "*" else int(match[3]))
-
-
-def _opened(transfer: Transfer, first: int, last: int | None) -> http.client.HTTPResponse:
-    """The response to a request for the file, after a few redirects at most."""
-    opener, address = _opener(Reach(transfer)), transfer.address
-    address = on_the_hub(address) if address.scheme == "hf" else address
-    address = replace(address, authorization=address.authorization or token_of(address))
-    for _ in range(REDIRECTS + 1):
-        request = urllib.request.Request(address.url)
-        if address.authorization is not None:
-            request.add_header("Authorization", address.authorization)
-        if first or last is not None:
-            request.add_header("Range", f"bytes={first}-{'' if last is None else last - 1}")
-            if transfer.version is not None:
-                request.add_header("If-Range", transfer.version)
-        try:
-            return cast("http.client.HTTPResponse", opener.open(request, timeout=transfer.timeout))
-        except urllib.error.HTTPError as error:
-            error.close()  # the error is also a response with an open socket
-            if error.code not in REDIRECTING or "Location" not in error.headers:
-                raise
-            address = _redirected(address, error.headers["Location"])
-    raise Refused(f"{transfer.address} is redirected more than {REDIRECTS} times; check the address")
-
-
-def _redirected(address: Address, location: str) -> Address:
-    """Redirects lead to http(s) only, never from https to http, and only this server gets the password again."""
-    target = urljoin(address.url, location).partition("#")[0]
-    try:
-        new = parse_address(target, ("https",) if address.scheme == "https" else ("http", "https"))
-    except UsageError as error:
-        raise Refused(f"{address} is redirected to an address that is not followed: {error}") from None
-    same = (new.parts.scheme, new.parts.netloc) == (address.parts.scheme, address.parts.netloc)
-    return replace(new, authorization=address.authorization if same else None)
-
-
-def _opener(reach: Reach) -> urllib.request.OpenerDirector:
-    """http and https only, through the proxy of the environment."""
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler(),
-        urllib.request.UnknownHandler(),
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPErrorProcessor(),
-        PlainHandler(reach),
-        SecureHandler(reach),
-    ):
-        opener.add_handler(handler)
-    return opener
-
-
-class Reach:
-    """What a redirect may reach: hosts at most as private as the one whose address was given.
-
-    A server on the internet must not make this machine talk to itself or to its own network. What counts is the address
-    that a connection has, as a name may stand for another one each time it is looked up.
-    """
-
-    def __init__(self, transfer: Transfer) -> None:
-        self.transfer = transfer
-        self.given: int | None = None
-
-    def connected(self, connection: http.client.HTTPConnection, *, proxied: bool) -> None:
-        self.transfer.connection = connection.sock
-        host = connection.sock.getpeername()[0]
-        privacy = 0 if proxied else how_private(host)
-        self.given = privacy if self.given is None else self.given
-        if self.transfer.stop.is_set():  # abandoned while it connected
-            connection.close()
-            raise Refused("the download was stopped")
-        if privacy > self.given:
-            connection.close()
-            raise Refused(
-                f"{self.transfer.address} is redirected to {connection.host} ({host}), in a more private network than "
-                "its own; if that is intended, give the address there itself"
-            )
-
-
-def how_private(host: str) -> int:
-    """0: a host on the internet, 1: in a private network, 2: this machine or its link."""
-    ip = ipaddress.ip_address(host.partition("%")[0])
-    ip = getattr(ip, "ipv4_mapped", None) or ip
-    return 2 if ip.is_loopback or ip.is_link_local or ip.is_unspecified else 0 if ip.is_global else 1
-
-
-def _watched(
-    kind: type[http.client.HTTPConnection], reach: Reach, *, proxied: bool
-) -> Callable[..., http.client.HTTPConnection]:
-    class Watched(kind):  # type: ignore[misc, valid-type]  # a class of a variable
-        def connect(self) -> None:
-            super().connect()
-            reach.connected(self, proxied=proxied)
-
-    return Watched
-
-
-class PlainHandler(urllib.request.HTTPHandler):
-    def __init__(self, reach: Reach) -> None:
-        super().__init__()
-        self.reach = reach
-
-    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_watched(http.client.HTTPConnection, self.reach, proxied=req.has_proxy()), req)
-
-
-class SecureHandler(urllib.request.HTTPSHandler):
-    def __init__(self, reach: Reach) -> None:
-        super().__init__()
-        self.reach = reach
-
-    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        proxied = req._tunnel_host is not None  # type: ignore[attr-defined]  # the host behind the proxy
-        kind = _watched(http.client.HTTPSConnection, self.reach, proxied=proxied)
-        return self.do_open(kind, req, context=tls())
-
-
-@cache
-def tls() -> ssl.SSLContext:
-    return ssl.create_default_context()  # reads all certificates
+    return isinstance(error, FileNotFoundError) or status_of(error) == 404

@@ -29,6 +29,7 @@ from typing import BinaryIO
 
 from redistill_cache import layout, limits, packed
 from redistill_cache.addresses import Address, address_of_path, checked_id, is_address, parse_address, split_pin
+from redistill_cache.cached_archives import make_room
 from redistill_cache.copies import held_views, note_views, remove_note
 from redistill_cache.download import (
     FileSink,
@@ -41,10 +42,11 @@ from redistill_cache.download import (
     read_address,
     say,
 )
-from redistill_cache.errors import Damaged, Incomplete, OutOfRange, Refused, UsageError
+from redistill_cache.errors import Damaged, Incomplete, OutOfRange, RedistillError, Refused, UsageError
 from redistill_cache.journal import FileEntry, Header, parse_files, parse_header, sha256
 from redistill_cache.locks import (
     DOCUMENTS,
+    keep,
     locked,
     new_partial,
     publish_partial,
@@ -89,17 +91,24 @@ def fetch_archive(
     """
     address = locate(url)
     pin = agreed(address, address.pin, id)
+    waits = Waits(progress, notify)
     if out is not None:
-        return _fetched(fetch_manifest(address, pin, notify), Path(out).absolute(), views, progress, notify)
+        return fetched(fetch_manifest(address, pin, notify), Path(out).absolute(), first_views(views, address), waits)
     found = copy_or_manifest(address, pin, notify)
     if isinstance(found, Path):
         return found
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", address.name)[-80:].lstrip(".") or "archive"
-    target = cache_folder() / "archives" / found.id / (name + ".zarr" * name.endswith(".redistill"))
-    path = whole_copy(found.id) or _fetched(found, target, views, progress, notify)
+    path = whole_copy(found.id)
+    if path is None:
+        path = fetched(found, place_of(found), first_views(views, address), waits)
     if remembered(address) != found.id and whole_copy(found.id) is not None:
         remember(address, found.id)
     return path
+
+
+def place_of(remote: Remote) -> Path:
+    """Where its copy is in the cache folder."""
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", remote.address.name)[-80:].lstrip(".") or "archive"
+    return cache_folder() / "archives" / remote.id / (name + ".zarr" * name.endswith(".redistill"))
 
 
 @contextmanager
@@ -168,6 +177,7 @@ def whole_copy(identity: str | None) -> Path | None:
     """The copy of this archive whose manifest was published and still has the hash that is the id."""
     if identity is None:
         return None
+    keep_cached(cache_folder() / "archives" / identity / "any")
     for manifest in sorted((cache_folder() / "archives" / identity).glob(f"*/{layout.MANIFEST}")):
         if (manifest.parent / layout.COPY_NAME).exists():
             continue
@@ -175,6 +185,22 @@ def whole_copy(identity: str | None) -> Path | None:
             if sha256(read_small(manifest, limits.MAX_MANIFEST_BYTES)) == identity:
                 return manifest.parent.parent
     return None
+
+
+def keep_cached(copy: Path) -> None:
+    """A copy in the cache folder is not removed from it until this process ends."""
+    if copy.parent.parent == cache_folder() / "archives" and copy.parent.is_dir():
+        keep(copy.parent)
+
+
+def copy_with_base(identity: str | None) -> Path | None:
+    """The copy of this archive in the cache folder that has what is not of a view, and maybe views."""
+    if identity is None:
+        return None
+    keep_cached(cache_folder() / "archives" / identity / "any")
+    manifests = sorted((cache_folder() / "archives" / identity).glob(f"*/{layout.MANIFEST}"))
+    copies = (manifest.parent.parent for manifest in manifests)
+    return next((copy for copy in copies if id_of_copy(copy) == identity), None)
 
 
 def _note(address: Address) -> Path:
@@ -261,27 +287,70 @@ def id_of_copy(path: Path) -> str | None:
         return None
 
 
-def _fetched(remote: Remote, target: Path, views: int | None, progress: FetchProgress | None, notify: Notify) -> Path:
-    """The copy of an archive at `target`, with these first views at least."""
+Wanted = Callable[[ArchiveState, int], AbstractSet[str]]
+"""(state of the whole archive, number of first views that the copy holds) -> the files that the copy is to have."""
+
+
+@dataclass(frozen=True)
+class Waits:
+    """What a fetch tells while it waits, and what ends it."""
+
+    progress: FetchProgress | None = None
+    notify: Notify = say
+    until: Callable[[], bool] = lambda: False
+    """Nothing is to be fetched any more: another process has done it."""
+    stopped: Callable[[], bool] = lambda: False
+
+
+def first_views(views: int | None, where: Address) -> Wanted:
+    """The files of the first views, or of all: those that are here count, so that a copy never loses any."""
+
+    def wanted(state: ArchiveState, held: int) -> AbstractSet[str]:
+        if views is not None and not 1 <= views <= state.num_views:
+            raise OutOfRange(f"{where} has {state.num_views} views, {views} are asked for")
+        return files_of_views(state.files, state.num_views if views is None else max(views, held)).keys()
+
+    return wanted
+
+
+def fetched(remote: Remote, target: Path, wanted: Wanted, waits: Waits) -> Path:
+    """The copy of an archive at `target`, with these files at least."""
     cached = target.is_relative_to(cache_folder())
     folder = target.parent if cached else target
     with disk_trouble("write", target):
         sweep()
-        LOCAL.make_directories(target)
-        with locked(folder, f"fetches {remote.address}", notify):
-            if whole_copy(remote.id) == target:  # another process fetched it in the meantime
+        if cached:
+            keep(folder)
+        with locked(folder, f"fetches {remote.address}", waits.notify, waits.until):
+            if whole_copy(remote.id) == target or waits.until():  # another process fetched it in the meantime
                 return target
+            LOCAL.make_directories(target)
             if not cached:
                 _refuse_other_folder(target, remote.id)
             sweep_unfinished(folder)
             try:
-                with _documents(remote, folder, notify) as state:
-                    if views is not None and not 1 <= views <= state.num_views:
-                        raise OutOfRange(f"{remote.address} has {state.num_views} views, {views} are asked for")
-                    _complete(remote, state, target, views, progress, notify)
+                with _whole_state(remote, target, folder, waits.notify) as state:
+                    _complete(remote, state, target, wanted, waits)
             finally:
                 sweep_unfinished(folder)
+                with suppress(OSError):  # not empty, unless it was refused
+                    target.rmdir()
+                    folder.rmdir()
     return target
+
+
+@contextmanager
+def _whole_state(remote: Remote, target: Path, folder: Path, notify: Notify) -> Iterator[ArchiveState]:
+    """The state of the whole archive, from the documents of the copy where these are right."""
+    state = None
+    if id_of_copy(target) == remote.id:
+        with suppress(RedistillError):
+            state = read_state(target, allow_partial=False, held_only=False)
+    if state is not None:
+        yield state
+        return
+    with _documents(remote, folder, notify) as state:
+        yield state
 
 
 def _refuse_other_folder(target: Path, identity: str) -> None:
@@ -313,7 +382,7 @@ def _documents(remote: Remote, folder: Path, notify: Notify) -> Iterator[Archive
             for name in names:
                 if name not in files or files[name].size > limits.MAX_ROOT_BYTES:
                     raise Damaged(f"{where}: the manifest lacks {name}, or lists it as too large; it was edited")
-            _receive(remote, files, set(names), documents, notify)
+            _receive(remote, files, set(names), documents, Waits(notify=notify))
         else:
             for name in names:  # while views are added, zarr.json is not the one in the manifest, and can be read
                 data = read_address(remote.address.child(name), limits.MAX_ROOT_BYTES, notify=notify)
@@ -324,34 +393,27 @@ def _documents(remote: Remote, folder: Path, notify: Notify) -> Iterator[Archive
         yield read_state(documents, allow_partial=False)
 
 
-def _complete(
-    remote: Remote,
-    state: ArchiveState,
-    target: Path,
-    views: int | None,
-    progress: FetchProgress | None,
-    notify: Notify,
-) -> None:
-    """Fetch what a copy lacks for its first views, or for all."""
-    held = held_views(target, remote.id, state.num_views)
+def _complete(remote: Remote, state: ArchiveState, target: Path, wanted: Wanted, waits: Waits) -> None:
+    """Fetch what a copy lacks of these files."""
     begun = id_of_copy(target) != remote.id
-    if not begun:
-        views = None if views is None or held is None else max(views, held)
-    goal = state.num_views if views is None else views
-    files = files_of_views(state.files, goal)
+    note = held_views(target, remote.id, state.num_views)
+    held = 0 if begun else state.num_views if note is None else note
+    names = wanted(state, held)
+    files = {name: state.files[name] for name in names}
     verified = VerifiedFiles(target, remote.id)
     here = replace(state, path=target, verified_files=verified, extended={})
     missing = {name for name in files if not _is_here(here, name)}
     total = sum(entry.size for entry in files.values())
     received = total - sum(files[name].size for name in missing)
-    free = shutil.disk_usage(target).free
-    if total - received > free:
-        raise Refused(
-            f"{remote.address}: needs {total - received} bytes, {free} are free at {target}; free some space, "
-            "or set XDG_CACHE_HOME to a folder on a larger disk"
-        )
+    require_room(remote.address, target, total - received, waits.notify)
     if begun:
-        note_views(target, remote.id, goal)
+        note_views(target, remote.id, 0)
+    for name in sorted(missing):  # its documents were read already
+        if state.path != target and (state.path / name).is_file() and _is_here(state, name):
+            LOCAL.make_directories((target / name).parent)
+            LOCAL.publish(target / name, read_small(state.path / name, limits.MAX_ROOT_BYTES))
+            missing.discard(name)
+            received += files[name].size
     lock = threading.Lock()
 
     def arrived(name: str) -> None:
@@ -361,16 +423,35 @@ def _complete(
         verified.add([HashedFile(name, files[name], stamp_of((target / name).stat()))])
 
     def watch() -> None:
-        if progress is not None:
-            progress(received, total)
+        if waits.progress is not None:
+            waits.progress(received, total)
 
-    _receive(remote, state.files, missing, target, notify, arrived=arrived, watch=watch)
-    if goal < state.num_views:
-        note_views(target, remote.id, goal)
+    _receive(remote, state.files, missing, target, waits, arrived=arrived, watch=watch)
+    held = max(held, leading_views(here))
+    if held < state.num_views:
+        note_views(target, remote.id, held)
     if begun:
         LOCAL.publish(target / layout.MANIFEST, remote.manifest)
-    if goal == state.num_views:
+    if held == state.num_views:
         remove_note(target)
+
+
+def require_room(address: Address, target: Path, needed: int, notify: Notify) -> None:
+    """Refuse now what the disk or the limit of the cache folder has no room for."""
+    if target.is_relative_to(cache_folder()):
+        make_room(needed, target.parent, str(address), notify)
+    free = shutil.disk_usage(target).free
+    if needed > free:
+        raise Refused(
+            f"{address}: needs {needed} bytes, {free} are free at {target}; free some space, "
+            "or set XDG_CACHE_HOME to a folder on a larger disk"
+        )
+
+
+def leading_views(state: ArchiveState) -> int:
+    """How many of the first views have all their files. A file has its name only once its hash was verified."""
+    lacking = (layout.view_of_file(name) for name in state.files if not (state.path / name).is_file())
+    return min((view for view in lacking if view is not None), default=state.num_views)
 
 
 def _is_here(state: ArchiveState, name: str) -> bool:
@@ -383,7 +464,7 @@ def _receive(
     files: Mapping[str, FileEntry],
     wanted: AbstractSet[str],
     target: Path,
-    notify: Notify,
+    waits: Waits,
     *,
     arrived: Callable[[str], None] = lambda _: None,
     watch: Callable[[], None] = lambda: None,
@@ -412,7 +493,8 @@ def _receive(
         return FileSink(file, files[name].size, expected=files[name], arrived=publish)
 
     try:
-        download(remote.transfers(files, wanted, open_file), watch=watch, notify=notify)
+        transfers = remote.transfers(files, wanted, open_file)
+        download(transfers, watch=watch, notify=waits.notify, stopped=waits.stopped, answered=True)
     finally:
         with lock:
             over = True

@@ -1,6 +1,7 @@
 """One process of a machine at a time prepares, fetches or packs something; and the temporary files of who holds a lock.
 
 A lock is held by an open file in the cache folder, so that it ends with its process. It says which process that is.
+The processes that use a copy in the cache folder share another lock of it, so that it is not removed meanwhile.
 """
 
 from __future__ import annotations
@@ -26,11 +27,24 @@ from redistill_cache.journal import sha256
 from redistill_cache.storage import LEFTOVER, LOCAL
 from redistill_cache.verified_files import cache_folder
 
-__all__ = ["DOCUMENTS", "locked", "new_partial", "publish_partial", "remove_partials", "sweep", "sweep_unfinished"]
+__all__ = [
+    "DOCUMENTS",
+    "keep",
+    "last_use",
+    "locked",
+    "new_partial",
+    "publish_partial",
+    "remove_partials",
+    "sweep",
+    "sweep_unfinished",
+    "unused",
+]
 
 DOCUMENTS = "redistill-documents-"  # folders that a fetch removes
 WAITING_S = 60.0  # between two messages about the process that is waited for
 LONGEST_S = 24 * 3600.0  # longer than any step that is done under a lock
+USED = "used"  # a file beside a copy in the cache folder, touched with every use: times of access are often not kept
+USE = "use"  # of a lock that processes share
 
 
 def new_partial(target: Path) -> BinaryIO:
@@ -122,9 +136,39 @@ def lock_file(target: Path) -> BinaryIO:
     return file
 
 
-def acquire(file: BinaryIO) -> bool:
+def acquire(file: BinaryIO, kind: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
+
+
+# -- copies in use ----------------------------------------------------------------------------------------------------
+
+_kept: dict[Path, int] = {}
+"""The copies that this process uses until it ends, as whoever has an archive may read it: a descriptor of each."""
+
+
+def keep(folder: Path) -> None:
+    """From now on this process uses the copy in this folder of the cache folder; waits while it is being removed."""
+    with suppress(OSError):  # a cache folder that cannot be written to, so nothing is removed from it either
+        if folder not in _kept:
+            with lock_file(folder / USE) as file:
+                while not acquire(file, fcntl.LOCK_SH):
+                    time.sleep(POLL_S)
+                _kept[folder] = os.dup(file.fileno())  # the lock is that of both
+        (folder / USED).touch()
+
+
+@contextmanager
+def unused(folder: Path) -> Iterator[bool]:
+    """Whether no process uses or fetches the copy in this folder; none begins to within the block."""
+    with unlocked(folder) as is_free, lock_file(folder / USE) as file:
+        yield is_free and acquire(file)
+
+
+def last_use(folder: Path) -> float:
+    """In seconds since 1970."""
+    stamp = folder / USED
+    return (stamp if stamp.exists() else folder).stat().st_mtime

@@ -81,10 +81,11 @@ class ArchiveState:
         return block.view < (self.num_views if teacher is None else self.views_of(teacher))
 
 
-def read_state(path: Path, *, allow_partial: bool) -> ArchiveState:
+def read_state(path: Path, *, allow_partial: bool, held_only: bool = True) -> ArchiveState:
     """Read specification and journal of the archive at `path`; `Incomplete` when it is not sealed and must be.
 
-    No other file is read; the state holds their expected sizes and hashes.
+    No other file is read; the state holds their expected sizes and hashes. With `held_only`, a copy of some views
+    offers these; without, the state is that of the whole archive, whatever is here.
     """
     root = read_root(path)
     if (path / layout.JOURNAL).is_symlink():
@@ -102,7 +103,7 @@ def read_state(path: Path, *, allow_partial: bool) -> ArchiveState:
                 "or open it with allow_partial=True for its committed blocks"
             ) from None
         return _partial(path, root, Commits(path, LOCAL), settle=False)
-    return _sealed(path, root, data)
+    return _sealed(path, root, data, held_only=held_only)
 
 
 def read_committed(path: Path, commits: Commits, *, settle: bool = True) -> ArchiveState:
@@ -116,7 +117,7 @@ def read_committed(path: Path, commits: Commits, *, settle: bool = True) -> Arch
 # -- sealed -----------------------------------------------------------------------------------------------------------
 
 
-def _sealed(path: Path, root: Document[ArchiveSpec], data: bytes) -> ArchiveState:
+def _sealed(path: Path, root: Document[ArchiveSpec], data: bytes, *, held_only: bool) -> ArchiveState:
     where = str(path / layout.MANIFEST)
     header = parse_header(data, where)
     if header.identity != root.identity or header.views > root.spec.num_views:
@@ -152,7 +153,12 @@ def _sealed(path: Path, root: Document[ArchiveSpec], data: bytes) -> ArchiveStat
     _check_metadata(state, root, documents)
     _check_size_bounds(state)
     _check_stats(state)
-    held = held_views(path, identity, header.views)
+    held = held_views(path, identity, header.views) if held_only else None
+    if held == 0:
+        raise Incomplete(
+            f"{path} is a copy that does not hold the first view of its archive; fetch that with 'redistill archive "
+            "fetch', or use the address that it is of"
+        )
     return state if held is None else _of_views(state, held)
 
 

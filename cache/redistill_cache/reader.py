@@ -18,9 +18,11 @@ import numpy as np
 
 from redistill_cache import layout
 from redistill_cache.addresses import is_address, split_pin
+from redistill_cache.arrivals import Arrivals, Origin, begin
 from redistill_cache.codecs import Codec
+from redistill_cache.download import Notify, say
 from redistill_cache.errors import Damaged, OutOfRange, UsageError
-from redistill_cache.fetching import agreed, fetch_archive, other_archive
+from redistill_cache.fetching import FetchProgress, agreed, fetch_archive, keep_cached, other_archive
 from redistill_cache.journal import FileEntry, sha256
 from redistill_cache.keys import PackedKeys, keys_flaw
 from redistill_cache.layout import Block
@@ -52,7 +54,7 @@ from redistill_cache.spec import LOGITS, ArchiveSpec, SignalSpec, TeacherSpec
 from redistill_cache.storage import disk_trouble
 from redistill_cache.verify import damaged_files
 
-__all__ = ["Archive", "open_archive"]
+__all__ = ["Archive", "open_archive", "stream_archive"]
 
 
 def open_archive(
@@ -78,6 +80,7 @@ def open_archive(
         location, pin = split_pin(str(path))
         path, id = Path(location), agreed(location, pin, id)  # noqa: A001
     path = path.absolute()  # the working folder may change, or differ in another process
+    keep_cached(path)
     with disk_trouble("read", path):
         state = read_state(path, allow_partial=allow_partial)
         if id is not None and state.id != id:
@@ -91,9 +94,36 @@ def open_archive(
     return Archive(state)
 
 
-def _reopen(path: Path, identity: str | None) -> Archive:
+def stream_archive(
+    location: str | Path,
+    *,
+    id: str | None = None,  # noqa: A002  the archive's own word for it
+    progress: FetchProgress | None = None,
+    notify: Notify = say,
+) -> Archive:
+    """Open an archive at an address, or in packed form, while its views are still fetched to the cache folder.
+
+    It has all views; one that is not here yet is waited for when it is read, and `archive.arrivals` fetches views ahead
+    of use. Where nothing is to be fetched, `archive.arrivals` is None, and this is `open_archive`. `progress` and
+    `notify` are for what is fetched first: everything that is not of a view.
+    """
+    if not (is_address(location) or is_packed(location)):
+        return open_archive(location, id=id)
+    path, origin = begin(str(location), id=id, progress=progress, notify=notify)
+    return open_archive(path) if origin is None else _streamed(path, origin)
+
+
+def _streamed(path: Path, origin: Origin) -> Archive:
+    keep_cached(path)
+    with disk_trouble("read", path):
+        state = read_state(path, allow_partial=False, held_only=False)
+        check_metadata_on_disk(state)
+    return Archive(state, Arrivals(state, origin))
+
+
+def _reopen(path: Path, identity: str | None, origin: Origin | None = None) -> Archive:
     """Unpickle an archive, which must not have changed."""
-    archive = open_archive(path, allow_partial=identity is None)
+    archive = open_archive(path, allow_partial=identity is None) if origin is None else _streamed(path, origin)
     if archive.id != identity:
         raise Damaged(f"{path} changed while it was open: expected id {identity}, found {archive.id}; open it again")
     return archive
@@ -102,14 +132,14 @@ def _reopen(path: Path, identity: str | None) -> Archive:
 class Archive:
     """An open archive, whose rows are read on demand. Threads and processes may share it."""
 
-    def __init__(self, state: ArchiveState) -> None:
-        """Use `open_archive`."""
-        self.state = state
+    def __init__(self, state: ArchiveState, arrivals: Arrivals | None = None) -> None:
+        """Use `open_archive` or `stream_archive`."""
+        self.state, self.arrivals = state, arrivals
         self._signals: dict[tuple[str, str], StoredSignal] = {}
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.path, self.id)
+        return _reopen, (self.path, self.id, None if self.arrivals is None else (self.arrivals.address, None))
 
     def __repr__(self) -> str:
         identity = self.id[:12] if self.id else "not sealed"
@@ -133,7 +163,8 @@ class Archive:
     @property
     def complete(self) -> bool:
         """Whether the archive is sealed and all of its views are here."""
-        return self.state.id is not None and not self.state.is_partial_copy
+        here = self.arrivals is None or all(map(self.arrivals.here, range(self.num_views)))
+        return self.state.id is not None and not self.state.is_partial_copy and here
 
     @property
     def num_samples(self) -> int:
@@ -216,9 +247,16 @@ class Archive:
 
     # -- views --------------------------------------------------------------------------------------------------------
 
+    def _view(self, view: int, teacher: TeacherSpec | None = None) -> int:
+        """A view that the archive, or the teacher, has; once it is here."""
+        view = check_view(self.state, view, teacher)
+        if self.arrivals is not None:
+            self.arrivals.wait(view)
+        return view
+
     def view_params(self, view: int, rows: object | None = None) -> dict[str, np.ndarray]:
         """The stored parameters of one view, an integer array per name: of all rows, or of `rows` in that order."""
-        view, checked = check_view(self.state, view), check_rows(self.state, rows)
+        view, checked = self._view(view), check_rows(self.state, rows)
         count = count_rows(self.state, checked)
         params = {}
         for name, array in layout.view_arrays(self.spec).items():
@@ -230,7 +268,7 @@ class Archive:
 
     def canaries(self, view: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows [K] and fingerprints [K, 8, 8, 3] of the canaries of one view."""
-        view = check_view(self.state, view)
+        view = self._view(view)
         count = self.spec.canaries_per_view
         if not count:
             raise OutOfRange(f"{self.path} has no canaries")
@@ -308,7 +346,7 @@ class Archive:
 
     def _decode(self, view: int, rows: object | None, teacher: str | None, signal: str) -> np.ndarray:
         stored = self._stored(teacher, signal)
-        view, checked = check_view(self.state, view, stored.teacher), check_rows(self.state, rows)
+        view, checked = self._view(view, stored.teacher), check_rows(self.state, rows)
         with disk_trouble("read", self.path):
             return stored.decode(view, checked)
 
@@ -322,8 +360,9 @@ class Archive:
     ) -> PackedView:
         """The packed rows of a whole view in memory, to gather from in any order; buffers of `into` are reused."""
         stored = self._stored(teacher, signal)
+        view = self._view(view, stored.teacher)
         with disk_trouble("read", self.path):
-            return stored.load(check_view(self.state, view, stored.teacher), into, buffers)
+            return stored.load(view, into, buffers)
 
     def loader(self, teacher: str | None = None, signal: str = LOGITS, buffers: Buffers = np.empty) -> ViewLoader:
         """Whole views one after another, the next one loaded in the background."""

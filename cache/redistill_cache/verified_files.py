@@ -59,19 +59,21 @@ class VerifiedFiles:
     def __init__(self, archive: Path, identity: str) -> None:
         name = hashlib.sha256(f"{archive.resolve()}\n{identity}".encode()).hexdigest()
         self._path = cache_folder() / "verified" / f"{name[:40]}.txt"
-        self._known: dict[str, tuple[str, int, str]] | None = None
+        self._known: dict[str, tuple[str, int, str]] = {}
+        self._read = 0  # bytes of the file
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, object]:
         return {"_path": self._path}
 
     def __setstate__(self, state: dict[str, Path]) -> None:
-        self._path, self._known, self._lock = state["_path"], None, threading.Lock()
+        self._path, self._known, self._read, self._lock = state["_path"], {}, 0, threading.Lock()
 
     def __contains__(self, file: HashedFile) -> bool:
         """Whether the file had this hash when it was verified, and has not changed since."""
+        value = (file.entry.sha256, file.entry.size, file.stamp)
         with self._lock:
-            return self._load().get(file.path) == (file.entry.sha256, file.entry.size, file.stamp)
+            return self._known.get(file.path) == value or self._load().get(file.path) == value
 
     def add(self, files: Iterable[HashedFile]) -> None:
         lines = []
@@ -89,11 +91,17 @@ class VerifiedFiles:
                     file.write("".join(lines))
 
     def _load(self) -> dict[str, tuple[str, int, str]]:
-        if self._known is None:
-            self._known = {}
-            with contextlib.suppress(OSError, UnicodeDecodeError):
-                for line in self._path.read_text(encoding="ascii").splitlines():
-                    match = LINE.fullmatch(line)
-                    if match:
-                        self._known[match[4]] = (match[1], int(match[2]), match[3])
+        """With what other processes have added since the last time."""
+        with contextlib.suppress(OSError):
+            if self._path.stat().st_size == self._read:
+                return self._known
+            with self._path.open("rb") as file:
+                file.seek(self._read)
+                data = file.read()
+            whole = data[: data.rfind(b"\n") + 1]  # the last line may be on its way
+            self._read += len(whole)
+            for line in whole.decode("ascii", "replace").splitlines():
+                match = LINE.fullmatch(line)
+                if match:
+                    self._known[match[4]] = (match[1], int(match[2]), match[3])
         return self._known

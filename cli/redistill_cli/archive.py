@@ -11,6 +11,7 @@ from redistill_cache.wording import harmless, human_bytes
 
 from redistill.caching.options import CacheOptions
 from redistill.sharing.terms import checked_terms
+from redistill_cli.archive_cache import cache
 from redistill_cli.archive_card import card, sign
 from redistill_cli.archive_contents import merge, skeleton, subset
 from redistill_cli.archive_interchange import export, import_source
@@ -38,6 +39,7 @@ def group() -> None:
       redistill archive copy teacher.redistill.zarr s3://lab/teacher.redistill
       redistill archive import logits.npz --from table --data folder:train --out t.redistill.zarr
       redistill archive export teacher.redistill.zarr rows --to npz --views 0
+      redistill archive cache list
       redistill archive remove-teacher teacher.redistill.zarr resnet18
       redistill archive edit teacher.redistill.zarr --licence CC-BY-4.0
       redistill archive merge a.redistill.zarr b.redistill.zarr --out c.redistill.zarr
@@ -112,3 +114,4 @@ archive.command(cls=Command)(copy)
 archive.command(cls=Command)(publish)
 archive.command("import", cls=Command)(import_source)
 archive.command(cls=Command)(export)
+archive.add_typer(cache, name="cache")

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, overload
+from typing import TYPE_CHECKING, Annotated, Any, overload
 
 import typer
 from redistill_cache.addresses import redact
@@ -16,6 +16,9 @@ from redistill_cache.wording import harmless
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from redistill_cache.reader import Archive
 
 __all__ = [
     "ARCHIVE_HELP",
@@ -31,6 +34,7 @@ __all__ = [
     "note",
     "print_json",
     "set_offline",
+    "streamed_archive",
 ]
 
 WIDE = 1_000_000
@@ -109,6 +113,9 @@ class ProgressBar:
         if self._bar.disable:
             self._line(done, total, figures)
             return
+        if self._start is None:  # what was done before does not count for the rate
+            self._start = time.monotonic(), done
+            self._bar.initial = self._bar.n = self._bar.last_print_n = done
         self._bar.total = total
         self._bar.set_postfix(figures, refresh=False)
         self._bar.update(done - self._bar.n)
@@ -178,7 +185,7 @@ class TerminalProgress:
     def advance(self, task: str, done: int, total: int, **figures: object) -> None:
         if self._bar is None or self._bar.task != task:
             self._close()
-            self._bar = ProgressBar(task, "image")
+            self._bar = ProgressBar(task, "B" if task.startswith("fetch") else "image")
         self._bar.update(done, total, **figures)
 
     def epoch(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -227,6 +234,19 @@ def held_views(here: int, sealed: int) -> str:
 def note(text: str) -> None:
     """A message of a download."""
     typer.echo(f"redistill: {harmless(text)}", err=True)
+
+
+def streamed_archive(location: str) -> Archive | None:
+    """The archive at a URL, or in packed form, as soon as everything that is not of a view is here; None for a path."""
+    from redistill_cache.addresses import is_address
+    from redistill_cache.fetching import locate
+    from redistill_cache.packed import is_packed
+    from redistill_cache.reader import stream_archive
+
+    if not (is_address(location) or is_packed(location)):
+        return None
+    with ProgressBar(f"fetch {locate(location)}", "B") as bar:
+        return stream_archive(location, progress=bar.update, notify=bar.write)
 
 
 @overload

@@ -26,9 +26,12 @@ from redistill_cli.rendering import (
     local_archive,
     print_json,
     set_offline,
+    streamed_archive,
 )
 
 if TYPE_CHECKING:
+    from redistill_cache import Archive
+
     from redistill.training import DryRun, TrainResult
 
 
@@ -88,18 +91,18 @@ def train(
     """
     set_offline(offline)
     # Before torch is imported, which takes seconds.
-    options = read_options(collect(TrainOptions, values), config, preset, trust_config=trust_config)
+    options, archive = read_options(collect(TrainOptions, values), config, preset, trust_config=trust_config)
     from redistill.ranks import Rank
     from redistill.training import dry_run as run_one_step
     from redistill.training import train as run
 
     with TerminalProgress() as progress:
         if dry_run:
-            needs = run_one_step(options, progress)
+            needs = run_one_step(options, progress, archive=archive)
             if Rank.from_environment().first:
                 print_json(needs.to_json()) if as_json else show_dry_run(needs)
             return
-        results = run(options, progress)
+        results = run(options, progress, archive=archive)
     if Rank.from_environment().first:
         show(results, as_json=as_json)
         write_run_report(options)
@@ -107,7 +110,8 @@ def train(
 
 def read_options(
     values: Mapping[str, Any], config: Path | None, preset: str | None, *, trust_config: bool = False
-) -> TrainOptions:
+) -> tuple[TrainOptions, Archive | None]:
+    """The options, and the archive where it is at an address: its views are fetched while it is used."""
     merged = {**({} if config is None else settings_of(config, values, trust=trust_config)), **values}
     required = [option for option in options_of(TrainOptions).values() if option.default is MISSING]
     missing = [option.flag for option in required if option.field not in merged]
@@ -116,12 +120,16 @@ def read_options(
     merged["allow_python"] = config is None
     TrainOptions.read(merged, preset_name=preset)  # every option is checked before an archive is fetched
     pins = recorded_pins(Path(merged["out"]))
+    archive = None
     for name in ("archive", "val_archive"):
         if name in merged:
             location, pin = split_pin(str(merged[name]))
             pinned = with_pin(location, pin or pins.get(name))
-            merged[name] = with_pin(str(local_archive(pinned)), split_pin(pinned)[1])
-    return TrainOptions.read(merged, preset_name=preset)
+            streamed = streamed_archive(pinned) if name == "archive" else None
+            archive = archive or streamed
+            path = local_archive(pinned) if streamed is None else streamed.path
+            merged[name] = with_pin(str(path), split_pin(pinned)[1])
+    return TrainOptions.read(merged, preset_name=preset), archive
 
 
 def settings_of(config: Path, values: Mapping[str, Any], *, trust: bool) -> dict[str, Any]:

@@ -1,18 +1,27 @@
-"""What a run reads of its archive. A resumed run reads the same, even if views or teachers were added in between."""
+"""What a run reads of its archive, and when: views that come while it trains.
+
+A resumed run reads the same, even if views or teachers were added in between.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from redistill_cache import Archive
+from redistill_cache.arrivals import Arrivals
 from redistill_cache.errors import Refused, SpecMismatch
 from redistill_cache.layout import Block, part_blocks, samples_block, side_block
 from redistill_cache.spec import LOGITS
 
-__all__ = ["ArchiveUse"]
+from redistill.interrupts import stop_requested
+from redistill.progress import Progress
+from redistill.ranks import RANK_EXITED, World
+
+__all__ = ["ArchiveUse", "ViewStream"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,11 @@ class ArchiveUse:
         has = all(teacher in archive.teachers and signal in archive.signals_of(teacher) for teacher, signal in reads)
         has = has and self.views <= min([archive.num_views, *(archive.views_of(*read) for read in reads)])
         now = ArchiveUse.of(archive, teachers, reads, self.views) if has else None
+        if not has and archive.state.is_partial_copy:
+            raise Refused(
+                f"{archive.path} is a copy that holds {archive.num_views} views of its archive, and the run reads "
+                f"{self.views}; give the address that it is of as --archive, or fetch the rest"
+            )
         if now is None or now.digest != self.digest:
             raise Refused(
                 f"the run was trained from archive {self.archive}, --archive {archive.path} is {archive.id} and does "
@@ -74,3 +88,51 @@ class ArchiveUse:
         """Runs of earlier versions read the logits of their teachers and nothing else."""
         signals = value.get("signals", [f"{teacher}/{LOGITS}" for teacher in value["teachers"]])
         return cls(**value | {"teachers": tuple(value["teachers"]), "signals": tuple(signals)})
+
+
+# -- views that come while the run trains -----------------------------------------------------------------------------
+
+
+class ViewStream:
+    """The views of an archive that are fetched while a run trains on those before them."""
+
+    def __init__(self, arrivals: Arrivals, world: World, progress: Progress) -> None:
+        self.arrivals, self.world, self.progress = arrivals, world, progress
+        self.compare_view: Callable[[int], object] | None = None
+        """Refuses a view that does not show what the teacher saw."""
+        self.compared: set[int] = set()
+
+    def here(self, views: Sequence[int]) -> bool:
+        return all(map(self.arrivals.here, views))
+
+    def wait(self, views: Sequence[int]) -> None:
+        """Return when these views are here; say for what it waits, and how far it is."""
+        for view in dict.fromkeys(views):
+            self.arrivals.wait(
+                view,
+                notify=self.progress.info,
+                watch=partial(self.progress.advance, f"fetch view {view}"),
+                stopped=self._stopped,
+            )
+
+    def expect(self, views: Sequence[int]) -> None:
+        """Fetch these views ahead of use. One rank of a machine does."""
+        if self.world.rank.local_rank == 0:
+            self.arrivals.expect(dict.fromkeys(views))
+
+    def compare(self, views: Sequence[int]) -> None:
+        """Compare the canaries of views, once each, before they are trained on."""
+        if self.compare_view is None:
+            return
+        for view in dict.fromkeys(views):
+            if view not in self.compared:
+                self.compare_view(view)
+                self.compared.add(view)
+
+    def close(self) -> None:
+        self.arrivals.close()
+
+    def _stopped(self) -> bool:
+        if self.world.heartbeat is not None and self.world.heartbeat.lost.is_set():
+            raise Refused(RANK_EXITED)
+        return stop_requested()

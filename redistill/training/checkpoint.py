@@ -72,11 +72,16 @@ def save_checkpoint(
         LOCAL.sync_directory(out)
 
 
-def saved_use(out: Path, progress: Progress) -> ArchiveUse | None:
-    """What the run in `out` reads of its archive; None without a checkpoint, or one that only has the archive's id."""
+def saved_use(out: Path, progress: Progress) -> tuple[ArchiveUse | None, int]:
+    """What the run in `out` reads of its archive, and the epoch that it is in.
+
+    None without a checkpoint, or one that only has the archive's id.
+    """
     newest = newest_state(out, progress)
-    archive = None if newest is None else newest[1]["archive"]
-    return ArchiveUse.from_json(archive) if isinstance(archive, dict) else None
+    if newest is None:
+        return None, 0
+    archive = newest[1]["archive"]
+    return (ArchiveUse.from_json(archive) if isinstance(archive, dict) else None), int(newest[1]["epoch"])
 
 
 def load_checkpoint(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from redistill.loading import BatchLoader
 from redistill.sources.stream import TarsAhead
+from redistill.training.archive_use import ViewStream
 from redistill.views import ViewDataset
 from redistill.views.dataset import MixedView, RenderedView
 from redistill.views.stream_order import EpochOrder, epoch_order
@@ -86,6 +87,8 @@ class Feed:
     world_size: int = 1
     workers: int = 0
     device: torch.device = CPU
+    stream: ViewStream | None = None
+    """Of an archive whose views are fetched meanwhile."""
 
     def views(self, epoch: int) -> tuple[int, ...]:
         num_views = self.dataset.views.num_views if self.num_views is None else self.num_views
@@ -114,12 +117,19 @@ class Feed:
         return batches
 
     def start(self, epoch: int = 0, batch: int = 0) -> Generator[TrainBatch, None, None]:
-        """Every batch from this one to the end of the run. The workers live for all epochs."""
+        """Every batch from this one to the end of the run. The workers live for all epochs.
+
+        Batches are planned ahead of use, and none of an epoch whose views are not here: before it, all earlier ones are
+        given, and then this waits.
+        """
         groups = _Groups(self, epoch, batch)
 
-        def plans() -> Iterator[tuple[BatchPlan, list[int]]]:
-            for current in range(epoch, self.epochs):
-                batches, views = self.global_batches(current), self.views(current)
+        def plans(first: int) -> Iterator[tuple[BatchPlan, list[int]]]:
+            for current in range(first, self.epochs):
+                views = self.views(current)
+                if current > first and self.stream is not None and not self.stream.here(views):
+                    return
+                batches = self.global_batches(current)
                 for i in range(batch if current == epoch else 0, len(batches)):
                     rows = rank_rows(batches[i], self.rank, self.world_size)
                     plan = BatchPlan(current, i, len(batches), views, rows, len(batches[i]) * len(views))
@@ -130,10 +140,15 @@ class Feed:
             BatchLoader(self.dataset, workers=self.workers, collate=collate_views, pin=pin) as loader,
             TarsAhead(self.dataset.source, groups.tars()) as ahead,
         ):
-            for item in on_device(loader.load(plans()), self.device):
-                if ahead.fetches:
-                    ahead.enter(groups.number(item.plan))
-                yield item
+            current = epoch
+            while current < self.epochs:
+                if self.stream is not None:
+                    self.stream.wait(self.views(current))
+                for item in on_device(loader.load(plans(current)), self.device):
+                    if ahead.fetches:
+                        ahead.enter(groups.number(item.plan))
+                    current = item.plan.epoch + 1
+                    yield item
 
 
 class _Groups:

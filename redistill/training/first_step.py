@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from redistill_cache import Archive
 
 from redistill.devices import fastest_convolutions
 from redistill.interrupts import raise_on_signals, stop_on_signals
@@ -64,7 +65,7 @@ class DryRun:
         return asdict(self)
 
 
-def dry_run(options: TrainOptions, progress: Progress | None = None) -> DryRun:
+def dry_run(options: TrainOptions, progress: Progress | None = None, *, archive: Archive | None = None) -> DryRun:
     """Prepare a run as `train` does, and do its first step. Every rank must call it."""
     with joined_world(options.device) as world, fastest_convolutions(world.device), stop_on_signals() as stop:
         if progress is None or not world.first:
@@ -72,7 +73,8 @@ def dry_run(options: TrainOptions, progress: Progress | None = None) -> DryRun:
         refuse_earlier_run(options)
         refuse_foreign_folder(options)
         with raise_on_signals():
-            setup = prepare(options, world, progress, saved_use(options.out, progress))
+            saved, _ = saved_use(options.out, progress)
+            setup = prepare(options, world, progress, saved, archive=archive)
         progress.settings(settings_in_effect(options, setup, world))
         files = RunFiles(options, setup, first_epoch=0, writes=False)
         setup.fit()

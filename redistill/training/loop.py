@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 
+from redistill_cache import Archive
 from redistill_cache.errors import RedistillError, Refused
 from redistill_cache.storage import disk_trouble
 from redistill_cache.wording import human_bytes
@@ -44,15 +45,22 @@ class Diverged(RedistillError):
     exit_code = 1
 
 
-def train(options: TrainOptions, progress: Progress | None = None) -> list[TrainResult]:
-    """Train every member of the cohort and return their results. Resumes the run in `options.out`, if any."""
+def train(
+    options: TrainOptions, progress: Progress | None = None, *, archive: Archive | None = None
+) -> list[TrainResult]:
+    """Train every member of the cohort and return their results. Resumes the run in `options.out`, if any.
+
+    `archive` is that of `options.archive` where it is open already: one from `stream_archive` is trained on when its
+    first view is here.
+    """
     with joined_world(options.device) as world, fastest_convolutions(world.device), stop_on_signals(RESUME) as stop:
         if progress is None or not world.first:
             progress = NoProgress()
         refuse_earlier_run(options)
         refuse_foreign_folder(options)
         with raise_on_signals(RESUME):
-            setup = prepare(options, world, progress, saved_use(options.out, progress))
+            saved, epoch = saved_use(options.out, progress)
+            setup = prepare(options, world, progress, saved, epoch=epoch, archive=archive)
         progress.settings(settings_in_effect(options, setup, world))
         with disk_trouble("write", options.out, "; then run the same command again"):
             epoch, batch = load_checkpoint(options.out, setup.members, setup.fixed, setup.use, progress)
@@ -85,6 +93,8 @@ class Training:
     ) -> None:
         self.options, self.world, self.files, self.progress, self.stop = options, world, files, progress, stop
         self.feed, self.members, self.targets = setup.feed, setup.members, setup.targets
+        self.stream = setup.feed.stream
+        (self.streamed,) = world.any(self.stream is not None)  # on another machine, the archive may be here as a whole
         self.validation, self.use, self.fixed = setup.validation, setup.use, setup.fixed
         self.labels, self.judged = setup.archive.labels, False
         self.rows_on_gpu: bool | None = None
@@ -104,6 +114,8 @@ class Training:
                 if plan.epoch != current_epoch:
                     current_epoch = plan.epoch
                     self._begin_epoch(current_epoch)
+                    if self.stream is not None and current_epoch + 1 < self.feed.epochs:
+                        self.stream.expect(self.feed.views(current_epoch + 1))
                 self.throughput.batch_ready()
                 self._step(item)
                 self.throughput.batch_done(plan.global_size)
@@ -130,15 +142,22 @@ class Training:
             self._close()
 
     def _close(self) -> None:
-        """Stop background work: views being loaded, and the workers of validation."""
+        """Stop background work: views being fetched or loaded, and the workers of validation."""
+        if self.stream is not None:
+            self.stream.close()
         if self.targets is not None:
             self.targets.close()
         if self.validation is not None:
             self.validation.close()
 
     def _begin_epoch(self, epoch: int) -> None:
+        more = epoch + 1 < self.feed.epochs
+        if self.stream is not None:
+            self.stream.compare(self.feed.views(epoch))
+            more = more and self.stream.here(self.feed.views(epoch + 1))
+        if self.streamed:
+            self.world.barrier()  # no rank waits for a GPU while another one waits for a view
         if self.targets is not None:
-            more = epoch + 1 < self.feed.epochs
             self.targets.begin_epoch(self.feed.views(epoch), self.feed.views(epoch + 1) if more else None)
             self._say_where_rows_are()
         if isinstance(self.targets, CachedTargets) and self.world.first and not self.judged:

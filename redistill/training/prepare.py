@@ -28,8 +28,8 @@ from redistill.signals import LOGITS, PENULTIMATE, PROBE_SIZE, Head
 from redistill.sources.open_source import open_source
 from redistill.specs import first_line
 from redistill.teachers import Teacher
-from redistill.training.archive_use import ArchiveUse
-from redistill.training.feed import Feed
+from redistill.training.archive_use import ArchiveUse, ViewStream
+from redistill.training.feed import Feed, views_of_epoch
 from redistill.training.member import Member
 from redistill.training.options import MemberSpec, TrainOptions, split_terms
 from redistill.training.pairs import StudentLayers, TeacherLayers, connected, online_layers, stored_layers
@@ -37,7 +37,7 @@ from redistill.training.targets import CachedTargets, OnlineTargets, Read, Share
 from redistill.training.validate import Validation, validation_recipe
 from redistill.views import archive_recipe
 from redistill.views.aligned import AlignedViews, aligned_views
-from redistill.views.canaries import Alignment
+from redistill.views.canaries import Alignment, check_canaries
 from redistill.views.stream_order import refuse_mixing, stream_settings
 from redistill.views.view_params import excluded_keys
 
@@ -81,10 +81,22 @@ class TrainSetup:
             member.objective.fit(read)
 
 
-def prepare(options: TrainOptions, world: World, progress: Progress, saved: ArchiveUse | None = None) -> TrainSetup:
-    """`saved` is what an earlier part of the run read of the archive: a resumed run reads the same."""
-    with world.local_first():
-        archive = open_archive(options.archive)
+def prepare(
+    options: TrainOptions,
+    world: World,
+    progress: Progress,
+    saved: ArchiveUse | None = None,
+    *,
+    epoch: int = 0,
+    archive: Archive | None = None,
+) -> TrainSetup:
+    """`saved` is what an earlier part of the run read of the archive: a resumed run reads the same.
+
+    Of an `archive` that is streamed, the views of this `epoch` are waited for.
+    """
+    if archive is None:
+        with world.local_first():
+            archive = open_archive(options.archive)
     specs = options.members
     drafts = [Objective(spec.losses) for spec in specs]
     cached = options.online_teacher is None and any(draft.needs.teacher for draft in drafts)
@@ -108,6 +120,14 @@ def prepare(options: TrainOptions, world: World, progress: Progress, saved: Arch
     use = resumed or choose_use(archive, teachers, reads)
     if options.views_per_image > use.views:
         raise Refused(f"--views-per-image must be at most the number of views, and the archive has {use.views}")
+    stream, first_views = None, None
+    if archive.arrivals is not None:
+        stream = ViewStream(archive.arrivals, world, progress)
+        epochs = range(min(epoch, options.optim.epochs - 1), options.optim.epochs)
+        of_epochs = [views_of_epoch(each, use.views, options.views_per_image) for each in epochs]
+        archive.arrivals.require_room({view for views in of_epochs for view in views}, progress.info)
+        first_views = of_epochs[0]
+        stream.wait(first_views)
     if use.views < archive.num_views:
         progress.info(f"training uses the first {use.views} of the archive's {archive.num_views} views")
     targets = make_targets(options, objectives, archive, reads, online, world, amp)
@@ -115,8 +135,11 @@ def prepare(options: TrainOptions, world: World, progress: Progress, saved: Arch
         progress.info("the teacher rows of two views exceed --cache-memory; they are in a temporary file")
     workers = default_workers(world.rank.local_world_size) if options.workers is None else options.workers
     with world.local_first():
-        views = open_views(options, archive, workers, progress)
+        views = open_views(options, archive, workers, progress, first_views)
         dataset = views.dataset
+        if stream is not None and views.canaries is not None:
+            stream.compared.update(first_views or ())
+            stream.compare_view = lambda view: check_canaries(views.dataset, archive, views=[view]).require()
         validation = None
         if options.val_share is not None:
             held_out = held_out_rows(archive, options.val_share, options.order_seed)
@@ -149,6 +172,7 @@ def prepare(options: TrainOptions, world: World, progress: Progress, saved: Arch
         world_size=world.size,
         workers=workers,
         device=world.device,
+        stream=stream,
     )
     feed.global_batches(0)  # refuses a batch size that is too small for the ranks
     members = [
@@ -404,8 +428,13 @@ def open_student(spec: MemberSpec, archive: Archive, size: int, options: TrainOp
     )
 
 
-def open_views(options: TrainOptions, archive: Archive, workers: int, progress: Progress) -> AlignedViews:
-    """The archive's views from the user's images, verified to be those the teacher was run on."""
+def open_views(
+    options: TrainOptions, archive: Archive, workers: int, progress: Progress, compared: Sequence[int] | None
+) -> AlignedViews:
+    """The archive's views from the user's images, verified to be those the teacher was run on.
+
+    The canaries of the views `compared` are compared, by default those of all.
+    """
     views = aligned_views(
         open_source(options.data, stream_cache=options.stream_cache),
         archive,
@@ -413,6 +442,7 @@ def open_views(options: TrainOptions, archive: Archive, workers: int, progress: 
         allow_missing=options.allow_missing,
         workers=None if workers else 0,
         progress=partial(progress.advance, "index"),
+        views=compared,
     )
     if views.excluded:
         progress.info(f"images that the archive excludes, and that are skipped: {views.excluded:,}")

@@ -7,7 +7,7 @@ views.dataset                                     # a ViewDataset: pixels, label
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,15 +48,16 @@ def aligned_views(
     workers: int | None = None,
     reuse: bool = True,
     progress: Callable[[int, int], None] | None = None,
+    views: Sequence[int] | None = None,
 ) -> AlignedViews:
     """Open and index `data`, match its images to the rows of `archive`, and re-create the archive's canaries.
 
     `size` is the side of the rendered views, by default the recipe's. `workers`, `reuse` and `progress` are for
-    indexing; without `reuse`, all images are read anew.
+    indexing; without `reuse`, all images are read anew. `views` are those whose canaries are compared, by default all.
     """
     source = open_source(data)
     index = index_source(source, workers=workers, progress=progress, without=excluded_keys(archive), reuse=reuse)
     joined = join_archive(index, archive, allow_missing=allow_missing)
     dataset = ViewDataset(source, archive, size=size, joined=joined, check=False)
-    canaries = check_canaries(dataset, archive) if archive.spec.canaries_per_view else None
+    canaries = check_canaries(dataset, archive, views=views) if archive.spec.canaries_per_view else None
     return AlignedViews(dataset, joined, canaries, excluded=len(index.excluded), hashed=len(source) - index.reused)

@@ -153,6 +153,6 @@ def usable_rows(views: Views, view: int) -> Rows:
     if not 0 <= view < views.num_views:
         raise OutOfRange(f"expected a view in [0, {views.num_views}), found {view}")
     present = views.source_rows >= 0
-    if views.recipe.mixes:
+    if views.recipe.mixes and not present.all():
         present = present & present[views.params(view, np.arange(len(present)))["mix_partner"]]
     return np.flatnonzero(present)

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from redistill_cache import download, fetch_archive, packed
+from redistill_cache import download, fetch_archive, packed, protocols
 from redistill_cache.addresses import parse_address
 from redistill_cache.download import FileSink, Transfer, Unreachable
 from redistill_cache.errors import Damaged, RedistillError, Refused, UsageError
@@ -107,6 +107,10 @@ def test_a_wait_is_announced(monkeypatch: pytest.MonkeyPatch):
         assert receive(flaky, notify=said.append) == DATA
         (line,) = said
         assert line == f"{flaky.address}/a: HTTP Error 429: Too Many Requests; trying again in 1 s"
+    monkeypatch.setattr(download, "ASKED_S", 1.0)
+    with faults("429", retry_after="700") as flaky:
+        assert receive(flaky, notify=said.append) == DATA
+        assert said[1].endswith("; trying again in 1 s, not in the 700 s that it asks for")
 
 
 # -- what is not waited for -------------------------------------------------------------------------------------------
@@ -222,7 +226,7 @@ def test_a_tar_whose_members_are_wrong_one_after_another_arrives():
 
 def read_often(reads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Faults drawn for every request; a read gives the right bytes or an error, and there are enough of both."""
-    monkeypatch.setattr(download, "TIMEOUT_S", 0.3)
+    monkeypatch.setattr(protocols, "TIMEOUT_S", 0.3)
     monkeypatch.setattr(download, "PATIENCE_S", 0.5)
     files = {str(size): random.Random(size).randbytes(size) for size in (1, 900, 20_000, 200_000)}
 
@@ -270,7 +274,7 @@ def test_an_archive_from_a_faulty_server_is_the_archive(
     form: str, sealed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Manifest and documents included; an error is in one line, and the next call continues."""
-    monkeypatch.setattr(download, "TIMEOUT_S", 0.3)
+    monkeypatch.setattr(protocols, "TIMEOUT_S", 0.3)
     monkeypatch.setattr(download, "PATIENCE_S", 1.0)
     source = sealed
     if form == "packed":

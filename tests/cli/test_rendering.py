@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 
 import pytest
@@ -48,6 +49,20 @@ def test_bytes_have_units(lines):
         for done in range(4):
             bar.update(done * 10_000_000, 50_000_000)
     assert lines() == ["fetch: 20.0M of 50.0M, 1.00MB/s, 00:30 left"]
+
+
+def test_what_was_done_before_does_not_count_for_the_rate_on_a_terminal(monkeypatch: pytest.MonkeyPatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("sys.stderr", Terminal())
+    with ProgressBar("fetch", "B") as bar:
+        bar.update(900_000_000, 1_000_000_000)
+        bar.update(901_000_000, 1_000_000_000)
+        shown = bar._bar.format_dict
+        assert (shown["initial"], shown["n"], shown["total"]) == (900_000_000, 901_000_000, 1_000_000_000)
+        assert (shown["rate"] or 0) * (shown["elapsed"] or 1) < 100_000_000
 
 
 def test_messages_are_harmless(lines):
