@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -15,11 +14,12 @@ from redistill_cache import open_archive
 from tests.docs.test_documents import blocks
 from tests.hub_server import Hub, hub_server
 from tests.s3_server import s3_server
-from tests.small_archive import DATA, cache
+from tests.small_archive import DATA, TEACHER, cache
 
 # A smaller task in place of ImageNet.
 SMALLER = {
     "folder:imagenet/train": f"'{DATA}'",
+    "torchvision:resnet50?weights=DEFAULT": TEACHER,
     "torchvision:resnet18": "demo:tiny --epochs 1 --workers 0 --device cpu",
 }
 
@@ -47,10 +47,10 @@ def test_the_commands_take_an_archive_from_one_lab_to_another(tmp_path: Path, se
             }
             for name, text in (SMALLER | here).items():
                 line = line.replace(name, text)
-            name, *arguments = shlex.split(re.sub("^redistill", "redistill -m redistill_cli", line))
-            done = subprocess.run(
-                [sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=250
-            )
+            command = shlex.split(line)
+            if command[0] == "redistill":
+                command[:1] = [sys.executable, "-m", "redistill_cli"]
+            done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=250)
             codes.append((line, done.returncode, done.stderr))
         refused = [line for line, code, _ in codes if code == 3]
         failed = [(line, error) for line, code, error in codes if code not in (0, 3)]
@@ -58,3 +58,5 @@ def test_the_commands_take_an_archive_from_one_lab_to_another(tmp_path: Path, se
     assert refused == [codes[0][0]]  # the dry run that says what is missing
     assert open_archive(tmp_path / "scratch.redistill.zarr").num_views == 1
     assert (tmp_path / "runs/resnet18/report.html").exists()
+    assert open_archive(tmp_path / "both.redistill.zarr").num_views == 8
+    assert open_archive(tmp_path / "small.redistill.zarr").num_samples == 32
