@@ -1,0 +1,204 @@
+"""Archives that move: python bench/remote.py [--quick] [--json PATH]
+
+Training from an address: images/s with the archive on a server with 20 ms of latency, where every 100th request fails,
+over images/s with the same archive on disk. The first epoch is not counted, runs alternate, each with an empty cache
+folder, and a ratio is the median of the ratios of neighbouring runs; disk over disk is the control. The bytes are those
+that the server sent for a run of two epochs, over the size of what it needs: the base and two views.
+
+Moving: seconds and peak memory of commands of `redistill archive` on an archive of the size of ImageNet, 1,281,167 rows
+of 1,000 classes in four views. It is written without a teacher: its blocks repeat encoded rows. Before each command,
+`cp -r` copies as many bytes in the same folder; `ratio` is the time of `cp -r` over that of the command.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import harness
+import numpy as np
+from archive import encoded_block, make_logits, make_spec
+from loopback import served
+from redistill_cache import ArchiveSpec, ArchiveWriter, SignalSpec, TeacherSpec, layout, open_archive
+from redistill_cache.codecs import Codec, fit_codec
+from stage2 import Bench
+
+from redistill.optim import OptimConfig
+
+LATENCY, FAILURES = 0.020, 0.01
+VIEWS = 4
+MEMORY_GOAL = 500  # megabytes
+# Runs a command of redistill and then prints the peak memory of its process.
+COMMAND = """
+import sys
+import harness
+from redistill_cli.__main__ import main
+try:
+    main()
+finally:
+    print("peak", harness.peak_memory(), file=sys.stderr)
+"""
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def training_rows(folder: Path, quick: bool) -> list[dict[str, Any]]:
+    bench = Bench(folder, quick)
+    data = f"synthetic?classes=10&n={1024 if quick else 8192}"
+    archive = bench.archive("served", data, VIEWS)
+    with served(folder, latency=LATENCY, failures=FAILURES) as server:
+        address = f"{server.address}/{archive.name}"
+        remote, control = [], []
+        for _ in range(1 if quick else 3):
+            disk, distant, again = (pace(bench, data, place) for place in (str(archive), address, str(archive)))
+            remote.append(distant / disk)
+            control.append(again / disk)
+        before = sum(server.bytes_sent().values())
+        pace(bench, data, address, optim=OptimConfig(lr=0.01, epochs=2))
+        sent = sum(server.bytes_sent().values()) - before
+    state = open_archive(archive).state
+    first_views = [e.size for name, e in state.files.items() if (view := layout.view_of_file(name)) is None or view < 2]
+    needed = sum(first_views) + (archive / layout.MANIFEST).stat().st_size
+    return [
+        {"name": "images/s from an address over from disk", "ratio": statistics.median(remote), "goal": 0.95},
+        {"name": "images/s from disk over from disk", "ratio": statistics.median(control), "goal": 1.0},
+        {"name": "bytes sent for two epochs over base and two views", "ratio": sent / needed, "goal": 1.02},
+    ]
+
+
+def pace(bench: Bench, data: str, archive: str, **options: object) -> float:
+    """Images/s of a run whose cache folder is empty."""
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(dir=bench.folder)
+    return bench.pace(data, archive, **options)  # type: ignore[arg-type]  # a path or an address
+
+
+# -- moving -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """An archive whose blocks hold the same encoded rows."""
+
+    spec: ArchiveSpec
+    codec: Codec
+    encoded: Mapping[str, np.ndarray]
+
+    def begin(self, path: Path) -> ArchiveWriter:
+        rows = self.spec.num_samples
+        writer = ArchiveWriter.create(path, self.spec)
+        digests = np.random.default_rng(0).integers(0, 256, (rows, 32), dtype=np.uint8)
+        keys = [f"n{i // 1300:08d}/n{i // 1300:08d}_{i:07d}.JPEG" for i in range(rows)]
+        labels = np.minimum(np.arange(rows) // 1300, self.spec.num_classes - 1)
+        writer.write_samples(keys, labels, digests, np.full((rows, 2), 500, np.uint32))
+        writer.add_teacher(TeacherSpec("net", (SignalSpec.of("logits", self.codec),)), {"logits": self.codec.side()})
+        return writer
+
+    def write(self, path: Path, share: int = 0, shares: int = 1) -> None:
+        """All blocks, or every `shares`-th; sealed when none is missing."""
+        writer = self.begin(path)
+        for part in ("views", "teachers/net"):
+            for block in [*writer.missing(part)][share::shares]:
+                count = len(block.rows)
+                crop = {"crop": np.zeros((count, 4), np.int32)}
+                logits = {f"logits/{name}": values[:count] for name, values in self.encoded.items()}
+                writer.write(block, crop if part == "views" else logits)
+        if shares == 1:
+            writer.seal()
+
+
+def moving_rows(folder: Path, quick: bool) -> list[dict[str, Any]]:
+    rows, classes, block = (20_000, 100, 4096) if quick else (1_281_167, 1000, 65_536)
+    known, fresh = make_logits(4096, classes, 1), make_logits(2048, classes, 2)
+    codec = fit_codec("linear", known)
+    repeated = Repeated(make_spec(rows, VIEWS, classes, block), codec, encoded_block(codec, fresh, block))
+    whole = folder / "whole.redistill.zarr"
+    repeated.write(whole)
+    halves = [folder / f"half-{share}.redistill.zarr" for share in range(2)]
+    for share, half in enumerate(halves):
+        repeated.write(half, share, 2)
+    size = sum(path.stat().st_size for path in whole.rglob("*") if path.is_file())
+    print(f"archive of {rows:,} rows, {size / 1e6:,.0f} MB", flush=True)
+    measure = Moving(folder, whole, size)
+    packed = folder / "whole.redistill"
+    outcomes = [
+        measure("pack", packed, "archive", "pack", str(whole), str(packed)),
+        measure("copy", folder / "copy", "archive", "copy", str(whole), str(folder / "copy")),
+        measure(
+            "merge two halves",
+            folder / "merged",
+            "archive",
+            "merge",
+            *map(str, halves),
+            "--out",
+            str(folder / "merged"),
+        ),
+        measure("verify --full", None, "verify", "--full", str(whole)),
+    ]
+    with served(folder) as server:
+        view = folder / "one-view"
+        outcomes.append(
+            measure(
+                "fetch one view", view, "archive", "fetch", f"{server.address}/{packed.name}", str(view), "--views", "1"
+            )
+        )
+    return outcomes
+
+
+@dataclass(frozen=True)
+class Moving:
+    folder: Path
+    whole: Path
+    size: int
+
+    def __call__(self, name: str, out: Path | None, *command: str) -> dict[str, Any]:
+        """The time of a command beside that of `cp -r`, as speeds where they differ in bytes, and its peak memory."""
+        copied = self.folder / "cp"
+        start = time.perf_counter()
+        subprocess.run(["cp", "-r", str(self.whole), str(copied)], check=True)
+        os.sync()  # the commands sync what they write
+        cp_seconds = time.perf_counter() - start
+        shutil.rmtree(copied)
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        start = time.perf_counter()
+        run = subprocess.run(
+            [sys.executable, "-c", COMMAND, *command], env=environment, stderr=subprocess.PIPE, text=True, check=False
+        )
+        seconds = time.perf_counter() - start
+        if run.returncode:
+            raise SystemExit(run.stderr)
+        peak = int(run.stderr.rpartition("peak ")[2])
+        moved = self.size if out is None else sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+        return {
+            "name": name,
+            "ratio": (moved / seconds) / (self.size / cp_seconds),
+            "megabytes": moved / 1e6,
+            "megabytes_per_second": moved / seconds / 1e6,
+            "cp_megabytes_per_second": self.size / cp_seconds / 1e6,
+            "peak_memory_megabytes": peak / 1e6,
+            "memory_goal": MEMORY_GOAL,
+        }
+
+
+def main() -> None:
+    args = harness.arguments(__doc__ or "").parse_args()
+    with tempfile.TemporaryDirectory(prefix="redistill-bench-") as temporary:
+        folder = Path(temporary)
+        os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+        rows = moving_rows(folder, args.quick)
+        harness.save("remote", rows, args)
+        rows = [*training_rows(folder, args.quick), *rows]
+    harness.report("remote", rows, args)
+
+
+if __name__ == "__main__":
+    main()
