@@ -167,7 +167,9 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
                 raise RuntimeError(f"no credentials\nfor {path}")
             return super()._open(path, *arguments, **options)
 
-    monkeypatch.setitem(fsspec.registry._registry, "s3", Bucket)  # for this test: others have a real server
+    monkeypatch.setitem(
+        sys.modules["fsspec.registry"]._registry, "s3", Bucket
+    )  # for this test: others have a real server
     files = fsspec.filesystem("s3")
     yield files
     files.rm("/lab", recursive=True)
