@@ -113,7 +113,7 @@ def test_some_views_are_copied_to_a_folder_only(sealed: Path, tmp_path: Path):
 # -- buckets ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_bucket_gets_either_form_and_gives_it_back(sealed: Path, tmp_path: Path, s3: Mapping[str, str], serve: Serve):
+def test_a_bucket_gets_an_archive_and_gives_it_back(sealed: Path, tmp_path: Path, s3: Mapping[str, str]):
     identity = copy_archive(str(sealed), "s3://lab/one/a.redistill")
     assert identity == open_archive(sealed).id
     assert objects(s3, "one/a.redistill") == packed_form(sealed, tmp_path)
