@@ -26,6 +26,7 @@ NAMES = (
     "peers",
     "losses",
     "memory",
+    "remote",
     "stage1",
     "steps",
     "stage2",

@@ -11,76 +11,21 @@ The runs that are compared alternate, as in stage2.py, and the first epoch is no
 
 from __future__ import annotations
 
-import http.server
 import io
 import multiprocessing
 import os
 import random
-import re
 import tarfile
 import tempfile
-import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import harness
+from loopback import served
 from stage2 import Bench
 
 GIB = 1 << 30
-LATENCY_S, FAILURES = 0.02, 0.01
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Files of the current folder with ranges, late, and sometimes 503."""
-
-    draw = random.Random(0)
-
-    def log_message(self, *_: object) -> None:
-        return
-
-    def do_GET(self) -> None:
-        time.sleep(LATENCY_S)
-        if self.draw.random() < FAILURES:
-            self.send_response(503)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        data = Path(self.path.lstrip("/")).read_bytes()
-        first, last = 0, len(data) - 1
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if asked:
-            first, last = int(asked[1]), int(asked[2] or last)
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
-        else:
-            self.send_response(200)
-        self.send_header("Content-Length", str(last + 1 - first))
-        self.send_header("ETag", '"1"')
-        self.end_headers()
-        self.wfile.write(data[first : last + 1])
-
-
-def serve(folder: Path, port: Connection) -> None:
-    os.chdir(folder)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    port.send(server.server_address[1])
-    server.serve_forever()
-
-
-@contextmanager
-def server_of(folder: Path) -> Iterator[str]:
-    """The address of a server in a process of its own."""
-    ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=serve, args=(folder, theirs), daemon=True)
-    process.start()
-    try:
-        yield f"http://127.0.0.1:{ours.recv()}"
-    finally:
-        process.kill()
-        process.join()
+LATENCY, FAILURES = 0.020, 0.01
 
 
 def pack(folder: str, out: Path, tars: int) -> int:
@@ -114,8 +59,8 @@ def speed(bench: Bench, folder: str, archive: Path, tars: int) -> list[dict[str,
         {"name": "control: a folder over itself", "goal": 1.0, **bench.compare(plain, plain)},
         {"name": "local tars over a folder", "goal": 0.97, **bench.compare(local, plain)},
     ]
-    with server_of(out) as address:
-        remote = streamed(address, tars, window, 2 * window * largest) | {"archive": archive}
+    with served(out, latency=LATENCY, failures=FAILURES) as server:
+        remote = streamed(server.address, tars, window, 2 * window * largest) | {"archive": archive}
         rows.append({"name": "tars of a server over a folder", "goal": 0.95, **bench.compare(remote, plain)})
     return rows
 
@@ -130,8 +75,11 @@ def memory(bench: Bench, folder: str, archive: Path, few: int) -> dict[str, obje
     for tars in (few, 10 * few):
         out = bench.folder / f"tars-{tars}"
         largest = pack(folder, out, tars)
-        with server_of(out) as address, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
-            options = streamed(address, tars, tars // 10, tars // 5 * largest)
+        with (
+            served(out, latency=LATENCY, failures=FAILURES) as server,
+            ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone,
+        ):
+            options = streamed(server.address, tars, tars // 10, tars // 5 * largest)
             peaks.append(alone.submit(peak_of_run, bench, archive, options).result())
             bench.runs += 1  # the process has counted its own
     return {"name": f"{10 * few} tars over {few}, peak memory", "goal": 1.0, "ratio": peaks[1] / peaks[0]}
