@@ -91,7 +91,7 @@ def font(name: str) -> ImageFont.FreeTypeFont:
 
 
 def glyph_in_font(name: str, character: str, rng: np.random.Generator, size: int = 32) -> Image.Image:
-    """A character turned, scaled, slanted and shifted, in colours of its own, with noise."""
+    """A character turned, scaled, slanted and shifted, darker than its paper, with noise."""
     large = Image.new("L", (80, 80))
     ImageDraw.Draw(large).text((40, 40), character, fill=255, font=font(name), anchor="mm")
     angle, slant = rng.uniform(-0.2, 0.2, 2)
@@ -102,9 +102,9 @@ def glyph_in_font(name: str, character: str, rng: np.random.Generator, size: int
     coefficients = (*matrix[0], shift[0], *matrix[1], shift[1])
     placed = large.transform((size, size), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR)
     ink = np.asarray(placed, np.float32)[..., None] / 255
-    paper = rng.uniform(60, 195, 3)
-    contrast = rng.uniform(70, 120) * rng.choice([-1, 1])
-    pixels = paper + ink * (contrast + rng.uniform(-30, 30, 3)) + rng.normal(0, rng.uniform(5, 15), (size, size, 3))
+    paper = rng.uniform(120, 220, 3)
+    darker = rng.uniform(70, 120) + rng.uniform(-30, 30, 3)
+    pixels = paper - ink * darker + rng.normal(0, rng.uniform(5, 15), (size, size, 3))
     return Image.fromarray((pixels.clip(0, 255) + 0.5).astype(np.uint8))
 
 
@@ -156,8 +156,8 @@ TASKS: Mapping[str, Task] = {
             teacher_epochs=12,
             sound=TEACHER_WEIGHTS,
         ),
-        Task("fonts", classes=40, per_class=20, epochs=128, teacher_per_class=150, teacher_epochs=8, draw=draw_fonts),
-        Task("glyphs100", classes=100, per_class=10, epochs=96, teacher_per_class=100, teacher_epochs=12),
+        Task("fonts", classes=40, per_class=12, epochs=160, teacher_per_class=150, teacher_epochs=8, draw=draw_fonts),
+        Task("glyphs100", classes=100, per_class=20, epochs=64, teacher_per_class=100, teacher_epochs=12),
     )
 }
 
