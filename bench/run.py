@@ -30,7 +30,7 @@ NAMES = (
     "stage1",
     "steps",
     "stage2",
-    "streaming",
+    "streamed_tars",
     "accuracy",
     "methods",
     "study",

@@ -10,42 +10,31 @@ import datetime
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
 
 import numpy as np
 import torch
 from redistill_cache import ArchiveWriter
-from redistill_cache.codecs import BlockStats, Codec, Encoded, NotFinite, join_encoded
+from redistill_cache.codecs import BlockStats, Encoded, NotFinite, join_encoded
 from redistill_cache.codecs.stats import check_finite
-from redistill_cache.errors import Refused
 from redistill_cache.layout import Block
 from redistill_cache.machine import usable_cores
 from redistill_cache.rows import open_signal
 from torch import Tensor
 
+from redistill.caching.encode_rows import encode_rows, max_piece_rows, refuse_full_device
 from redistill.caching.open_archive import write_view_params
 from redistill.caching.pilot import not_finite_error
 from redistill.caching.plan import Plan
-from redistill.devices import is_out_of_memory
 from redistill.signals import LOGITS
 from redistill.teachers import TeacherCheck
 
 __all__ = ["BlockEncoder", "RunStats"]
 
-# Rows that are encoded together, and an upper bound on their values. A GPU is busy only with many rows; on a CPU, more
-# rows mean a longer wait for the last ones. A piece is a function of its block, as a batch is, so that the bytes of an
-# archive do not depend on the run.
-PIECE_ROWS = {"cpu": 4096, "cuda": 16384}
-MIN_PIECE_ROWS = 1024
-MAX_PIECE_VALUES = 1 << 24
-# Rows that a thread encodes at a time.
-THREAD_ROWS = 512
-# A GPU that has no room for this many rows is full.
-FEWEST_ROWS = 64
 # Pieces waiting for the thread: more would only take memory.
 QUEUE_SIZE = 2
 
@@ -156,7 +145,10 @@ class BlockEncoder:
                 if self._error is not None:
                     continue  # drain the queue, so that `add` never blocks
                 try:
-                    with self._on_own_stream(piece), self._refuse_full_device(piece):
+                    with (
+                        self._on_own_stream(piece),
+                        refuse_full_device(piece.rows, self._device, self._plan.options.batch_size),
+                    ):
                         predictions.append(torch.cat([rows.argmax(1) for rows in piece.signals[LOGITS]]).cpu().numpy())
                         encoded.append(self._encode(piece, encoders))
                     if piece.stop == piece.block.stop:
@@ -179,26 +171,13 @@ class BlockEncoder:
         self._stream.wait_event(piece.computed)
         return torch.cuda.stream(self._stream)
 
-    @contextmanager
-    def _refuse_full_device(self, piece: Piece) -> Iterator[None]:
-        """As `refuse_out_of_memory`; a smaller batch leaves room only if it is the teacher that fills the device."""
-        try:
-            yield
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise Refused(
-                f"{self._device} ran out of memory while it encoded {piece.rows:,} rows beside the teacher; end other "
-                f"programs that use its memory, or use a smaller --batch-size than {self._plan.options.batch_size}"
-            ) from error
-
     def _encode(self, piece: Piece, encoders: ThreadPoolExecutor) -> dict[str, Encoded]:
         encoded = {}
         for name, codec in self._codecs.items():
             try:
                 rows = torch.cat(piece.signals[name])
                 check_finite(rows)
-                parts = encode_in_threads(codec, rows, encoders)
+                parts = encode_rows(codec, rows, encoders)
             except NotFinite as error:
                 row = piece.start + error.rows[0]
                 raise not_finite_error(self._plan, name, piece.block.view, row) from error
@@ -221,29 +200,3 @@ class BlockEncoder:
         stats.labelled += int((labels >= 0).sum())
         stats.correct += int(((labels == predictions) & (labels >= 0)).sum())
         stats.blocks += 1
-
-
-def encode_in_threads(codec: Codec, rows: Tensor, encoders: ThreadPoolExecutor) -> list[Encoded]:
-    """The bytes of a row depend on that row alone, so its thread does not matter. A GPU encodes all rows at once."""
-    if rows.device.type == "cuda":
-        return encode_on_gpu(codec, rows)
-    host = rows.cpu().numpy()  # from MPS, which has no float64
-    return list(encoders.map(codec.encode, (host[at : at + THREAD_ROWS] for at in range(0, len(host), THREAD_ROWS))))
-
-
-def encode_on_gpu(codec: Codec, rows: Tensor) -> list[Encoded]:
-    """Encoded rows on the host, so that all work on the GPU is done. With too little memory, fewer rows at a time."""
-    try:
-        return [join_encoded([codec.encode(rows)])]
-    except RuntimeError as error:
-        if not is_out_of_memory(error) or len(rows) <= FEWEST_ROWS:
-            raise
-    # Here, since the traceback of the error holds the tensors that are in the way.
-    torch.cuda.empty_cache()
-    half = len(rows) // 2
-    return encode_on_gpu(codec, rows[:half]) + encode_on_gpu(codec, rows[half:])
-
-
-def max_piece_rows(device: torch.device, width: int) -> int:
-    rows = PIECE_ROWS.get(device.type, MIN_PIECE_ROWS)
-    return max(MIN_PIECE_ROWS, min(rows, MAX_PIECE_VALUES // width))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from redistill_cache import SignalSpec, TeacherSpec, layout
-from redistill_cache.codecs import BlockStats, Codec, join_encoded
+from redistill_cache.codecs import BlockStats, Codec
 from redistill_cache.codecs.catalogue import Choice
 from redistill_cache.errors import Refused
 from redistill_cache.journal import FileEntry, Record
@@ -23,6 +23,7 @@ from redistill_cache.shards import encode_shard
 from redistill_cache.spec import ArchiveSpec
 from redistill_cache.wording import human_bytes
 
+from redistill.caching.encode_rows import encode_on_gpu, refuse_full_device
 from redistill.caching.pilot import Pilot
 from redistill.caching.plan import Plan
 
@@ -129,10 +130,11 @@ def encoding_seconds(plan: Plan, pilot: Pilot, choices: Mapping[str, Choice]) ->
     total = 0.0
     for name, choice in choices.items():
         rows = torch.from_numpy(pilot.rows[name][-len(choice.best.encoded) :]).to(device)
-        join_encoded([choice.codec.encode(rows)])  # compiles kernels
-        start = time.perf_counter()
-        join_encoded([choice.codec.encode(rows)])  # moves the result to the host, so the device is done
-        total += (time.perf_counter() - start) / len(rows)
+        with refuse_full_device(len(rows), device, plan.options.batch_size):
+            encode_on_gpu(choice.codec, rows)  # compiles kernels
+            start = time.perf_counter()
+            encode_on_gpu(choice.codec, rows)
+            total += (time.perf_counter() - start) / len(rows)
     return total
 
 

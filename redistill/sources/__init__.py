@@ -5,7 +5,7 @@ from typing import Literal
 OnBadImage = Literal["fail", "exclude"]
 """What to do with images that cannot be decoded."""
 
-DEFAULT_STREAM_CACHE = 20.0
+DEFAULT_STREAM_CACHE = 20
 STREAM_CACHE_HELP = (
     "GiB of the cache folder for tars that are streamed. Tars at addresses are streamed if they are larger, or with "
     "?stream=1."

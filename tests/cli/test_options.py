@@ -48,7 +48,7 @@ def parse(options: type, command: str, *arguments: str) -> dict[str, Any]:
 def train_options(
     *arguments: str, config: Path | None = None, preset: str | None = None, trust: bool = False
 ) -> TrainOptions:
-    return read_options(parse(TrainOptions, "train", *arguments), config, preset, trust_config=trust)
+    return read_options(parse(TrainOptions, "train", *arguments), config, preset, trust_config=trust)[0]
 
 
 def help_text(command: str, monkeypatch: pytest.MonkeyPatch) -> str:

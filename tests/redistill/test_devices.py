@@ -13,7 +13,7 @@ from redistill_cache.errors import Refused
 
 from redistill.cached_teacher import CachedTeacher
 from redistill.caching import cache_teacher
-from redistill.caching.encoder import encode_on_gpu
+from redistill.caching.encode_rows import encode_on_gpu
 from redistill.devices import is_out_of_memory, pick_amp, pick_device, precision_text
 from redistill.losses.divergences import alpha_beta
 from redistill.metrics import batch_sums

@@ -224,7 +224,7 @@ def test_partners_beyond_the_archive_are_damage():
     archive.params[0]["mix_partner"][3] = 4_000_000_000
     dataset = unchecked(pictures(), archive)
     with pytest.raises(Damaged, match="beyond the 12 rows"):
-        dataset.indices(0)
+        dataset.__getitems__(dataset.indices(0))
 
 
 def test_iteration_ends_as_python_expects():

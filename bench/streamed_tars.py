@@ -1,4 +1,4 @@
-"""The cost of streaming tars compared with a folder of the same images: python bench/streaming.py [--quick]
+"""The cost of streaming tars compared with a folder of the same images: python bench/streamed_tars.py [--quick]
 
 local tars over a folder    images/s of training from tars on this disk with stream=1, over a folder of the same images
 tars of a server over it    the same from a server on loopback that waits 20 ms before every answer and refuses 1 % of
@@ -94,7 +94,7 @@ def main() -> None:
         archive = bench.archive("photos", folder, 2, recipe="rrc?size=64")
         rows = speed(bench, folder, archive, 12 if args.quick else 48)
         rows.append(memory(bench, folder, archive, 10 if args.quick else 100))
-    harness.report("streaming", rows, args)
+    harness.report("streamed_tars", rows, args)
 
 
 if __name__ == "__main__":
