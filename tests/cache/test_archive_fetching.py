@@ -138,7 +138,8 @@ def test_a_replaced_archive_gets_its_own_copy(shared: Path, serve: Serve):
     assert open_archive(first).id != open_archive(second).id
 
 
-def test_an_address_without_an_archive_is_refused(shared: Path, serve: Serve):
+def test_an_address_without_an_archive_is_refused(shared: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(download, "FIRST_PATIENCE_S", 1.0)
     address, _ = serve(shared)
     for wrong in ("nothing", ""):
         with pytest.raises(Incomplete, match=r"is not a finished archive.*expected the address of a folder"):

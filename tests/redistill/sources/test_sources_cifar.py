@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from redistill_cache import download
 from redistill_cache.errors import Refused, UsageError
 from torchvision.datasets import CIFAR10, CIFAR100
 
@@ -207,6 +208,7 @@ def test_options_are_checked(tmp_path: Path):
 
 def test_download_uses_torchvision_and_only_when_files_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/none.tar.gz")
+    monkeypatch.setattr(download, "FIRST_PATIENCE_S", 1.0)
     with pytest.raises(Refused, match=r"could not be downloaded to .*put 'cifar-10-batches-py' there") as refused:
         redistill.open_source(f"cifar10:{tmp_path / 'a'}?download=1")
     assert "\n" not in str(refused.value)
