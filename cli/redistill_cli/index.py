@@ -22,7 +22,9 @@ def index(
     decode: Annotated[
         bool, typer.Option("--decode", help="Decode every image, as --on-bad-image exclude does later.")
     ] = False,
-    stream_cache: Annotated[float, typer.Option(help=f"{STREAM_CACHE_HELP} [default: 20]", min=0.001, show_default=False)] = DEFAULT_STREAM_CACHE,
+    stream_cache: Annotated[
+        float, typer.Option(help=f"{STREAM_CACHE_HELP} [default: 20]", min=0.001, show_default=False)
+    ] = DEFAULT_STREAM_CACHE,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Hash every image once, and write the index to a file.
