@@ -241,6 +241,7 @@ def test_doctor_without_arguments(run):
     assert diagnosis["views_per_second_and_core"] > 0
 
 
+@pytest.mark.slow
 def test_an_index_is_written_once_and_used_by_the_next_command(run, tmp_path: Path):
     rng = np.random.default_rng(0)
     for i in range(8):
@@ -259,6 +260,7 @@ def test_an_index_is_written_once_and_used_by_the_next_command(run, tmp_path: Pa
     assert "none.npz, found nothing; write it: redistill index DATA --out FILE" in wrong.stderr
 
 
+@pytest.mark.slow
 def test_doctor_says_what_limits_both_stages(run, tmp_path: Path):
     options = ("--teacher", "demo:tiny?num_classes=10&weights=random", "--student", "demo:tiny")
     text = run("doctor", *options, "--archive-dir", tmp_path).stdout

@@ -52,7 +52,11 @@ REDIRECTIONS = ("2>&1 | true", ">/dev/full", ">&- 2>&- <&-")
 SLOW = ("| true", "2>/dev/full", ">&-", "2>&-", ">/dev/full 2>/dev/full")
 
 
-@pytest.mark.parametrize("command", [CACHE, TRAIN, INSPECT], ids=["cache-teacher", "train", "inspect"])
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(CACHE, marks=pytest.mark.slow), TRAIN, INSPECT],
+    ids=["cache-teacher", "train", "inspect"],
+)
 @pytest.mark.parametrize("redirection", [*REDIRECTIONS, *(pytest.param(text, marks=pytest.mark.slow) for text in SLOW)])
 def test_output_that_is_lost_does_not_end_a_command(shell: Shell, tmp_path: Path, command: str, redirection: str):
     process = shell(command, redirection)

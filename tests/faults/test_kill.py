@@ -101,7 +101,7 @@ def kill_often(folder: Path, times: int, reference: Reference) -> None:
 
 
 def test_killed_writers(ram: Path, reference: Reference):
-    kill_often(ram, 24, reference)
+    kill_often(ram, 10, reference)
 
 
 @pytest.mark.slow

@@ -118,6 +118,7 @@ def test_blocks_committed_by_another_process_are_left_alone(complete_five_classe
     assert result.images == 90, "only the second view is written by this process"
 
 
+@pytest.mark.slow
 def test_three_commands_started_together_all_finish(complete_five_classes: Path, tmp_path: Path):
     """As a job array does: none is refused because another one was first."""
     path = tmp_path / "a.zarr"

@@ -25,7 +25,8 @@ GPU = torch.device("cuda", 0)
 
 
 @pytest.mark.parametrize(
-    ("codec", "amp"), [("linear", None), ("linear", False), ("compander", None), ("float16", False)]
+    ("codec", "amp"),
+    [pytest.param("linear", None, marks=pytest.mark.slow), ("linear", False), ("compander", None), ("float16", False)],
 )
 def test_an_archive_written_on_a_gpu(tmp_path: Path, codec: str, amp: bool | None):
     options = five_class_options(tmp_path / "a.zarr", device="cuda", codec=codec, amp=amp, recipe="cifar?cutmix=1")

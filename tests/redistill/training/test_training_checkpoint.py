@@ -81,8 +81,8 @@ def kill_and_resume(folder: Path, archive: Path, kills: int) -> None:
     assert with_checkpoint >= kills // 2, "most kills were too early to lose anything"
 
 
-def test_killed_runs_are_resumed(tmp_path: Path, archive: Path):
-    kill_and_resume(tmp_path, archive, 2)
+def test_a_killed_run_is_resumed(tmp_path: Path, archive: Path):
+    kill_and_resume(tmp_path, archive, 1)
 
 
 @pytest.mark.slow
@@ -90,6 +90,7 @@ def test_fifty_kills(tmp_path: Path, archive: Path):
     kill_and_resume(tmp_path, archive, 50)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_previous_checkpoint_intact(tmp_path: Path, archive: Path):
     """The system refuses files above a size that is enough for configuration and metrics, but not for a checkpoint."""
     out = tmp_path / "run"
