@@ -28,8 +28,10 @@ import harness
 import numpy as np
 from archive import encoded_block, make_logits, make_spec
 from loopback import served
-from redistill_cache import ArchiveSpec, ArchiveWriter, SignalSpec, TeacherSpec, layout, open_archive
+from redistill_cache import ArchiveSpec, ArchiveWriter, SignalSpec, TeacherSpec, layout, open_archive, stream_archive
+from redistill_cache.addresses import is_address
 from redistill_cache.codecs import Codec, fit_codec
+from redistill_cache.shards import encode_shard
 from stage2 import Bench
 
 from redistill.optim import OptimConfig
@@ -79,7 +81,8 @@ def training_rows(folder: Path, quick: bool) -> list[dict[str, Any]]:
 def pace(bench: Bench, data: str, archive: str, **options: object) -> float:
     """Images/s of a run whose cache folder is empty."""
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(dir=bench.folder)
-    return bench.pace(data, archive, **options)  # type: ignore[arg-type]  # a path or an address
+    streamed = stream_archive(archive) if is_address(archive) else None
+    return bench.pace(data, Path(archive) if streamed is None else streamed.path, streamed, **options)
 
 
 # -- moving -----------------------------------------------------------------------------------------------------------
@@ -104,14 +107,19 @@ class Repeated:
         return writer
 
     def write(self, path: Path, share: int = 0, shares: int = 1) -> None:
-        """All blocks, or every `shares`-th; sealed when none is missing."""
-        writer = self.begin(path)
+        """All blocks, or every `shares`-th; sealed when none is missing. Equal rows are compressed once."""
+        writer, compressed = self.begin(path), {}
         for part in ("views", "teachers/net"):
+            arrays = layout.part_arrays(writer.spec, writer.teachers, part)
             for block in [*writer.missing(part)][share::shares]:
                 count = len(block.rows)
-                crop = {"crop": np.zeros((count, 4), np.int32)}
-                logits = {f"logits/{name}": values[:count] for name, values in self.encoded.items()}
-                writer.write(block, crop if part == "views" else logits)
+                rows = {"crop": np.zeros((count, 4), np.int32)}
+                rows |= {f"logits/{name}": values[:count] for name, values in self.encoded.items()}
+                for name, array in arrays.items():
+                    if (name, count) not in compressed:
+                        compressed[name, count] = encode_shard(array, rows[name])
+                files = [(a.shard_path(block.view, block.index), compressed[name, count]) for name, a in arrays.items()]
+                writer.write_encoded(block, files)
         if shares == 1:
             writer.seal()
 

@@ -25,6 +25,7 @@ import harness
 import numpy as np
 import torch
 from PIL import Image
+from redistill_cache import Archive
 
 from redistill.caching import CacheOptions, cache_teacher
 from redistill.devices import pick_device
@@ -68,7 +69,7 @@ class Bench:
         cache_teacher(CacheOptions(**(plain | options)))  # type: ignore[arg-type]  # a table of options
         return path
 
-    def pace(self, data: str, archive: Path, **changed: object) -> float:
+    def pace(self, data: str, archive: Path, streamed: Archive | None = None, **changed: object) -> float:
         """Images/s over all epochs but the first. Those of single epochs vary: the loader prefetches across epochs."""
         self.runs += 1
         out = self.folder / f"run-{self.runs}"
@@ -80,7 +81,7 @@ class Bench:
             "optim": OptimConfig(lr=0.01, epochs=3 if self.quick else 6),
             "log": ("csv",),
         }
-        train(TrainOptions(**(plain | changed)))  # type: ignore[arg-type]  # a table of options
+        train(TrainOptions(**(plain | changed)), archive=streamed)  # type: ignore[arg-type]  # a table of options
         (metrics,) = [*out.glob("metrics.csv"), *sorted(out.glob("*/metrics.csv"))[:1]][:1]
         lines = [line.split(",") for line in metrics.read_text().splitlines()]
         pace, seconds = (lines[0].index(name) for name in ("images_per_second", "seconds"))

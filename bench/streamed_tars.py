@@ -90,9 +90,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["XDG_CACHE_HOME"] = str(Path(scratch) / "cache")
         bench = Bench(Path(scratch), args.quick)
-        folder = bench.jpegs(120 if args.quick else 3000)
+        folder = bench.jpegs(120 if args.quick else 1000)
         archive = bench.archive("photos", folder, 2, recipe="rrc?size=64")
-        rows = speed(bench, folder, archive, 12 if args.quick else 48)
+        rows = speed(bench, folder, archive, 12 if args.quick else 24)
         rows.append(memory(bench, folder, archive, 10 if args.quick else 100))
     harness.report("streamed_tars", rows, args)
 
