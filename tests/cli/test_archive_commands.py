@@ -29,6 +29,7 @@ def run(tmp_path: Path):
     return call
 
 
+@pytest.mark.slow
 def test_a_teacher_is_added_by_name_and_removed(run, tmp_path: Path):
     path = cache(tmp_path / "a.redistill.zarr", views=2, recipe="rrc?size=28&aa=rand-m5-n2")
     first = open_archive(path).id
