@@ -32,16 +32,8 @@ def group() -> None:
 
     \b
       redistill archive fetch https://example.org/r50.redistill r50 --views 4
-      redistill archive pack teacher.redistill.zarr teacher.redistill
-      redistill archive card teacher.redistill
-      redistill archive sign teacher.redistill --key private.pem
-      redistill archive publish teacher.redistill.zarr hf://datasets/lab/r50
-      redistill archive copy teacher.redistill.zarr s3://lab/teacher.redistill
-      redistill archive import logits.npz --from table --data folder:train --out t.redistill.zarr
-      redistill archive export teacher.redistill.zarr rows --to npz --views 0
-      redistill archive cache list
-      redistill archive remove-teacher teacher.redistill.zarr resnet18
       redistill archive edit teacher.redistill.zarr --licence CC-BY-4.0
+      redistill archive publish teacher.redistill.zarr hf://datasets/lab/r50
       redistill archive merge a.redistill.zarr b.redistill.zarr --out c.redistill.zarr
       redistill archive subset teacher.redistill.zarr two.redistill.zarr --views 2
     """
