@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from redistill_cache import layout, packed
-from redistill_cache.addresses import Address, with_pin
+from redistill_cache.addresses import Address, split_pin, with_pin
 from redistill_cache.download import Notify, say
 from redistill_cache.errors import Damaged, Refused
 from redistill_cache.journal import sha256
@@ -86,18 +86,16 @@ def publish(
     if target.scheme == "file":
         refuse_folder(target.local)
         pack(archive, target.local, progress=progress, notify=notify)
-        address = with_pin(str(target.local), identity)
-        write_cards(archive, target.local, address=address)
-        return address
+        write_cards(archive, target.local)  # under which address others find the folder is not known here
+        return with_pin(str(target.local), identity)
     with _packed(archive, identity, notify) as folder:
         names = pack(archive, folder, notify=notify)
         if repository is None:
-            address = with_pin(target.url, identity)
-            beside = [*write_cards(archive, folder, address=address), *folder.glob(packed.SIGNATURE)]
+            beside = [*write_cards(archive, folder, address=target.url), *folder.glob(packed.SIGNATURE)]
             send(archive, target, pack=True, beside=beside, progress=progress)
-            return address
+            return with_pin(target.url, identity)
         address = repository.address_of(identity)
-        files = [*(folder / name for name in names), *write_cards(archive, folder, address=address)]
+        files = [*(folder / name for name in names), *write_cards(archive, folder, address=split_pin(address)[0])]
         repository.publish(files, identity, private=private, progress=progress, notify=notify)
         return address
 

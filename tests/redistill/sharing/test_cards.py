@@ -210,8 +210,7 @@ def test_text_of_strangers_means_nothing(tmp_path: Path):
     }
     html = rendered(readme)
     tags = set(re.findall(r"<(\w+)", html))
-    assert tags == {*("h1", "h2", "p", "a", "code", "pre", "ul", "li"), *("table", "thead", "tbody", "tr", "th", "td")}
-    assert re.findall(r'href="([^"]*)"', html) == ["https://pypi.org/project/redistill/"]
+    assert tags == {*("h1", "h2", "p", "code", "pre", "ul", "li"), *("table", "thead", "tbody", "tr", "th", "td")}
     shown = re.sub(r"\s+", " ", HOSTILE).replace("\x1b", "\\x1b").replace("\u202e", "\\x202e")
     text = text_of(html)
     for start_ in ("op", "licence", "- citation", "#source", "data", "weights", "net", "d"):

@@ -97,6 +97,8 @@ def test_another_lab_gets_what_was_published_to_the_hub(archive: Path, hub: Hub,
     assert done.stdout.splitlines()[-1] == address
     repository = hub.repositories["lab/r50"]
     assert repository.private
+    card = repository.commits[repository.main]["teachers/README.md"].decode()
+    assert f"redistill archive fetch '{address}' " in card
     assert_holds(repository.commits[repository.main], archive, tmp_path, "teachers/")
     assert len(repository.commits) == 2  # all files at once
     assert {auth for _, path, auth in hub.requests if path.startswith("/storage")} == {None}
@@ -311,6 +313,7 @@ def test_a_folder_gets_an_archive_that_states_its_terms(tmp_path: Path, monkeypa
     assert not out.exists()
     identity = ArchiveWriter.resume(path).edit_terms(licence="CC-BY-4.0")
     assert publish(path, str(out)) == f"{out}#sha256={identity}"
+    assert f"redistill archive fetch 'ADDRESS#sha256={identity}' " in (out / "README.md").read_text()
     assert_holds(contents(out), path, tmp_path)
     with pytest.raises(Refused, match=r"out is the packed form; publish the archive itself"):
         publish(out, str(tmp_path / "again"))
