@@ -54,7 +54,7 @@ SLOW = ("| true", "2>/dev/full", ">&-", "2>&-", ">/dev/full 2>/dev/full")
 
 @pytest.mark.parametrize(
     "command",
-    [pytest.param(CACHE, marks=pytest.mark.slow), TRAIN, INSPECT],
+    [pytest.param(CACHE, marks=pytest.mark.slow), pytest.param(TRAIN, marks=pytest.mark.slow), INSPECT],
     ids=["cache-teacher", "train", "inspect"],
 )
 @pytest.mark.parametrize("redirection", [*REDIRECTIONS, *(pytest.param(text, marks=pytest.mark.slow) for text in SLOW)])

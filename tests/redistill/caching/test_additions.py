@@ -155,6 +155,7 @@ def test_a_killed_addition_resumes_to_the_same_bytes(copy: Path, extended: Path,
     assert file_hashes(copy) == file_hashes(extended)
 
 
+@pytest.mark.slow
 def test_ranks_do_not_change_a_byte(copy: Path, extended: Path, tmp_path: Path):
     outputs = [tmp_path / f"{rank}.txt" for rank in range(3)]
     ranks = [start_command(arguments(copy), outputs[rank], RANK=str(rank), WORLD_SIZE="3") for rank in range(3)]

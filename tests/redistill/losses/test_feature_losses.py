@@ -691,6 +691,7 @@ def test_a_loss_that_has_not_seen_the_teachers_rows_is_refused(name):
         call(name, kind(**SIZES, **options), batch(dtype=torch.float32))
 
 
+@pytest.mark.slow
 def test_fit_is_the_same_in_another_process_and_in_another_order_of_classes():
     code = (
         "import sys, hashlib; sys.path.insert(0, sys.argv[1]); import test_feature_losses as t\n"
