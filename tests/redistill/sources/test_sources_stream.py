@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -129,15 +130,20 @@ def test_a_tar_is_read_once_to_index_it_and_once_each_time_it_is_used(server: Fl
     assert requested(server) == {}
     biggest, done = [0], threading.Event()
 
+    def sizes() -> dict[str, int]:
+        found = {}
+        for path in (cache / "streamed").iterdir():
+            with suppress(FileNotFoundError):
+                found[path.name] = path.stat().st_size
+        return found
+
     def watch() -> None:
+        before: dict[str, int] = {}
         while not done.is_set():
-            total = 0
-            for path in (cache / "streamed").iterdir():
-                try:
-                    total += path.stat().st_size
-                except FileNotFoundError:
-                    continue
-            biggest[0] = max(biggest[0], total)
+            now = sizes()
+            if now == before:  # all of these files were there together, between the two listings
+                biggest[0] = max(biggest[0], sum(now.values()))
+            before = now
 
     watcher = threading.Thread(target=watch)
     watcher.start()
