@@ -218,16 +218,16 @@ class Base:
             return None
         if not (out / "zarr.json").exists():
             raise Refused(f"{out} holds files and is not an archive; choose another path")
-        there = Source(out)
+        existing = Source(out)
         for source in (self.samples, *self.teachers.values()):
-            _refuse_unlike(source, there)
+            _refuse_unlike(source, existing)
         for block, files, source in self.blocks():
-            if not there.state.holds(block):
+            if not existing.state.holds(block):
                 raise Refused(f"{out} is another archive: it does not have the {block.part}; choose another path")
-            _refuse_other_block(source, there, block, files)
-        if there.spec.num_views != self.spec.num_views:
-            raise _unlike(self.samples, there, "num_views", self.spec.num_views, there.spec.num_views)
-        return there
+            _refuse_other_block(source, existing, block, files)
+        if existing.spec.num_views != self.spec.num_views:
+            raise _unlike(self.samples, existing, "num_views", self.spec.num_views, existing.spec.num_views)
+        return existing
 
 
 def skeleton(archive: Path, out: Path, *, notify: Notify = say, files: Files = LOCAL) -> ArchiveSpec:
@@ -284,7 +284,7 @@ def plan_merge(archives: Sequence[Path], out: Path) -> Merge:
     for one, two in itertools.combinations(sources, 2):
         _refuse_unlike(one, two)
     base = _base_of(sources)
-    there = base.is_at(out)
+    existing = base.is_at(out)
     plan = Merge(sources, base, out, 0, 0, None, 0, 0)
     blocks = missing = total = to_copy = 0
     first_missing = None
@@ -295,8 +295,8 @@ def plan_merge(archives: Sequence[Path], out: Path) -> Merge:
         if holders:
             size = sum(holders[0].state.files[name].size for name in files)
             blocks, total = blocks + 1, total + size
-            if there is not None and there.state.holds(block):
-                _refuse_other_block(holders[0], there, block, files)
+            if existing is not None and existing.state.holds(block):
+                _refuse_other_block(holders[0], existing, block, files)
             else:
                 to_copy += size
         elif block.view < views.get(block.part, 1):

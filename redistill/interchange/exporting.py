@@ -197,8 +197,8 @@ def check_folder(job: Job, out: Path) -> None:
 
 def finished(job: Job, out: Path, names: list[str]) -> int:
     """How many files need not be written: of tars, which are written one after another, the leading ones."""
-    there = [(out / name).exists() for name in names]
-    return there.index(False) if job.options.to == "webdataset" and not all(there) else sum(there)
+    written = [(out / name).exists() for name in names]
+    return written.index(False) if job.options.to == "webdataset" and not all(written) else sum(written)
 
 
 # -- npz --------------------------------------------------------------------------------------------------------------

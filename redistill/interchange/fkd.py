@@ -19,7 +19,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from redistill_cache.storage import disk_trouble, walk_regular
 from redistill.interchange.crops import audit_of_crops, crops_recipe, views_of_top
 from redistill.interchange.foreign import ForeignViews
 from redistill.interchange.options import ImportOptions
-from redistill.interchange.pickles import array_of, load_torch
+from redistill.interchange.pickles import array_of, load_record
 from redistill.interchange.probabilities import check_probabilities, logits_of
 
 __all__ = ["FkdFolder"]
@@ -162,16 +162,11 @@ class FkdFolder:
             )
         return record
 
-    def _path(self, number: int) -> str:
-        return str(self._root / f"{self.names[number]}{SUFFIX}")
+    def _path(self, number: int) -> Path:
+        return self._root / f"{self.names[number]}{SUFFIX}"
 
     def _load(self, number: int) -> Record:
-        with disk_trouble("read", self._root):
-            content = load_torch(self._root / f"{self.names[number]}{SUFFIX}")
-        try:
-            return parse_record(content, self.num_classes)
-        except Refused as error:
-            raise Refused(f"{self._path(number)}: {error}") from None
+        return load_record(self._path(number), lambda content: parse_record(content, self.num_classes))
 
 
 def parse_record(content: object, num_classes: int) -> Record:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from redistill_cache.storage import disk_trouble, walk_regular
 from redistill.interchange.crops import audit_of_crops, crops_recipe, views_of_top
 from redistill.interchange.foreign import ForeignViews
 from redistill.interchange.options import ImportOptions
-from redistill.interchange.pickles import load_torch
+from redistill.interchange.pickles import load_record, load_torch
 
 __all__ = ["MlDrFolder"]
 
@@ -136,16 +137,11 @@ class MlDrFolder:
                 f"{', '.join(sorted(active))[:200] or 'none'}; others cannot be imported exactly"
             )
 
-    def _path(self, number: int) -> str:
-        return str(self._root / f"{self.names[number]}{SUFFIX}")
+    def _path(self, number: int) -> Path:
+        return self._root / f"{self.names[number]}{SUFFIX}"
 
     def _load(self, number: int) -> Record:
-        with disk_trouble("read", self._root):
-            content = load_torch(self._root / f"{self.names[number]}{SUFFIX}")
-        try:
-            return parse_record(content, int(self.names[number]))
-        except Refused as error:
-            raise Refused(f"{self._path(number)}: {error}") from None
+        return load_record(self._path(number), lambda content: parse_record(content, int(self.names[number])))
 
 
 def is_off(value: object) -> bool:

@@ -21,14 +21,16 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 from redistill_cache.errors import Refused
-from redistill_cache.storage import read_small
+from redistill_cache.storage import disk_trouble, read_small
 from redistill_cache.wording import one_line
 
-__all__ = ["array_of", "load_torch"]
+__all__ = ["array_of", "load_record", "load_torch"]
+
+Record = TypeVar("Record")
 
 MAX_FILE_BYTES = 256 << 20
 MAX_ENTRIES = 10_000  # of a zip archive: one for each tensor
@@ -85,6 +87,16 @@ def load_torch(path: Path) -> Any:  # noqa: ANN401  whatever the file holds
         raise Refused(
             f"{str(path)!r} is not a file of torch.save, is truncated or damaged: {one_line(error)}; get it again"
         ) from None
+
+
+def load_record(path: Path, parse: Callable[[Any], Record]) -> Record:
+    """What `parse` makes of the object in a file of torch.save. What it refuses is refused with the path."""
+    with disk_trouble("read", path):
+        content = load_torch(path)
+    try:
+        return parse(content)
+    except Refused as error:
+        raise Refused(f"{path}: {error}") from None
 
 
 def array_of(value: object, what: str) -> np.ndarray:

@@ -103,8 +103,8 @@ class Repository:
         """`Refused` without a token that is valid, or where another archive is and is not to be replaced."""
         with self._trouble():
             self.api.whoami()
-            there = self._files([packed.MANIFEST])
-        if there and not replace and not LocalFile(manifest).is_at(there[packed.MANIFEST]):
+            existing = self._files([packed.MANIFEST])
+        if existing and not replace and not LocalFile(manifest).is_at(existing[packed.MANIFEST]):
             raise Refused(
                 f"{self.address} holds another archive; replace it with --replace (it stays under its tag), or choose "
                 "another PATH"

@@ -192,7 +192,7 @@ def _read_tar(address: Address, kind: TarKind, cache: TarCache, stopped: Callabl
             raise Refused(str(error).replace(repr(str(path)), str(address))) from error
         source = _OneTar(path, keys, places, kind.max_pixels)
         count = len(keys)
-        _, _, _, digests, sizes, bad = read_chunk(source, np.arange(count), HEADER)  # type: ignore[arg-type]
+        _, _, _, digests, sizes, bad = read_chunk(source, np.arange(count), HEADER)  # type: ignore[arg-type]  # of a source it only reads samples
         level = np.full(count, HEADER, np.uint8)
         level[list(bad)] = 0
         table = TarTables(
@@ -373,7 +373,7 @@ class StreamSource:
     def fetch(self, tar: int, **options: object) -> None:
         """Fetch a tar unless it is here; the options are those of `TarCache.fetch`."""
         try:
-            self.cache.fetch(self.addresses[tar], int(self.tar_bytes[tar]), **options)  # type: ignore[arg-type]
+            self.cache.fetch(self.addresses[tar], int(self.tar_bytes[tar]), **options)  # type: ignore[arg-type]  # passed on
         except TarChanged as error:
             raise self._changed(tar, str(error)) from error
 

@@ -35,7 +35,7 @@ from redistill.training.options import MemberSpec, TrainOptions, split_terms
 from redistill.training.pairs import StudentLayers, TeacherLayers, connected, online_layers, stored_layers
 from redistill.training.targets import CachedTargets, OnlineTargets, Read, SharedViews
 from redistill.training.validate import Validation, validation_recipe
-from redistill.views import archive_recipe
+from redistill.views import ViewDataset, archive_recipe
 from redistill.views.aligned import AlignedViews, aligned_views
 from redistill.views.canaries import Alignment, check_canaries
 from redistill.views.stream_order import refuse_mixing, stream_settings
@@ -120,14 +120,7 @@ def prepare(
     use = resumed or choose_use(archive, teachers, reads)
     if options.views_per_image > use.views:
         raise Refused(f"--views-per-image must be at most the number of views, and the archive has {use.views}")
-    stream, first_views = None, None
-    if archive.arrivals is not None:
-        stream = ViewStream(archive.arrivals, world, progress)
-        epochs = range(min(epoch, options.optim.epochs - 1), options.optim.epochs)
-        of_epochs = [views_of_epoch(each, use.views, options.views_per_image) for each in epochs]
-        archive.arrivals.require_room({view for views in of_epochs for view in views}, progress.info)
-        first_views = of_epochs[0]
-        stream.wait(first_views)
+    stream, first_views = open_stream(options, archive, use, epoch, world, progress)
     if use.views < archive.num_views:
         progress.info(f"training uses the first {use.views} of the archive's {archive.num_views} views")
     targets = make_targets(options, objectives, archive, reads, online, world, amp)
@@ -140,26 +133,7 @@ def prepare(
         if stream is not None and views.canaries is not None:
             stream.compared.update(first_views or ())
             stream.compare_view = lambda view: check_canaries(views.dataset, archive, views=[view]).require()
-        validation = None
-        if options.val_share is not None:
-            held_out = held_out_rows(archive, options.val_share, options.order_seed)
-            progress.info(
-                f"validation: {len(held_out):,} of {archive.num_samples:,} images are held out, the share "
-                f"{options.val} of every class, drawn with --order-seed {options.order_seed}"
-            )
-            validation = Validation.of_rows(
-                dataset,
-                held_out,
-                class_names=archive.class_names,
-                size=size,
-                without=excluded_keys(archive),
-                workers=workers,
-                rank=world.rank.rank,
-                world_size=world.size,
-            )
-            dataset = dataset.without(held_out)
-        elif options.val is not None:
-            validation = open_validation(options, archive, size, workers, world)
+        dataset, validation = with_validation(options, archive, dataset, size, workers, world, progress)
     refuse_mixing(dataset.source, dataset.views.recipe)
     feed = Feed(
         dataset,
@@ -190,6 +164,50 @@ def prepare(
     ]
     fixed = fixed_options(options, specs) | stream_settings(dataset.source, dataset.views.source_rows)
     return TrainSetup(archive, use, feed, members, targets, validation, views.alignment, fixed)
+
+
+def open_stream(
+    options: TrainOptions, archive: Archive, use: ArchiveUse, epoch: int, world: World, progress: Progress
+) -> tuple[ViewStream | None, Sequence[int] | None]:
+    """What fetches the views of a streamed archive ahead of use, and the views of this epoch, which are here then."""
+    if archive.arrivals is None:
+        return None, None
+    stream = ViewStream(archive.arrivals, world, progress)
+    epochs = range(min(epoch, options.optim.epochs - 1), options.optim.epochs)
+    of_epochs = [views_of_epoch(each, use.views, options.views_per_image) for each in epochs]
+    archive.arrivals.require_room({view for views in of_epochs for view in views}, progress.info)
+    stream.wait(of_epochs[0])
+    return stream, of_epochs[0]
+
+
+def with_validation(
+    options: TrainOptions,
+    archive: Archive,
+    dataset: ViewDataset,
+    size: int,
+    workers: int,
+    world: World,
+    progress: Progress,
+) -> tuple[ViewDataset, Validation | None]:
+    """The rows to train on, and the validation on other images or on rows that are held out of these."""
+    if options.val_share is None:
+        return dataset, None if options.val is None else open_validation(options, archive, size, workers, world)
+    held_out = held_out_rows(archive, options.val_share, options.order_seed)
+    progress.info(
+        f"validation: {len(held_out):,} of {archive.num_samples:,} images are held out, the share "
+        f"{options.val} of every class, drawn with --order-seed {options.order_seed}"
+    )
+    validation = Validation.of_rows(
+        dataset,
+        held_out,
+        class_names=archive.class_names,
+        size=size,
+        without=excluded_keys(archive),
+        workers=workers,
+        rank=world.rank.rank,
+        world_size=world.size,
+    )
+    return dataset.without(held_out), validation
 
 
 def evenly(rows: np.ndarray, width: int) -> np.ndarray:
