@@ -120,7 +120,8 @@ class TarCache:
                         file.truncate(sink.received)
                     # Not synced, since most tars are removed soon: every image is compared with its digest.
                     _touch(Path(file.name))
-                    LOCAL.rename(Path(file.name), target)
+                    with self._room():  # who counts the files meanwhile would find neither of the two names
+                        LOCAL.rename(Path(file.name), target)
                 finally:
                     remove_partials(target)
         return target
@@ -156,6 +157,12 @@ class TarCache:
 
     # -- room ---------------------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        """One thread of this machine at a time counts the files, or changes what their sizes add up to."""
+        with self._lock, locked(self.folder, "makes room for a tar", say):
+            yield
+
     def _reserve(
         self, file: BinaryIO, total: int, keep: Callable[[], AbstractSet[str]], waits: bool, sink: _TarSink
     ) -> None:
@@ -173,7 +180,7 @@ class TarCache:
 
     def _has_room(self, file: BinaryIO, total: int, keep: Callable[[], AbstractSet[str]]) -> bool:
         own = Path(file.name).name
-        with self._lock, locked(self.folder, "makes room for a tar", say):
+        with self._room():
             in_use = keep() | self._held.keys()
             whole, used = [], total
             for path in self.folder.iterdir():

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from redistill_cache import download
 from redistill_cache.errors import Refused, UsageError
+from redistill_cache.locks import locked
 
 import redistill
 from redistill.sources.index import index_source
@@ -157,6 +158,37 @@ def test_a_tar_is_read_once_to_index_it_and_once_each_time_it_is_used(server: Fl
     assert max(requested(server).values()) == 1
     assert 0 < biggest[0] <= again.cache.limit
     assert len(list((cache / "streamed").glob("*.partial"))) == 0
+
+
+def test_a_tar_gets_its_name_while_nobody_counts_the_files(server: Flaky, cache: Path):
+    """Else its partial file would be listed before it, and looked for after it, and the tar would not be counted."""
+    source = opened(server)
+    for path in (cache / "streamed").iterdir():
+        path.unlink()
+    server.requests.clear()
+    counts = threading.Event()
+
+    def fault(number: int, _: object) -> str | None:
+        if number == 0:
+            return "reset"
+        assert counts.wait(30)
+        return None
+
+    server.fault = fault
+    reader = threading.Thread(target=source.sample, args=(0,))
+    reader.start()
+    while len(server.requests) < 2:
+        time.sleep(0.01)
+    with locked(cache / "streamed", "counts the files", print):
+        counts.set()
+        while not server.requests[1].sent:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        (partial,) = (cache / "streamed").glob("*-t0.tar.*.partial")
+        assert partial.stat().st_size == len(server.files["t0.tar"])
+        assert not list((cache / "streamed").glob("*-t0.tar"))
+    reader.join()
+    assert len(list((cache / "streamed").glob("*-t0.tar"))) == 1
 
 
 def test_without_ahead_the_samples_are_the_same_and_the_disk_is_bounded(server: Flaky, cache: Path):
