@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 
@@ -447,7 +449,8 @@ class _Threads:
 
 
 class TarsAhead:
-    """Fetches tars of a streamed source group by group: those that are used, and those of the next group.
+    """Fetches tars of a streamed source group by group: those that are used, and those of the next group. Where batches
+    of later groups are loaded ahead, theirs as well, as far as they fit.
 
     A tar that cannot be fetched here is fetched where it is used, and if that fails, its error ends the run there.
     """
@@ -457,9 +460,11 @@ class TarsAhead:
         self.source = source if isinstance(source, StreamSource) else None
         self._groups: Iterator[Sequence[int]] = iter(groups if self.source is not None else ())
         self._threads = _Threads(THREADS if self.source is not None else 1)
-        self._next: Sequence[int] = ()
+        self._kept: deque[Sequence[int]] = deque([()])  # the group that is used, and those that are fetched after it
+        self._following: Sequence[int] | None = None
         self._keep: frozenset[str] = frozenset()
-        self.number = -2
+        self._has_told = False
+        self.number = -1
         """Of the group that is used."""
         self.enter(0)
 
@@ -478,12 +483,42 @@ class TarsAhead:
         """From now on, group `number` is used, and no earlier one."""
         while self.source is not None and self.number < number:
             self.number += 1
-            current, self._next = self._next, list(next(self._groups, ()))
-            in_use = [self.source.addresses[tar] for tar in (*self._next, *current)]
-            self._keep = frozenset(map(name_of, in_use))
-            self.source.cache.touch(in_use)  # other processes remove these last
-            for tar in self._next:
-                self._threads.submit(self._fetch, tar)
+            self._kept.popleft()
+            while len(self._kept) < 2:
+                self._fetch_next(self.source)
+
+    def expect(self, number: int) -> None:
+        """Group `number` is about to be used, while earlier ones still are."""
+        while self.source is not None and self.number + len(self._kept) <= number:
+            tars = list({*chain(*self._kept), *self._peek()})
+            needed = int(self.source.tar_bytes[tars].sum())
+            if needed > self.source.cache.limit:
+                self._tell_small(self.source, needed)
+                return
+            self._fetch_next(self.source)
+
+    def _peek(self) -> Sequence[int]:
+        if self._following is None:
+            self._following = list(next(self._groups, ()))
+        return self._following
+
+    def _fetch_next(self, source: StreamSource) -> None:
+        group, self._following = self._peek(), None
+        self._kept.append(group)
+        in_use = [source.addresses[tar] for tar in chain(*reversed(self._kept))]
+        self._keep = frozenset(map(name_of, in_use))
+        source.cache.touch(in_use)  # other processes remove these last
+        for tar in group:
+            self._threads.submit(self._fetch, tar)
+
+    def _tell_small(self, source: StreamSource, needed: int) -> None:
+        if not self._has_told:
+            self._has_told = True
+            say(
+                f"{source.spec!r}: the batches that are loaded ahead need tars of {human_bytes(needed)}, and "
+                f"--stream-cache is {human_bytes(source.cache.limit)}, so tars are fetched more than once; allow more, "
+                "or use fewer --workers"
+            )
 
     def _fetch(self, tar: int) -> None:
         assert self.source is not None

@@ -133,6 +133,8 @@ class Feed:
                 for i in range(batch if current == epoch else 0, len(batches)):
                     rows = rank_rows(batches[i], self.rank, self.world_size)
                     plan = BatchPlan(current, i, len(batches), views, rows, len(batches[i]) * len(views))
+                    if ahead.fetches:
+                        ahead.expect(groups.number(plan))
                     yield plan, [self.dataset.index(view, row) for row in rows.tolist() for view in views]
 
         pin = self.device.type == "cuda"
@@ -156,24 +158,39 @@ class _Groups:
 
     def __init__(self, feed: Feed, epoch: int, batch: int) -> None:
         self.feed, self.epoch, self.batch = feed, epoch, batch
-        self._of_epoch: dict[int, tuple[EpochOrder, int]] = {}
+        self._of_epoch: dict[int, _EpochGroups] = {}
 
     def tars(self) -> Iterator[Sequence[int]]:
-        count = 0
         for epoch in range(self.epoch, self.feed.epochs):
-            order, skipped = self.feed.order(epoch), 0
-            if epoch == self.epoch and self.batch:
-                batches = len(self.feed.global_batches(epoch))
-                skipped = order.group_at(images_before(self.batch, batches, len(order.rows)))
-            self._of_epoch[epoch] = order, count - skipped
-            for group in order.tars[skipped:]:
-                count += 1
+            groups = self._groups(epoch)
+            for group in groups.order.tars[max(0, -groups.before) :]:
                 yield group.tolist()
 
     def number(self, plan: BatchPlan) -> int:
         """The last group that the batch uses."""
-        order, before = self._of_epoch[plan.epoch]
-        return before + order.group_at(images_before(plan.batch + 1, plan.batches, len(order.rows)) - 1)
+        before, order, images = self._groups(plan.epoch)
+        return before + order.group_at(images_before(plan.batch + 1, plan.batches, images) - 1)
+
+    def _groups(self, epoch: int) -> _EpochGroups:
+        if epoch not in self._of_epoch:
+            order = self.feed.order(epoch)
+            images, before = len(order.rows), 0
+            if epoch > self.epoch:
+                earlier = self._groups(epoch - 1)
+                before = earlier.before + len(earlier.order.tars)
+            elif self.batch:
+                batches = len(self.feed.global_batches(epoch))
+                before = -order.group_at(images_before(self.batch, batches, images))
+            no_rows = np.zeros(0, np.int64)  # those of all epochs of a run would be gigabytes
+            self._of_epoch[epoch] = _EpochGroups(before, order._replace(rows=no_rows), images)
+        return self._of_epoch[epoch]
+
+
+class _EpochGroups(NamedTuple):
+    before: int
+    """The number of its first group; negative if the run begins after it."""
+    order: EpochOrder
+    images: int
 
 
 def images_before(batch: int, batches: int, images: int) -> int:

@@ -8,8 +8,9 @@ import tarfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +190,44 @@ def test_a_tar_gets_its_name_while_nobody_counts_the_files(server: Flaky, cache:
         assert not list((cache / "streamed").glob("*-t0.tar"))
     reader.join()
     assert len(list((cache / "streamed").glob("*-t0.tar"))) == 1
+
+
+def test_tars_of_batches_that_are_loaded_ahead_are_fetched_as_far_as_they_fit(
+    server: Flaky, cache: Path, caplog: pytest.LogCaptureFixture
+):
+    source = opened(server, tars_in_cache=5, options="stream=1&window=1")
+    caplog.clear()
+    for path in (cache / "streamed").iterdir():
+        path.unlink()
+    server.requests.clear()
+
+    def here(start: int, last: int) -> bool:
+        return {path.name.rpartition("-")[2] for path in (cache / "streamed").iterdir()} == {
+            f"t{i}.tar" for i in range(start, last + 1)
+        }
+
+    with TarsAhead(source, ([i] for i in range(8))) as ahead:
+        for used, expected, last in ((0, 0, 1), (0, 1, 1), (0, 3, 3), (0, 4, 4)):
+            ahead.enter(used)
+            ahead.expect(expected)
+            wait_until(partial(here, 0, last))
+        assert not caplog.messages
+        for _ in range(2):
+            ahead.expect(6)
+        (told,) = caplog.messages
+        assert "the batches that are loaded ahead need tars of" in told
+        ahead.enter(2)
+        ahead.expect(9)
+        wait_until(partial(here, 2, 6))
+        ahead.enter(9)
+    assert max(requested(server).values()) == 1
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_without_ahead_the_samples_are_the_same_and_the_disk_is_bounded(server: Flaky, cache: Path):

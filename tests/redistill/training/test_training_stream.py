@@ -10,19 +10,22 @@ import signal
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from redistill_cache import open_archive
 from redistill_cache.errors import Refused, SpecMismatch
 
 import redistill
 from redistill.caching import cache_teacher
 from redistill.interrupts import Interrupted
-from redistill.sources.stream import GIB
+from redistill.sources.stream import GIB, StreamSource
 from redistill.training import TrainOptions, train
+from redistill.training.feed import Feed
 from tests.flaky_server import Flaky, serving
-from tests.redistill.sources.test_sources_stream import tar_of
+from tests.redistill.sources.test_sources_stream import tar_of, wait_until
 from tests.redistill.training.runs import InterruptAt, history, weights
 from tests.redistill.training.test_training_ranks import record
 from tests.small_archive import cache
@@ -128,6 +131,28 @@ def test_a_streamed_run_resumes_exactly_and_fetches_each_tar_once_an_epoch(
         SpecMismatch, match=r"holds a run with window = '2 tars, rows [0-9a-f]{12}', found window = '3 tars"
     ):
         train(options(**{**local, "data": local["data"].replace("window=2", "window=3")}))
+
+
+def test_the_tars_of_batches_that_a_worker_has_been_given_are_fetched(
+    server: Flaky, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A worker is given the next four batches, each of which is a group here."""
+    archive = open_archive(cache(tmp_path / "a.zarr", f"wds:{images / 'tars'}", **BLOCKS))
+    streaming = streamed(server, tars=TARS)
+    source = redistill.open_source(streaming["data"].replace("=2", "=1"), stream_cache=streaming["stream_cache"])
+    dataset = redistill.ViewDataset(source, archive, check=False)
+    fetched, fetch = set(), StreamSource.fetch
+
+    def recorded(self: StreamSource, tar: int, **options: object) -> None:
+        fetched.add(tar)
+        fetch(self, tar, **options)
+
+    monkeypatch.setattr(StreamSource, "fetch", recorded)  # not in the worker
+    feed = Feed(dataset, epochs=1, batch_size=PER_TAR, seed=0, workers=1)
+    with closing(feed.start()) as batches:
+        next(batches)
+        wait_until(lambda: len(fetched) >= 5)
+    assert fetched == {int(tar) for group in feed.order(0).tars[:5] for tar in group}
 
 
 @pytest.mark.slow
