@@ -104,18 +104,19 @@ def opened(file: RemoteFile, first: int, last: int | None) -> Iterator[Answer]:
     try:
         import fsspec  # type: ignore[import-untyped]
 
-        bucket_file = fsspec.open(address.url, "rb")
+        files, path = fsspec.core.url_to_fs(address.url)
     except ImportError as error:
         extra = f"; pip install 'redistill[{EXTRAS[address.scheme]}]'" if address.scheme in EXTRAS else ""
         raise Refused(
             f"{address}: {address.scheme}:// needs a package that is not installed ({one_line(error)}){extra}"
         ) from error
     try:
-        with bucket_file as stream:
-            remote = cast("IO[bytes]", stream)
+        # A part is read as it is; of a whole file, megabytes are read ahead.
+        with files.open(path, "rb", **({} if last is None else {"cache_type": "none"})) as stream:
+            remote, length = cast("IO[bytes]", stream), getattr(stream, "size", None)
             if first:
                 remote.seek(first)
-            yield Answer(remote.read, first, True, None)
+            yield Answer(remote.read, first, True, length if isinstance(length, int) else None)
     except (OSError, RedistillError):
         raise
     except Exception as error:  # packages for buckets have their own exceptions

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import pickle
+import sys
 import tarfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +29,9 @@ from redistill.sources.stream import GIB, StreamSource, TarsAhead
 from redistill.training.feed import epoch_batches, images_before, rank_rows
 from redistill.views.stream_order import grouped_order
 from tests.flaky_server import Flaky, serving
+from tests.hub_server import Hub, Repository, hub_server
 from tests.redistill.sources.test_sources_wds import picture
+from tests.s3_server import s3_client, s3_server
 
 PER_TAR = 6
 
@@ -364,6 +368,93 @@ def test_a_list_file_names_tars(server: Flaky, tmp_path: Path):
     listed.write_text("\n")
     with pytest.raises(Refused, match="names no tars"):
         redistill.open_source(f"wds:{listed}")
+
+
+# -- other kinds of addresses -----------------------------------------------------------------------------------------
+
+TARS = {f"t{i}.tar": tar_of(range(PER_TAR * i, PER_TAR * (i + 1))) for i in range(4)}
+
+
+@contextmanager
+def in_a_bucket(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    pytest.importorskip("moto")
+    pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()  # it keeps the address of an earlier server
+    with s3_server(folder) as environment:
+        for name, text in environment.items():
+            monkeypatch.setenv(name, text)
+        client = s3_client(environment)
+        for name, content in TARS.items():
+            client.put_object(Bucket="lab", Key=f"set/{name}", Body=content)
+        client.close()
+        yield "s3://lab/set"
+
+
+@contextmanager
+def on_a_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """In a private repository; the tars are at other addresses, which never see the token."""
+    pytest.importorskip("huggingface_hub")
+    large = {hashlib.sha256(content).hexdigest(): content for content in TARS.values()}
+    files = {f"train/{name}": content for name, content in TARS.items()}
+    repositories = {"lab/set": Repository(private=True, commits={"0" * 40: files})}
+    monkeypatch.setenv("HF_HOME", str(folder))
+    with hub_server(Hub(repositories=repositories, large=large)) as hub:
+        for name, text in hub.environment().items():
+            monkeypatch.setenv(name, text)
+        for name in [name for name in sys.modules if name.split(".")[0] == "huggingface_hub"]:
+            monkeypatch.delitem(sys.modules, name)  # it reads the environment once
+        yield "hf://datasets/lab/set@main/train"
+        assert {token for _, path, token in hub.requests if path.startswith("/storage")} == {None}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [in_a_bucket, on_a_hub])
+def test_tars_in_a_bucket_and_on_a_hub(
+    kept: Callable[[Path, pytest.MonkeyPatch], AbstractContextManager[str]],
+    tmp_path: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    room = 2 * max(map(len, TARS.values())) / GIB
+    with kept(tmp_path, monkeypatch) as place:
+        source = redistill.open_source(f"wds:{place}/t{{0..3}}.tar?stream=1&window=1", stream_cache=room)
+        assert isinstance(source, StreamSource)
+        index = index_source(source)
+        assert index.labels.tolist() == [i % 5 for i in range(4 * PER_TAR)]
+        parts = source.by_parts().loaded([0, 8, 23])
+        assert [parts.sample(i).payload for i in (0, 8, 23)] == [picture(i) for i in (0, 8, 23)]
+        with TarsAhead(source, [[i] for i in range(4)]) as ahead:
+            for i in range(4 * PER_TAR):
+                ahead.enter(i // PER_TAR)
+                assert source.sample(i).payload == picture(i)
+                assert sum(path.stat().st_size for path in (cache / "streamed").iterdir()) <= source.cache.limit
+        with pytest.raises(Refused, match=rf"1 of 5 tars are missing; the first: .*{place}/t4\.tar"):
+            redistill.open_source(f"wds:{place}/t{{0..4}}.tar?stream=1&window=1", stream_cache=room)
+    again = redistill.open_source(f"wds:{place}/t{{0..3}}.tar?stream=1&window=1", stream_cache=room)
+    assert np.array_equal(index_source(again).digests, index.digests)  # without the server
+
+
+@pytest.mark.slow
+def test_parts_of_tars_in_a_bucket_are_read_without_the_rest(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Packages for buckets read ahead, s3fs 50 MiB."""
+    with in_a_bucket(tmp_path, monkeypatch) as place:
+        source = redistill.open_source(f"wds:{place}/t{{0..3}}.tar?stream=1&window=1", stream_cache=1)
+        for path in (cache / "streamed").iterdir():
+            path.unlink()
+        import s3fs
+
+        received, fetch = [], s3fs.S3File._fetch_range
+
+        def recorded(self: object, start: int, end: int) -> bytes:
+            data: bytes = fetch(self, start, end)
+            received.append(len(data))
+            return data
+
+        monkeypatch.setattr(s3fs.S3File, "_fetch_range", recorded)
+        parts = source.by_parts().loaded([0, 8, 23])
+        assert [parts.sample(i).payload for i in (0, 8, 23)] == [picture(i) for i in (0, 8, 23)]
+    assert sum(received) == sum(len(picture(i)) for i in (0, 8, 23))
 
 
 @pytest.mark.slow
