@@ -1,7 +1,6 @@
 """Tars that are larger than the disk: `wds:PATTERN?stream=1`, and how `wds:` is opened.
 
-* Tars at addresses are read once, to index them: keys, labels, digests, and where each image is. The index is kept in
-  the cache folder, tar by tar, so that an interrupted pass continues; `?index=FILE` takes it from a file that
+* Tars at addresses are read once, to index them (tar_index.py); `?index=FILE` takes the index from a file that
   `redistill index` has written.
 * From then on, each tar is fetched whole when it is used, ahead of use where the order is known, and removed when its
   room is needed: `--stream-cache` bounds the bytes of all of them on this machine. Single images in any order
@@ -16,48 +15,41 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 from redistill_cache.addresses import Address
-from redistill_cache.download import is_missing, say
-from redistill_cache.errors import Damaged, RedistillError, Refused, UsageError
-from redistill_cache.keys import PackedKeys, pack_keys
-from redistill_cache.verified_files import cache_folder
+from redistill_cache.download import say
+from redistill_cache.errors import RedistillError, Refused, UsageError
 from redistill_cache.wording import human_bytes
 
 from redistill.sources import DEFAULT_STREAM_CACHE
 from redistill.sources.base import Sample, pixel_limit, shared_index
 from redistill.sources.images import MAX_ENCODED_BYTES, BadImage
-from redistill.sources.index import HEADER, ImageTable, load_arrays, read_chunk, repeats, save_arrays
-from redistill.sources.tar_cache import Part, TarCache, TarChanged, name_of
-from redistill.sources.wds import (
-    WdsSource,
-    copy_path,
-    expand_pattern,
-    local_copy,
-    parse_place,
-    read_at,
-    scan_tar,
+from redistill.sources.index import repeats
+from redistill.sources.tar_cache import FETCH_THREADS, FetchThreads, Part, TarCache, TarChanged, name_of
+from redistill.sources.tar_index import (
+    TarKind,
+    TarTables,
+    indexed_tars,
+    read_image,
+    saved_tables,
+    shared_tables,
+    tables_file,
 )
+from redistill.sources.wds import WdsSource, copy_path, expand_pattern, local_copy, parse_place
 from redistill.specs import Spec
 
 __all__ = ["StreamSource", "TarsAhead", "open_wds"]
 
 GIB = 1 << 30
 WINDOW_BYTES = 4 * GIB
-THREADS = 4  # that fetch tars
-VERSION = 1
-NAMES = ("version", "tar_bytes", "counts", "key_data", "key_offsets", "places", "digests", "sizes", "level")
 ATTEMPTS = 5  # to read a tar that other processes remove to make room
 
 
@@ -78,7 +70,7 @@ def open_wds(spec: Spec, stream_cache: float = DEFAULT_STREAM_CACHE) -> WdsSourc
     kind = TarKind(labels == "members", pixel_limit(spec))
     index_file, cache = shared_index(spec), TarCache(int(stream_cache * GIB))
     if addresses and (wanted or (wanted is None and _are_too_large(places, kind, cache))):
-        tars = _shared_tables(index_file, addresses) if index_file is not None else _indexed(addresses, kind, cache)
+        tars = shared_tables(index_file, addresses) if index_file is not None else indexed_tars(addresses, kind, cache)
         return StreamSource(addresses, tars, cache, kind, window=window, index_file=index_file, spec=spec.text)
     if window and not wanted:
         raise UsageError(f"{spec.text!r}: window= mixes the images of streamed tars; add stream=1")
@@ -103,7 +95,7 @@ def _are_too_large(places: Sequence[Address | Path], kind: TarKind, cache: TarCa
     addresses = [place for place in places if isinstance(place, Address)]
     if len(addresses) < len(places) or all(copy_path(address).is_file() for address in addresses):
         return False
-    known = _load_tables(_file_of_all(addresses, kind), len(addresses))
+    known = saved_tables(tables_file(addresses, kind), len(addresses))
     if known is not None:
         return int(known.tar_bytes.sum()) > cache.limit
     first = addresses[0]
@@ -115,174 +107,6 @@ def _are_too_large(places: Sequence[Address | Path], kind: TarKind, cache: TarCa
             cache.folder.mkdir(parents=True, exist_ok=True)
             path.replace(cache.path(first))
     return too_large
-
-
-# -- the index of tars ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TarKind:
-    """What the index of a tar depends on, besides the tar."""
-
-    labelled: bool
-    max_pixels: int | None
-
-
-@dataclass(frozen=True)
-class TarTables:
-    """Some tars in order, and the samples of all of them."""
-
-    tar_bytes: np.ndarray  # [T] int64
-    counts: np.ndarray  # [T] int64: samples of each tar
-    keys: PackedKeys
-    places: np.ndarray  # [N, 3] int64: offset and size of the image, and the label
-    images: ImageTable
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        return {
-            "version": np.array(VERSION),
-            "tar_bytes": self.tar_bytes,
-            "counts": self.counts,
-            "key_data": self.keys.data,
-            "key_offsets": self.keys.offsets,
-            "places": self.places,
-            "digests": self.images.digests,
-            "sizes": self.images.sizes,
-            "level": self.images.level,
-        }
-
-
-def _indexed(addresses: Sequence[Address], kind: TarKind, cache: TarCache) -> TarTables:
-    """The tables of the tars; those that are not known yet are read, and kept."""
-    known = _load_tables(_file_of_all(addresses, kind), len(addresses))
-    if known is not None:
-        return known
-    parts = {i: part for i, address in enumerate(addresses) if (part := _load_tables(_file(address, kind), 1))}
-    todo = [i for i in range(len(addresses)) if i not in parts]
-    if todo:
-        say(f"reading {len(todo):,} of {len(addresses):,} tars once, to index their images")
-    missing: list[Exception] = []
-
-    def read(i: int, stopped: Callable[[], bool]) -> None:
-        try:
-            parts[i] = _read_tar(addresses[i], kind, cache, stopped)
-        except RedistillError as error:
-            if not is_missing(error.__cause__):
-                raise
-            missing.append(error)
-
-    if todo:
-        read(todo[0], lambda: False)
-        largest = int(parts[todo[0]].tar_bytes[0]) if todo[0] in parts else cache.limit
-        with _Threads(max(1, min(THREADS, cache.limit // (2 * max(1, largest))))) as threads:
-            for future in [threads.submit(read, i, threads.stopped) for i in todo[1:]]:
-                future.result()
-    if missing:
-        raise Refused(f"{len(missing):,} of {len(addresses):,} tars are missing; the first: {missing[0]}")
-    tables = _joined([parts.pop(i) for i in range(len(addresses))])
-    save_arrays(_file_of_all(addresses, kind), **tables.arrays())
-    return tables
-
-
-def _read_tar(address: Address, kind: TarKind, cache: TarCache, stopped: Callable[[], bool]) -> TarTables:
-    """The table of a tar, which is read once: hashed and parsed."""
-    with cache.holding(address, stopped) as path:
-        try:
-            keys, places = scan_tar(path, kind.labelled)
-        except Refused as error:
-            cache.remove(address)
-            raise Refused(str(error).replace(repr(str(path)), str(address))) from error
-        source = _OneTar(path, keys, places, kind.max_pixels)
-        count = len(keys)
-        _, _, _, digests, sizes, bad = read_chunk(source, np.arange(count), HEADER)  # type: ignore[arg-type]  # of a source it only reads samples
-        level = np.full(count, HEADER, np.uint8)
-        level[list(bad)] = 0
-        table = TarTables(
-            np.array([path.stat().st_size], np.int64),
-            np.array([count], np.int64),
-            pack_keys(keys),
-            np.array(places, np.int64).reshape(-1, 3),
-            ImageTable(digests, sizes, level),
-        )
-    save_arrays(_file(address, kind), **table.arrays())
-    return table
-
-
-class _OneTar:
-    """The samples of a tar on the disk."""
-
-    def __init__(self, path: Path, keys: list[str], places: list[tuple[int, int, int]], limit: int | None) -> None:
-        self.path, self.keys, self.places, self.limit = path, keys, places, limit
-
-    def sample(self, i: int) -> Sample:
-        offset, size, label = self.places[i]
-        return Sample(_read(self.path, self.keys[i], offset, size), label, self.keys[i], self.limit)
-
-
-def _read(path: Path, key: str, offset: int, size: int) -> bytes:
-    if size > MAX_ENCODED_BYTES:
-        raise BadImage(key, f"{size} bytes, more than the limit of {MAX_ENCODED_BYTES}")
-    with path.open("rb", buffering=0) as file:
-        return read_at(file.fileno(), offset, size)
-
-
-def _file(address: Address, kind: TarKind) -> Path:
-    return _file_of_all([address], kind)
-
-
-def _file_of_all(addresses: Sequence[Address], kind: TarKind) -> Path:
-    text = "\0".join([f"{kind.labelled} {kind.max_pixels}", *(address.url for address in addresses)])
-    return cache_folder() / "tar-index" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
-
-
-def _load_tables(path: Path, tars: int) -> TarTables | None:
-    """The tables of so many tars that were saved; None if there are none that can be used."""
-    saved = load_arrays(path, NAMES)
-    if saved is None:
-        return None
-    try:
-        keys = PackedKeys(saved["key_data"], saved["key_offsets"])
-    except (Damaged, ValueError, TypeError):
-        return None
-    n, names = len(keys), NAMES[1:3] + NAMES[5:]
-    expected = [((tars,), "int64"), ((tars,), "int64"), ((n, 3), "int64"), ((n, 32), "uint8"), ((n, 2), "uint32")]
-    if [(saved[name].shape, saved[name].dtype.name) for name in names] != [*expected, ((n,), "uint8")]:
-        return None
-    counts, places = saved["counts"], saved["places"]
-    if counts.min(initial=0) < 0 or counts.sum() != n or saved["tar_bytes"].min(initial=1) < 1:
-        return None
-    ends = places[:, 0] + places[:, 1]
-    if places[:, :2].min(initial=0) < 0 or np.any(ends > np.repeat(saved["tar_bytes"], counts)):
-        return None
-    images = ImageTable(saved["digests"], saved["sizes"], saved["level"])
-    return TarTables(saved["tar_bytes"], counts, keys, places, images)
-
-
-def _shared_tables(path: Path, addresses: Sequence[Address]) -> TarTables:
-    tables = _load_tables(path, len(addresses))
-    if tables is None:
-        raise Refused(
-            f"expected an index of {len(addresses):,} streamed tars at {path}, found "
-            f"{'another file' if path.exists() else 'nothing'}; write it: redistill index 'wds:...?stream=1' --out FILE"
-        )
-    return tables
-
-
-def _joined(parts: Sequence[TarTables]) -> TarTables:
-    lengths = np.concatenate([np.diff(part.keys.offsets) for part in parts])
-    return TarTables(
-        np.concatenate([part.tar_bytes for part in parts]),
-        np.concatenate([part.counts for part in parts]),
-        PackedKeys(
-            np.concatenate([part.keys.data for part in parts]),
-            np.concatenate([np.zeros(1, np.uint64), np.cumsum(lengths, dtype=np.uint64)]),
-        ),
-        np.concatenate([part.places for part in parts]),
-        ImageTable(*(np.concatenate([getattr(p.images, n) for p in parts]) for n in ("digests", "sizes", "level"))),
-    )
-
-
-# -- the source -------------------------------------------------------------------------------------------------------
 
 
 class StreamSource:
@@ -363,7 +187,7 @@ class StreamSource:
         path = self.cache.path(self.addresses[tar])
         for _ in range(ATTEMPTS):
             try:
-                return _read(path, key, offset, size)
+                return read_image(path, key, offset, size)
             except FileNotFoundError:
                 if self._in_parts:
                     break
@@ -414,7 +238,7 @@ class StreamSource:
 
     def _forget(self, tar: int) -> None:
         self.cache.remove(self.addresses[tar])
-        for path in (_file(self.addresses[tar], self.kind), _file_of_all(self.addresses, self.kind)):
+        for path in (tables_file([self.addresses[tar]], self.kind), tables_file(self.addresses, self.kind)):
             with suppress(OSError):
                 path.unlink(missing_ok=True)
 
@@ -425,27 +249,6 @@ class StreamSource:
 
 
 # -- fetching ahead ---------------------------------------------------------------------------------------------------
-
-
-class _Threads:
-    """Threads that fetch; at the end of the context, what they fetch is abandoned."""
-
-    def __init__(self, count: int) -> None:
-        self._stop = threading.Event()
-        self._pool = ThreadPoolExecutor(count, "tars")
-
-    def submit(self, work: Callable[..., None], *arguments: object) -> Future[None]:
-        return self._pool.submit(work, *arguments)
-
-    def stopped(self) -> bool:
-        return self._stop.is_set()
-
-    def __enter__(self) -> _Threads:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._stop.set()
-        self._pool.shutdown(cancel_futures=True)
 
 
 class TarsAhead:
@@ -459,7 +262,7 @@ class TarsAhead:
         """The groups of tar numbers in the order of their use; a source that is on the disk needs none."""
         self.source = source if isinstance(source, StreamSource) else None
         self._groups: Iterator[Sequence[int]] = iter(groups if self.source is not None else ())
-        self._threads = _Threads(THREADS if self.source is not None else 1)
+        self._threads = FetchThreads(FETCH_THREADS if self.source is not None else 1)
         self._kept: deque[Sequence[int]] = deque([()])  # the group that is used, and those that are fetched after it
         self._following: Sequence[int] | None = None
         self._keep: frozenset[str] = frozenset()

@@ -15,8 +15,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
+from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple
 
 from redistill_cache.addresses import Address
@@ -27,8 +29,9 @@ from redistill_cache.storage import LEFTOVER, LOCAL, disk_trouble
 from redistill_cache.verified_files import cache_folder
 from redistill_cache.wording import human_bytes
 
-__all__ = ["NoRoom", "Part", "TarCache", "TarChanged", "name_of"]
+__all__ = ["FETCH_THREADS", "FetchThreads", "NoRoom", "Part", "TarCache", "TarChanged", "name_of"]
 
+FETCH_THREADS = 4
 STEP = 64 << 20  # reserved at a time for a tar whose server does not announce its length
 POLL_S = 0.05
 
@@ -226,6 +229,27 @@ def _is_alive(partial: Path) -> bool:
         if is_free:
             partial.unlink(missing_ok=True)
         return not is_free
+
+
+class FetchThreads:
+    """Threads that fetch tars; at the end of the context, what they fetch is abandoned."""
+
+    def __init__(self, count: int) -> None:
+        self._stop = threading.Event()
+        self._pool = ThreadPoolExecutor(count, "tars")
+
+    def submit(self, work: Callable[..., None], *arguments: object) -> Future[None]:
+        return self._pool.submit(work, *arguments)
+
+    def stopped(self) -> bool:
+        return self._stop.is_set()
+
+    def __enter__(self) -> FetchThreads:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._stop.set()
+        self._pool.shutdown(cancel_futures=True)
 
 
 class _TarSink:

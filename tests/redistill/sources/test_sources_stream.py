@@ -458,7 +458,7 @@ def test_parts_of_tars_in_a_bucket_are_read_without_the_rest(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(600)
 def test_ten_thousand_tars_by_braces_and_by_a_list(tmp_path: Path):
     """Each is read once; opened again, none is."""
     count = 10_000
