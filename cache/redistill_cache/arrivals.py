@@ -24,6 +24,7 @@ from redistill_cache.fetching import (
     Remote,
     Waits,
     agreed,
+    bring_signature,
     copy_or_manifest,
     copy_with_base,
     fetch_manifest,
@@ -75,6 +76,7 @@ def begin(
     target, identity = place_of(found), found.id
     if id_of_copy(target) != identity:  # the manifest is written once everything that is not of a view is here
         fetched(found, target, base, Waits(progress, notify, until=lambda: id_of_copy(target) == identity))
+        bring_signature(found, target, notify)
     remember(address, identity)
     return target, (address, found)
 

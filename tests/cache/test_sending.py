@@ -122,6 +122,15 @@ def test_a_bucket_gets_an_archive_and_gives_it_back(sealed: Path, tmp_path: Path
     assert verify(fetched, full=True).ok
 
 
+def test_a_signature_goes_to_a_bucket_with_its_archive(archive_copy: Path, s3: Mapping[str, str], tmp_path: Path):
+    (archive_copy / "_redistill/manifest.json.sig").write_bytes(b"as its author wrote it")
+    for place, name in (("a.redistill", "manifest.json.sig"), ("a.redistill.zarr", "_redistill/manifest.json.sig")):
+        copy_archive(str(archive_copy), f"s3://lab/signed/{place}")
+        assert objects(s3, f"signed/{place}")[name] == b"as its author wrote it"
+        fetched = fetch_archive(f"s3://lab/signed/{place}", tmp_path / place, views=1)
+        assert (fetched / "_redistill/manifest.json.sig").read_bytes() == b"as its author wrote it"
+
+
 @pytest.mark.slow
 def test_a_bucket_gets_what_is_on_a_server_or_in_a_bucket(
     sealed: Path, tmp_path: Path, s3: Mapping[str, str], serve: Serve
