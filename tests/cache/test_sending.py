@@ -226,6 +226,28 @@ def test_large_files_appear_with_their_last_byte(tmp_path: Path, s3: Mapping[str
     client.close()
 
 
+READ = """
+import sys
+from pathlib import Path
+from redistill_cache.addresses import parse_address
+from redistill_cache.download import CONNECTIONS, FileSink, Transfer, download
+size = int(sys.argv[1])
+with open("/dev/null", "wb") as nowhere:
+    addresses = [parse_address("s3://lab/read/large")] * CONNECTIONS
+    download([Transfer(address, FileSink(nowhere, size)) for address in addresses])
+print(int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) << 10)
+"""
+
+
+@pytest.mark.slow
+def test_what_is_read_from_a_bucket_takes_little_memory(s3: Mapping[str, str]):
+    size, client = 80 << 20, s3_client(s3)
+    client.put_object(Bucket="lab", Key="read/large", Body=bytes(size))
+    client.close()
+    read = subprocess.run([sys.executable, "-c", READ, str(size)], capture_output=True, timeout=240, check=True)
+    assert int(read.stdout) < 450e6  # of which the packages take 100
+
+
 def test_trouble_with_a_bucket_is_one_line(sealed: Path, s3: Mapping[str, str], monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(Refused, match=r"cannot write to s3://none/a: .*exist") as refused:
         copy_archive(str(sealed), "s3://none/a")
