@@ -27,6 +27,7 @@ NAMES = (
     "losses",
     "memory",
     "remote",
+    "buckets",
     "stage1",
     "steps",
     "stage2",

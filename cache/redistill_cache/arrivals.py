@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
@@ -24,6 +25,7 @@ from redistill_cache.fetching import (
     Remote,
     Waits,
     agreed,
+    bring_signature,
     copy_or_manifest,
     copy_with_base,
     fetch_manifest,
@@ -43,8 +45,15 @@ __all__ = ["Arrivals", "Origin", "begin"]
 AGAIN_S = 60.0  # before a view that nobody waits for is tried again
 CLOSING_S = 5.0
 
-Origin = tuple[Address, Remote | None]
-"""Where the views of a copy come from; without a `Remote`, the manifest is asked for with the first view."""
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the views of a copy come from; without a `Remote`, the manifest is asked for with the first view."""
+
+    address: Address
+    remote: Remote | None = None
+    teachers: frozenset[str] | None = None
+    """Those whose rows are fetched; None for all."""
 
 
 def begin(
@@ -60,14 +69,14 @@ def begin(
     known = pin or remembered(address)
     begun = None if whole_copy(known) else copy_with_base(known)
     if begun is not None and (pin is not None or is_offline()):
-        return begun, (address, None)
+        return begun, Origin(address)
     try:
         found = copy_or_manifest(address, pin, notify)
     except Unreachable as error:
         if begun is None:
             raise
         notify(f"{error}; using the views that were fetched before, of the archive with id {begun.parent.name}")
-        return begun, (address, None)
+        return begun, Origin(address)
     whole = found if isinstance(found, Path) else whole_copy(found.id)
     if isinstance(whole, Path):
         return whole, None
@@ -75,8 +84,9 @@ def begin(
     target, identity = place_of(found), found.id
     if id_of_copy(target) != identity:  # the manifest is written once everything that is not of a view is here
         fetched(found, target, base, Waits(progress, notify, until=lambda: id_of_copy(target) == identity))
+        bring_signature(found, target, notify)
     remember(address, identity)
-    return target, (address, found)
+    return target, Origin(address, found)
 
 
 def base(state: ArchiveState, held: int) -> set[str]:
@@ -90,12 +100,13 @@ class Arrivals:
 
     def __init__(self, state: ArchiveState, origin: Origin) -> None:
         self.path, self.id, self.files = state.path, str(state.id), state.files
-        self.address, self._remote = origin
-        self._names: dict[int, set[str]] = {}
+        self.address, self._remote = origin.address, origin.remote
+        self._of_view: dict[int, dict[str, str | None]] = {}
         for name in state.files:
             view = layout.view_of_file(name)
             if view is not None:
-                self._names.setdefault(view, set()).add(name)
+                self._of_view.setdefault(view, {})[name] = layout.teacher_of_file(name)
+        self._teachers = origin.teachers
         self._here: set[int] = set()
         self._fetching: int | None = None
         self._expected: list[int] = []
@@ -107,18 +118,45 @@ class Arrivals:
         self._notes: SimpleQueue[str] = SimpleQueue()
         self._received, self._total = 0, 0
 
+    @property
+    def origin(self) -> Origin:
+        """For another process, which asks for the manifest itself."""
+        return Origin(self.address, teachers=self._teachers)
+
+    def only(self, teachers: Iterable[str]) -> None:
+        """Of each view, fetch the rows of these teachers only, and of others once they are read."""
+        self._choose(frozenset(teachers))
+
+    def also(self, teacher: str) -> None:
+        if self._teachers is not None and teacher not in self._teachers:
+            self._choose(self._teachers | {teacher})
+
+    def _choose(self, teachers: frozenset[str]) -> None:
+        with self._lock:
+            self._teachers, self._here = teachers, set()
+
+    def _names(self, view: int) -> set[str]:
+        """The files of a view that are wanted."""
+        names, teachers = self._of_view.get(view, {}), self._teachers
+        return {name for name, teacher in names.items() if None in (teacher, teachers) or teacher in (teachers or ())}
+
     def here(self, view: int) -> bool:
-        """Whether all files of a view are on this machine, by whichever process they were fetched."""
+        """Whether what is wanted of a view is on this machine, by whichever process it was fetched."""
         return view != self._fetching and self._has_files(view)
 
+    def whole(self) -> bool:
+        """Whether everything is on this machine."""
+        return all((self.path / name).is_file() for name in self.files)
+
     def _has_files(self, view: int) -> bool:
-        if view not in self._here and all((self.path / name).is_file() for name in self._names.get(view, ())):
-            self._here.add(view)
-        return view in self._here
+        here = self._here  # another one once other teachers are chosen
+        if view not in here and all((self.path / name).is_file() for name in self._names(view)):
+            here.add(view)
+        return view in here
 
     def require_room(self, views: Iterable[int], notify: Notify = say) -> None:
         """Refuse now where there is no room for these views."""
-        names = set().union(*(self._names.get(view, ()) for view in views))
+        names = set().union(*map(self._names, views))
         lacking = (self.files[name].size for name in names if not (self.path / name).is_file())
         require_room(self.address, self.path, sum(lacking), notify)
 
@@ -209,7 +247,7 @@ class Arrivals:
             return view
 
     def _fetch(self, view: int) -> None:
-        names = self._names[view]
+        names = self._names(view)
 
         def progress(received: int, total: int) -> None:
             self._received, self._total = received, total

@@ -55,8 +55,9 @@ from redistill_cache.locks import (
     sweep_unfinished,
 )
 from redistill_cache.open_state import ArchiveState, committed_file, files_of_views, read_state
-from redistill_cache.storage import LOCAL, disk_trouble, read_small
+from redistill_cache.storage import LOCAL, disk_trouble, read_if_there, read_small
 from redistill_cache.verified_files import HashedFile, VerifiedFiles, cache_folder, stamp_of
+from redistill_cache.wording import one_line
 
 __all__ = ["check_id", "fetch_archive", "fetch_file", "fetched_description", "locate"]
 
@@ -93,13 +94,17 @@ def fetch_archive(
     pin = agreed(address, address.pin, id)
     waits = Waits(progress, notify)
     if out is not None:
-        return fetched(fetch_manifest(address, pin, notify), Path(out).absolute(), first_views(views, address), waits)
+        remote = fetch_manifest(address, pin, notify)
+        copy = fetched(remote, Path(out).absolute(), first_views(views, address), waits)
+        bring_signature(remote, copy, notify)
+        return copy
     found = copy_or_manifest(address, pin, notify)
     if isinstance(found, Path):
         return found
     path = whole_copy(found.id)
     if path is None:
         path = fetched(found, place_of(found), first_views(views, address), waits)
+    bring_signature(found, path, notify)
     if remembered(address) != found.id and whole_copy(found.id) is not None:
         remember(address, found.id)
     return path
@@ -241,6 +246,11 @@ class Remote:
     @property
     def header(self) -> Header:
         return parse_header(self.manifest, str(self.address))
+
+    @property
+    def signature(self) -> Address:
+        """Where its author puts one."""
+        return self.address.child(packed.SIGNATURE if self.packed else layout.SIGNATURE)
 
     def transfers(
         self, files: Mapping[str, FileEntry], wanted: AbstractSet[str], open_file: Callable[[str], FileSink]
@@ -434,6 +444,20 @@ def _complete(remote: Remote, state: ArchiveState, target: Path, wanted: Wanted,
         LOCAL.publish(target / layout.MANIFEST, remote.manifest)
     if held == state.num_views:
         remove_note(target)
+
+
+def bring_signature(remote: Remote, target: Path, notify: Notify) -> None:
+    """Copy the file beside the manifest at an address, if there is one. It is checked by 'redistill verify' only.
+
+    It is of the manifest, which a copy with some of the views has as well.
+    """
+    try:
+        signature = read_address(remote.signature, limits.MAX_RECORD_BYTES, notify=notify)
+        if read_if_there(target / layout.SIGNATURE, limits.MAX_RECORD_BYTES) != signature:
+            LOCAL.publish(target / layout.SIGNATURE, signature)
+    except (OSError, Refused) as error:  # such as a cache folder that is read-only; the archive is whole without it
+        if not is_missing(error.__cause__):
+            notify(f"{target} has no signature from {remote.address}: {one_line(error)}")
 
 
 def require_room(address: Address, target: Path, needed: int, notify: Notify) -> None:

@@ -41,6 +41,7 @@ __all__ = [
     "side_arrays",
     "side_block",
     "teacher_arrays",
+    "teacher_of_file",
     "view_arrays",
     "view_of_file",
 ]
@@ -444,15 +445,21 @@ def _shards(arrays: Mapping[str, ArrayLayout], view: int = 0, index: int = 0) ->
 
 
 OF_A_VIEW = re.compile(
-    r"_redistill/blocks/(?:views|canaries|teachers\.[^./]+)\.(\d{1,9})\.\d+\.json"
-    r"|(?:views|canaries|teachers/[^/]+/[^/]+)/[^/]+/c\.(\d{1,9})\.[^/]*"
+    r"_redistill/blocks/(?:views|canaries|teachers\.([^./]+))\.(\d{1,9})\.\d+\.json"
+    r"|(?:views|canaries|teachers/([^/]+)/[^/]+)/[^/]+/c\.(\d{1,9})\.[^/]*"
 )
 
 
 def view_of_file(name: str) -> int | None:
     """The view that a file of an archive is of; None if it is of the archive as a whole. The path tells."""
     match = OF_A_VIEW.fullmatch(name)
-    return None if match is None else int(match[1] or match[2])
+    return None if match is None else int(match[2] or match[4])
+
+
+def teacher_of_file(name: str) -> str | None:
+    """The teacher whose rows of a view are in a file; None where it is of something else."""
+    match = OF_A_VIEW.fullmatch(name)
+    return None if match is None else match[1] or match[3]
 
 
 def expected_files(

@@ -14,7 +14,7 @@ from redistill_cache.errors import Damaged, Refused
 from redistill_cache.journal import sha256
 from redistill_cache.locks import locked, new_partial, publish_partial, remove_partials
 from redistill_cache.open_state import VERIFY_ADVICE, ArchiveState, committed_file, read_state
-from redistill_cache.storage import LOCAL, disk_trouble, read_small, refuse_full_disk
+from redistill_cache.storage import LOCAL, disk_trouble, read_if_there, read_small, refuse_full_disk
 
 __all__ = ["file_bytes", "pack", "sealed_archive", "tar_bytes"]
 
@@ -47,8 +47,8 @@ def pack(archive: Path, out: Path, *, progress: PackProgress | None = None, noti
             if not (out / packed.MANIFEST).exists():
                 LOCAL.publish(out / packed.MANIFEST, manifest)
             sizes[packed.MANIFEST] = len(manifest)
-            if (archive / layout.SIGNATURE).exists():
-                signature = read_small(archive / layout.SIGNATURE, limits.MAX_RECORD_BYTES)
+            signature = read_if_there(archive / layout.SIGNATURE, limits.MAX_RECORD_BYTES)
+            if signature is not None:
                 LOCAL.publish(out / packed.SIGNATURE, signature)
                 sizes[packed.SIGNATURE] = len(signature)
     return sizes

@@ -32,6 +32,7 @@ __all__ = ["Answer", "Interrupted", "RemoteFile", "opened", "status_of"]
 
 TIMEOUT_S = 60.0  # without a byte
 HURRIED_S = 10.0
+READ_AHEAD = 8 << 20  # of a file in a bucket; by default s3fs reads 50 MiB ahead, of each of eight files
 REDIRECTS = 5
 REDIRECTING = (301, 302, 303, 307, 308)
 # Extras of this project that install the packages for a scheme.
@@ -104,15 +105,16 @@ def opened(file: RemoteFile, first: int, last: int | None) -> Iterator[Answer]:
     try:
         import fsspec  # type: ignore[import-untyped]
 
-        files, path = fsspec.core.url_to_fs(address.url)
+        files, path = fsspec.url_to_fs(address.url)
     except ImportError as error:
         extra = f"; pip install 'redistill[{EXTRAS[address.scheme]}]'" if address.scheme in EXTRAS else ""
         raise Refused(
             f"{address}: {address.scheme}:// needs a package that is not installed ({one_line(error)}){extra}"
         ) from error
     try:
-        # A part is read as it is; of a whole file, megabytes are read ahead.
-        with files.open(path, "rb", **({} if last is None else {"cache_type": "none"})) as stream:
+        is_small = last is not None and last - first <= READ_AHEAD  # such a part is read without what follows it
+        ahead = {"cache_type": "none"} if is_small else {"block_size": READ_AHEAD}
+        with files.open(path, "rb", **ahead) as stream:
             remote, length = cast("IO[bytes]", stream), getattr(stream, "size", None)
             if first:
                 remote.seek(first)

@@ -139,7 +139,7 @@ class Archive:
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.path, self.id, None if self.arrivals is None else (self.arrivals.address, None))
+        return _reopen, (self.path, self.id, None if self.arrivals is None else self.arrivals.origin)
 
     def __repr__(self) -> str:
         identity = self.id[:12] if self.id else "not sealed"
@@ -163,7 +163,7 @@ class Archive:
     @property
     def complete(self) -> bool:
         """Whether the archive is sealed and all of its views are here."""
-        here = self.arrivals is None or all(map(self.arrivals.here, range(self.num_views)))
+        here = self.arrivals is None or self.arrivals.whole()
         return self.state.id is not None and not self.state.is_partial_copy and here
 
     @property
@@ -251,6 +251,8 @@ class Archive:
         """A view that the archive, or the teacher, has; once it is here."""
         view = check_view(self.state, view, teacher)
         if self.arrivals is not None:
+            if teacher is not None:
+                self.arrivals.also(teacher.name)
             self.arrivals.wait(view)
         return view
 

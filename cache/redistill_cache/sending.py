@@ -26,7 +26,7 @@ from redistill_cache.journal import sha256
 from redistill_cache.open_state import ArchiveState, files_of_views
 from redistill_cache.packing import file_bytes, sealed_archive, tar_bytes
 from redistill_cache.packing import pack as write_packed
-from redistill_cache.storage import read_small
+from redistill_cache.storage import read_if_there, read_small
 from redistill_cache.strict_json import Fields, canonical, parse
 from redistill_cache.wording import human_bytes, one_line
 
@@ -63,6 +63,10 @@ class Contents:
             return cls("tree", files, layout.MANIFEST, {})
         tars = packed.contents(state.files, state.num_views)
         return cls("packed", {name: packed.tar_size(state.files, tars[name]) for name in tars}, packed.MANIFEST, tars)
+
+    @property
+    def signature(self) -> str:
+        return packed.SIGNATURE if self.form == "packed" else layout.SIGNATURE
 
     @property
     def summary(self) -> str:
@@ -170,7 +174,7 @@ def send(
     beside: Iterable[Path] = (),
     progress: SendProgress | None = None,
 ) -> str:
-    """Copy a local archive to a bucket; returns its id. Files of `beside` are sent with it, and replaced."""
+    """Copy a local archive to a bucket; returns its id. Its signature and files of `beside` are sent, and replaced."""
     if is_offline():
         raise Refused(f"{target} cannot be written: --offline contacts no server")
     state, manifest = sealed_archive(archive, "copying it")
@@ -188,6 +192,9 @@ def send(
             done += contents.files[name]
             if progress is not None:
                 progress(done, total)
+        signature = read_if_there(archive / layout.SIGNATURE, limits.MAX_RECORD_BYTES)
+        if signature is not None:
+            bucket.write(contents.signature, signature)
         for path in beside:
             bucket.write(path.name, path.read_bytes())
         arrived = bucket.sizes()

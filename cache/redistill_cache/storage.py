@@ -40,6 +40,7 @@ __all__ = [
     "file_sha256",
     "is_leftover",
     "open_regular",
+    "read_if_there",
     "read_small",
     "refuse_full_disk",
     "walk_regular",
@@ -273,6 +274,13 @@ def read_small(path: Path, cap: int) -> bytes:
     if len(data) > cap:
         raise Refused(f"{path}: grew while it was read; stop the process that is writing it")
     return data
+
+
+def read_if_there(path: Path, cap: int) -> bytes | None:
+    try:
+        return read_small(path, cap)
+    except FileNotFoundError:
+        return None
 
 
 def file_sha256(fd: int, size: int, where: str) -> str:

@@ -55,6 +55,8 @@ class VerifyReport:
     """Those that are here; None if the archive could not be opened."""
     sealed_views: int | None = None
     """Those of the archive: more for a copy that holds some views only. None for an unfinished archive."""
+    has_signature: bool | None = None
+    """Whether a file that says to be a signature of it lies beside its manifest; None for an unfinished archive."""
     alignment: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -92,6 +94,7 @@ def verify(path: str | Path, *, full: bool = False, progress: VerifyProgress | N
         canaries_per_view=state.spec.canaries_per_view,
         views=state.num_views,
         sealed_views=state.sealed_views or None,
+        has_signature=None if state.id is None else (path / layout.SIGNATURE).is_file(),
     )
 
 

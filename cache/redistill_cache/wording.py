@@ -1,8 +1,8 @@
-"""Text for error messages and terminals: one line of an error, untrusted text made printable, bytes in units."""
+"""Text for error messages and terminals: one line of an error, untrusted text made printable, counts and bytes."""
 
 from __future__ import annotations
 
-__all__ = ["harmless", "human_bytes", "one_line"]
+__all__ = ["counted", "harmless", "human_bytes", "one_line"]
 
 LONGEST = 200
 
@@ -15,6 +15,10 @@ def one_line(error: BaseException) -> str:
 def harmless(text: object) -> str:
     """Untrusted text with its control characters escaped, so that it cannot control a terminal or reorder a line."""
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(text))
+
+
+def counted(count: int, thing: str) -> str:
+    return f"{count:,} {thing}{'s' * (count != 1)}"
 
 
 def human_bytes(count: float) -> str:

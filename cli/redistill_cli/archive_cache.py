@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from redistill_cache.errors import UsageError
-from redistill_cache.wording import harmless, human_bytes
+from redistill_cache.wording import counted, harmless, human_bytes
 from rich.table import Table
 
 from redistill_cli.options import Command
@@ -75,7 +75,7 @@ def list_archives(as_json: Annotated[bool, typer.Option("--json", help="Print th
         console.print(table)
     total = human_bytes(sum(archive.nbytes for archive in archives))
     limit = "" if most is None else f", of {human_bytes(most)} that REDISTILL_CACHE_LIMIT allows"
-    typer.echo(f"{harmless(cache_folder() / 'archives')}: {count(archives)}, {total}{limit}")
+    typer.echo(f"{harmless(cache_folder() / 'archives')}: {counted(len(archives), 'archive')}, {total}{limit}")
 
 
 @cache.command(cls=Command)
@@ -110,7 +110,7 @@ def prune(
     if chosen and not yes:
         for archive in chosen:
             typer.echo(f"{harmless(archive.name)} {archive.id[:12]}, last used {time_of(archive)}")
-        if not typer.confirm(f"Remove {count(chosen)}, {size}?"):
+        if not typer.confirm(f"Remove {counted(len(chosen), 'archive')}, {size}?"):
             raise typer.Exit(1)
     removed = [archive for archive in chosen if remove(archive)]
     for archive in removed:
@@ -118,11 +118,7 @@ def prune(
     kept = [archive for archive in archives if archive not in removed]
     total = sum(archive.nbytes for archive in kept)
     in_use = f"; more than {human_bytes(most)}, as they are in use" if total > most else ""
-    typer.echo(f"kept {count(kept)}, {human_bytes(total)}{in_use}")
-
-
-def count(archives: list[CachedArchive]) -> str:
-    return f"{len(archives)} archive{'s' * (len(archives) != 1)}"
+    typer.echo(f"kept {counted(len(kept), 'archive')}, {human_bytes(total)}{in_use}")
 
 
 def time_of(archive: CachedArchive) -> str:

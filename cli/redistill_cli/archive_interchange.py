@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from redistill_cache.wording import harmless, human_bytes
+from redistill_cache.wording import counted, harmless, human_bytes
 
 from redistill.interchange.options import ExportOptions, ImportOptions
 from redistill_cli.options import collect, takes
@@ -59,7 +59,7 @@ def show_import(result: ImportResult) -> None:
         [
             ("archive", result.path),
             ("id", result.id or "not written: a dry run"),
-            ("views", f"{result.views:,} per sample, {result.samples:,} samples, {result.classes:,} classes"),
+            ("views", f"{result.views:,} per sample, {counted(result.samples, 'sample')}, {result.classes:,} classes"),
             ("teacher", result.teacher),
             ("logits", f"codec {result.codec}, about {result.bytes_per_view:.1f} bytes per view, {size}"),
             *[("audit", harmless(sentence)) for sentence in result.audit],
@@ -95,15 +95,15 @@ def export(*, dry_run: DryRun = False, as_json: AsJson = False, **values: object
 
 
 def show_export(result: ExportResult, *, dry_run: bool) -> None:
-    files = f"{result.files:,} files, {human_bytes(result.total_bytes)}"
+    files = f"{counted(result.files, 'file')}, {human_bytes(result.total_bytes)}"
     if dry_run:
-        files = f"a dry run: {result.files:,} files, rows of {human_bytes(result.total_bytes)}"
+        files = f"a dry run: {counted(result.files, 'file')}, rows of {human_bytes(result.total_bytes)}"
     elif result.kept:
-        files += f", {result.kept:,} of them were there"
+        files += f", {result.kept:,} of them {'was' if result.kept == 1 else 'were'} there"
     key_values(
         [
             ("export", f"{result.path}: {files}"),
             ("archive", result.archive),
-            ("views", f"{', '.join(map(str, result.views))} of {result.samples:,} samples"),
+            ("views", f"{', '.join(map(str, result.views))} of {counted(result.samples, 'sample')}"),
         ]
     )

@@ -89,7 +89,7 @@ def verify(
     else:
         _show(path, report, moved)
         if signed:
-            typer.echo(f"{harmless(path)}: signed with the private key of {harmless(key)}")
+            typer.echo(f"{harmless(path)}: {_signed_by(key, report)}")
     if report.damaged:
         raise typer.Exit(DAMAGED)
     if not aligned:
@@ -103,6 +103,12 @@ def _signed_id(location: str, archive: Path, key: Path) -> str:
     from redistill.sharing.signing import check_signature, read_signature
 
     return check_signature(archive, read_signature(location), key)
+
+
+def _signed_by(key: Path | None, report: VerifyReport) -> str:
+    here, sealed = report.views or 0, report.sealed_views or 0
+    others = "; so are the hashes of the views that are not here" if here < sealed else ""
+    return f"signed with the private key of {harmless(key)}{others}"
 
 
 def _align(archive: Path, data: str, *, full: bool) -> dict[str, Any]:
@@ -139,6 +145,7 @@ def _show(archive: Path, report: VerifyReport, moved: list[str]) -> None:
         f"{harmless(archive)}: {report.checked_files:,} files ok, {report.hashed_files:,} of them hashed now "
         f"({human_bytes(report.hashed_bytes)})"
         + partial
+        + ("; it has a signature, which --signature --key checks" if report.has_signature else "; not signed")
         + ("" if report.canaries_per_view else "; it has no canaries, so no images can be compared with it")
     )
     if report.alignment is not None:

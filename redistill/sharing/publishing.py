@@ -91,8 +91,8 @@ def publish(
     with _packed(archive, identity, notify) as folder:
         names = pack(archive, folder, notify=notify)
         if repository is None:
-            beside = [*write_cards(archive, folder, address=target.url), *folder.glob(packed.SIGNATURE)]
-            send(archive, target, pack=True, beside=beside, progress=progress)
+            cards = write_cards(archive, folder, address=target.url)
+            send(archive, target, pack=True, beside=cards, progress=progress)
             return with_pin(target.url, identity)
         address = repository.address_of(identity)
         files = [*(folder / name for name in names), *write_cards(archive, folder, address=split_pin(address)[0])]

@@ -120,6 +120,8 @@ def prepare(
     use = resumed or choose_use(archive, teachers, reads)
     if options.views_per_image > use.views:
         raise Refused(f"--views-per-image must be at most the number of views, and the archive has {use.views}")
+    if archive.arrivals is not None:
+        archive.arrivals.only(archive.part_of(read.teacher, read.signal)[0].name for read in reads)
     stream, first_views = open_stream(options, archive, use, epoch, world, progress)
     if use.views < archive.num_views:
         progress.info(f"training uses the first {use.views} of the archive's {archive.num_views} views")

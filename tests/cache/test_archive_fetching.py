@@ -55,7 +55,8 @@ def test_a_url_is_fetched_once_and_whole(shared: Path, serve: Serve, tmp_path: P
     before = len(requests)
     steps: list[tuple[int, int]] = []
     assert fetch_archive(f"{address}/{NAME}", progress=lambda *step: steps.append(step)) == copy.path
-    assert requests[before:] == [f"/{NAME}/_redistill/manifest.json"]
+    documents = [f"/{NAME}/_redistill/{name}" for name in ("manifest.json", "manifest.json.sig")]
+    assert requests[before:] == documents
     assert not steps
 
 

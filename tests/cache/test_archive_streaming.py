@@ -10,15 +10,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from redistill_cache import arrivals, download, layout, open_archive, stream_archive
+from redistill_cache import arrivals, download, fetch_archive, layout, open_archive, stream_archive
 from redistill_cache.errors import Incomplete, Refused
 from redistill_cache.packing import pack
 from redistill_cache.verify import verify
 
+from tests import tiny_archive
 from tests.flaky_server import Flaky, Request, serving
 from tests.tiny_archive import contents, stored_logits
 
@@ -82,6 +84,41 @@ def test_a_view_is_fetched_when_it_is_read(form: str, sealed: Path, tmp_path: Pa
         assert len(sent) == len(set(sent)), "nothing is fetched twice"
         monkeypatch.setenv("REDISTILL_OFFLINE", "1")
         assert stream_archive(address).arrivals is None
+
+
+@pytest.mark.parametrize("form", ["tree", "packed"])
+def test_rows_of_other_teachers_are_fetched_once_they_are_read(form: str, tmp_path: Path):
+    source, whole = tmp_path / "two", tmp_path / "two"
+    tiny_archive.make(source, replace(tiny_archive.SPEC, block_rows=64), ("other", "tiny"))
+    if form == "packed":
+        source = tmp_path / "two.redistill"
+        pack(whole, source)
+    with served(source) as (address, _):
+        archive = stream_archive(address)
+
+        def here(teacher: str) -> list[str]:
+            return sorted(path.name for path in (archive.path / f"teachers/{teacher}/logits/values").glob("c.*"))
+
+        archive.arrivals.only(["tiny"])
+        archive.arrivals.expect([1])
+        archive.arrivals.wait(1)
+        archive.arrivals.expect([])  # else it would come with the rows of the other teacher
+        assert (here("tiny"), here("other")) == (["c.1.0.0"], [])
+        other = pickle.loads(pickle.dumps(archive))  # as in a worker
+        other.view_params(0)
+        assert np.array_equal(other.logits(0, teacher="tiny"), open_archive(whole).logits(0, teacher="tiny"))
+        assert (here("tiny"), here("other")) == (["c.0.0.0", "c.1.0.0"], [])
+        assert archive.arrivals.here(0)
+        with pytest.raises(Incomplete):  # a copy has whole views, or it has none
+            open_archive(archive.path)
+        assert np.array_equal(archive.logits(0, teacher="other"), open_archive(whole).logits(0, teacher="other"))
+        assert (here("tiny"), here("other")) == (["c.0.0.0", "c.1.0.0"], ["c.0.0.0"])
+        assert not archive.complete
+        assert open_archive(archive.path).num_views == 1
+        archive.arrivals.close()
+        other.arrivals.close()
+        assert contents(fetch_archive(address)) == contents(whole)
+        assert archive.complete
 
 
 def test_expected_views_come_in_order_and_one_that_is_waited_for_first(sealed: Path):

@@ -122,6 +122,15 @@ def test_a_bucket_gets_an_archive_and_gives_it_back(sealed: Path, tmp_path: Path
     assert verify(fetched, full=True).ok
 
 
+def test_a_signature_goes_to_a_bucket_with_its_archive(archive_copy: Path, s3: Mapping[str, str], tmp_path: Path):
+    (archive_copy / "_redistill/manifest.json.sig").write_bytes(b"as its author wrote it")
+    for place, name in (("a.redistill", "manifest.json.sig"), ("a.redistill.zarr", "_redistill/manifest.json.sig")):
+        copy_archive(str(archive_copy), f"s3://lab/signed/{place}")
+        assert objects(s3, f"signed/{place}")[name] == b"as its author wrote it"
+        fetched = fetch_archive(f"s3://lab/signed/{place}", tmp_path / place, views=1)
+        assert (fetched / "_redistill/manifest.json.sig").read_bytes() == b"as its author wrote it"
+
+
 @pytest.mark.slow
 def test_a_bucket_gets_what_is_on_a_server_or_in_a_bucket(
     sealed: Path, tmp_path: Path, s3: Mapping[str, str], serve: Serve
@@ -215,6 +224,28 @@ def test_large_files_appear_with_their_last_byte(tmp_path: Path, s3: Mapping[str
     assert set(objects(s3, "large/damaged.redistill")) == {NOTE, "base.tar", "view-0000.tar"}
     assert not client.list_multipart_uploads(Bucket="lab").get("Uploads")
     client.close()
+
+
+READ = """
+import sys
+from pathlib import Path
+from redistill_cache.addresses import parse_address
+from redistill_cache.download import CONNECTIONS, FileSink, Transfer, download
+size = int(sys.argv[1])
+with open("/dev/null", "wb") as nowhere:
+    addresses = [parse_address("s3://lab/read/large")] * CONNECTIONS
+    download([Transfer(address, FileSink(nowhere, size)) for address in addresses])
+print(int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) << 10)
+"""
+
+
+@pytest.mark.slow
+def test_what_is_read_from_a_bucket_takes_little_memory(s3: Mapping[str, str]):
+    size, client = 80 << 20, s3_client(s3)
+    client.put_object(Bucket="lab", Key="read/large", Body=bytes(size))
+    client.close()
+    read = subprocess.run([sys.executable, "-c", READ, str(size)], capture_output=True, timeout=240, check=True)
+    assert int(read.stdout) < 450e6  # of which the packages take 100
 
 
 def test_trouble_with_a_bucket_is_one_line(sealed: Path, s3: Mapping[str, str], monkeypatch: pytest.MonkeyPatch):

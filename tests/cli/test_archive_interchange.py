@@ -44,8 +44,8 @@ def test_a_table_is_imported_and_exported(tmp_path: Path, monkeypatch: pytest.Mo
     shown = run(*load)
     assert archive.id in shown
     assert all(sentence in shown for sentence in printed["audit"])
-    assert "n: a dry run: 1 files, rows of 72 B" in run("export", "a", "n", "--to", "npz", "--dry-run")
-    assert "n: 1 files, " in run("export", "a", "n", "--to", "npz")
-    assert "1 of them were there" in run("export", "a", "n", "--to", "npz", "--views", "0")
+    assert "n: a dry run: 1 file, rows of 72 B" in run("export", "a", "n", "--to", "npz", "--dry-run")
+    assert "n: 1 file, " in run("export", "a", "n", "--to", "npz")
+    assert "1 of them was there" in run("export", "a", "n", "--to", "npz", "--views", "0")
     with np.load(tmp_path / "n" / "view-0000.npz") as arrays:
         np.testing.assert_array_equal(arrays["logits"], archive.logits(0))

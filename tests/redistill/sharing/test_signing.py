@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives import serialization as pem
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-from redistill_cache import ArchiveWriter, fetch_archive, open_archive
+from redistill_cache import ArchiveWriter, fetch_archive, limits, open_archive, stream_archive
 from redistill_cache.errors import Damaged, Refused, UsageError
 from redistill_cache.packing import pack
+from redistill_cache.sending import copy_archive
 from redistill_cache.verify import verify
 from redistill_cli.__main__ import main
 
@@ -76,12 +77,43 @@ def test_the_signature_at_an_address_is_checked(
     address, _ = serve(signed)
     for form in ("a.redistill", "a.redistill.zarr"):
         copy = fetch_archive(f"{address}/{form}", tmp_path / form, views=1)
-        with pytest.raises(BadSignature):
-            read_signature(str(copy))  # it is not fetched with the archive
-        check_signature(copy, read_signature(f"{address}/{form}"), keys[1])
+        assert read_signature(str(copy)) == read_signature(f"{address}/{form}")
+        check_signature(copy, read_signature(str(copy)), keys[1])
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadSignature, match="is not signed"):
         read_signature(f"{serve(tmp_path / 'empty')[0]}/a")
+
+
+def test_every_copy_brings_the_signature(signed: Path, keys: tuple[Path, Path], tmp_path: Path, serve, monkeypatch):
+    """Also one that was fetched before the archive was signed; never one that a server does not give."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    signature = read_signature(str(signed / "a.redistill"))
+    address, _ = serve(signed)
+    for source in (str(signed / "a.redistill.zarr"), f"{address}/a.redistill"):
+        for name in ("b.redistill", "b.redistill.zarr"):
+            copy_archive(source, str(tmp_path / name))
+            assert read_signature(str(tmp_path / name)) == signature
+            shutil.rmtree(tmp_path / name)
+    shutil.copytree(signed / "a.redistill", tmp_path / "later")
+    (tmp_path / "later/manifest.json.sig").unlink()
+    out = tmp_path / "out"
+    for views in (1, None):
+        fetch_archive(str(tmp_path / "later"), out, views=views)
+        assert verify(out, full=True).has_signature is False
+    streamed = stream_archive(tmp_path / "later").path
+    (tmp_path / "later/manifest.json.sig").write_bytes(signature)
+    fetch_archive(str(tmp_path / "later"), out)
+    fetch_archive(str(tmp_path / "later"))
+    for copy in (out, streamed):
+        assert verify(copy, full=True).has_signature
+        assert check_signature(copy, read_signature(str(copy)), keys[1]) == open_archive(signed / "a.redistill.zarr").id
+    for odd in (bytes(limits.MAX_RECORD_BYTES + 1), b"<html>"):
+        (tmp_path / "later/manifest.json.sig").write_bytes(odd)
+        notes: list[str] = []
+        fetch_archive(str(tmp_path / "later"), out, notify=notes.append)
+        assert len(notes) == 1
+        assert "has no signature from" in notes[0]
+        assert read_signature(str(out)) == signature
 
 
 def test_another_key_archive_or_signature_does_not_fit(signed: Path, keys: tuple[Path, Path], tmp_path: Path):
@@ -197,7 +229,11 @@ def test_the_commands(signed: Path, keys: tuple[Path, Path], tmp_path: Path, mon
             main()
         return int(exit_.value.code or 0), *capsys.readouterr()
 
+    assert "; it has a signature, which --signature --key checks\n" in run("verify", tmp_path / "a")[1]
     (tmp_path / "a/_redistill/manifest.json.sig").unlink()
+    code, out, err = run("verify", tmp_path / "a")
+    assert (code, err) == (0, "")
+    assert out.endswith("; not signed\n")
     check = ("verify", tmp_path / "a", "--signature", "--key", keys[1])
     code, out, err = run(*check)
     assert (code, out) == (1, "")
@@ -209,6 +245,10 @@ def test_the_commands(signed: Path, keys: tuple[Path, Path], tmp_path: Path, mon
     assert f"{tmp_path / 'a'}: signed with the private key of {keys[1]}" in out
     assert json.loads(run(*check, "--json")[1])["signed_id"] == open_archive(tmp_path / "a").id
     assert run("verify", signed / "a.redistill", "--signature", "--key", keys[1])[0] == 0
+    assert run("archive", "fetch", signed / "a.redistill", tmp_path / "part", "--views", "1")[0] == 0
+    code, out, err = run("verify", tmp_path / "part", "--signature", "--key", keys[1])
+    assert (code, err) == (0, "")
+    assert f"signed with the private key of {keys[1]}; so are the hashes of the views that are not here" in out
     assert run("archive", "edit", tmp_path / "a", "--licence", "MIT")[0] == 0
     code, out, err = run(*check)
     assert (code, out) == (1, "")

@@ -19,7 +19,7 @@ from redistill.training.checkpoint import LAST
 from tests.flaky_server import Flaky, Request, serving
 from tests.redistill.training.runs import InterruptAt, history, weights
 from tests.redistill.training.train_process import SECONDS, rank_environments, start, start_ranks
-from tests.small_archive import DATA
+from tests.small_archive import DATA, cache
 
 PLAIN = "--student demo:tiny --lr 0.05 --warmup-epochs 0.5 --workers 0 --batch-size 32 --log csv --device cpu"
 Fault = Callable[[int, Request], str | None]
@@ -30,7 +30,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def cache(tmp_path: Path) -> dict[str, str]:
+def cache_folder(tmp_path: Path) -> dict[str, str]:
     """For processes that are forked from a server with the environment of an earlier test."""
     return {"XDG_CACHE_HOME": str(tmp_path / "cache")}
 
@@ -81,7 +81,7 @@ def test_training_begins_with_the_first_view_and_waits_for_the_next(options, arc
 
     with served(packed, fault) as (address, flaky):
         arguments = ("train", DATA, "--archive", address, "--out", out, "--epochs", 3, *PLAIN.split())
-        process = start(*arguments, output=output, environment=cache(tmp_path))
+        process = start(*arguments, output=output, environment=cache_folder(tmp_path))
         process.join(SECONDS)
         process.kill()
     said = output.read_text()
@@ -108,6 +108,18 @@ def test_only_the_views_of_the_run_are_fetched(options, archive: Path, tmp_path:
         counted = (0, 1, None) if form == "tree" else (0, 1)
         used = sum(len(data) for name, data in flaky.files.items() if view_of(Request(f"/{name}", {}, 0.0)) in counted)
         assert sum(request.sent for request in flaky.requests if view_of(request) in counted) <= 1.02 * used
+
+
+@pytest.mark.slow
+def test_rows_of_teachers_that_the_run_does_not_use_are_not_fetched(options, archive: Path, tmp_path: Path, local):
+    two = shutil.copytree(archive, tmp_path / "two")
+    cache(two, views=3, teacher="demo:tiny?num_classes=8&weights=random", teacher_name="other")
+    expected = local(workers=2)
+    with served(two) as (address, flaky):
+        train(options(teachers=("small",), workers=2), archive=stream_archive(address))
+        asked = {layout.teacher_of_file(request.path.removeprefix("/x/")) for request in flaky.requests}
+    assert asked == {None, "small"}
+    assert weights(tmp_path / "run") == weights(expected)
 
 
 def test_a_resumed_run_fetches_the_view_of_its_epoch_first(options, archive: Path, tmp_path: Path, local):
@@ -163,7 +175,7 @@ def test_two_ranks_download_each_view_once(options, archive: Path, tmp_path: Pat
         for name, location in (("streamed", address), ("whole", archive)):
             out = tmp_path / name
             arguments = (*plain, "--archive", location, "--out", out)
-            ranks = start_ranks(2, *arguments, output=tmp_path / f"{name}.txt", environment=cache(tmp_path))
+            ranks = start_ranks(2, *arguments, output=tmp_path / f"{name}.txt", environment=cache_folder(tmp_path))
             for process in ranks:
                 process.join(SECONDS)
                 process.kill()
@@ -181,7 +193,9 @@ def test_ranks_may_differ_in_what_is_here(archive: Path, tmp_path: Path):
         before = len(flaky.requests)
         arguments = ("train", DATA, "--archive", address, "--out", out, "--epochs", 3, *PLAIN.split())
         ranks = [
-            start(*arguments, output=tmp_path / f"{rank}.txt", environment={**of_rank, **cache(tmp_path / folder)})
+            start(
+                *arguments, output=tmp_path / f"{rank}.txt", environment={**of_rank, **cache_folder(tmp_path / folder)}
+            )
             for rank, (of_rank, folder) in enumerate(zip(rank_environments(2), ("empty", ""), strict=True))
         ]
         for process in ranks:
@@ -205,7 +219,7 @@ def test_a_killed_run_resumes_with_what_it_has(options, archive: Path, tmp_path:
     with served(archive, fault) as (address, flaky):
         plain = PLAIN.replace("--workers 0", f"--workers {workers}").split()
         arguments = ("train", DATA, "--archive", address, "--out", out, "--epochs", 3, *plain)
-        process = start(*arguments, output=tmp_path / "output.txt", environment=cache(tmp_path))
+        process = start(*arguments, output=tmp_path / "output.txt", environment=cache_folder(tmp_path))
         deadline = time.monotonic() + SECONDS
         while not (out / LAST).exists() or 1 not in views_asked(flaky):
             assert time.monotonic() < deadline
@@ -215,7 +229,7 @@ def test_a_killed_run_resumes_with_what_it_has(options, archive: Path, tmp_path:
         process.join()
         hold[0] = False
         before = len(flaky.requests)
-        again = start(*arguments, output=tmp_path / "again.txt", environment=cache(tmp_path))
+        again = start(*arguments, output=tmp_path / "again.txt", environment=cache_folder(tmp_path))
         again.join(SECONDS)
         again.kill()
         assert again.exitcode == 0, (tmp_path / "again.txt").read_text()
