@@ -155,6 +155,10 @@ class Backend:
         index = index if index.dtype == self.torch.int64 else index.to(self.torch.int32)
         return table.index_select(0, index.reshape(-1)).reshape(*index.shape, *table.shape[1:])
 
+    def columns(self, x: Array, index: Array) -> Array:
+        """x[:, index], contiguous."""
+        return x.take(index, axis=1) if self.torch is None else x.index_select(1, index)
+
     def affine(self, x: Array, matrix: Array, offset: Array) -> Array:
         """x @ matrix + offset."""
         if self.torch is not None:
@@ -189,6 +193,13 @@ class Backend:
     def rows_where(self, mask: Array) -> Array:
         """Indices of the true rows."""
         return np.flatnonzero(mask) if self.torch is None else self.torch.nonzero(mask).flatten()
+
+    def nonzero(self, x: Array) -> tuple[Array, Array]:
+        """The rows and columns of the values that are not zero."""
+        if self.torch is not None:
+            rows, columns = self.torch.nonzero(x, as_tuple=True)
+            return rows, columns
+        return np.divmod(np.flatnonzero(x != 0), x.shape[1])  # numpy is ten times faster with booleans of one axis
 
 
 def backend_of(x: Array) -> Backend:
