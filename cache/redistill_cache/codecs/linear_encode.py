@@ -125,9 +125,10 @@ GRID = 2.0**-20
 LARGEST_COEFFICIENT, LARGEST_VALUE = 2.0**36, 1e30
 # Matrix products are made in tiles of one shape, so that their sums have one order for any number of rows.
 TILE_ROWS_HOST, TILE_ROWS_DEVICE = 64, 1024
-# Rows are searched in slabs of at most this many rows, and of about this many bytes.
+# Rows are searched in slabs of at most this many rows, and of about this many bytes. On a CPU, malloc returns more than
+# that to the system after every slab, which takes a tenth of the time of 10,000 classes.
 SLAB_ROWS_HOST, SLAB_ROWS_DEVICE = 256, 16384
-SLAB_BYTES_HOST, SLAB_BYTES_DEVICE = 1 << 27, 1 << 32
+SLAB_BYTES_HOST, SLAB_BYTES_DEVICE = 3 << 25, 1 << 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +140,7 @@ class Slab:
     too_large: np.ndarray  # for any step; their coefficients are zero, and they are stored exactly
     projected: Array  # float64 [n, width]: the errors of decoding x itself, which no step reduces
     start: np.ndarray  # int64 [n]: the level at which the search starts
+    top: Array  # int64 [n]: the first column of the largest value
     softmax: Softmax | None  # None: the metric is not the KL divergence
     swept: Swept | None  # None: plain rounding
 
@@ -213,20 +215,21 @@ class Quantizer:
         rows = self.backend.cast(rows, "float32")
         x, too_large = self.project(rows)
         projected = self._product(x, self._matrix) + self._offset - rows
+        top = self.backend.argmax_of_row(rows)
         if self.settings.metric != "kl":
-            return Slab(rows, x, too_large, projected, self._start_levels(self._relative_cost(rows)), None, None)
+            return Slab(rows, x, too_large, projected, self._start_levels(self._relative_cost(rows)), top, None, None)
         softmax = Softmax.of(self.backend, rows)
         if not self.settings.keep_shift:
             projected = projected - projected.mean(1)[:, None]
         if self.settings.rounding == "plain":
             cost = remaining_cost(self.settings.weight, *softmax.collisions())
-            return Slab(rows, x, too_large, projected, self._start_levels(cost), softmax, None)
+            return Slab(rows, x, too_large, projected, self._start_levels(cost), top, softmax, None)
         chosen = self._heaviest(rows)
         sharp, soft = softmax.probabilities(self.backend, chosen)
         cost = remaining_cost(self.settings.weight, sharp.sum(1), soft.sum(1))
         shape = curvature(self.backend, self.settings.weight, self.decoder.width, chosen, sharp, soft)
         swept = self._sweeps.forward(self._shaping, shape)
-        return Slab(rows, x, too_large, projected, self._start_levels(cost), softmax, swept)
+        return Slab(rows, x, too_large, projected, self._start_levels(cost), top, softmax, swept)
 
     def project(self, rows: Array) -> tuple[Array, np.ndarray]:
         """Coefficients in steps of level 0 on a grid, float64 [n, r]; and which rows are too large for any step.
@@ -279,32 +282,51 @@ class Quantizer:
         least, most = self._packable
         fits = ((k >= least) & (k <= most)).all(1)
         k = self.backend.where(fits[:, None], k, k * 0.0)
-        errors = self._product(k * multiplier - x, self._matrix) + slab.projected[at]
-        return self._measured(slab, at, k, errors, fits)
+        return self._measured(slab, at, k, self._rounding_errors(k * multiplier - x), fits)
 
     def project_only(self, slab: Slab, index: np.ndarray) -> Quantized:
         """Rows `index` without rounding: their errors are those of the projection, which no step reduces."""
         at = self.backend.constant(index, "int64")
-        return self._measured(slab, at, slab.x[at], slab.projected[at])
+        return self._measured(slab, at, slab.x[at], self.backend.zeros((len(index), self.decoder.width), "float64"))
+
+    def _rounding_errors(self, differences: Array) -> Array:
+        """The errors of decoded values [m, width] by coefficients that differ by this much from the projection.
+
+        On the host not in tiles, which would be padded for the few rows of most trials: the differences are small, so
+        another order of the sums changes none of the digits that `rounded_up` keeps.
+        """
+        return differences @ self._matrix if self.backend.on_host else self._product(differences, self._matrix)
 
     def _measured(self, slab: Slab, at: Array, k: Array, errors: Array, *fits: Array) -> Quantized:
         """The exact errors of rows, rounded up a little: the last digits of sums depend on their order.
 
-        They are infinite for rows that do not fit, if `fits` says which do. A GPU is waited for once.
+        `errors` are those without the projection's. The result is infinite for rows that do not fit, if `fits` says
+        which do. A GPU is waited for once.
         """
-        rows = slab.rows[at]
-        shift = self.backend.zeros((len(rows),), "float32")
+        shift = self.backend.zeros((len(errors),), "float32")
+        if self._loops and slab.softmax is not None and not self.settings.keep_shift:
+            of = slab.softmax
+            divergences, kept = self._loops.measure(
+                of.weights, of.total_sharp, of.total_soft, slab.rows, slab.top, slab.projected, at, errors
+            )
+            measured = self._divergences(slab, at, errors, *divergences)
+            return Quantized(k, shift, self._rounded_up(measured, *fits), kept)
+        rows, errors = slab.rows[at], errors + slab.projected[at]
         if self.settings.keep_shift:
             shift = self.backend.cast(-errors.mean(1), "float32")
             # Added in float32 as by the decoder: a large shift leaves few digits for the logits.
             decoded = self.backend.cast(rows + errors, "float32") + shift[:, None]
             errors = self.backend.cast(decoded, "float64") - rows
         measured, kept, *fitting = self._errors(slab, at, errors, keeps_top1(rows, rows + errors), *fits)
+        return Quantized(k, shift, self._rounded_up(measured, *fitting), kept != 0)
+
+    @staticmethod
+    def _rounded_up(measured: dict[str, np.ndarray], *fits: np.ndarray) -> dict[str, np.ndarray]:
         rounded = rounded_up(measured)
         for values in rounded.values():
-            for fit in fitting:
+            for fit in fits:
                 values[fit == 0] = np.inf
-        return Quantized(k, shift, rounded, kept != 0)
+        return rounded
 
     def decoded_errors(
         self, slab: Slab, quantized: Quantized, index: np.ndarray, level: np.ndarray
@@ -341,12 +363,19 @@ class Quantizer:
         else:
             sharp, soft = softmax.divergences(self.backend, at, errors)
         sharp, soft, *on_host = self.backend.to_host(sharp, soft, *flags)
+        return self._divergences(slab, at, errors, sharp, soft), *on_host
+
+    def _divergences(
+        self, slab: Slab, at: Array, errors: Array, sharp: np.ndarray, soft: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """Those at T = 1 and T = 4 by name, and those beyond `LARGEST_EXPONENT` measured by logarithms."""
         beyond = np.flatnonzero(np.isnan(sharp) | np.isnan(soft))
         if len(beyond):
             chosen = self.backend.constant(beyond, "int64")
-            values = row_errors(rows[chosen], rows[chosen] + errors[chosen], "kl")
+            rows = slab.rows[at[chosen]]
+            values = row_errors(rows, rows + errors[chosen], "kl")
             sharp[beyond], soft[beyond] = (values[name] for name in error_names("kl"))
-        return dict(zip(error_names("kl"), (sharp, soft), strict=True)), *on_host
+        return dict(zip(error_names("kl"), (sharp, soft), strict=True))
 
     def _heaviest(self, rows: Array) -> Array:
         count = min(CLASSES, self.decoder.width)
