@@ -132,17 +132,27 @@ SLAB_BYTES_HOST, SLAB_BYTES_DEVICE = 3 << 25, 1 << 32
 
 
 @dataclass(frozen=True, eq=False)
+class Rounded:
+    """Coefficients of some rows."""
+
+    k: Array  # float64 [n, r]: integers, or zeros where they cannot be packed
+    values: Array  # float64 [n, r], in steps of level 0
+    fits: Array  # bool [n]: they can be packed
+
+
+@dataclass(frozen=True, eq=False)
 class Slab:
-    """Rows with all that their trials share: it does not depend on the steps that are tried."""
+    """Rows with all that their trials share. The errors of a trial differ from those of the first by a product."""
 
     rows: Array  # float32 [n, width]
     x: Array  # float64 [n, r]: coefficients in steps of level 0, on a grid
     too_large: np.ndarray  # for any step; their coefficients are zero, and they are stored exactly
-    projected: Array  # float64 [n, width]: the errors of decoding x itself, which no step reduces
-    start: np.ndarray  # int64 [n]: the level at which the search starts
     top: Array  # int64 [n]: the first column of the largest value
     softmax: Softmax | None  # None: the metric is not the KL divergence
     swept: Swept | None  # None: plain rounding
+    start: np.ndarray  # int64 [n]: the level at which the search starts
+    first: Rounded  # at that level
+    errors: Array  # float64 [n, width]: of decoding `first`
 
     def __len__(self) -> int:
         return len(self.too_large)
@@ -214,22 +224,24 @@ class Quantizer:
         """At most `slab_rows` rows of the backend."""
         rows = self.backend.cast(rows, "float32")
         x, too_large = self.project(rows)
-        projected = self._product(x, self._matrix) + self._offset - rows
-        top = self.backend.argmax_of_row(rows)
-        if self.settings.metric != "kl":
-            return Slab(rows, x, too_large, projected, self._start_levels(self._relative_cost(rows)), top, None, None)
-        softmax = Softmax.of(self.backend, rows)
-        if not self.settings.keep_shift:
-            projected = projected - projected.mean(1)[:, None]
-        if self.settings.rounding == "plain":
+        softmax = Softmax.of(self.backend, rows) if self.settings.metric == "kl" else None
+        swept = None
+        if softmax is None:
+            cost = self._relative_cost(rows)
+        elif self.settings.rounding == "plain":
             cost = remaining_cost(self.settings.weight, *softmax.collisions())
-            return Slab(rows, x, too_large, projected, self._start_levels(cost), top, softmax, None)
-        chosen = self._heaviest(rows)
-        sharp, soft = softmax.probabilities(self.backend, chosen)
-        cost = remaining_cost(self.settings.weight, sharp.sum(1), soft.sum(1))
-        shape = curvature(self.backend, self.settings.weight, self.decoder.width, chosen, sharp, soft)
-        swept = self._sweeps.forward(self._shaping, shape)
-        return Slab(rows, x, too_large, projected, self._start_levels(cost), top, softmax, swept)
+        else:
+            chosen = self._heaviest(rows)
+            sharp, soft = softmax.probabilities(self.backend, chosen)
+            cost = remaining_cost(self.settings.weight, sharp.sum(1), soft.sum(1))
+            shape = curvature(self.backend, self.settings.weight, self.decoder.width, chosen, sharp, soft)
+            swept = self._sweeps.forward(self._shaping, shape)
+        start = self._start_levels(cost)
+        first = self._rounded(x, swept, start, np.arange(len(rows)))
+        errors = self._product(first.values, self._matrix) + self._offset - rows
+        if softmax is not None and not self.settings.keep_shift:
+            errors = errors - errors.mean(1)[:, None]
+        return Slab(rows, x, too_large, self.backend.argmax_of_row(rows), softmax, swept, start, first, errors)
 
     def project(self, rows: Array) -> tuple[Array, np.ndarray]:
         """Coefficients in steps of level 0 on a grid, float64 [n, r]; and which rows are too large for any step.
@@ -265,53 +277,64 @@ class Quantizer:
     def _centre(self) -> Centre | None:
         return Centre(self.decoder.offset, self.settings.floor) if self.settings.metric == "centred" else None
 
+    def first(self, slab: Slab) -> Quantized:
+        """All rows of the slab, at the levels at which their search starts."""
+        no_change = self.backend.zeros((len(slab), self.decoder.width), "float64")
+        k = slab.first.k + 0.0  # a copy: rows of it are replaced
+        return self._measured(slab, np.arange(len(slab)), k, no_change, slab.first.fits)
+
     def quantize(self, slab: Slab, level: np.ndarray, index: np.ndarray) -> Quantized:
         """Rows `index` of the slab, each at its level."""
+        rounded = self._rounded(slab.x, slab.swept, level, index)
+        return self._measured(slab, index, rounded.k, self._change(slab, index, rounded.values), rounded.fits)
+
+    def project_only(self, slab: Slab, index: np.ndarray) -> Quantized:
+        """Rows `index` without rounding: their errors are those of the projection, which no step reduces."""
+        x = slab.x[self.backend.constant(index, "int64")]
+        return self._measured(slab, index, x, self._change(slab, index, x))
+
+    def _rounded(self, x: Array, swept: Swept | None, level: np.ndarray, index: np.ndarray) -> Rounded:
         at = self.backend.constant(index, "int64")
         multiplier = self.backend.constant(multipliers()[level[index]], "float64")[:, None]
-        x = slab.x[at]
-        steps = x / multiplier
+        steps = x[at] / multiplier
         k = self.backend.rint(steps)
-        if slab.swept is not None:
+        if swept is not None:
             count = self._shaping.count
             tile_level = self.backend.constant(level[index], "uint8")
             head = self.backend.contiguous(steps[:, :count])
-            k[:, :count] = self._sweeps.backward(self._shaping, slab.swept, at, head, tile_level)
+            k[:, :count] = self._sweeps.backward(self._shaping, swept, at, head, tile_level)
         elif self._centre is not None:
             k = self._bits.nearest(self.backend, steps, self.backend.constant(level[index], "uint8"))
         least, most = self._packable
         fits = ((k >= least) & (k <= most)).all(1)
         k = self.backend.where(fits[:, None], k, k * 0.0)
-        return self._measured(slab, at, k, self._rounding_errors(k * multiplier - x), fits)
+        return Rounded(k, k * multiplier, fits)
 
-    def project_only(self, slab: Slab, index: np.ndarray) -> Quantized:
-        """Rows `index` without rounding: their errors are those of the projection, which no step reduces."""
-        at = self.backend.constant(index, "int64")
-        return self._measured(slab, at, slab.x[at], self.backend.zeros((len(index), self.decoder.width), "float64"))
-
-    def _rounding_errors(self, differences: Array) -> Array:
-        """The errors of decoded values [m, width] by coefficients that differ by this much from the projection.
+    def _change(self, slab: Slab, index: np.ndarray, values: Array) -> Array:
+        """By how much the errors of rows `index` with these coefficients differ from those of their first trial.
 
         On the host not in tiles, which would be padded for the few rows of most trials: the differences are small, so
-        another order of the sums changes none of the digits that `rounded_up` keeps.
+        another order of their sums changes none of the digits that `rounded_up` keeps.
         """
+        differences = values - slab.first.values[self.backend.constant(index, "int64")]
         return differences @ self._matrix if self.backend.on_host else self._product(differences, self._matrix)
 
-    def _measured(self, slab: Slab, at: Array, k: Array, errors: Array, *fits: Array) -> Quantized:
+    def _measured(self, slab: Slab, index: np.ndarray, k: Array, change: Array, *fits: Array) -> Quantized:
         """The exact errors of rows, rounded up a little: the last digits of sums depend on their order.
 
-        `errors` are those without the projection's. The result is infinite for rows that do not fit, if `fits` says
-        which do. A GPU is waited for once.
+        `change` is by how much they differ from those of the first trial; it may be overwritten. They are infinite for
+        rows that do not fit, if `fits` says which do. A GPU is waited for once.
         """
-        shift = self.backend.zeros((len(errors),), "float32")
+        at = self.backend.constant(index, "int64")
+        shift = self.backend.zeros((len(index),), "float32")
         if self._loops and slab.softmax is not None and not self.settings.keep_shift:
-            of = slab.softmax
+            of, errors = slab.softmax, change
             divergences, kept = self._loops.measure(
-                of.weights, of.total_sharp, of.total_soft, slab.rows, slab.top, slab.projected, at, errors
+                of.weights, of.total_sharp, of.total_soft, slab.rows, slab.top, slab.errors, at, errors
             )
             measured = self._divergences(slab, at, errors, *divergences)
             return Quantized(k, shift, self._rounded_up(measured, *fits), kept)
-        rows, errors = slab.rows[at], errors + slab.projected[at]
+        rows, errors = slab.rows[at], change + slab.errors[at]
         if self.settings.keep_shift:
             shift = self.backend.cast(-errors.mean(1), "float32")
             # Added in float32 as by the decoder: a large shift leaves few digits for the logits.
@@ -485,8 +508,7 @@ class _LevelSearch:
         self.slab = quantizer.prepare(rows)
         self.exact = self.slab.too_large.copy()
         self.level = self.slab.start.copy()
-        everything = np.arange(len(rows))
-        self.best = quantizer.quantize(self.slab, self.level, everything)
+        self.best = quantizer.first(self.slab)
         if len(rows):
             self._refine()
             if quantizer.settings.certified:

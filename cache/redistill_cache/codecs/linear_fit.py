@@ -130,7 +130,7 @@ def _mean_errors(quantizer: Quantizer, rows: np.ndarray) -> dict[str, float]:
     errors: dict[str, list[np.ndarray]] = {}
     for start in range(0, len(rows), quantizer.slab_rows):
         slab = quantizer.prepare(rows[start : start + quantizer.slab_rows])
-        for name, values in quantizer.quantize(slab, slab.start, np.arange(len(slab))).errors.items():
+        for name, values in quantizer.first(slab).errors.items():
             errors.setdefault(name, []).append(np.minimum(values, most))
     return {name: float(np.concatenate(parts).mean()) for name, parts in errors.items()}
 

@@ -82,7 +82,7 @@ def test_gathered_rows_name_the_rows_that_sparse_arrays_hold():
     assert len(gathered["exact"]) == 2
 
 
-TRIALS = ("quantize", "project_only", "decoded_errors")
+TRIALS = ("first", "quantize", "project_only", "decoded_errors")
 
 
 @pytest.mark.parametrize("keep_shift", [False, True])

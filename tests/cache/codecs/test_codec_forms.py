@@ -83,6 +83,31 @@ def test_forms_agree_for_any_rows_and_fidelity(seed: int, scale: float, fidelity
     assert_same(encode_linear(array_quantizer(codec, Backend()), rows), codec.encode(rows))
 
 
+class Counted(np.ndarray):
+    """A matrix that counts the rows that it is multiplied by."""
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **options):
+        if ufunc is np.matmul:
+            self.rows.append(len(inputs[0]))
+        return getattr(ufunc, method)(*(np.asarray(each) for each in inputs), **options)
+
+
+def test_a_trial_multiplies_its_rows_alone_and_only_once(monkeypatch: pytest.MonkeyPatch):
+    rows = logits(128, 100, 3.0, seed=2)
+    codec = fit_codec("linear", rows)
+    quantizer = Quantizer(codec.decoder, codec.settings, Backend()).prepared()
+    quantizer._matrix = quantizer._matrix.view(Counted)
+    quantizer._matrix.rows = []
+    trials: list[int] = []
+    for name, at in (("quantize", 3), ("project_only", 2)):
+        method = getattr(Quantizer, name)
+        monkeypatch.setattr(Quantizer, name, lambda *args, at=at, do=method: trials.append(len(args[at])) or do(*args))
+    assert_same(encode_linear(quantizer, rows), codec.encode(rows))
+    tiles, others = [64, 64], sorted(trials[: len(trials) // 2])  # the second half is of codec.encode
+    assert sorted(quantizer._matrix.rows) == sorted([*tiles, *others])
+    assert len(set(others)) > 3
+
+
 INTERPRETED = """
 import numpy as np, torch
 from redistill_cache.codecs import fit_codec
