@@ -7,6 +7,7 @@ already, so the module is taken from sys.modules. Everything runs on the device 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -52,12 +53,18 @@ class Backend:
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
 
-    def to_host(self, *arrays: Array) -> list[np.ndarray]:
-        """One value per row of each, [n], as float64 arrays on the host, in one copy for which it waits."""
-        if self.torch is None or not arrays:
-            return [array.astype(np.float64) for array in arrays]
-        together = self.torch.stack([array.to(self.torch.float64) for array in arrays])
-        return list(np.array(to_numpy(together)))
+    def read(self, arrays: Mapping[str, Array]) -> dict[str, np.ndarray]:
+        """Arrays on the host. It waits for a GPU once, for all of them."""
+        if self.torch is None:
+            return dict(arrays)
+        copies = {name: array.detach().to("cpu", non_blocking=True) for name, array in arrays.items()}
+        if self.device.type == "cuda":
+            self.torch.cuda.current_stream(self.device).synchronize()
+        return {name: copy.numpy() for name, copy in copies.items()}
+
+    def view(self, x: Array, dtype: str) -> Array:
+        """The same bytes as values of another type of the same size."""
+        return x.view(dtype) if self.torch is None else x.view(getattr(self.torch, dtype))
 
     def cast(self, x: Array, dtype: str) -> Array:
         if self.torch is None:
@@ -101,6 +108,9 @@ class Backend:
     def isfinite(self, x: Array) -> Array:
         return np.isfinite(x) if self.torch is None else self.torch.isfinite(x)
 
+    def isnan(self, x: Array) -> Array:
+        return np.isnan(x) if self.torch is None else self.torch.isnan(x)
+
     def where(self, mask: Array, yes: Array, no: Array) -> Array:
         return np.where(mask, yes, no) if self.torch is None else self.torch.where(mask, yes, no)
 
@@ -113,6 +123,13 @@ class Backend:
 
     def maximum(self, x: Array, y: Array) -> Array:
         return np.maximum(x, y) if self.torch is None else self.torch.clamp(x, min=y)
+
+    def larger(self, x: Array, y: Array) -> Array:
+        """The larger of two arrays; NaN where either is."""
+        return np.maximum(x, y) if self.torch is None else self.torch.maximum(x, y)
+
+    def arange(self, count: int) -> Array:
+        return np.arange(count) if self.torch is None else self.torch.arange(count, device=self.device)
 
     def max_of_row(self, x: Array) -> Array:
         """[n, k] -> [n, 1]."""
@@ -145,8 +162,8 @@ class Backend:
         return x.scatter_(1, index.long(), values)
 
     def order(self, x: Array) -> Array:
-        """Column indices that sort every row in ascending order; the sort is stable."""
-        return np.argsort(x, axis=1, kind="stable") if self.torch is None else self.torch.argsort(x, dim=1, stable=True)
+        """Indices that sort the last axis in ascending order; the sort is stable."""
+        return np.argsort(x, kind="stable") if self.torch is None else self.torch.argsort(x, stable=True)
 
     def lookup(self, table: Array, index: Array) -> Array:
         """table[index], for an index of a small unsigned integer type."""
