@@ -3,7 +3,7 @@
 Every row takes the steps that `linear_encode` takes on a host, and gets the same bytes. A host tries only the rows that
 need another trial. Here their number is not known, so every round tries the first of them, up to a number that is known
 beforehand. Rows that are not done after the last round, and those whose errors are too large to be measured without
-logarithms, are encoded on the host.
+logarithms, are encoded on the host, which waits for them once more; so it does for rows that are stored exactly.
 """
 
 from __future__ import annotations
