@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from redistill_cache.codecs import Codec, Encoded, join_encoded
+from redistill_cache.codecs.stats import check_finite
 from redistill_cache.errors import Refused
 from torch import Tensor
 
@@ -42,9 +43,13 @@ def refuse_full_device(rows: int, device: torch.device, batch_size: int) -> Iter
 
 
 def encode_rows(codec: Codec, rows: Tensor, encoders: ThreadPoolExecutor) -> list[Encoded]:
-    """The bytes of a row depend on that row alone, so its thread does not matter. A GPU encodes all rows at once."""
+    """The bytes of a row depend on that row alone, so its thread does not matter. A GPU encodes all rows at once.
+
+    Raises NotFinite with the positions in `rows`.
+    """
     if rows.device.type == "cuda":
         return encode_on_gpu(codec, rows)
+    check_finite(rows)  # all of them, before they are shared among threads
     host = rows.cpu().numpy()  # from MPS, which has no float64
     return list(encoders.map(codec.encode, (host[at : at + THREAD_ROWS] for at in range(0, len(host), THREAD_ROWS))))
 
@@ -58,6 +63,7 @@ def encode_on_gpu(codec: Codec, rows: Tensor) -> list[Encoded]:
             raise
     # Here, since the traceback of the error holds the tensors that are in the way.
     torch.cuda.empty_cache()
+    check_finite(rows)
     half = len(rows) // 2
     return encode_on_gpu(codec, rows[:half]) + encode_on_gpu(codec, rows[half:])
 

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from redistill_cache import ArchiveWriter
 from redistill_cache.codecs import BlockStats, Encoded, NotFinite, join_encoded
-from redistill_cache.codecs.stats import check_finite
 from redistill_cache.layout import Block
 from redistill_cache.machine import usable_cores
 from redistill_cache.rows import open_signal
@@ -149,8 +148,10 @@ class BlockEncoder:
                         self._on_own_stream(piece),
                         refuse_full_device(piece.rows, self._device, self._plan.options.batch_size),
                     ):
-                        predictions.append(torch.cat([rows.argmax(1) for rows in piece.signals[LOGITS]]).cpu().numpy())
+                        largest = torch.cat([rows.argmax(1) for rows in piece.signals[LOGITS]])
+                        predicted = largest.to("cpu", non_blocking=True)
                         encoded.append(self._encode(piece, encoders))
+                        predictions.append(predicted.numpy())  # there, since the encoder has waited for its stream
                     if piece.stop == piece.block.stop:
                         if written is not None:
                             written.result()  # at most one block is encoded and waits to be written
@@ -175,9 +176,7 @@ class BlockEncoder:
         encoded = {}
         for name, codec in self._codecs.items():
             try:
-                rows = torch.cat(piece.signals[name])
-                check_finite(rows)
-                parts = encode_rows(codec, rows, encoders)
+                parts = encode_rows(codec, torch.cat(piece.signals[name]), encoders)
             except NotFinite as error:
                 row = piece.start + error.rows[0]
                 raise not_finite_error(self._plan, name, piece.block.view, row) from error

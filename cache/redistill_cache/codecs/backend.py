@@ -7,6 +7,7 @@ already, so the module is taken from sys.modules. Everything runs on the device 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -52,12 +53,18 @@ class Backend:
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
 
-    def to_host(self, *arrays: Array) -> list[np.ndarray]:
-        """One value per row of each, [n], as float64 arrays on the host, in one copy for which it waits."""
-        if self.torch is None or not arrays:
-            return [array.astype(np.float64) for array in arrays]
-        together = self.torch.stack([array.to(self.torch.float64) for array in arrays])
-        return list(np.array(to_numpy(together)))
+    def read(self, arrays: Mapping[str, Array]) -> dict[str, np.ndarray]:
+        """Arrays on the host. It waits for a GPU once, for all of them."""
+        if self.torch is None:
+            return dict(arrays)
+        copies = {name: array.detach().to("cpu", non_blocking=True) for name, array in arrays.items()}
+        if self.device.type == "cuda":
+            self.torch.cuda.current_stream(self.device).synchronize()
+        return {name: copy.numpy() for name, copy in copies.items()}
+
+    def view(self, x: Array, dtype: str) -> Array:
+        """The same bytes as values of another type of the same size."""
+        return x.view(dtype) if self.torch is None else x.view(getattr(self.torch, dtype))
 
     def cast(self, x: Array, dtype: str) -> Array:
         if self.torch is None:
@@ -101,6 +108,9 @@ class Backend:
     def isfinite(self, x: Array) -> Array:
         return np.isfinite(x) if self.torch is None else self.torch.isfinite(x)
 
+    def isnan(self, x: Array) -> Array:
+        return np.isnan(x) if self.torch is None else self.torch.isnan(x)
+
     def where(self, mask: Array, yes: Array, no: Array) -> Array:
         return np.where(mask, yes, no) if self.torch is None else self.torch.where(mask, yes, no)
 
@@ -113,6 +123,13 @@ class Backend:
 
     def maximum(self, x: Array, y: Array) -> Array:
         return np.maximum(x, y) if self.torch is None else self.torch.clamp(x, min=y)
+
+    def larger(self, x: Array, y: Array) -> Array:
+        """The larger of two arrays; NaN where either is."""
+        return np.maximum(x, y) if self.torch is None else self.torch.maximum(x, y)
+
+    def arange(self, count: int) -> Array:
+        return np.arange(count) if self.torch is None else self.torch.arange(count, device=self.device)
 
     def max_of_row(self, x: Array) -> Array:
         """[n, k] -> [n, 1]."""
@@ -145,8 +162,8 @@ class Backend:
         return x.scatter_(1, index.long(), values)
 
     def order(self, x: Array) -> Array:
-        """Column indices that sort every row in ascending order; the sort is stable."""
-        return np.argsort(x, axis=1, kind="stable") if self.torch is None else self.torch.argsort(x, dim=1, stable=True)
+        """Indices that sort the last axis in ascending order; the sort is stable."""
+        return np.argsort(x, kind="stable") if self.torch is None else self.torch.argsort(x, stable=True)
 
     def lookup(self, table: Array, index: Array) -> Array:
         """table[index], for an index of a small unsigned integer type."""
@@ -154,6 +171,10 @@ class Backend:
             return table.take(index, axis=0)
         index = index if index.dtype == self.torch.int64 else index.to(self.torch.int32)
         return table.index_select(0, index.reshape(-1)).reshape(*index.shape, *table.shape[1:])
+
+    def columns(self, x: Array, index: Array) -> Array:
+        """x[:, index], contiguous."""
+        return x.take(index, axis=1) if self.torch is None else x.index_select(1, index)
 
     def affine(self, x: Array, matrix: Array, offset: Array) -> Array:
         """x @ matrix + offset."""
@@ -189,6 +210,13 @@ class Backend:
     def rows_where(self, mask: Array) -> Array:
         """Indices of the true rows."""
         return np.flatnonzero(mask) if self.torch is None else self.torch.nonzero(mask).flatten()
+
+    def nonzero(self, x: Array) -> tuple[Array, Array]:
+        """The rows and columns of the values that are not zero."""
+        if self.torch is not None:
+            rows, columns = self.torch.nonzero(x, as_tuple=True)
+            return rows, columns
+        return np.divmod(np.flatnonzero(x != 0), x.shape[1])  # numpy is ten times faster with booleans of one axis
 
 
 def backend_of(x: Array) -> Backend:

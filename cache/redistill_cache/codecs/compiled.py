@@ -14,7 +14,7 @@ from numba import njit
 from redistill_cache.codecs.divergence import COEFFICIENTS, DOUBLINGS, LARGEST_EXPONENT, SMALL
 from redistill_cache.codecs.rounding import CLASSES, ESCAPE_BITS, Curvature, ShapingConstants, Swept
 
-__all__ = ["CompiledSweeps", "divergences", "heaviest"]
+__all__ = ["CompiledSweeps", "divergences", "heaviest", "measure"]
 
 # Coefficients between two updates of S**-1: the sums over a group are unrolled below.
 GROUP = 4
@@ -167,40 +167,69 @@ def divergences(weights, total_sharp, total_soft, index, errors):
     """`divergence.Softmax.divergences`: [2, m], at T = 1 and T = 4."""
     result = np.empty((2, len(index)))
     for at in range(len(index)):
-        row, e = weights[index[at]], errors[at]
-        sharp_mean, soft_mean, low, high = 0.0, 0.0, e[0], e[0]
-        for c in range(len(e)):
-            sharp_mean += (row[c] * row[c]) ** 2 * e[c]
-            soft_mean += row[c] * e[c]
-        for c in range(len(e)):
-            low, high = min(low, e[c]), max(high, e[c])
-        sharp_mean /= total_sharp[index[at]]
-        soft_mean /= total_soft[index[at]]
-        sharp = _excess(row, e, sharp_mean, 1.0, max(high - sharp_mean, sharp_mean - low))
-        soft = _excess(row, e, soft_mean, 4.0, max(high - soft_mean, soft_mean - low) / 4.0)
-        result[0, at] = np.log1p(sharp / total_sharp[index[at]])
-        result[1, at] = np.log1p(soft / total_soft[index[at]])
+        row = index[at]
+        result[0, at], result[1, at] = _divergences(weights[row], total_sharp[row], total_soft[row], errors[at])
     return result
 
 
 @njit(**OPTIONS)
-def _excess(weights, e, mean, temperature, largest):
+def measure(weights, total_sharp, total_soft, rows, top, base, index, errors):
+    """`divergences` of `errors` after `base` is added to them, in place; and `stats.keeps_top1` [m].
+
+    `top` is the first column of the largest value of every row.
+    """
+    result, kept = np.empty((2, len(index))), np.empty(len(index), np.bool_)
+    for at in range(len(index)):
+        row, e, exact, more = index[at], errors[at], rows[index[at]], base[index[at]]
+        for c in range(len(e)):
+            e[c] += more[c]
+        first, rivals = top[row], 0
+        largest = exact[first] + e[first]
+        for c in range(len(e)):
+            rivals += exact[c] + e[c] >= largest
+        if rivals > 1:
+            for c in range(len(e)):
+                if exact[c] + e[c] > largest or (exact[c] + e[c] == largest and c < first):
+                    first, largest = c, exact[c] + e[c]
+        kept[at] = exact[first] == exact[top[row]]
+        result[0, at], result[1, at] = _divergences(weights[row], total_sharp[row], total_soft[row], e)
+    return result, kept
+
+
+@njit(**OPTIONS)
+def _divergences(weights, total_sharp, total_soft, e):
+    sharp_mean, soft_mean = 0.0, 0.0
+    for c in range(len(e)):
+        sharp_mean += (weights[c] * weights[c]) ** 2 * e[c]
+        soft_mean += weights[c] * e[c]
+    sharp = _excess(weights, e, sharp_mean / total_sharp, 1.0)
+    soft = _excess(weights, e, soft_mean / total_soft, 4.0)
+    return np.log1p(sharp / total_sharp), np.log1p(soft / total_soft)
+
+
+@njit(**OPTIONS)
+def _excess(weights, e, mean, temperature):
     """The sum of w (exp(x) - 1 - x), with w**4 at T = 1."""
-    total = 0.0
-    if largest > LARGEST_EXPONENT:
-        return np.nan
+    total, large = 0.0, 0
     scale = 1.0 / (temperature * 2.0**DOUBLINGS)
-    if largest > SMALL:
+    # A loop without branches for each temperature, and a count of the errors for which it does not hold.
+    if temperature == 1.0:
         for c in range(len(e)):
-            x = (e[c] - mean) / temperature
-            weight = (weights[c] * weights[c]) ** 2 if temperature == 1.0 else weights[c]
-            total += weight * (np.exp(x) - 1.0 - x if abs(x) > SMALL else _small_excess((e[c] - mean) * scale))
-    elif temperature == 1.0:
-        for c in range(len(e)):
+            large += abs(e[c] - mean) > SMALL * temperature
             total += (weights[c] * weights[c]) ** 2 * _small_excess((e[c] - mean) * scale)
     else:
         for c in range(len(e)):
+            large += abs(e[c] - mean) > SMALL * temperature
             total += weights[c] * _small_excess((e[c] - mean) * scale)
+    if large == 0:
+        return total
+    total = 0.0
+    for c in range(len(e)):
+        x = (e[c] - mean) / temperature
+        if abs(x) > LARGEST_EXPONENT:
+            return np.nan
+        weight = (weights[c] * weights[c]) ** 2 if temperature == 1.0 else weights[c]
+        total += weight * (np.exp(x) - 1.0 - x if abs(x) > SMALL else _small_excess((e[c] - mean) * scale))
     return total
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from redistill_cache.codecs.backend import Array, Backend, backend_of, encodable, to_numpy
+from redistill_cache.codecs.device_search import encode_on_device
 from redistill_cache.codecs.linear_decode import ESCAPE_LIMIT, ESCAPED, EXACT, LinearDecoder, Packing, packing_flaw
 from redistill_cache.codecs.linear_encode import LinearSettings, Quantizer, encode_linear
 from redistill_cache.codecs.protocol import Encoded
@@ -118,8 +119,11 @@ class LinearCodec:
         with PREPARING:  # threads share the constants of the first one
             if backend.key not in self._quantizers:
                 self._quantizers[backend.key] = Quantizer(self.decoder, self.settings, backend).prepared()
+        quantizer = self._quantizers[backend.key]
+        if backend.torch is None:
+            return encode_linear(quantizer, rows)
         with backend.without_autocast():
-            return encode_linear(self._quantizers[backend.key], rows)
+            return encode_on_device(quantizer, rows, self.encode)
 
     def decode(self, arrays: Mapping[str, Array]) -> Array:
         with backend_of(arrays["q"]).without_autocast():

@@ -119,17 +119,16 @@ class Packing:
 
     def digits(self, backend: Backend, packed: Array) -> Array:
         """Bytes [n, width] as slot values `low + digit`, float32, in the order of `decoded_slots`."""
-        pieces = []
-        for columns, rows, table in self._tables(backend):
-            index = backend.cast(packed[:, columns], "int32") + rows
-            pieces.append(backend.lookup(table, index).reshape(len(packed), -1))
-        return backend.concatenate(pieces, 1) if pieces else backend.zeros((len(packed), 0), "float32")
+        constants = self._on(backend)
+        values = backend.lookup(constants["values"], packed + constants["rows"])
+        return backend.cast(backend.columns(values.reshape(len(packed), -1), constants["valued"]), "float32")
 
     def _on(self, backend: Backend) -> dict[str, Array]:
         if backend.key not in self._constants:
             ranks = np.empty_like(self.symbols)
             np.put_along_axis(ranks, self.symbols.astype(np.int64), np.arange(256, dtype=np.uint8)[None], axis=1)
             ends = np.cumsum(np.bincount(self.byte, minlength=self.width))
+            values, valued = self._values()
             self._constants[backend.key] = {
                 "lowest": backend.constant(self.lowest, "float64"),
                 "reach": backend.constant(self.reach, "float64"),
@@ -141,27 +140,25 @@ class Packing:
                 "starts": backend.constant(np.concatenate([[0], ends[:-1]]), "int64"),
                 "rows": backend.constant(256 * np.arange(self.width), "int32"),
                 "ranks": backend.constant(ranks.reshape(-1)),
+                "values": backend.constant(values),
+                "valued": backend.constant(valued),
             }
         return self._constants[backend.key]
 
-    def _tables(self, backend: Backend) -> list[tuple[Array, Array, Array]]:
-        """For bytes of one slot, of two, ...: their columns, their first rows in the table, the table of values."""
-        key = "tables of " + backend.key
-        if key not in self._constants:
-            counts = np.bincount(self.byte, minlength=self.width)
-            self._constants[key] = {
-                str(count): self._table(backend, np.flatnonzero(counts == count))
-                for count in np.unique(counts[counts > 0])
-            }
-        return list(self._constants[key].values())
+    def _values(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of every byte and rank, the values of its slots [width * 256, m]; and where the `decoded_slots` are in it.
 
-    def _table(self, backend: Backend, columns: np.ndarray) -> tuple[Array, Array, Array]:
-        slots = np.flatnonzero(np.isin(self.byte, columns)).reshape(len(columns), -1)
-        numbers = self.symbols[columns].astype(np.int64)[:, :, None]  # [bytes, 256, 1]
-        digits = numbers // self.place[slots][:, None] % self.radix[slots].astype(np.int64)[:, None]
-        values = (digits + self.low[slots][:, None]).astype(np.float32)
-        rows = backend.constant(256 * np.arange(len(columns)), "int32")
-        return backend.constant(columns, "int64"), rows, backend.constant(values.reshape(-1, slots.shape[1]))
+        Small integers, and m a power of two: numpy looks up items of 2, 4, 8 and 16 bytes several times faster.
+        """
+        counts = np.bincount(self.byte, minlength=self.width)
+        within = np.arange(len(self.byte)) - (np.cumsum(counts) - counts)[self.byte]
+        most = 1 << int(max(counts.max() - 1, 0)).bit_length()
+        digits = self.symbols[self.byte] // self.place[:, None] % self.radix.astype(np.int64)[:, None]  # [slots, 256]
+        values = np.zeros((self.width, 256, most), np.int32)
+        values[self.byte, :, within] = digits + self.low[:, None]
+        if np.abs(values).max() < 1 << 15:
+            values = values.astype(np.int16)
+        return values.reshape(-1, most), (self.byte.astype(np.int64) * most + within)[self.decoded_slots]
 
 
 def _running_product(group: np.ndarray, radix: np.ndarray) -> np.ndarray:
@@ -232,22 +229,42 @@ class LinearDecoder:
         multiplier = backend.lookup(constants["multiplier"], level & LEVEL_MASK)[:, None]
         digits = self.packing.digits(backend, packed)
         escaped, escape = sparse_rows(backend, arrays, "escape", level, ESCAPED)
+        others = None
         if escaped is not None and escape is not None:
-            # An escape is more of the first digit of its coefficient; coefficients without digits follow below.
-            escape = backend.cast(escape, "float32") * constants["reach"]
-            digits[escaped[:, None], constants["first_slots"]] += escape[:, constants["with_slots"]]
+            escaped, others = self._add_escapes(backend, digits, escaped, escape)
         digits *= multiplier
         # By slot, not by coefficient: the rows of the matrix are in the order in which `digits` returns slots.
         rows = backend.affine(digits, constants["slots"], constants["offset"])
-        if escaped is not None and escape is not None and len(constants["without_slots"]):
-            others = escape[:, constants["without_slots"]] * multiplier[escaped]
-            rows[escaped] += others @ constants["matrix_without_slots"]
+        if others is not None and len(others):
+            rows[escaped] += (others * multiplier[escaped]) @ constants["matrix_without_slots"]
         if "shift" in arrays:
             rows += arrays["shift"][:, None]
         exact, exact_rows = sparse_rows(backend, arrays, "exact", level, EXACT)
         if exact is not None:
             rows[exact] = exact_rows
         return rows
+
+    def _add_escapes(self, backend: Backend, digits: Array, index: Array, escape: Array) -> tuple[Array, Array]:
+        """Add the escapes of rows `index` [m, rank] to the first digits of their coefficients, in place.
+
+        Returns those of coefficients without digits [some, without], and the rows that they belong to.
+        """
+        constants = self._on(backend)
+        if not backend.on_host:  # a GPU would be waited for to find the few coefficients that escape
+            amount = backend.cast(escape, "float32") * constants["reach"]
+            digits[index[:, None], constants["first_slots"]] += amount[:, constants["with_slots"]]
+            return index, amount[:, constants["without_slots"]]
+        row, coefficient = backend.nonzero(escape)
+        amount = backend.cast(escape[row, coefficient], "float32") * constants["reach"][coefficient]
+        place = constants["place"][coefficient]
+        others = backend.zeros((len(index), len(constants["without_slots"])), "float32")
+        if others.shape[1]:
+            without = place < 0
+            others[row[without], -1 - place[without]] = amount[without]
+            row, place, amount = row[~without], place[~without], amount[~without]
+        digits[index[row], place] += amount
+        some = (others != 0).any(1)
+        return index[some], others[some]
 
     def _on(self, backend: Backend) -> dict[str, Array]:
         """The constants of decoding on a device; copied there once."""
@@ -256,14 +273,19 @@ class LinearDecoder:
             slots = packing.weight[:, None].astype(np.float32) * self.matrix[packing.coefficient]
             # The position of the first slot of every coefficient that has slots, in the order of `digits`.
             with_slots, first = np.unique(packing.coefficient, return_index=True)
+            first_slots = np.argsort(packing.decoded_slots)[first]
             without_slots = np.setdiff1d(np.arange(self.rank), with_slots)
+            # Of every coefficient, the position of its first slot; or -1 - n for the n-th of those without slots.
+            place = np.empty(self.rank, np.int64)
+            place[with_slots], place[without_slots] = first_slots, -1 - np.arange(len(without_slots))
             self._constants[backend.key] = {
                 "slots": backend.constant(slots[packing.decoded_slots], "float32"),
                 "offset": backend.constant(self.offset, "float32"),
                 "multiplier": backend.constant(multipliers(), "float32"),
                 "reach": backend.constant(packing.reach, "float32"),
                 "with_slots": backend.constant(with_slots, "int64"),
-                "first_slots": backend.constant(np.argsort(packing.decoded_slots)[first], "int64"),
+                "first_slots": backend.constant(first_slots, "int64"),
+                "place": backend.constant(place),
                 "without_slots": backend.constant(without_slots, "int64"),
                 "matrix_without_slots": backend.constant(self.matrix[without_slots], "float32"),
             }

@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from importlib import import_module
 from types import ModuleType
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import numpy as np
 
-from redistill_cache.codecs.backend import Array, Backend, backend_of, to_numpy
+from redistill_cache.codecs.backend import Array, Backend, backend_of
 from redistill_cache.codecs.divergence import Softmax
 from redistill_cache.codecs.linear_decode import (
     ESCAPE_LIMIT,
@@ -38,7 +38,7 @@ from redistill_cache.codecs.rounding import (
     curvature,
     remaining_cost,
 )
-from redistill_cache.codecs.stats import METRICS, Centre, check_finite, error_names, keeps_top1, rounded_up, row_errors
+from redistill_cache.codecs.stats import METRICS, Centre, check_finite, error_names, errors_of, keeps_top1, rounded_up
 from redistill_cache.strict_json import Fields, Json
 
 __all__ = [
@@ -125,22 +125,34 @@ GRID = 2.0**-20
 LARGEST_COEFFICIENT, LARGEST_VALUE = 2.0**36, 1e30
 # Matrix products are made in tiles of one shape, so that their sums have one order for any number of rows.
 TILE_ROWS_HOST, TILE_ROWS_DEVICE = 64, 1024
-# Rows are searched in slabs of at most this many rows, and of about this many bytes.
+# Rows are searched in slabs of at most this many rows, and of about this many bytes. On a CPU, malloc returns more than
+# that to the system after every slab, which takes a tenth of the time of 10,000 classes.
 SLAB_ROWS_HOST, SLAB_ROWS_DEVICE = 256, 16384
-SLAB_BYTES_HOST, SLAB_BYTES_DEVICE = 1 << 27, 1 << 32
+SLAB_BYTES_HOST, SLAB_BYTES_DEVICE = 3 << 25, 1 << 32
+
+
+@dataclass(frozen=True, eq=False)
+class Rounded:
+    """Coefficients of some rows."""
+
+    k: Array  # float64 [n, r]: integers, or zeros where they cannot be packed
+    values: Array  # float64 [n, r], in steps of level 0
+    fits: Array  # bool [n]: they can be packed
 
 
 @dataclass(frozen=True, eq=False)
 class Slab:
-    """Rows with all that their trials share: it does not depend on the steps that are tried."""
+    """Rows with all that their trials share. The errors of a trial differ from those of the first by a product."""
 
     rows: Array  # float32 [n, width]
     x: Array  # float64 [n, r]: coefficients in steps of level 0, on a grid
-    too_large: np.ndarray  # for any step; their coefficients are zero, and they are stored exactly
-    projected: Array  # float64 [n, width]: the errors of decoding x itself, which no step reduces
-    start: np.ndarray  # int64 [n]: the level at which the search starts
+    too_large: Array  # bool [n]: for any step; their coefficients are zero, and they are stored exactly
+    top: Array  # int64 [n]: the first column of the largest value
     softmax: Softmax | None  # None: the metric is not the KL divergence
     swept: Swept | None  # None: plain rounding
+    start: Array  # int64 [n]: the level at which the search starts
+    first: Rounded  # at that level
+    errors: Array  # float64 [n, width]: of decoding `first`
 
     def __len__(self) -> int:
         return len(self.too_large)
@@ -152,23 +164,32 @@ class Quantized:
 
     k: Array  # float64 [n, r]
     shift: Array  # float32 [n]
-    errors: dict[str, np.ndarray]  # infinite where k cannot be packed
-    top1_kept: np.ndarray
+    errors: dict[str, Array]  # infinite where k cannot be packed; on a GPU, NaN where they are too large to measure
+    top1_kept: Array
 
-    def worst(self, limit: float) -> np.ndarray:
+    def worst(self, limit: float) -> Array:
         """The largest error of every row, in units of the limit."""
-        worst: np.ndarray = np.max(list(self.errors.values()), axis=0)
-        return worst / limit
-
-    def replace_rows(self, index: np.ndarray, other: Quantized, chosen: np.ndarray) -> None:
-        """Replace rows `index` by rows `chosen` of `other`."""
         backend = backend_of(self.k)
-        at, taken = backend.constant(index, "int64"), backend.constant(chosen, "int64")
-        self.k[at] = other.k[taken]
-        self.shift[at] = other.shift[taken]
-        self.top1_kept[index] = other.top1_kept[chosen]
-        for name, values in other.errors.items():
-            self.errors[name][index] = values[chosen]
+        first, *others = self.errors.values()
+        for other in others:
+            first = backend.larger(first, other)
+        return first / limit
+
+    def replace_rows(self, index: Array, other: Quantized, better: Array) -> None:
+        """Replace rows `index` by the rows of `other` that are better."""
+        backend = backend_of(self.k)
+        if backend.torch is None:
+            index, chosen = index[better], np.flatnonzero(better)
+            for mine, theirs in self._pairs(other):
+                mine[index] = theirs[chosen]
+            return
+        for mine, theirs in self._pairs(other):  # without waiting for the number of rows that are better
+            where = better.reshape(-1, *[1] * (mine.ndim - 1))
+            mine[index] = backend.where(where, theirs, mine[index])
+
+    def _pairs(self, other: Quantized) -> list[tuple[Array, Array]]:
+        errors = [(values, other.errors[name]) for name, values in self.errors.items()]
+        return [(self.k, other.k), (self.shift, other.shift), (self.top1_kept, other.top1_kept), *errors]
 
 
 class Quantizer:
@@ -186,7 +207,7 @@ class Quantizer:
 
     def prepared(self) -> Quantizer:
         """With all constants computed: they take seconds for wide rows."""
-        _ = self._matrix, self._offset, self._packable, self._projection
+        _ = self._matrix, self._offset, self._packable, self._projection, self._multipliers
         if self.settings.rounding == "shaped":
             _ = self._shaping
         if self._centre is not None:
@@ -212,23 +233,26 @@ class Quantizer:
         """At most `slab_rows` rows of the backend."""
         rows = self.backend.cast(rows, "float32")
         x, too_large = self.project(rows)
-        projected = self._product(x, self._matrix) + self._offset - rows
-        if self.settings.metric != "kl":
-            return Slab(rows, x, too_large, projected, self._start_levels(self._relative_cost(rows)), None, None)
-        softmax = Softmax.of(self.backend, rows)
-        if not self.settings.keep_shift:
-            projected = projected - projected.mean(1)[:, None]
-        if self.settings.rounding == "plain":
+        softmax = Softmax.of(self.backend, rows) if self.settings.metric == "kl" else None
+        swept = None
+        if softmax is None:
+            cost = self._relative_cost(rows)
+        elif self.settings.rounding == "plain":
             cost = remaining_cost(self.settings.weight, *softmax.collisions())
-            return Slab(rows, x, too_large, projected, self._start_levels(cost), softmax, None)
-        chosen = self._heaviest(rows)
-        sharp, soft = softmax.probabilities(self.backend, chosen)
-        cost = remaining_cost(self.settings.weight, sharp.sum(1), soft.sum(1))
-        shape = curvature(self.backend, self.settings.weight, self.decoder.width, chosen, sharp, soft)
-        swept = self._sweeps.forward(self._shaping, shape)
-        return Slab(rows, x, too_large, projected, self._start_levels(cost), softmax, swept)
+        else:
+            chosen = self._heaviest(rows)
+            sharp, soft = softmax.probabilities(self.backend, chosen)
+            cost = remaining_cost(self.settings.weight, sharp.sum(1), soft.sum(1))
+            shape = curvature(self.backend, self.settings.weight, self.decoder.width, chosen, sharp, soft)
+            swept = self._sweeps.forward(self._shaping, shape)
+        start = self._start_levels(cost)
+        first = self._rounded(x, swept, start, self.backend.arange(len(rows)))
+        errors = self._product(first.values, self._matrix) + self._offset - rows
+        if softmax is not None and not self.settings.keep_shift:
+            errors = errors - errors.mean(1)[:, None]
+        return Slab(rows, x, too_large, self.backend.argmax_of_row(rows), softmax, swept, start, first, errors)
 
-    def project(self, rows: Array) -> tuple[Array, np.ndarray]:
+    def project(self, rows: Array) -> tuple[Array, Array]:
         """Coefficients in steps of level 0 on a grid, float64 [n, r]; and which rows are too large for any step.
 
         The latter get zeros, since float32 arithmetic would overflow; they are stored exactly.
@@ -241,16 +265,16 @@ class Quantizer:
         x = self.backend.rint(self._product(centred, projection) / GRID) * GRID
         too_large = (self.backend.abs(x) > LARGEST_COEFFICIENT).any(1)
         too_large = too_large | (self.backend.abs(centred) > LARGEST_VALUE).any(1)
-        return self.backend.where(too_large[:, None], x * 0.0, x), to_numpy(too_large)
+        return self.backend.where(too_large[:, None], x * 0.0, x), too_large
 
-    def _start_levels(self, cost: Array) -> np.ndarray:
+    def _start_levels(self, cost: Array) -> Array:
         """The level at which the search of every row starts: where a bit reduces the error as much as in other rows.
 
         `cost` is that of an error of unit size in each row.
         """
-        finer = LEVELS_PER_OCTAVE / 2 * np.log2(np.maximum(to_numpy(cost), 1e-30) / self.settings.reference)
-        level: np.ndarray = np.clip(np.rint(self.settings.level + finer), 0, LEVEL_MASK).astype(np.int64)
-        return level
+        backend = self.backend
+        finer = LEVELS_PER_OCTAVE / 2 * backend.log2(backend.maximum(cost, 1e-30) / self.settings.reference)
+        return backend.cast(backend.clip(backend.rint(self.settings.level + finer), 0, LEVEL_MASK), "int64")
 
     def _relative_cost(self, rows: Array) -> Array:
         # The allowed error is proportional to the norm of the row, its square to the squared norm.
@@ -262,91 +286,113 @@ class Quantizer:
     def _centre(self) -> Centre | None:
         return Centre(self.decoder.offset, self.settings.floor) if self.settings.metric == "centred" else None
 
-    def quantize(self, slab: Slab, level: np.ndarray, index: np.ndarray) -> Quantized:
-        """Rows `index` of the slab, each at its level."""
-        at = self.backend.constant(index, "int64")
-        multiplier = self.backend.constant(multipliers()[level[index]], "float64")[:, None]
-        x = slab.x[at]
-        steps = x / multiplier
-        k = self.backend.rint(steps)
-        if slab.swept is not None:
+    def first(self, slab: Slab) -> Quantized:
+        """All rows of the slab, at the levels at which their search starts."""
+        no_change = self.backend.zeros((len(slab), self.decoder.width), "float64")
+        k = slab.first.k + 0.0  # a copy: rows of it are replaced
+        return self._measured(slab, self.backend.arange(len(slab)), k, no_change, slab.first.fits)
+
+    def quantize(self, slab: Slab, level: Array, index: Array) -> Quantized:
+        """Rows `index` of the slab, each at its level; `level` (int64) has those of all rows."""
+        rounded = self._rounded(slab.x, slab.swept, level, index)
+        return self._measured(slab, index, rounded.k, self._change(slab, index, rounded.values), rounded.fits)
+
+    def project_only(self, slab: Slab, index: Array) -> Quantized:
+        """Rows `index` without rounding: their errors are those of the projection, which no step reduces."""
+        x = slab.x[index]
+        return self._measured(slab, index, x, self._change(slab, index, x), None)
+
+    def _rounded(self, x: Array, swept: Swept | None, level: Array, index: Array) -> Rounded:
+        backend, level = self.backend, self.backend.cast(level[index], "uint8")
+        multiplier = backend.lookup(self._multipliers, level)[:, None]
+        steps = x[index] / multiplier
+        k = backend.rint(steps)
+        if swept is not None:
             count = self._shaping.count
-            tile_level = self.backend.constant(level[index], "uint8")
-            head = self.backend.contiguous(steps[:, :count])
-            k[:, :count] = self._sweeps.backward(self._shaping, slab.swept, at, head, tile_level)
+            head = backend.contiguous(steps[:, :count])
+            k[:, :count] = self._sweeps.backward(self._shaping, swept, index, head, level)
         elif self._centre is not None:
-            k = self._bits.nearest(self.backend, steps, self.backend.constant(level[index], "uint8"))
+            k = self._bits.nearest(backend, steps, level)
         least, most = self._packable
         fits = ((k >= least) & (k <= most)).all(1)
-        k = self.backend.where(fits[:, None], k, k * 0.0)
-        errors = self._product(k * multiplier - x, self._matrix) + slab.projected[at]
-        return self._measured(slab, at, k, errors, fits)
+        k = backend.where(fits[:, None], k, k * 0.0)
+        return Rounded(k, k * multiplier, fits)
 
-    def project_only(self, slab: Slab, index: np.ndarray) -> Quantized:
-        """Rows `index` without rounding: their errors are those of the projection, which no step reduces."""
-        at = self.backend.constant(index, "int64")
-        return self._measured(slab, at, slab.x[at], slab.projected[at])
+    def _change(self, slab: Slab, index: Array, values: Array) -> Array:
+        """By how much the errors of rows `index` with these coefficients differ from those of their first trial.
 
-    def _measured(self, slab: Slab, at: Array, k: Array, errors: Array, *fits: Array) -> Quantized:
+        On the host not in tiles, which would be padded for the few rows of most trials: the differences are small, so
+        another order of their sums changes none of the digits that `rounded_up` keeps.
+        """
+        differences = values - slab.first.values[index]
+        return differences @ self._matrix if self.backend.on_host else self._product(differences, self._matrix)
+
+    def _measured(self, slab: Slab, index: Array, k: Array, change: Array, fits: Array | None) -> Quantized:
         """The exact errors of rows, rounded up a little: the last digits of sums depend on their order.
 
-        They are infinite for rows that do not fit, if `fits` says which do. A GPU is waited for once.
+        `change` is by how much they differ from those of the first trial; it may be overwritten. They are infinite for
+        rows that do not fit, if `fits` says which do.
         """
-        rows = slab.rows[at]
-        shift = self.backend.zeros((len(rows),), "float32")
-        if self.settings.keep_shift:
-            shift = self.backend.cast(-errors.mean(1), "float32")
-            # Added in float32 as by the decoder: a large shift leaves few digits for the logits.
-            decoded = self.backend.cast(rows + errors, "float32") + shift[:, None]
-            errors = self.backend.cast(decoded, "float64") - rows
-        measured, kept, *fitting = self._errors(slab, at, errors, keeps_top1(rows, rows + errors), *fits)
+        backend = self.backend
+        shift = backend.zeros((len(index),), "float32")
+        if self._loops and slab.softmax is not None and not self.settings.keep_shift:
+            of, errors = slab.softmax, change
+            (sharp, soft), kept = self._loops.measure(
+                of.weights, of.total_sharp, of.total_soft, slab.rows, slab.top, slab.errors, index, errors
+            )
+            measured = self._divergences(slab, index, errors, sharp, soft)
+        else:
+            rows, errors = slab.rows[index], change + slab.errors[index]
+            if self.settings.keep_shift:
+                shift = backend.cast(-errors.mean(1), "float32")
+                # Added in float32 as by the decoder: a large shift leaves few digits for the logits.
+                decoded = backend.cast(rows + errors, "float32") + shift[:, None]
+                errors = backend.cast(decoded, "float64") - rows
+            measured, kept = self._errors(slab, index, errors), keeps_top1(rows, rows + errors)
         rounded = rounded_up(measured)
-        for values in rounded.values():
-            for fit in fitting:
-                values[fit == 0] = np.inf
-        return Quantized(k, shift, rounded, kept != 0)
+        if fits is not None:
+            rounded = {name: backend.where(fits, values, np.inf) for name, values in rounded.items()}
+        return Quantized(k, shift, rounded, kept)
 
-    def decoded_errors(
-        self, slab: Slab, quantized: Quantized, index: np.ndarray, level: np.ndarray
-    ) -> dict[str, np.ndarray]:
+    def decoded_errors(self, slab: Slab, quantized: Quantized, index: Array, level: Array) -> dict[str, Array]:
         """The errors of rows `index` in the arithmetic of the decoder, float32 and with the digits as stored."""
-        at = self.backend.constant(index, "int64")
-        packing, parts = self.decoder.packing, []
-        within, escape = packing.split(self.backend, quantized.k[at])
-        flags = (
-            self.backend.constant(level[index], "uint8") | self.backend.cast((escape != 0).any(1), "uint8") * ESCAPED
-        )
-        arrays = {"q": packing.pack(self.backend, within), "level": flags, "escape": self.backend.cast(escape, "int16")}
+        backend, packing, parts = self.backend, self.decoder.packing, []
+        within, escape = packing.split(backend, quantized.k[index])
+        flags = backend.cast(level[index], "uint8") | backend.cast((escape != 0).any(1), "uint8") * ESCAPED
+        arrays = {"q": packing.pack(backend, within), "level": flags, "escape": backend.cast(escape, "int16")}
         # To find the rows that escape, a GPU would be waited for: all of them do, most by zero.
-        every = {} if self.backend.on_host else {indices_of("escape"): self.backend.constant(np.arange(self.tile_rows))}
+        every = {} if backend.on_host else {indices_of("escape"): backend.arange(self.tile_rows)}
         for tile in self._tiles(len(index)):
             padded = {name: self._padded(array[tile]) for name, array in arrays.items()} | every
             parts.append(self.decoder.decode(padded)[: tile.stop - tile.start])
-        decoded = self.backend.concatenate(parts)
+        decoded = backend.concatenate(parts)
         if self.settings.keep_shift:
-            decoded = decoded + quantized.shift[at][:, None]
-        measured: dict[str, np.ndarray]
-        measured, *_ = self._errors(slab, at, self.backend.cast(decoded, "float64") - slab.rows[at])
-        return measured
+            decoded = decoded + quantized.shift[index][:, None]
+        return self._errors(slab, index, backend.cast(decoded, "float64") - slab.rows[index])
 
-    def _errors(self, slab: Slab, at: Array, errors: Array, *flags: Array) -> tuple[Any, ...]:
-        """The errors in the metric of rows whose values have these errors; and `flags` of these rows on the host."""
-        rows = slab.rows[at]
-        if slab.softmax is None:
-            errors_of = row_errors(rows, rows + errors, self.settings.metric, self._centre)
-            return errors_of, *self.backend.to_host(*flags)
+    def _errors(self, slab: Slab, index: Array, errors: Array) -> dict[str, Array]:
+        """The errors in the metric of rows `index`, whose values have these errors."""
         softmax = slab.softmax
+        if softmax is None:
+            rows = slab.rows[index]
+            return errors_of(rows, rows + errors, self.settings.metric, self._centre)
         if self._loops:
-            sharp, soft = self._loops.divergences(softmax.weights, softmax.total_sharp, softmax.total_soft, at, errors)
+            sharp, soft = self._loops.divergences(
+                softmax.weights, softmax.total_sharp, softmax.total_soft, index, errors
+            )
         else:
-            sharp, soft = softmax.divergences(self.backend, at, errors)
-        sharp, soft, *on_host = self.backend.to_host(sharp, soft, *flags)
-        beyond = np.flatnonzero(np.isnan(sharp) | np.isnan(soft))
-        if len(beyond):
-            chosen = self.backend.constant(beyond, "int64")
-            values = row_errors(rows[chosen], rows[chosen] + errors[chosen], "kl")
-            sharp[beyond], soft[beyond] = (values[name] for name in error_names("kl"))
-        return dict(zip(error_names("kl"), (sharp, soft), strict=True)), *on_host
+            sharp, soft = softmax.divergences(self.backend, index, errors)
+        return self._divergences(slab, index, errors, sharp, soft)
+
+    def _divergences(self, slab: Slab, index: Array, errors: Array, sharp: Array, soft: Array) -> dict[str, Array]:
+        """Those at T = 1 and T = 4 by name. On the host, those beyond `LARGEST_EXPONENT` are measured by logarithms."""
+        if self.backend.torch is None:
+            beyond = np.flatnonzero(np.isnan(sharp) | np.isnan(soft))
+            if len(beyond):
+                rows = slab.rows[index[beyond]]
+                values = errors_of(rows, rows + errors[beyond], "kl")
+                sharp[beyond], soft[beyond] = (values[name] for name in error_names("kl"))
+        return dict(zip(error_names("kl"), (sharp, soft), strict=True))
 
     def _heaviest(self, rows: Array) -> Array:
         count = min(CLASSES, self.decoder.width)
@@ -363,6 +409,10 @@ class Quantizer:
 
     def _padded(self, x: Array) -> Array:
         return self.backend.pad_rows(x, self.tile_rows)
+
+    @cached_property
+    def _multipliers(self) -> Array:
+        return self.backend.constant(multipliers(), "float64")
 
     @cached_property
     def _matrix(self) -> Array:
@@ -431,8 +481,8 @@ def compiled_loops() -> ModuleType | None:
 # -- searching the level of every row ---------------------------------------------------------------------------------
 
 
-def encode_linear(quantizer: Quantizer, rows: Array) -> Encoded:
-    """Encode rows as described in the module docstring. Raises NotFinite."""
+def encode_linear(quantizer: Quantizer, rows: np.ndarray) -> Encoded:
+    """Encode rows of numpy as described in the module docstring. Raises NotFinite."""
     check_finite(rows)
     size = quantizer.slab_rows
     starts = range(0, max(len(rows), 1), size)
@@ -450,14 +500,13 @@ def search_coefficients(quantizer: Quantizer, rows: np.ndarray) -> np.ndarray:
 class _LevelSearch:
     """For every row of a slab, the coarsest level within the limit, and the row quantized at that level."""
 
-    def __init__(self, quantizer: Quantizer, rows: Array) -> None:
+    def __init__(self, quantizer: Quantizer, rows: np.ndarray) -> None:
         self.quantizer = quantizer
         self.limit = quantizer.settings.limit
         self.slab = quantizer.prepare(rows)
         self.exact = self.slab.too_large.copy()
         self.level = self.slab.start.copy()
-        everything = np.arange(len(rows))
-        self.best = quantizer.quantize(self.slab, self.level, everything)
+        self.best = quantizer.first(self.slab)
         if len(rows):
             self._refine()
             if quantizer.settings.certified:
@@ -482,7 +531,7 @@ class _LevelSearch:
             self.level[active] = np.minimum(self.level[active] + levels_of(ratio, up=True), LEVEL_MASK)
             if len(active):
                 quantized = self.quantizer.quantize(self.slab, self.level, active)
-                self.best.replace_rows(active, quantized, np.arange(len(active)))
+                self.best.replace_rows(active, quantized, np.ones(len(active), bool))
         again: np.ndarray = failed[~self.exact[failed]]
         return again
 
@@ -501,9 +550,8 @@ class _LevelSearch:
         active = np.flatnonzero(~self.exact & (target < self.level) & (target >= 0))
         quantized = self.quantizer.quantize(self.slab, target, active)
         passed = quantized.worst(self.limit) <= 1.0
-        better = active[passed]
-        self.best.replace_rows(better, quantized, np.flatnonzero(passed))
-        self.level[better] = target[better]
+        self.best.replace_rows(active, quantized, passed)
+        self.level[active[passed]] = target[active[passed]]
 
     def _check_decoded(self, index: np.ndarray) -> None:
         """Rows must be within the limit in the arithmetic of the decoder too; the others get a finer step."""
@@ -514,27 +562,30 @@ class _LevelSearch:
             index = self._refine()
 
     def encoded(self) -> Encoded:
-        backend, packing, exact = self.quantizer.backend, self.quantizer.decoder.packing, self.exact
-        # Rows stored exactly are zero in all other arrays.
-        packed_rows = backend.constant(~exact)
-        k = backend.where(packed_rows[:, None], self.best.k, self.best.k * 0.0)
-        within, escape = packing.split(backend, k)
-        escaped = to_numpy((escape != 0).any(1))
-        level = np.where(exact, EXACT, self.level | np.where(escaped, ESCAPED, 0)).astype(np.uint8)
-        arrays = {
-            "q": packing.pack(backend, within),
-            "level": backend.constant(level),
-            "escape": to_numpy(backend.cast(escape, "int16")) if escaped.any() else absent(tuple(k.shape), "int16"),
-            "exact": exact_rows(self.slab.rows, exact),
-        }
-        if self.quantizer.settings.keep_shift:
-            arrays["shift"] = backend.where(packed_rows, self.best.shift, self.best.shift * 0.0)
+        exact = self.exact
+        arrays = stored_arrays(self.quantizer, self.best, self.level, exact)
+        escaped = arrays["level"] & ESCAPED
+        arrays["escape"] = arrays["escape"] if escaped.any() else absent(arrays["escape"].shape, "int16")
+        arrays["exact"] = exact_rows(self.slab.rows, exact)
         errors = {name: np.where(exact, 0.0, values) for name, values in self.best.errors.items()}
         return Encoded(arrays=arrays, errors=errors, exact=exact, top1_kept=self.best.top1_kept | exact)
 
 
-def levels_of(ratio: np.ndarray, *, up: bool) -> np.ndarray:
+def stored_arrays(quantizer: Quantizer, best: Quantized, level: Array, exact: Array) -> dict[str, Array]:
+    """The arrays of the archive but `exact`. Rows stored exactly are zero in all of them."""
+    backend, packing = quantizer.backend, quantizer.decoder.packing
+    k = backend.where(exact[:, None], best.k * 0.0, best.k)
+    within, escape = packing.split(backend, k)
+    flags = backend.cast((escape != 0).any(1), "uint8") * ESCAPED
+    level = backend.where(exact, backend.cast(exact, "uint8") * EXACT, backend.cast(level, "uint8") | flags)
+    arrays = {"q": packing.pack(backend, within), "level": level, "escape": backend.cast(escape, "int16")}
+    if quantizer.settings.keep_shift:
+        arrays["shift"] = backend.where(exact, best.shift * 0.0, best.shift)
+    return arrays
+
+
+def levels_of(ratio: Array, *, up: bool) -> Array:
     """How many levels change the error by this factor (the error grows with the square of the step); at least one."""
-    levels = np.log2(np.clip(ratio, 1e-30, 1e30)) * (LEVELS_PER_OCTAVE / 2)
-    whole: np.ndarray = np.maximum(np.ceil(levels) if up else np.floor(levels), 1).astype(np.int64)
-    return whole
+    backend = backend_of(ratio)
+    levels = backend.log2(backend.clip(ratio, 1e-30, 1e30)) * (LEVELS_PER_OCTAVE / 2)
+    return backend.cast(backend.clip(-backend.floor(-levels) if up else backend.floor(levels), 1, None), "int64")

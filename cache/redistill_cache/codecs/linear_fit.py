@@ -31,6 +31,9 @@ STEP_ROUNDS = 7
 PACKING_ROUNDS = 2
 # The target of the mean error on the pilot, in units of the bound: below 1, so that other rows meet the bound too.
 MEAN_TARGET, CERTIFIED_TARGET = 0.93, 0.8
+# The largest error that a row adds to the mean, in units of the bound. With more, the few rows of a saturated teacher
+# whose largest class a step exchanges would decide the step of all.
+MOST_ERROR, MOST_CERTIFIED_ERROR = 100, 10
 MAX_FITTED_RANK = 2048
 # Rows of features nearer to the offset than this share of the median distance are held to the error of that distance.
 FLOOR_OF_MEDIAN = 0.1
@@ -125,12 +128,12 @@ def _unpacked(basis: Basis, step: float, settings: LinearSettings, rows: np.ndar
 
 
 def _mean_errors(quantizer: Quantizer, rows: np.ndarray) -> dict[str, float]:
-    """Mean errors of rows at their starting levels, those of single rows capped at a hundred times the bound."""
-    most = 100 * quantizer.settings.fidelity
+    """Mean errors of rows at their starting levels, those of single rows capped: they get a finer step of their own."""
+    most = (MOST_CERTIFIED_ERROR if quantizer.settings.certified else MOST_ERROR) * quantizer.settings.fidelity
     errors: dict[str, list[np.ndarray]] = {}
     for start in range(0, len(rows), quantizer.slab_rows):
         slab = quantizer.prepare(rows[start : start + quantizer.slab_rows])
-        for name, values in quantizer.quantize(slab, slab.start, np.arange(len(slab))).errors.items():
+        for name, values in quantizer.first(slab).errors.items():
             errors.setdefault(name, []).append(np.minimum(values, most))
     return {name: float(np.concatenate(parts).mean()) for name, parts in errors.items()}
 

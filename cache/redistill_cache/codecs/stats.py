@@ -29,6 +29,7 @@ __all__ = [
     "check_finite",
     "check_stats",
     "error_names",
+    "errors_of",
     "keeps_top1",
     "kl_rows",
     "log_softmax",
@@ -123,20 +124,29 @@ def error_names(metric: str) -> tuple[str, ...]:
 
 def row_errors(exact: Array, decoded: Array, metric: str, centre: Centre | None = None) -> dict[str, np.ndarray]:
     """The errors of every row by name, float64 on the host; `centre` is needed for metric "centred"."""
+    return {name: np.array(to_numpy(values)) for name, values in errors_of(exact, decoded, metric, centre).items()}
+
+
+def errors_of(exact: Array, decoded: Array, metric: str, centre: Centre | None = None) -> dict[str, Array]:
+    """The same, where the rows are."""
     if centre is not None:
         difference = backend_of(exact).cast(decoded, "float64") - exact
-        return {metric: np.array(to_numpy(euclidean(difference) / centre.size(exact)))}
+        return {metric: euclidean(difference) / centre.size(exact)}
     if metric == "relative":
-        return {"relative": np.array(to_numpy(relative_error(exact, decoded)))}
-    return {f"kl_t{t:g}": np.array(to_numpy(kl_rows(exact, decoded, t))) for t in TEMPERATURES}
+        return {"relative": relative_error(exact, decoded)}
+    return {f"kl_t{t:g}": kl_rows(exact, decoded, t) for t in TEMPERATURES}
 
 
-def rounded_up(errors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+# Of the 52 bits of a float64 that `rounded_up` drops.
+DROPPED = (1 << 42) - 1
+
+
+def rounded_up(errors: Mapping[str, Array]) -> dict[str, Array]:
     """Rounded up to 11 significant bits: the same on every machine, and never below the measured error."""
     result = {}
     for name, values in errors.items():
-        mantissa, exponent = np.frexp(values)
-        result[name] = np.ldexp(np.ceil(mantissa * 2048.0) / 2048.0, exponent)
+        backend = backend_of(values)
+        result[name] = backend.view(backend.view(values, "int64") + DROPPED & ~DROPPED, "float64")
     return result
 
 

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from redistill_cache.codecs import CodecOptions, explain_codec, fit_codec, open_codec
 from redistill_cache.codecs.backend import Backend
-from redistill_cache.codecs.linear_encode import Quantizer, encode_linear
+from redistill_cache.codecs.device_search import encode_on_device
+from redistill_cache.codecs.linear_encode import Quantizer
 from redistill_cache.codecs.stats import BlockStats, check_stats
 from redistill_cache.errors import Damaged
 from redistill_cache.spec import SignalSpec, TeacherSpec
@@ -126,7 +127,7 @@ def test_numpy_and_torch_encode_the_same_bytes(width: int):
     rows = features(width, width=width)
     codec = fit_codec("linear", rows[:250], metric="centred", fidelity=0.1)
     on_torch = Quantizer(codec.decoder, codec.settings, Backend(torch, torch.device("cpu")))
-    found, expected = encode_linear(on_torch, torch.from_numpy(rows)), codec.encode(rows)
+    found, expected = encode_on_device(on_torch, torch.from_numpy(rows), codec.encode), codec.encode(rows)
     for name, array in expected.arrays.items():
         np.testing.assert_array_equal(np.asarray(found.arrays[name]), np.asarray(array), err_msg=name)
 

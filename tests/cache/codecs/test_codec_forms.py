@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from redistill_cache.codecs import fit_codec
 from redistill_cache.codecs.backend import Backend
+from redistill_cache.codecs.device_search import encode_on_device
 from redistill_cache.codecs.divergence import Softmax
 from redistill_cache.codecs.linear_encode import Quantizer, compiled_loops, encode_linear
 from redistill_cache.codecs.rounding import ArraySweeps, Factors
@@ -49,10 +50,17 @@ def adversarial(rows: np.ndarray) -> np.ndarray:
     return rows
 
 
-def array_quantizer(codec, backend: Backend) -> Quantizer:
-    quantizer = Quantizer(codec.decoder, codec.settings, backend)
-    quantizer._loops, quantizer._sweeps = None, ArraySweeps(backend)
+def array_quantizer(codec) -> Quantizer:
+    quantizer = Quantizer(codec.decoder, codec.settings, Backend())
+    quantizer._loops, quantizer._sweeps = None, ArraySweeps(Backend())
     return quantizer
+
+
+def on_torch(codec, sweeps, rows: np.ndarray):
+    """Encoded by the search of a GPU, with torch on the CPU."""
+    quantizer = Quantizer(codec.decoder, codec.settings, HOST)
+    quantizer._sweeps = sweeps
+    return encode_on_device(quantizer, torch.from_numpy(rows), codec.encode)
 
 
 def assert_same(found, expected) -> None:
@@ -71,8 +79,8 @@ def test_every_form_encodes_the_same_bytes(width: int, rounding: str, keep_shift
     rows = adversarial(logits(230, width, 3.0, seed=width))
     codec = fit_codec("linear", rows[100:], rounding=rounding, keep_shift=keep_shift)
     compiled = codec.encode(rows)
-    assert_same(encode_linear(array_quantizer(codec, Backend()), rows), compiled)
-    assert_same(encode_linear(array_quantizer(codec, HOST), torch.from_numpy(rows)), compiled)
+    assert_same(encode_linear(array_quantizer(codec), rows), compiled)
+    assert_same(on_torch(codec, ArraySweeps(HOST), rows), compiled)
 
 
 @settings(max_examples=25, deadline=None)
@@ -80,21 +88,41 @@ def test_every_form_encodes_the_same_bytes(width: int, rounding: str, keep_shift
 def test_forms_agree_for_any_rows_and_fidelity(seed: int, scale: float, fidelity: float):
     rows = logits(90, 48, scale, seed)
     codec = fit_codec("linear", rows[:60], fidelity=fidelity)
-    assert_same(encode_linear(array_quantizer(codec, Backend()), rows), codec.encode(rows))
+    assert_same(encode_linear(array_quantizer(codec), rows), codec.encode(rows))
+
+
+class Counted(np.ndarray):
+    """A matrix that counts the rows that it is multiplied by."""
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **options):
+        if ufunc is np.matmul:
+            self.rows.append(len(inputs[0]))
+        return getattr(ufunc, method)(*(np.asarray(each) for each in inputs), **options)
+
+
+def test_a_trial_multiplies_its_rows_alone_and_only_once(monkeypatch: pytest.MonkeyPatch):
+    rows = logits(128, 100, 3.0, seed=2)
+    codec = fit_codec("linear", rows)
+    quantizer = Quantizer(codec.decoder, codec.settings, Backend()).prepared()
+    quantizer._matrix = quantizer._matrix.view(Counted)
+    quantizer._matrix.rows = []
+    trials: list[int] = []
+    for name, at in (("quantize", 3), ("project_only", 2)):
+        method = getattr(Quantizer, name)
+        monkeypatch.setattr(Quantizer, name, lambda *args, at=at, do=method: trials.append(len(args[at])) or do(*args))
+    assert_same(encode_linear(quantizer, rows), codec.encode(rows))
+    tiles, others = [64, 64], sorted(trials[: len(trials) // 2])  # the second half is of codec.encode
+    assert sorted(quantizer._matrix.rows) == sorted([*tiles, *others])
+    assert len(set(others)) > 3
 
 
 INTERPRETED = """
-import numpy as np, torch
 from redistill_cache.codecs import fit_codec
-from redistill_cache.codecs.backend import Backend
-from redistill_cache.codecs.linear_encode import Quantizer, encode_linear
 from redistill_cache.codecs.triton_sweeps import TritonSweeps
-from tests.cache.codecs.test_codec_forms import HOST, assert_same, logits
+from tests.cache.codecs.test_codec_forms import assert_same, logits, on_torch
 rows = logits(60, 40, 3.0, seed=0)
 codec = fit_codec("linear", rows)
-quantizer = Quantizer(codec.decoder, codec.settings, HOST)
-quantizer._loops, quantizer._sweeps = None, TritonSweeps()
-assert_same(encode_linear(quantizer, torch.from_numpy(rows[:6])), codec.encode(rows[:6]))
+assert_same(on_torch(codec, TritonSweeps(), rows[:6]), codec.encode(rows[:6]))
 """
 
 
@@ -159,7 +187,7 @@ def test_autocast_changes_neither_encoded_nor_decoded_rows():
 
 def encode_linear_under_autocast(codec, rows):
     with HOST.without_autocast():
-        return encode_linear(array_quantizer(codec, HOST), torch.from_numpy(rows))
+        return on_torch(codec, ArraySweeps(HOST), rows)
 
 
 @pytest.mark.parametrize("size", [1e-9, 1e-4, 0.3, 5.0, 300.0])

@@ -91,6 +91,18 @@ def test_every_packing_returns_what_was_packed():
     assert packing_flaw(Packing.empty(3)) is None
 
 
+def test_bytes_of_eight_slots_and_the_largest_digits_are_unpacked():
+    rng = np.random.default_rng(2)
+    radix = np.array([2] * 8 + [256] + [16, 16] + [3, 5, 7, 2], np.uint16)
+    byte = np.array([0] * 8 + [1] + [2, 2] + [3] * 4, np.uint16)
+    low = np.where(np.arange(15) % 2, -32768, 32767).astype(np.int16)
+    symbols = np.stack([rng.permutation(256).astype(np.uint8) for _ in range(4)])
+    packing = Packing(15, np.arange(15, dtype=np.uint16), radix, low, byte, symbols)
+    assert packing_flaw(packing) is None
+    k = low + rng.integers(0, radix, (50, 15))
+    np.testing.assert_array_equal(unpacked(packing, packing.pack(Backend(), k.astype(np.float64))), k)
+
+
 def bits_of_columns(packed: np.ndarray) -> float:
     """The entropy of the bytes of a row, every column coded by itself."""
     counts = (np.bincount(column, minlength=256) for column in packed.T)

@@ -14,6 +14,7 @@ from redistill_cache.verify import verify
 import redistill
 from redistill.cached_teacher import CachedTeacher
 from redistill.caching import cache_teacher
+from redistill.caching.encoder import BlockEncoder
 from redistill.models import open_model
 from redistill.progress import NoProgress
 from redistill.teachers import Teacher
@@ -58,6 +59,22 @@ def test_in_float32_a_gpu_with_the_arithmetic_of_the_cpu_writes_its_bytes(tmp_pa
     rows = {name for name in expected if "/c." in name}
     assert len(rows) > 8
     assert {name: found.get(name) for name in rows} == {name: expected[name] for name in rows}
+
+
+def test_the_encoder_waits_for_a_piece_once_and_for_rows_that_it_finishes_on_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pieces: list[object] = []
+    encode = BlockEncoder._encode
+    monkeypatch.setattr(BlockEncoder, "_encode", lambda *args: pieces.append(args[1]) or encode(*args))
+    with simulated_cuda() as gpu, gpu.counting() as syncs:
+        cache_teacher(five_class_options(tmp_path / "a.zarr", device="cuda", codec="linear", amp=False))
+    waits = [sync for sync in syncs if sync.within("encoder.py") and sync.within(" _run")]
+    assert len([sync for sync in waits if sync.within("backend.py") and sync.within(" read")]) == len(pieces) > 1
+    # Once more in pieces with rows that are finished on the host, and for rows that are stored exactly.
+    others = [sync for sync in waits if not sync.within(" read")]
+    assert {sync.stack[1].split()[-1] for sync in others} <= {"encode_on_device", "exact_rows"}, list(map(str, others))
+    assert len(others) <= 2 * len(pieces)
 
 
 class Said(NoProgress):
