@@ -163,27 +163,27 @@ def wanted(tasks: Sequence[str]) -> Iterator[Wanted]:
         hard = ("noisy-40", "misled-40")
         for teacher in (*hard, "noisy-20", "misled-10", "over-confident", "under-trained") if task in wide else hard:
             yield "teacher", Setting(task, teacher), THREE, SEEDS
+    for task in few:
+        for views in (1, ONLINE, 2, 4, 16) if task in wide else (1, ONLINE):
+            yield "views", Setting(task, views=views), ENDS[:2], SEEDS
     for task in wide:
+        yield "optimiser", Setting(task, optimiser="adamw"), (LABELS, *THREE), SEEDS
+        for teacher in both:
+            yield "student", Setting(task, teacher, student="tiny"), (LABELS, *THREE), SEEDS
+    if "glyphs100" in tasks:
+        for teacher in both:
+            yield "temperature", Setting("glyphs100", teacher), (LABELS, *THREE, *ENDS[2:]), SEEDS
+    for task in wide:
+        yield "student", Setting(task, student="large", length=0.25), (LABELS, *THREE), SEEDS
         weights = [factor * PUBLISHED for factor in (0.5, 2, 4)]
         losses = [kd(loss, t, weight) for loss, t in (("kl", 4), ("power", 4), ("power", 1)) for weight in weights]
         yield "weight", Setting(task), tuple(losses), SEEDS
-        for teacher in both:
-            yield "optimiser", Setting(task, teacher, optimiser="adamw"), (LABELS, *THREE), SEEDS
-            yield "student", Setting(task, teacher, student="tiny"), (LABELS, *THREE), SEEDS
-            yield "student", Setting(task, teacher, student="large", length=0.25), (LABELS, *THREE), SEEDS
-    for task in few:
-        for views in (1, 2, 4, 16, ONLINE) if task in wide else (1, 2, ONLINE):
-            yield "views", Setting(task, views=views), ENDS[:2], SEEDS
-    for task in wide:
         for fidelity in ("1e-1", "1e-2", EXACT):
             yield "fidelity", Setting(task, fidelity=fidelity), ENDS[:2], SEEDS
         yield "ce weight", Setting(task), tuple(kd(loss, 4, PUBLISHED, ce) for ce in (0, 0.5) for loss in PAIR), SEEDS
         yield "loss", Setting(task), ("ce?smoothing=0.1",), SEEDS
         for per_class in IMAGES_PER_CLASS[task]:
             yield "images", Setting(task, per_class=per_class), (LABELS, *THREE), SEEDS
-    if "glyphs100" in tasks:
-        for teacher in both:
-            yield "temperature", Setting("glyphs100", teacher), (LABELS, *ENDS, THREE[-1]), SEEDS
 
 
 def crossed(task: str) -> Iterator[Wanted]:
