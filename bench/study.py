@@ -172,7 +172,13 @@ def wanted(tasks: Sequence[str]) -> Iterator[Wanted]:
             yield "student", Setting(task, teacher, student="tiny"), (LABELS, *THREE), SEEDS
     if "glyphs100" in tasks:
         for teacher in both:
-            yield "temperature", Setting("glyphs100", teacher), (LABELS, *THREE, *ENDS[2:]), SEEDS
+            losses = tuple(kd(loss, t) for t in (4, 8) for loss in (*PAIR, CALIBRATED))
+            yield (
+                "temperature",
+                Setting("glyphs100", teacher),
+                (LABELS, *losses) if teacher == "sound" else losses,
+                SEEDS,
+            )
     for task in wide:
         yield "student", Setting(task, student="large", length=0.25), (LABELS, *THREE), SEEDS
         weights = [factor * PUBLISHED for factor in (0.5, 2, 4)]
