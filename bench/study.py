@@ -35,7 +35,7 @@ from typing import Any
 import harness
 import torch
 from redistill_cache.storage import LOCAL
-from study_gradients import AUDITED, audit, gradient_ratio
+from study_gradients import AUDITED, audit
 from study_report import best_of_two, compared, draw, gradients, summary
 from study_tasks import EXACT, TASKS, Lab, Task
 
@@ -56,8 +56,7 @@ OPTIMISERS = {
     "adamw": OptimConfig(opt="adamw", lr=0.003, weight_decay=0.05, warmup_epochs=1.0),
     "features": preset("features").optim,
 }
-CALIBRATED = "weight=calibrated"
-"""In a loss: the published weight times the ratio of KL's mean gradient to the loss's, before the first step."""
+CALIBRATED = "power?calibrate=1"
 
 # -- what is trained --------------------------------------------------------------------------------------------------
 
@@ -108,7 +107,8 @@ AUDIT = "audit"
 """The axis of cells that measure gradients."""
 CROSSED = tuple(kd(loss, t) for t in TEMPERATURES for loss in PAIR)
 ENDS = tuple(kd(loss, t) for t in (4, 1) for loss in PAIR)
-MAIN = ENDS[0], ENDS[1], ENDS[3]
+THREE = *ENDS[:2], kd(CALIBRATED, 4)
+IMAGES_PER_CLASS = {"digits": (20, 50), "fonts": (5, 20, 100)}
 FAMILY = (
     "power?lam=0.3333",
     "power?lam=0.5",
@@ -138,52 +138,58 @@ Wanted = tuple[str, Setting, tuple[str, ...], tuple[int, ...]]
 
 
 def wanted(tasks: Sequence[str]) -> Iterator[Wanted]:
+    """One axis after the other; glyphs10, whose students take the most steps, is left out where two tasks show it."""
     few = [task for task in tasks if task != "glyphs100"]
+    wide = [task for task in few if task != "glyphs10"]
+    both = ("sound", "misled-20")
     for task in few:
         yield from crossed(task)
     for task in few:
-        yield "length", Setting(task, length=0.5), (LABELS, *ENDS), SEEDS
-        yield "length", Setting(task, length=2.0), (LABELS,), SEEDS
-    for task in few:
-        for teacher in ("sound", "misled-20"):
+        for teacher in both:
             yield AUDIT, Setting(task, teacher), AUDITED, SEEDS[:1]
     for task in few:
-        if task == "glyphs10":
-            continue  # a step takes seven times longer; fonts and digits show what there is to see, in fewer epochs
-        for teacher in ("sound", "misled-20"):
-            yield "student", Setting(task, teacher, student="large", length=0.25), (LABELS, *ENDS), SEEDS
-    for task in tasks:
-        yield from crossed(task)
-        at_1 = ("power?lam=0.5", "power?form=cressie-read", "dkd") if task in few else ()
-        for teacher in ("sound", "misled-20"):
-            losses = [kd(loss, 4) for loss in FAMILY] + [kd(loss, 1) for loss in at_1]
-            yield "loss", Setting(task, teacher), tuple(losses), SEEDS
-        yield "loss", Setting(task), ("ce?smoothing=0.1",), SEEDS
+        for length in (0.5, 2.0):
+            yield "length", Setting(task, length=length), (LABELS, *ENDS[:2]) if length < 1 else (LABELS,), SEEDS
+    for task in few:
+        at_4 = FAMILY if task in wide else tuple(loss for loss in FAMILY if "lam" not in loss)
+        for teacher in both:
+            yield "loss", Setting(task, teacher), tuple(kd(loss, 4) for loss in at_4), SEEDS
         yield "loss", Setting(task, optimiser="features", fidelity=EXACT), ("features", kd("kl", 4)), SEEDS
     for task in few:
-        for teacher in ("sound", "misled-20"):
-            weights = [0.5 * PUBLISHED, 2 * PUBLISHED, 4 * PUBLISHED]
-            losses = [kd(loss, t, weight) for loss, t in (("kl", 4), ("power", 4), ("power", 1)) for weight in weights]
-            losses += [f"power?temperature={t}&{CALIBRATED}" for t in (4, 1)]
-            yield "weight", Setting(task, teacher), tuple(losses), SEEDS
+        at = (2, 4, 8) if task in wide else (4,)
+        for teacher in both:
+            yield "loss", Setting(task, teacher), tuple(kd(CALIBRATED, t) for t in at), SEEDS
     for task in few:
-        for teacher in ("noisy-20", "noisy-40", "misled-10", "misled-40", "over-confident", "under-trained"):
-            yield "teacher", Setting(task, teacher), ENDS, SEEDS
+        hard = ("noisy-40", "misled-40")
+        for teacher in (*hard, "noisy-20", "misled-10", "over-confident", "under-trained") if task in wide else hard:
+            yield "teacher", Setting(task, teacher), THREE, SEEDS
     for task in few:
-        for teacher in ("sound", "misled-20"):
-            losses = [kd(loss, 4, ce=ce, weight=PUBLISHED) for ce in (0, 0.5) for loss in PAIR]
-            yield "ce weight", Setting(task, teacher), tuple(losses), SEEDS
-            yield "optimiser", Setting(task, teacher, optimiser="adamw"), (LABELS, *ENDS), SEEDS
-            yield "student", Setting(task, teacher, student="tiny"), (LABELS, *ENDS), SEEDS
-    for task in few:
-        if task == "digits":
-            continue
-        for views in (1, 2, 4, 16, ONLINE):
-            yield "views", Setting(task, views=views), MAIN, SEEDS
-        for per_class in (5, 20, 100):
-            yield "images", Setting(task, per_class=per_class), (LABELS, *MAIN), SEEDS
+        for views in (1, ONLINE, 2, 4, 16) if task in wide else (1, ONLINE):
+            yield "views", Setting(task, views=views), ENDS[:2], SEEDS
+    for task in wide:
+        yield "optimiser", Setting(task, optimiser="adamw"), (LABELS, *THREE), SEEDS
+        for teacher in both:
+            yield "student", Setting(task, teacher, student="tiny"), (LABELS, *THREE), SEEDS
+    if "glyphs100" in tasks:
+        for teacher in both:
+            losses = tuple(kd(loss, t) for t in (4, 8) for loss in (*PAIR, CALIBRATED))
+            yield (
+                "temperature",
+                Setting("glyphs100", teacher),
+                (LABELS, *losses) if teacher == "sound" else losses,
+                SEEDS,
+            )
+    for task in wide:
+        yield "student", Setting(task, student="large", length=0.25), (LABELS, *THREE), SEEDS
+        weights = [factor * PUBLISHED for factor in (0.5, 2, 4)]
+        losses = [kd(loss, t, weight) for loss, t in (("kl", 4), ("power", 4), ("power", 1)) for weight in weights]
+        yield "weight", Setting(task), tuple(losses), SEEDS
         for fidelity in ("1e-1", "1e-2", EXACT):
             yield "fidelity", Setting(task, fidelity=fidelity), ENDS[:2], SEEDS
+        yield "ce weight", Setting(task), tuple(kd(loss, 4, PUBLISHED, ce) for ce in (0, 0.5) for loss in PAIR), SEEDS
+        yield "loss", Setting(task), ("ce?smoothing=0.1",), SEEDS
+        for per_class in IMAGES_PER_CLASS[task]:
+            yield "images", Setting(task, per_class=per_class), (LABELS, *THREE), SEEDS
 
 
 def crossed(task: str) -> Iterator[Wanted]:
@@ -214,10 +220,7 @@ class Study:
             epochs, (student,) = options.optim.epochs, options.students
             measured = {"gradients": list(audit(options.archive, options.data, student, epochs, cell.seeds[0]))}
         else:
-            measured = {
-                "losses": dict(zip(cell.losses, options.losses, strict=True)),
-                "students": self.trained(cell, options),
-            }
+            measured = {"students": self.trained(cell, options)}
         result = {
             "cell": cell.name,
             "axis": cell.axis,
@@ -239,14 +242,12 @@ class Study:
         views = optim.epochs if setting.views == ONLINE else setting.views
         data = self.lab.data(task, "student", per_class)
         archive = self.lab.archive(task, setting.teacher, per_class, views, setting.fidelity)
-        student = f"demo:{setting.student}"
-        losses = tuple(self.calibrated(loss, archive, data, student) for loss in cell.losses)
         return TrainOptions(
             data=data,
             archive=archive,
-            students=(student,),
+            students=(f"demo:{setting.student}",),
             out=self.lab.work / "runs" / cell.name,
-            losses=losses,
+            losses=cell.losses,
             seeds=cell.seeds,
             batch_size=BATCH_SIZE,
             optim=optim,
@@ -255,12 +256,6 @@ class Study:
             workers=0,
             log=("csv",),
         )
-
-    def calibrated(self, loss: str, archive: Path, data: str, student: str) -> str:
-        if CALIBRATED not in loss:
-            return loss
-        bare = loss.replace(f"&{CALIBRATED}", "")
-        return loss.replace("calibrated", f"{PUBLISHED * gradient_ratio(bare, archive, data, student):.4g}")
 
     def trained(self, cell: Cell, options: TrainOptions) -> list[dict[str, Any]]:
         """Train a cohort; the scores of every student, from one pass over the images for validation."""

@@ -24,10 +24,14 @@ from redistill.losses.catalogue import make_loss
 from redistill.optim import OptimConfig, lr_at, set_lr
 from redistill.training.feed import Feed
 
-__all__ = ["AUDITED", "audit", "gradient_ratio"]
+__all__ = ["AUDITED", "audit"]
 
-AUDITED = tuple(f"{name}temperature={t}" for t in (4, 1) for name in ("kl?", "power?", "power?form=cressie-read&"))
-CE_WEIGHT, KD_WEIGHT, BATCH_SIZE, ROWS, FIRST_BATCHES = 0.1, 0.9, 32, 512, 8
+AUDITED = tuple(
+    f"{name}temperature={t}"
+    for t in (4, 1)
+    for name in ("kl?", "power?", "power?calibrate=1&", "power?form=cressie-read&")
+)
+CE_WEIGHT, KD_WEIGHT, BATCH_SIZE, ROWS = 0.1, 0.9, 32, 512
 
 
 def audit(archive_path: Path, data: str, student: str, epochs: int, seed: int = 0) -> Iterator[dict[str, Any]]:
@@ -80,22 +84,3 @@ def row_gradients(loss: Any, logits: Tensor, target: Tensor) -> Tensor:  # noqa:
     leaf = logits.clone().requires_grad_()
     value = loss(student_logits=leaf, teacher_logits=target)
     return torch.autograd.grad(value, leaf)[0] * len(leaf)  # the value is the mean over rows
-
-
-def gradient_ratio(text: str, archive_path: Path, data: str, student: str, seed: int = 0) -> float:
-    """The mean length of KL's gradient over that of a loss, on the first batches before the first step."""
-    archive = open_archive(archive_path)
-    dataset, teacher = redistill.ViewDataset(data, archive), redistill.CachedTeacher(archive)
-    opened = redistill.open_model(student, num_classes=archive.num_classes, seed=seed)
-    network, normalise = opened.module.train(), opened.normalise()
-    loss, kl = make_loss(text)[1], make_loss(f"kl?temperature={text.rpartition('=')[2]}")[1]
-    lengths, of_kl = [], []
-    for (plan, images), _ in zip(
-        Feed(dataset, epochs=1, batch_size=BATCH_SIZE, seed=seed).start(), range(FIRST_BATCHES), strict=False
-    ):
-        with torch.no_grad():
-            logits = network(normalise(images.pixels))
-        target = teacher(plan.rows, plan.views[0])
-        lengths.append(row_gradients(loss, logits, target).norm(dim=1))
-        of_kl.append(row_gradients(kl, logits, target).norm(dim=1))
-    return float(torch.cat(of_kl).mean() / torch.cat(lengths).mean())

@@ -39,8 +39,6 @@ def compared(results: Iterable[Mapping[str, Any]]) -> list[Row]:
             if result["cell"] not in cells[key]:
                 cells[key].append(result["cell"])
             about[key] = {name: result[name] for name in ("axis", "images", "epochs")}
-            trained = result["losses"][student["loss"]]
-            about[key] |= {} if trained == student["loss"] else {"trained": trained}
     rows = []
     for setting, of_losses in top1.items():
         base = of_losses.get(BASE, {})

@@ -63,6 +63,8 @@ class Task:
     """The weights of a sound teacher that is there; the study trains all others."""
     draw: Callable[[str, int], Images] | None = None
     """(part, images a class) -> images; None for the glyphs that the synthetic source draws."""
+    glyphs: str = "noise=0.3&clutter=0.2&similarity=0"
+    """Options of the synthetic source."""
 
     @property
     def recipe(self) -> str:
@@ -90,15 +92,15 @@ def font(name: str) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(mpl.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"), 40)
 
 
-def glyph_in_font(name: str, character: str, rng: np.random.Generator, size: int = 32) -> Image.Image:
+def glyph_in_font(name: str, character: str, rng: np.random.Generator, size: int = 24) -> Image.Image:
     """A character turned, scaled, slanted and shifted, darker than its paper, with noise."""
     large = Image.new("L", (80, 80))
     ImageDraw.Draw(large).text((40, 40), character, fill=255, font=font(name), anchor="mm")
     angle, slant = rng.uniform(-0.2, 0.2, 2)
-    scale_x, scale_y = rng.uniform(1.3, 1.9, 2)  # pixels of `large` in one of the image
+    scale_x, scale_y = rng.uniform(1.3, 1.9, 2) * 32 / size  # pixels of `large` in one of the image
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     matrix = turn @ np.array([[scale_x, slant * scale_x], [0, scale_y]])
-    shift = np.array([40, 40]) - matrix @ (size / 2 + rng.uniform(-2.5, 2.5, 2))
+    shift = np.array([40, 40]) - matrix @ (size / 2 + rng.uniform(-0.08, 0.08, 2) * size)
     coefficients = (*matrix[0], shift[0], *matrix[1], shift[1])
     placed = large.transform((size, size), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR)
     ink = np.asarray(placed, np.float32)[..., None] / 255
@@ -156,8 +158,26 @@ TASKS: Mapping[str, Task] = {
             teacher_epochs=12,
             sound=TEACHER_WEIGHTS,
         ),
-        Task("fonts", classes=40, per_class=12, epochs=160, teacher_per_class=150, teacher_epochs=8, draw=draw_fonts),
-        Task("glyphs100", classes=100, per_class=20, epochs=64, teacher_per_class=100, teacher_epochs=12),
+        Task(
+            "fonts",
+            classes=40,
+            per_class=12,
+            epochs=160,
+            teacher_per_class=150,
+            teacher_epochs=8,
+            size=24,
+            padding=2,
+            draw=draw_fonts,
+        ),
+        Task(
+            "glyphs100",
+            classes=100,
+            per_class=20,
+            epochs=64,
+            teacher_per_class=100,
+            teacher_epochs=12,
+            glyphs="noise=0.1&clutter=0&similarity=0",
+        ),
     )
 }
 
@@ -236,8 +256,7 @@ class Lab:
         """The spec of a part of a task's images."""
         if task.draw is None:
             split = {"teacher": "&seed=1", "student": "", "val": "&split=val"}[part]
-            easy = f"synthetic?classes={task.classes}&noise=0.3&clutter=0.2&similarity=0"
-            return f"{easy}&n={per_class * task.classes}{split}"
+            return f"synthetic?classes={task.classes}&{task.glyphs}&n={per_class * task.classes}{split}"
         folder = self.work / "images" / f"{task.name}-{part}-{per_class}"
         with missing(folder) as to_make:
             if to_make:
@@ -276,7 +295,7 @@ class Lab:
                         out=out,
                         losses=("ce",),
                         seeds=(100,),
-                        batch_size=64 if task.size == 32 else 32,
+                        batch_size=64 if task.size > 16 else 32,
                         optim=optim,
                         device="cpu",
                         workers=0,

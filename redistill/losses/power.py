@@ -42,6 +42,8 @@ ORDERS = ("teacher-first", "student-first")
 CAP = math.log(1e4)
 # Fits float32 with room for the factors multiplied with it.
 LARGEST_EXPONENT = 60.0
+# The mean weight of rows that `calibrate` divides by is not below this: rows that no longer weigh anything stay so.
+LEAST_WEIGHT = 1e-3
 # Closer to k = -1 than this, the gradient in terms of w would lose digits in float32.
 NEAR_REVERSE_KL = 0.2
 
@@ -57,6 +59,7 @@ def power_divergence(
     *,
     cap: float = CAP,
     scale_by_t2: bool = True,
+    calibrate: bool = False,
 ) -> Tensor:
     """The power divergence between teacher and student; the default is the bounded form, after REDistill.
 
@@ -75,8 +78,14 @@ def power_divergence(
     cap applies to unbounded members other than KL and reverse KL: where the exponent lam·log(p/q) exceeds it, the
     exponential is continued by its tangent, so that value and gradient stay finite and the gradient never vanishes.
     math.inf turns it off as far as float32 allows; `capped_fraction` measures how often it applies.
+
+    calibrate=True, which is ours and not the paper's, divides all rows by the mean of their weights M (LOSSES.md) over
+    the batch; under KL it is 1. A row in which the two disagree still weighs less than the others of its batch, but the
+    batch as a whole no longer weighs less while the student knows little. For members from KL to reverse KL.
     """
     check_member(lam, form, order)
+    if calibrate and (form == "density" or may_be_capped(lam, form, order)):
+        raise UsageError("calibrate=1 needs a member from KL to reverse KL: form=bounded with lam from 0 to 1")
     check_options(temperature, cap)
     check_reduction(reduction)
     student, teacher = prepare(student_logits, teacher_logits)
@@ -87,7 +96,18 @@ def power_divergence(
     else:
         wants_gradient = torch.is_grad_enabled() and student.requires_grad
         rows = _Eager.apply(student, teacher, member, temperature, scale, wants_gradient)
+    if calibrate:
+        rows = rows / _mean_weight(student, teacher, cressie_read_power(lam, form, order), temperature)
     return reduce_rows(rows, reduction)
+
+
+def _mean_weight(student: Tensor, teacher: Tensor, k: float, temperature: float) -> Tensor:
+    """The mean over rows of M = Σ p^(1+k) q^(-k), for -1 <= k <= 0."""
+    with torch.no_grad():
+        log_q = torch.log_softmax(student / temperature, dim=1)
+        log_p = torch.log_softmax(teacher / temperature, dim=1)
+        weights = log_p.mul_(1.0 + k).sub_(log_q, alpha=k).exp_().sum(dim=1)
+        return weights.mean().clamp_min(LEAST_WEIGHT)
 
 
 def check_member(lam: float, form: str, order: str) -> None:

@@ -272,12 +272,45 @@ def test_bounded_members_stay_below_their_bound(k, bounded):
         ({"lam": math.nan}, "lam must be a finite number"),
         ({"temperature": 0.0}, "temperature must be a finite number above 0"),
         ({"cap": -1.0}, "cap must be positive"),
+        ({"calibrate": True, "form": "cressie-read"}, "calibrate=1 needs a member from KL to reverse KL"),
+        ({"calibrate": True, "form": "density"}, "calibrate=1 needs a member from KL to reverse KL"),
+        ({"calibrate": True, "lam": 1.2}, "calibrate=1 needs a member from KL to reverse KL"),
     ],
 )
 def test_invalid_options_are_refused_in_one_line(options, message):
     with pytest.raises(UsageError, match=message) as caught:
         power_divergence(*logits(), **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("lam", [0.0, 1 / 3, 0.5, 2 / 3, 0.95, 1.0])
+@pytest.mark.parametrize("order", ["teacher-first", "student-first"])
+def test_calibration_divides_by_the_mean_weight_of_the_rows(lam, order):
+    """Value and gradient; a row's weight, from float64 probabilities."""
+    student, teacher = logits()
+    student = student.requires_grad_()
+    options = {"lam": lam, "temperature": 2.0, "order": order, "reduction": "none"}
+    plain, calibrated = (power_divergence(student, teacher, calibrate=c, **options) for c in (False, True))
+    p, q = (torch.softmax(z.detach().double() / 2, 1) for z in (teacher, student))
+    p, q = (p, q) if order == "teacher-first" else (q, p)
+    mean = (p ** (1 - lam) * q**lam).sum(1).mean().item()
+    assert torch.allclose(calibrated * mean, plain, rtol=1e-5)
+    grads = [torch.autograd.grad(rows.sum(), student)[0] for rows in (plain, calibrated)]
+    assert torch.allclose(grads[1] * mean, grads[0], rtol=1e-5, atol=1e-9)
+
+
+def test_calibration_leaves_kl_and_agreement_as_they_are_and_is_finite_for_any_logits():
+    student, teacher = logits()
+    kl = {"lam": 0.0, "temperature": 1.0}
+    assert torch.allclose(
+        power_divergence(student, teacher, **kl, calibrate=True), power_divergence(student, teacher, **kl), rtol=1e-6
+    )
+    assert power_divergence(teacher, teacher, calibrate=True).item() == 0.0
+    extreme = torch.eye(4).mul(1e4).requires_grad_()  # no row weighs anything
+    value = power_divergence(extreme, extreme.detach().roll(1, dims=1), temperature=1.0, calibrate=True)
+    (gradient,) = torch.autograd.grad(value, extreme)
+    assert torch.isfinite(value)
+    assert torch.isfinite(gradient).all()
 
 
 def test_capped_fraction_counts_rows_where_the_cap_applies():
