@@ -4,9 +4,10 @@ Training from an address: images/s with the archive on a server with 20 ms of la
 over images/s with the same archive on disk. The first epoch is not counted, runs alternate, each with an empty cache
 folder, and a ratio is the median of the ratios of neighbouring runs; disk over disk is the control. Before the first
 epoch with a view, the trainer compares it with its canaries, 32 images: 0.1 to 0.2 s. From disk this is done for all
-views before the run, from an address for each view once it is here. That is all that an address costs, so there are
-two lengths of an epoch: of one second, and four times as long. An epoch over ImageNet takes minutes. The bytes are
-those that the server sent for a run of two epochs, over the size of what it needs: the base and two views.
+views before the run, from an address for each view once it is here. A request that fails costs another second, so a
+view may come too late for an epoch that is as short. Hence two lengths of an epoch: of one second, and four times as
+long. An epoch over ImageNet takes minutes. The bytes are those that the server sent for a run of two epochs, over the
+size of what it needs: the base and two views.
 
 Moving: seconds and peak memory of commands of `redistill archive` on an archive of the size of ImageNet, 1,281,167 rows
 of 1,000 classes in four views. It is written without a teacher: its blocks repeat encoded rows. Before each command,
