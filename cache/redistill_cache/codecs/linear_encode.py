@@ -1,8 +1,8 @@
 """The encoder of the linear codec: project, round, decode, measure, and take finer steps until a row meets the bound.
 
-The bytes of a row depend on that row alone, not on other rows or on the number of threads: rows are processed in tiles
-of one shape, projections are made in float64 and put on a grid much coarser than the differences between orders of
-summation, and every decision about a row depends on that row only.
+The bytes of a row depend on that row alone, not on other rows or on the number of threads: products of large numbers
+are made in tiles of one shape, projections are made in float64 and put on a grid much coarser than the differences
+between orders of summation, and every decision about a row depends on that row only.
 """
 
 from __future__ import annotations
