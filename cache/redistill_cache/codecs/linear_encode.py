@@ -1,8 +1,8 @@
 """The encoder of the linear codec: project, round, decode, measure, and take finer steps until a row meets the bound.
 
-The bytes of a row depend on that row alone, not on other rows or on the number of threads: rows are processed in tiles
-of one shape, projections are made in float64 and put on a grid much coarser than the differences between orders of
-summation, and every decision about a row depends on that row only.
+The bytes of a row depend on that row alone, not on other rows or on the number of threads: products of large numbers
+are made in tiles of one shape, projections are made in float64 and put on a grid much coarser than the differences
+between orders of summation, and every decision about a row depends on that row only.
 """
 
 from __future__ import annotations
@@ -196,10 +196,16 @@ class Quantizer:
     """The arithmetic of the encoder on one device: projection, and rounding with the errors that it causes."""
 
     def __init__(
-        self, decoder: LinearDecoder, settings: LinearSettings, backend: Backend, factors: Factors | None = None
+        self,
+        decoder: LinearDecoder,
+        settings: LinearSettings,
+        backend: Backend,
+        factors: Factors | None = None,
+        *,
+        fitting: bool = False,
     ) -> None:
-        """`factors` are those of another quantizer with the same matrix and metric."""
-        self.decoder, self.settings, self.backend = decoder, settings, backend
+        """`factors` are those of another quantizer with the same matrix and metric; `fitting`: it has no digits yet."""
+        self.decoder, self.settings, self.backend, self._fitting = decoder, settings, backend, fitting
         if factors is not None:
             self.factors = factors
         self._loops = compiled_loops() if backend.torch is None else None
@@ -438,7 +444,13 @@ class Quantizer:
 
     @cached_property
     def _packable(self) -> tuple[Array, Array]:
-        """The least and the largest integer of every coefficient whose escape fits its type."""
+        """The least and the largest integer of every coefficient whose escape fits its type.
+
+        Digits that are fitted later will reach any: without them, the large coefficients of a saturated teacher would
+        fit with no step, and finer steps would be tried until all rows are stored exactly.
+        """
+        if self._fitting:
+            return self.backend.constant(np.array(-np.inf)), self.backend.constant(np.array(np.inf))
         lowest, reach = (part.astype(np.float64) for part in (self.decoder.packing.lowest, self.decoder.packing.reach))
         least, most = lowest - ESCAPE_LIMIT * reach, lowest + (ESCAPE_LIMIT + 1) * reach - 1
         return self.backend.constant(least), self.backend.constant(most)

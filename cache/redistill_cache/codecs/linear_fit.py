@@ -124,7 +124,7 @@ def _unpacked(basis: Basis, step: float, settings: LinearSettings, rows: np.ndar
     quantizer = Quantizer(bare, settings, Backend())
     x, _ = quantizer.project(rows)
     decoder = replace(bare, spread=np.abs(x).mean(0).astype(np.float32))
-    return Quantizer(decoder, settings, Backend(), quantizer.factors)
+    return Quantizer(decoder, settings, Backend(), quantizer.factors, fitting=True)
 
 
 def _mean_errors(quantizer: Quantizer, rows: np.ndarray) -> dict[str, float]:

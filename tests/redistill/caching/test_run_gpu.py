@@ -68,7 +68,7 @@ def test_the_encoder_waits_for_a_piece_once_and_for_rows_that_it_finishes_on_the
     encode = BlockEncoder._encode
     monkeypatch.setattr(BlockEncoder, "_encode", lambda *args: pieces.append(args[1]) or encode(*args))
     with simulated_cuda() as gpu, gpu.counting() as syncs:
-        cache_teacher(five_class_options(tmp_path / "a.zarr", device="cuda", codec="linear", amp=False))
+        cache_teacher(five_class_options(tmp_path / "a.zarr", device="cuda", codec="linear", amp=False, views=1))
     waits = [sync for sync in syncs if sync.within("encoder.py") and sync.within(" _run")]
     assert len([sync for sync in waits if sync.within("backend.py") and sync.within(" read")]) == len(pieces) > 1
     # Once more in pieces with rows that are finished on the host, and for rows that are stored exactly.
