@@ -160,11 +160,14 @@ def wanted(tasks: Sequence[str]) -> Iterator[Wanted]:
         for teacher in both:
             yield "loss", Setting(task, teacher), tuple(kd(CALIBRATED, t) for t in at), SEEDS
     for task in few:
-        hard = ("noisy-40", "misled-40")
-        for teacher in (*hard, "noisy-20", "misled-10", "over-confident", "under-trained") if task in wide else hard:
+        for teacher in ("noisy-40", "misled-40"):
             yield "teacher", Setting(task, teacher), THREE, SEEDS
-    for task in few:
-        for views in (1, ONLINE, 2, 4, 16) if task in wide else (1, ONLINE):
+        for views in (1, ONLINE):
+            yield "views", Setting(task, views=views), ENDS[:2], SEEDS
+    for task in wide:
+        for teacher in ("noisy-20", "misled-10", "over-confident", "under-trained"):
+            yield "teacher", Setting(task, teacher), THREE, SEEDS
+        for views in (2, 4, 16):
             yield "views", Setting(task, views=views), ENDS[:2], SEEDS
     for task in wide:
         yield "optimiser", Setting(task, optimiser="adamw"), (LABELS, *THREE), SEEDS
