@@ -28,6 +28,7 @@ from redistill.signals import LOGITS, PENULTIMATE, PROBE_SIZE, Head
 from redistill.sources.open_source import open_source
 from redistill.specs import first_line
 from redistill.teachers import Teacher
+from redistill.training.advice import advice
 from redistill.training.archive_use import ArchiveUse, ViewStream
 from redistill.training.feed import Feed, views_of_epoch
 from redistill.training.member import Member
@@ -115,6 +116,8 @@ def prepare(
         for spec, opened in zip(specs, students, strict=True)
     ]
     objectives = connect(options, archive, drafts, layers, teachers, online, saved, progress)
+    for line in advice(objectives):
+        progress.warning(line)
     specs = tuple(replace(spec, losses=objective.specs) for spec, objective in zip(specs, objectives, strict=True))
     reads = choose_reads(objectives, teachers) if cached else []
     use = resumed or choose_use(archive, teachers, reads)
