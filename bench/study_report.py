@@ -270,7 +270,7 @@ def labels_line(axis: Any, rows: Sequence[Row], task: str) -> None:  # noqa: ANN
 
 
 def draw_audit(audited: Sequence[Row], folder: Path) -> None:
-    kinds = list(dict.fromkeys((row["task"], row["teacher"]) for row in audited))[:4]
+    kinds = list(dict.fromkeys((row["task"], row["teacher"]) for row in audited))
     figures = {
         "norm": "mean length of the gradient",
         "shrunk": "rows below a tenth of KL's",
