@@ -159,6 +159,10 @@ def wanted(tasks: Sequence[str]) -> Iterator[Wanted]:
         at = (2, 4, 8) if task in wide else (4,)
         for teacher in both:
             yield "loss", Setting(task, teacher), tuple(kd(CALIBRATED, t) for t in at), SEEDS
+    if "glyphs100" in tasks:
+        losses = tuple(kd(loss, t) for t in (4, 8) for loss in PAIR)
+        yield "temperature", Setting("glyphs100"), (LABELS, *losses), SEEDS
+        yield "temperature", Setting("glyphs100", "misled-20"), losses, SEEDS
     for task in few:
         for teacher in ("noisy-40", "misled-40"):
             yield "teacher", Setting(task, teacher), THREE, SEEDS
@@ -173,15 +177,6 @@ def wanted(tasks: Sequence[str]) -> Iterator[Wanted]:
         yield "optimiser", Setting(task, optimiser="adamw"), (LABELS, *THREE), SEEDS
         for teacher in both:
             yield "student", Setting(task, teacher, student="tiny"), (LABELS, *THREE), SEEDS
-    if "glyphs100" in tasks:
-        for teacher in both:
-            losses = tuple(kd(loss, t) for t in (4, 8) for loss in (*PAIR, CALIBRATED))
-            yield (
-                "temperature",
-                Setting("glyphs100", teacher),
-                (LABELS, *losses) if teacher == "sound" else losses,
-                SEEDS,
-            )
     for task in wide:
         yield "student", Setting(task, student="large", length=0.25), (LABELS, *THREE), SEEDS
         weights = [factor * PUBLISHED for factor in (0.5, 2, 4)]
