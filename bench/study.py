@@ -36,7 +36,7 @@ import harness
 import torch
 from redistill_cache.storage import LOCAL
 from study_gradients import AUDITED, audit
-from study_report import best_of_two, compared, draw, gradients, summary
+from study_report import at_same_temperature, best_of_two, compared, draw, gradients, summary
 from study_tasks import EXACT, TASKS, Lab, Task
 
 from redistill.models import open_weights
@@ -286,7 +286,7 @@ def validation(lab: Lab, task: Task) -> Validation:
 
 def report(done: Sequence[dict[str, Any]], args: Any) -> None:  # noqa: ANN401  argparse's namespace
     rows, audited = compared(done), gradients(done)
-    harness.save("study", [*best_of_two(rows), *summary(rows), *rows, *audited], args)
+    harness.save("study", [*best_of_two(rows), *at_same_temperature(rows), *summary(rows), *rows, *audited], args)
     if args.plots is not None:
         draw(rows, audited, args.plots)
 

@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 from methods import holm
 from scipy.stats import ttest_rel
 
-__all__ = ["BASE", "best_of_two", "compared", "draw", "gradients", "summary"]
+__all__ = ["BASE", "at_same_temperature", "best_of_two", "compared", "draw", "gradients", "summary"]
 
 BASE = "kl?temperature=4"
 SETTING = ("task", "teacher", "student", "optimiser", "per_class", "views", "fidelity", "length")
@@ -92,7 +92,7 @@ def summary(rows: Sequence[Row]) -> list[Row]:
     from KL at T = 4 after Holm.
     """
     lines = []
-    centre = [row for row in rows if all(row[name] == value for name, value in CENTRE.items())]
+    centre = [row for row in rows if is_central(row)]
     for teacher, loss in dict.fromkeys((row["teacher"], row["loss"]) for row in centre):
         of_tasks = [row for row in centre if (row["teacher"], row["loss"]) == (teacher, loss)]
         of_tasks = [row for row in of_tasks if row["difference"] is not None]
@@ -131,7 +131,7 @@ def best_of_two(rows: Sequence[Row], first: str = "power", second: str = "kl") -
     """
     of: dict[str, dict[tuple[str, str], Row]] = defaultdict(dict)
     for row in rows:
-        if row["teacher"] in ("sound", "misled-20") and all(row[name] == value for name, value in CENTRE.items()):
+        if row["teacher"] in ("sound", "misled-20") and is_central(row):
             of[row["loss"]][row["task"], row["teacher"]] = row
     candidates = {
         name: [loss for loss in of if re.fullmatch(rf"{name}\?temperature=\d+", loss)] for name in (first, second)
@@ -144,22 +144,41 @@ def best_of_two(rows: Sequence[Row], first: str = "power", second: str = "kl") -
         max(losses, key=lambda loss: statistics.mean(of[loss][place]["top1"] for place in places))
         for losses in candidates.values()
     ]
+    one, other = (of[loss] for loss in chosen)
+    return corrected_for_many([duel("best of two", one[place], other[place]) for place in places])
+
+
+def at_same_temperature(rows: Sequence[Row], first: str = "power", second: str = "kl") -> list[Row]:
+    """Two losses at each temperature at the centre of the study: a line for every task, teacher and temperature."""
+    of = {(row["task"], row["teacher"], row["loss"]): row for row in rows if is_central(row)}
     lines = []
-    for task, teacher in places:
-        one, other = (of[loss][task, teacher] for loss in chosen)
-        lines.append(
-            {
-                "table": "best of two",
-                "task": task,
-                "teacher": teacher,
-                "losses": chosen,
-                "top1": [one["top1"], other["top1"]],
-                "difference": one["top1"] - other["top1"],
-                "p": paired_p(one["top1_of_seed"], other["top1_of_seed"]),
-            }
-        )
+    for task, teacher, loss in sorted(of):
+        other = of.get((task, teacher, loss.replace(f"{first}?", f"{second}?")))
+        if re.fullmatch(rf"{first}\?temperature=\d+", loss) and other is not None:
+            lines.append(duel("same temperature", of[task, teacher, loss], other))
+    return corrected_for_many(lines)
+
+
+def duel(table: str, one: Row, other: Row) -> Row:
+    """Two losses of one setting, with the p-value of a paired t-test over the seeds."""
+    return {
+        "table": table,
+        "task": one["task"],
+        "teacher": one["teacher"],
+        "losses": [one["loss"], other["loss"]],
+        "top1": [one["top1"], other["top1"]],
+        "difference": one["top1"] - other["top1"],
+        "p": paired_p(one["top1_of_seed"], other["top1_of_seed"]),
+    }
+
+
+def corrected_for_many(lines: Sequence[Row]) -> list[Row]:
     corrected = iter(holm([line["p"] for line in lines if line["p"] is not None]))
     return [line | {"p_holm": None if line["p"] is None else next(corrected)} for line in lines]
+
+
+def is_central(row: Row) -> bool:
+    return all(row[name] == value for name, value in CENTRE.items())
 
 
 # -- plots ------------------------------------------------------------------------------------------------------------

@@ -26,8 +26,8 @@ def advice(objectives: Iterable[Objective]) -> Iterator[str]:
 def _of_term(term: Term) -> Iterator[str]:
     options = term.options
     if term.entry.name in SOFTENED and float(options["temperature"]) <= 1:
-        yield "at temperature 1 students were 2 to 29 points less accurate than at 4; add temperature=4 or 8"
+        yield "at temperature 1 students were up to 29 points less accurate than at 4; add temperature=4 or 8"
     if term.entry.name == "power" and options["form"] == "cressie-read":
-        yield "students of the literal form were up to 12 points less accurate than those of kl; leave out form"
+        yield "students of the literal form were up to 27 points less accurate than those of kl; leave out form"
     if term.entry.name == "power" and options["form"] == "density":
         yield "its weight depends on the number of classes: with 40, 16 points less than kl; leave out form"

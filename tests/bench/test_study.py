@@ -23,7 +23,7 @@ from redistill.training.options import split_terms
 sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 from study import AUDIT, SEEDS, Cell, Setting, Study, cells, kd
 from study_gradients import comparison, row_gradients
-from study_report import BASE, best_of_two, compared, draw, summary
+from study_report import BASE, at_same_temperature, best_of_two, compared, draw, summary
 from study_tasks import TASKS, UNSEEN_FONTS, Lab, NoisyLabels, draw_fonts, glyph_in_font
 
 from redistill.losses.catalogue import make_loss
@@ -95,6 +95,20 @@ def test_each_loss_is_compared_at_the_one_temperature_that_is_best_for_it():
     assert misled["p"] == pytest.approx(ttest_rel(POWER, KL).pvalue)
     assert misled["difference"] == pytest.approx(np.mean(POWER) - np.mean(KL))
     assert best_of_two(compared(results[:0])) == []
+
+
+def test_two_losses_at_the_same_temperature_are_compared_with_scipys_p_value():
+    losses = {"kl?temperature=1": KL, "power?temperature=1": POWER, "power?lam=1&temperature=1": LITERAL, BASE: KL}
+    rows = compared([result("fonts", losses), result("digits", {**losses, "power?temperature=4": LITERAL})])
+    lines = at_same_temperature(rows)
+    assert [(line["task"], *line["losses"]) for line in lines] == [
+        ("digits", "power?temperature=1", "kl?temperature=1"),
+        ("digits", "power?temperature=4", "kl?temperature=4"),
+        ("fonts", "power?temperature=1", "kl?temperature=1"),
+    ]
+    assert lines[0]["p"] == pytest.approx(ttest_rel(POWER, KL).pvalue)
+    assert lines[0]["p_holm"] == pytest.approx(min(1, 3 * ttest_rel(POWER, KL).pvalue))
+    assert lines[1]["difference"] == pytest.approx(np.mean(LITERAL) - np.mean(KL))
 
 
 def test_every_cell_is_a_valid_loss_and_no_student_is_trained_twice():
