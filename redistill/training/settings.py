@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from redistill_cache.wording import counted
+
 from redistill.devices import precision_text
 from redistill.optim import OptimConfig
 from redistill.ranks import World
@@ -22,7 +24,10 @@ def settings_in_effect(options: TrainOptions, setup: TrainSetup, world: World) -
     members = len(setup.members)
     batches = len(setup.feed.global_batches(0))
     return {
-        "archive": f"{archive.path.name} ({identity}), {archive.num_samples:,} samples, {archive.num_views:,} views",
+        "archive": (
+            f"{archive.path.name} ({identity}), {counted(archive.num_samples, 'sample')}, "
+            f"{counted(archive.num_views, 'view')}"
+        ),
         "teacher": teacher_text(options, setup),
         "recipe": recipe_text(archive_recipe(archive)) + resized,
         "validation": "none" if options.val is None else str(options.val),
@@ -32,8 +37,8 @@ def settings_in_effect(options: TrainOptions, setup: TrainSetup, world: World) -
         "optimizer": optimizer_text(options.optim, options.ema),
         "schedule": schedule_text(options.optim),
         "batch": (
-            f"{options.batch_size:,}, {options.views_per_image} view{'s' * (options.views_per_image > 1)} per image, "
-            f"{batches:,} batches per epoch"
+            f"{options.batch_size:,}, {counted(options.views_per_image, 'view')} per image, "
+            f"{batches:,} batch{'es' * (batches != 1)} per epoch"
         ),
         "device": f"{world.device}, {precision_text(world.device, setup.members[0].amp)}"
         + (f", {world.size} processes" if world.size > 1 else ""),
