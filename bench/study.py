@@ -12,7 +12,7 @@ repeated and an interrupted one continues. Cells that decide come first, so a st
     python bench/study.py --work DIR --done --json bench/results/study.json --plots docs/plots
 
 Rows are compared with KL at T = 4 of the same cell's setting by a paired t-test over the seeds, with Holm's correction
-for the rows of that setting (study_report.py). Three hours on two cores; --quick, two small tasks in ten minutes.
+for the rows of that setting (study_report.py). By the number of steps, three hours on two cores; --quick has two tasks.
 """
 
 from __future__ import annotations
