@@ -195,7 +195,7 @@ def join_names(options: ImportOptions, foreign: Foreign, index: SourceIndex) -> 
         ("extra", "names without an image", names, extra),
         ("duplicate", "names that occur again, of which the first counts", names, again),
     )
-    problems = [(kind, told(text, keys, rows)) for kind, text, keys, rows in found if len(rows)]
+    problems = [(kind, problem_text(text, keys, rows)) for kind, text, keys, rows in found if len(rows)]
     refused = [kind for kind, _ in problems if kind not in options.accept]
     if refused:
         shown = "; ".join(text for kind, text in problems if kind in refused)
@@ -208,7 +208,7 @@ def join_names(options: ImportOptions, foreign: Foreign, index: SourceIndex) -> 
     return records, [text for _, text in problems]
 
 
-def told(text: str, keys: PackedKeys, rows: np.ndarray) -> str:
+def problem_text(text: str, keys: PackedKeys, rows: np.ndarray) -> str:
     shown = ", ".join(repr(keys[int(row)]) for row in rows[:EXAMPLES])
     return f"{len(rows):,} {text} ({shown}{', ...' * (len(rows) > EXAMPLES)})"
 

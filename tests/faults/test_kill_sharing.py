@@ -11,8 +11,6 @@ import os
 import random
 import shutil
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +20,7 @@ from redistill_cache.sending import NOTE
 
 from redistill.sharing.signing import check_signature, read_signature, sign
 from tests import tiny_archive
+from tests.faults.test_kill_transfer import run as run_process
 from tests.s3_server import objects, s3_client, s3_server
 from tests.tiny_archive import SPEC, contents
 
@@ -116,26 +115,10 @@ def place_of(arguments: list[str], folder: Path, s3: Mapping[str, str]) -> Place
 
 
 def run(folder: Path, arguments: list[str], env: Mapping[str, str], seconds: float | None = None) -> float | None:
-    """Run a command, or kill it after so many seconds; the seconds that it took, None if it was killed."""
-    with subprocess.Popen(
-        [sys.executable, "-c", CODE, MODULES[arguments[0]], "archive", *arguments],
-        cwd=folder,
-        env={**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), **env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "now\n"
-        began = time.monotonic()
-        try:
-            _, errors = process.communicate(timeout=300 if seconds is None else seconds)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            return None
-    assert process.returncode == 0, errors
-    return time.monotonic() - began
+    """Run a command of `redistill archive` in a folder, or kill it after so many seconds."""
+    env = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), **env}
+    modules = MODULES[arguments[0]]
+    return run_process(CODE, modules, "archive", *arguments, seconds=seconds, cwd=folder, env=env)
 
 
 def check_what_is_there(found: Mapping[str, bytes], expected: Mapping[str, bytes]) -> None:
