@@ -112,8 +112,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             body = body[: len(body) // 2]
         pieces = [body[at : at + max(1, len(body) // 4)] for at in range(0, len(body), max(1, len(body) // 4))]
         for piece in pieces:
+            request.sent += len(piece)  # before the client can have it and ask what was sent
             self.wfile.write(piece)
-            request.sent += len(piece)
             if fault == "slow":
                 time.sleep(0.01)
         self.wfile.flush()
