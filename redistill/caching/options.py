@@ -44,7 +44,7 @@ class CacheOptions:
     views: int | None = field(
         default=None,
         metadata=option(
-            "Augmented views per image; each epoch of training reads one.",
+            "Augmented views per image; each epoch of training reads one. Long training needs several, such as 8.",
             default_text="1, or those that the teacher has in the archive",
             at_least=1,
         ),

@@ -116,11 +116,11 @@ def prepare(
         for spec, opened in zip(specs, students, strict=True)
     ]
     objectives = connect(options, archive, drafts, layers, teachers, online, saved, progress)
-    for line in advice(objectives):
-        progress.warning(line)
     specs = tuple(replace(spec, losses=objective.specs) for spec, objective in zip(specs, objectives, strict=True))
     reads = choose_reads(objectives, teachers) if cached else []
     use = resumed or choose_use(archive, teachers, reads)
+    for line in advice(objectives, use.views, options.optim.epochs):
+        progress.warning(line)
     if options.views_per_image > use.views:
         raise Refused(f"--views-per-image must be at most the number of views, and the archive has {use.views}")
     if archive.arrivals is not None:
