@@ -19,7 +19,7 @@ from tests.faults.scenario import count_correct_rows, hashes, leftovers, write_a
 from tests.faults.writer_process import start_writer
 
 Reference = tuple[str, dict[str, str]]
-SECONDS = 60
+SECONDS = 240
 
 
 def receive_all(pipe: Connection) -> list[str]:

@@ -25,7 +25,7 @@ from redistill_cache.verify import verify
 from redistill.caching import cache_teacher
 from tests.stage1 import cache_options, command_line, file_hashes, start_command
 
-SECONDS = 120
+SECONDS = 240
 BLOCKS = {"block_rows": 8, "views": 2}
 PER_ARCHIVE = 10
 FileStamps = dict[str, tuple[int, int]]  # inode and modification time by path
