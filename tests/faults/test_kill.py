@@ -100,6 +100,7 @@ def kill_often(folder: Path, times: int, reference: Reference) -> None:
     assert sum(early) > times / 2, "most kills must come while the archive is written"
 
 
+@pytest.mark.timeout(900)
 def test_killed_writers(ram: Path, reference: Reference):
     kill_often(ram, 10, reference)
 

@@ -148,6 +148,7 @@ def kill_often(folder: Path, whole: Path, kills: int, real_every: int | None = N
     print(f"{killed} kills, {archives} archives, all equal to the uninterrupted one")
 
 
+@pytest.mark.timeout(900)
 def test_killed_runs(ram: Path, uninterrupted: Path):
     kill_often(ram, uninterrupted, 3)
 

@@ -60,6 +60,7 @@ def wait_for_gpu(environment: dict[str, str], note: Path, victim: int, how: str)
     note.write_text(ended)
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("victim", "how"), [pytest.param(2, "dies", marks=pytest.mark.slow), (0, "dies"), (1, "fails"), (0, "ends")]
 )

@@ -123,6 +123,7 @@ def preparing(folder: Path, ends_with: str) -> Iterator[multiprocessing.Process]
         process.join(SECONDS)
 
 
+@pytest.mark.timeout(900)
 def test_one_process_prepares_and_the_others_wait_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with preparing(tmp_path, ends_with="told") as first:
@@ -133,6 +134,7 @@ def test_one_process_prepares_and_the_others_wait_for_it(tmp_path: Path, monkeyp
     assert f"waiting for process {first.pid} on " in joined.read_text()
 
 
+@pytest.mark.timeout(900)
 def test_a_process_that_dies_while_it_prepares_is_followed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with preparing(tmp_path, ends_with="never") as first:

@@ -79,6 +79,7 @@ def test_the_zstd_level_changes_bytes_and_no_value_and_is_kept_on_resume(tmp_pat
     assert file_hashes(resumed) == file_hashes(whole)
 
 
+@pytest.mark.timeout(900)
 def test_workers_and_ranks_do_not_change_a_byte(complete_five_classes: Path, tmp_path: Path):
     cache_teacher(five_class_options(tmp_path / "workers.zarr", workers=2))
     assert file_hashes(tmp_path / "workers.zarr") == file_hashes(complete_five_classes)

@@ -81,6 +81,7 @@ def kill_and_resume(folder: Path, archive: Path, kills: int) -> None:
     assert with_checkpoint >= kills // 2, "most kills were too early to lose anything"
 
 
+@pytest.mark.timeout(900)
 def test_a_killed_run_is_resumed(tmp_path: Path, archive: Path):
     kill_and_resume(tmp_path, archive, 1)
 

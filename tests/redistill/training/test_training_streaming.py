@@ -69,6 +69,7 @@ def local(options, tmp_path: Path) -> Callable[..., Path]:
     return run
 
 
+@pytest.mark.timeout(900)
 def test_training_begins_with_the_first_view_and_waits_for_the_next(options, archive: Path, tmp_path: Path, local):
     """The server holds view 1 back until the run, after its first epoch, says that it waits for it."""
     packed = tmp_path / "a.redistill"
