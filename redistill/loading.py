@@ -36,6 +36,7 @@ __all__ = ["BatchLoader", "default_workers", "refuse_few_open_files", "worker_co
 # By default. Those of training and of validation together stay within 1,024 open files, the usual limit.
 MAX_WORKERS = 48
 PREFETCH = 4
+ENDING_S = 60.0  # longer than a worker takes to end where there is a lot to do
 # Where Linux keeps the semaphores of processes, a page for each: three of a worker, and eight of all together.
 SHM, LOCKS_OF_WORKER, LOCKS_OF_WORKERS = Path("/dev/shm"), 3, 8
 # Open files of the main process: of a worker (pipes, and one for each batch that it may be ahead), and of all together.
@@ -94,9 +95,11 @@ class BatchLoader:
 
     def close(self) -> None:
         """Stop the workers now: if this is left to the end of the interpreter, each of them may take seconds."""
-        if hasattr(self._iterator, "_shutdown_workers"):
-            self._iterator._shutdown_workers()
-        self._iterator = None
+        iterator, self._iterator = self._iterator, None
+        if hasattr(iterator, "_shutdown_workers"):
+            iterator._shutdown_workers()
+            for worker in iterator._workers:  # torch terminates those that take seconds, and does not wait for them
+                worker.join(ENDING_S)
 
     def load(self, batches: Iterable[tuple[Tag, Sequence[int]]]) -> Iterator[tuple[Tag, Any]]:
         """(tag, batch) for every (tag, indices), in order. `batches` is consumed a few batches ahead."""
@@ -116,7 +119,7 @@ class BatchLoader:
         except (RuntimeError, EOFError, OSError) as error:  # the latter two if a worker dies while sending a batch
             if "Too many open files" in str(error):
                 raise too_few_open_files(self._workers) from error
-            if not worker_exited(self._iterator):
+            if not worker_exited(self._iterator, 5.0 if isinstance(error, RuntimeError) else ENDING_S):
                 raise
             raise Refused(
                 f"a rendering worker died ({first_line(error)}); if memory ran out, use fewer --workers"
@@ -285,9 +288,9 @@ def refuse_full_shm(workers: int) -> None:
         )
 
 
-def worker_exited(iterator: object) -> bool:
-    """Whether a worker is dead, or dies within a second: its pipes may close before it does."""
-    return bool(wait([worker.sentinel for worker in getattr(iterator, "_workers", ())], timeout=1))
+def worker_exited(iterator: object, within: float) -> bool:
+    """Whether a worker is dead, or dies soon: its pipes close before the server that started it says so."""
+    return bool(wait([worker.sentinel for worker in getattr(iterator, "_workers", ())], timeout=within))
 
 
 @contextmanager

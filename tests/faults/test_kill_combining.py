@@ -106,7 +106,7 @@ def check_kills(command: str, folder: Path, fatal_operations: Sequence[int]) -> 
         for number in (fatal, max(1, fatal // 2)):  # the second call is killed as well
             process = context().Process(target=run_and_die, args=(command, folder, out, number))
             process.start()
-            process.join(120)
+            process.join(240)
             assert process.exitcode in (-signal.SIGKILL, 0), f"operation {number}"
             assert process.exitcode == -signal.SIGKILL or number != fatal, f"operation {fatal} was never reached"
             check_what_is_there(command, folder, out, expected)

@@ -25,7 +25,7 @@ from redistill_cache.verify import verify
 from redistill.caching import cache_teacher
 from tests.stage1 import cache_options, command_line, file_hashes, start_command
 
-SECONDS = 120
+SECONDS = 240
 BLOCKS = {"block_rows": 8, "views": 2}
 PER_ARCHIVE = 10
 FileStamps = dict[str, tuple[int, int]]  # inode and modification time by path
@@ -148,6 +148,7 @@ def kill_often(folder: Path, whole: Path, kills: int, real_every: int | None = N
     print(f"{killed} kills, {archives} archives, all equal to the uninterrupted one")
 
 
+@pytest.mark.timeout(900)
 def test_killed_runs(ram: Path, uninterrupted: Path):
     kill_often(ram, uninterrupted, 3)
 

@@ -86,6 +86,7 @@ def test_a_slow_network_is_timed_with_a_smaller_batch(monkeypatch: pytest.Monkey
     rate, batch = paced(lambda count: time.sleep(0.005 * count), torch.device("cpu"))
     assert doctor.FIRST_BATCH <= batch <= 10
     assert rate <= 200
+    monkeypatch.setattr(doctor, "SECONDS_PER_BATCH", 3600.0)  # whatever interrupts the process, this is faster
     assert paced(lambda _: None, torch.device("cpu"))[1] == doctor.BATCH
 
 

@@ -10,8 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -27,7 +29,7 @@ from redistill.views.dataset import RenderedView
 
 ChildProcesses = Callable[[], set[BaseProcess]]
 
-SECONDS = 120
+SECONDS = 240
 BATCHES = [(i, [i, i + 1]) for i in range(20)]
 
 
@@ -82,6 +84,38 @@ def test_a_worker_that_is_killed_while_it_waits_is_refused_in_the_next_pass(chil
         victim.join(SECONDS)
         with pytest.raises(Refused, match="a rendering worker died"):
             check(loading.load(BATCHES))
+    assert not child_processes()
+
+
+def test_a_worker_that_died_after_it_sent_a_batch_is_refused_however_late_its_death_is_known(
+    child_processes: ChildProcesses,
+):
+    """The batch is fetched from the worker, which is gone; the server, which knows that, is stopped for seconds."""
+    with loader(1) as loading:
+        batches = loading.load(BATCHES)
+        next(batches)
+        (worker,) = child_processes()
+        assert loading._iterator._worker_result_queue._reader.poll(SECONDS)
+        server = forkserver._forkserver._forkserver_pid
+        os.kill(server, signal.SIGSTOP)
+        late = threading.Timer(3, os.kill, (server, signal.SIGCONT))
+        late.start()
+        try:
+            os.kill(worker.pid, signal.SIGKILL)
+            with pytest.raises(Refused, match="a rendering worker died"):
+                list(batches)
+        finally:
+            late.join()
+    assert not child_processes()
+
+
+def test_workers_that_are_slow_to_end_are_gone_as_well(
+    child_processes: ChildProcesses, monkeypatch: pytest.MonkeyPatch
+):
+    """torch waits some seconds for each, terminates those that are left, and does not wait for them."""
+    with loader(2) as loading:
+        check(loading.load(BATCHES))
+        monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.0)
     assert not child_processes()
 
 

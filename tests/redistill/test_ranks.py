@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 from redistill_cache.errors import RedistillError, UsageError
 
 from redistill.ranks import SILENT, Rank, joined_world
+from tests.redistill.training.train_process import rank_environments
 
 
 @pytest.mark.parametrize("rank", ["one", "2", "-1"])
@@ -35,20 +35,13 @@ def test_training_under_srun_alone_is_refused(monkeypatch: pytest.MonkeyPatch):
 
 # -- a rank that dies -------------------------------------------------------------------------------------------------
 
-LIMIT = 60
+LIMIT = 180
 
 
-def wait_for_gpu(rank: int, size: int, port: int, note: Path, victim: int, how: str) -> None:
+def wait_for_gpu(environment: dict[str, str], note: Path, victim: int, how: str) -> None:
     """A rank that waits for something that only the heartbeat ends, as for NCCL; the victim dies meanwhile."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "LOCAL_WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    ended = "finished"
+    os.environ |= environment
+    rank, ended = int(environment["RANK"]), "finished"
     try:
         with joined_world("cpu") as world:
             world.barrier()
@@ -67,17 +60,18 @@ def wait_for_gpu(rank: int, size: int, port: int, note: Path, victim: int, how: 
     note.write_text(ended)
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("victim", "how"), [pytest.param(2, "dies", marks=pytest.mark.slow), (0, "dies"), (1, "fails"), (0, "ends")]
 )
 def test_all_ranks_end_when_one_does(tmp_path: Path, victim: int, how: str):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["redistill.ranks"])
     notes = [tmp_path / str(rank) for rank in range(3)]
-    ranks = [context.Process(target=wait_for_gpu, args=(rank, 3, port, notes[rank], victim, how)) for rank in range(3)]
+    ranks = [
+        context.Process(target=wait_for_gpu, args=(environment, notes[rank], victim, how))
+        for rank, environment in enumerate(rank_environments(3))
+    ]
     for process in ranks:
         process.start()
     for process in ranks:

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -79,50 +79,68 @@ def test_every_share_comes_to_every_block_and_begins_with_its_own():
 # -- one preparation a machine ----------------------------------------------------------------------------------------
 
 
-def _prepare(folder: str, ready_at_end: bool) -> None:
+SECONDS = 240
+
+
+def _wait_for(true: Callable[[], object], what: str) -> None:
+    end = time.monotonic() + SECONDS
+    while not true():
+        assert time.monotonic() < end, what
+        time.sleep(0.01)
+
+
+def _prepare(folder: str, ends_with: str) -> None:
+    """Prepare until there is a file of this name. A process that waits for another one writes `told`."""
     path, told = Path(folder), []
-    with prepared_once(path / "a.zarr", (path / "ready").exists, told.append, lambda: None):
+
+    def tell(text: str) -> None:
+        told.append(text)
+        (path / "told").touch()
+
+    with prepared_once(path / "a.zarr", (path / "ready").exists, tell, lambda: None):
         if (path / "ready").exists():
             (path / f"joined-{os.getpid()}").write_text(" ".join(told))
             return
         (path / f"preparing-{os.getpid()}").touch()
-        time.sleep(3 if ready_at_end else 600)
+        _wait_for((path / ends_with).exists, f"no file {ends_with}")
         (path / "ready").touch()
 
 
 @contextmanager
-def preparing(folder: Path, ready_at_end: bool) -> Iterator[multiprocessing.Process]:
+def preparing(folder: Path, ends_with: str) -> Iterator[multiprocessing.Process]:
     """A process that prepares, once it has begun."""
     before = set(folder.glob("preparing-*"))
-    process = multiprocessing.get_context("spawn").Process(target=_prepare, args=(str(folder), ready_at_end))
+    process = multiprocessing.get_context("spawn").Process(target=_prepare, args=(str(folder), ends_with))
     process.start()
     try:
-        end = time.monotonic() + 60
-        while set(folder.glob("preparing-*")) == before and not list(folder.glob("joined-*")):
-            assert time.monotonic() < end, "the process does not begin"
-            time.sleep(0.01)
+        _wait_for(
+            lambda: set(folder.glob("preparing-*")) != before or list(folder.glob("joined-*")),
+            "the process does not begin",
+        )
         yield process
     finally:
         process.kill()
-        process.join(60)
+        process.join(SECONDS)
 
 
+@pytest.mark.timeout(900)
 def test_one_process_prepares_and_the_others_wait_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with preparing(tmp_path, ready_at_end=True) as first:
-        _prepare(str(tmp_path), ready_at_end=True)
-        first.join(60)
+    with preparing(tmp_path, ends_with="told") as first:
+        _prepare(str(tmp_path), ends_with="told")
+        first.join(SECONDS)
     assert [path.name for path in tmp_path.glob("preparing-*")] == [f"preparing-{first.pid}"]
     [joined] = tmp_path.glob("joined-*")
     assert f"waiting for process {first.pid} on " in joined.read_text()
 
 
+@pytest.mark.timeout(900)
 def test_a_process_that_dies_while_it_prepares_is_followed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with preparing(tmp_path, ready_at_end=False) as first:
+    with preparing(tmp_path, ends_with="never") as first:
         os.kill(first.pid, signal.SIGKILL)
-        with preparing(tmp_path, ready_at_end=True) as second:
-            second.join(60)
+        with preparing(tmp_path, ends_with="cache") as second:
+            second.join(SECONDS)
     assert (tmp_path / "ready").exists()
     assert len(list(tmp_path.glob("preparing-*"))) == 2
 

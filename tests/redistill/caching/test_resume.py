@@ -79,6 +79,7 @@ def test_the_zstd_level_changes_bytes_and_no_value_and_is_kept_on_resume(tmp_pat
     assert file_hashes(resumed) == file_hashes(whole)
 
 
+@pytest.mark.timeout(900)
 def test_workers_and_ranks_do_not_change_a_byte(complete_five_classes: Path, tmp_path: Path):
     cache_teacher(five_class_options(tmp_path / "workers.zarr", workers=2))
     assert file_hashes(tmp_path / "workers.zarr") == file_hashes(complete_five_classes)
@@ -88,7 +89,7 @@ def test_workers_and_ranks_do_not_change_a_byte(complete_five_classes: Path, tmp
         start_command(arguments, outputs[rank], RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank)) for rank in (0, 1)
     ]
     for rank in ranks:
-        rank.join(120)
+        rank.join(240)
     assert [rank.exitcode for rank in ranks] == [0, 0], [output.read_text() for output in outputs]
     assert outputs[1].read_text() == "", "only the first rank of a machine prints"
     assert file_hashes(tmp_path / "ranks.zarr") == file_hashes(complete_five_classes)
@@ -125,7 +126,7 @@ def test_three_commands_started_together_all_finish(complete_five_classes: Path,
     outputs = [tmp_path / f"{number}.txt" for number in range(3)]
     commands = [start_command(command_line(path, **FIVE_CLASSES), output) for output in outputs]
     for command in commands:
-        command.join(120)
+        command.join(240)
     assert [command.exitcode for command in commands] == [0, 0, 0], [output.read_text() for output in outputs]
     assert file_hashes(path) == file_hashes(complete_five_classes)
 

@@ -280,7 +280,7 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, s
     for kind, (build, _) in COSTLY.items():
         build(folder / kind)
     command = [sys.executable, "-c", READ, *(str(folder / kind) for kind in COSTLY)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
     lines = (line.split("|", 2) for line in result.stdout.splitlines())
     return {kind: (int(kilobytes), error) for kind, kilobytes, error in lines}
 

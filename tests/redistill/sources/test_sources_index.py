@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import signal
+import time
 from collections import Counter
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -103,7 +104,8 @@ def test_only_what_changed_is_read_again(root: Path, cache: Path):
 
 
 def test_a_file_modified_just_before_indexing_is_read_again(root: Path):
-    (root / "class0" / "00.png").touch()
+    """Its time is ahead of the clock, so that it stays just before, however long the index takes to start."""
+    put(root / "class0" / "00.png", png(), at=time.time_ns() + 3600 * 10**9)
     index_source(FolderSource(root), workers=0)
     again = Counting(root)
     index_source(again, workers=0)

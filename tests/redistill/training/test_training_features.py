@@ -399,6 +399,7 @@ def test_features_come_from_one_teacher(run, archive: Path, tmp_path: Path):
 # -- several ranks ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "loss", ["features", pytest.param("features?pairs=layer1:layer2+ce?weight=0", marks=pytest.mark.slow)]
 )

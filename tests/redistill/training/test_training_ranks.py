@@ -57,6 +57,7 @@ def record(
     return images_of_steps(sorted(tmp_path.glob(f"{name}-*.jsonl")))
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_batches_are_the_same_for_any_number_of_ranks(options, tmp_path: Path, before: int, after: int):
     """Interrupted in the middle of an epoch and resumed on another number of ranks: the same images in every step."""

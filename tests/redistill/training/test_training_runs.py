@@ -278,7 +278,7 @@ def test_an_unfinished_archive_is_refused_and_the_command_ends(options, tmp_path
         [sys.executable, "-m", "redistill_cli", *command, "--workers", "8"],
         capture_output=True,  # returns when every process has closed the pipe
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 3

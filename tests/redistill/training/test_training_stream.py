@@ -156,6 +156,7 @@ def test_the_tars_of_batches_that_a_worker_has_been_given_are_fetched(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_any_number_of_ranks_sees_the_same_batches(
     server: Flaky, images: Path, options: Callable[..., TrainOptions], tmp_path: Path, ranks: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from redistill.interrupts import Interrupted
 from redistill.training import train
 from redistill.training.checkpoint import LAST
 from tests.flaky_server import Flaky, Request, serving
+from tests.redistill.sources.test_sources_stream import wait_until
 from tests.redistill.training.runs import InterruptAt, history, weights
 from tests.redistill.training.train_process import SECONDS, rank_environments, start, start_ranks
 from tests.small_archive import DATA, cache
@@ -67,6 +69,7 @@ def local(options, tmp_path: Path) -> Callable[..., Path]:
     return run
 
 
+@pytest.mark.timeout(900)
 def test_training_begins_with_the_first_view_and_waits_for_the_next(options, archive: Path, tmp_path: Path, local):
     """The server holds view 1 back until the run, after its first epoch, says that it waits for it."""
     packed = tmp_path / "a.redistill"
@@ -128,6 +131,7 @@ def test_a_resumed_run_fetches_the_view_of_its_epoch_first(options, archive: Pat
     settings = {"checkpoint_minutes": 0.0}
     with served(archive) as (address, _), pytest.raises(Interrupted):
         train(options(**settings), InterruptAt(7), archive=stream_archive(address))  # in the second epoch
+    wait_until(lambda: "fetch views" not in {thread.name for thread in threading.enumerate()})  # else it writes there
     shutil.rmtree(tmp_path / "cache")
     with served(archive) as (address, flaky):
         train(options(**settings), archive=stream_archive(address))

@@ -5,12 +5,14 @@ They are forked from a server that has imported torch, so that fifty of them cos
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import resource
 import socket
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -18,8 +20,11 @@ from redistill_cli.__main__ import main
 
 __all__ = ["SECONDS", "rank_environments", "start", "start_ranks"]
 
-SECONDS = 120
+SECONDS = 240
 """After which a process that still runs is a failure."""
+
+held_ports = ExitStack()
+atexit.register(held_ports.close)
 
 
 def run_command(arguments: list[str], output: Path, environment: Mapping[str, str], largest_file: int | None) -> None:
@@ -57,13 +62,17 @@ def start_ranks(
 
 
 def rank_environments(world_size: int) -> list[dict[str, str]]:
-    """What torchrun tells each of its processes on one machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    """What torchrun tells each of its processes on one machine.
+
+    Until the tests end, no other process is given the port: a socket that allows another one, and never listens, has
+    it. Rank 0 takes seconds to start, while the servers and clients of other tests get the ports that are free.
+    """
+    held = held_ports.enter_context(socket.socket())
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
     shared = {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
+        "MASTER_PORT": str(held.getsockname()[1]),
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
     }
