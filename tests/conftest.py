@@ -8,7 +8,6 @@ import multiprocessing
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
@@ -17,8 +16,12 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-# A run fails because of a change, not because of the examples that were drawn in it.
-hypothesis.settings.register_profile("deterministic", derandomize=True)
+from tests.flaky_server import Server
+
+# A run fails because of a change, not because of the examples that were drawn in it or the load of the machine.
+hypothesis.settings.register_profile(
+    "deterministic", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("deterministic")
 
 
@@ -34,6 +37,13 @@ def child_processes() -> Callable[[], set[BaseProcess]]:
     """Call it for the child processes that run and were started by this test, and not by one before it."""
     before = set(multiprocessing.active_children())
     return lambda: set(multiprocessing.active_children()) - before
+
+
+@pytest.fixture
+def threads() -> Callable[[], set[str]]:
+    """Call it for the names of the threads that run and were started by this test, and not by one before it."""
+    before = set(threading.enumerate())
+    return lambda: {thread.name for thread in set(threading.enumerate()) - before}
 
 
 @contextmanager
@@ -57,12 +67,13 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
     """Serves files and records the requests instead of printing them.
 
     The connection closes halfway for a path that ends in '.short', and on the first request for a path in `fragile`.
-    For a path in `stuck` it stays open, without the second half.
+    For a path in `stuck` it stays open as long as the server, without the second half.
     """
 
     requests: list[str]
     fragile: set[str]
     stuck: set[str]
+    stopped: threading.Event
 
     def log_message(self, *_: object) -> None:
         return
@@ -81,23 +92,26 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
         self.wfile.write(data[: len(data) // 2])
         if path in self.stuck:
             self.wfile.flush()
-            time.sleep(60)
+            self.stopped.wait()
 
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., tuple[str, list[str]]]]:
     """Call with a folder: the address it is served under, and the growing list of requests."""
-    servers: list[http.server.ThreadingHTTPServer] = []
+    servers: list[Server] = []
+    stopped = threading.Event()
 
     def start(folder: Path, fragile: Sequence[str] = (), stuck: Sequence[str] = ()) -> tuple[str, list[str]]:
         requests: list[str] = []
-        handler = type("Handler", (QuietHandler,), {"requests": requests, "fragile": set(fragile), "stuck": set(stuck)})
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(folder)))
+        state = {"requests": requests, "fragile": set(fragile), "stuck": set(stuck), "stopped": stopped}
+        handler = type("Handler", (QuietHandler,), state)
+        server = Server(("127.0.0.1", 0), functools.partial(handler, directory=str(folder)))
         servers.append(server)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         return f"http://127.0.0.1:{server.server_address[1]}", requests
 
     yield start
+    stopped.set()
     for server in servers:
         server.shutdown()
         server.server_close()

@@ -43,6 +43,14 @@ class Flaky:
     requests: list[Request] = field(default_factory=list)
     address: str = ""
     stopped: threading.Event = field(default_factory=threading.Event)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    leave: Callable[[], None] = lambda: None
+    """Refuse connections from now on; nobody else gets the port before the server is closed."""
+
+    def numbered(self, request: Request) -> int:
+        with self.lock:
+            self.requests.append(request)
+            return len(self.requests) - 1
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -53,9 +61,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         request = Request(self.path, dict(self.headers), time.time())
-        self.flaky.requests.append(request)
+        number = self.flaky.numbered(request)
         try:
-            self.answer(request, self.flaky.fault(len(self.flaky.requests) - 1, request))
+            self.answer(request, self.flaky.fault(number, request))
         except OSError:
             return  # the client left
 
@@ -131,7 +139,7 @@ class Server(http.server.ThreadingHTTPServer):
     request_queue_size = 64
 
     def handle_error(self, *_: object) -> None:
-        return  # a closed connection is one of the faults
+        return  # a client that left; printed, it would be taken for the output of a command
 
 
 @contextmanager
@@ -139,6 +147,12 @@ def serving(flaky: Flaky) -> Iterator[Flaky]:
     server = Server(("127.0.0.1", 0), type("FlakyHandler", (Handler,), {"flaky": flaky}))
     flaky.address = f"http://127.0.0.1:{server.server_address[1]}"
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def leave() -> None:
+        server.shutdown()
+        server.socket.shutdown(socket.SHUT_RDWR)
+
+    flaky.leave = leave
     try:
         yield flaky
     finally:

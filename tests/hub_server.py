@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from tests.flaky_server import Server
+
 TOKEN = "hf_" + "t0kenOfTheTest" * 2
 XET_TOKEN = "short-lived"
 LARGE = (".tar", ".parquet")  # as in the .gitattributes of a new repository
@@ -296,9 +298,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @contextmanager
 def hub_server(hub: Hub) -> Iterator[Hub]:
-    servers = [
-        http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": hub})) for _ in range(2)
-    ]
+    servers = [Server(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": hub})) for _ in range(2)]
     hub.address, hub.storage = (f"http://127.0.0.1:{server.server_address[1]}" for server in servers)
     threads = [threading.Thread(target=server.serve_forever, daemon=True) for server in servers]
     for thread in threads:

@@ -26,6 +26,8 @@ KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "s3-secret-of-the-t
 @contextmanager
 def s3_server(folder: Path) -> Iterator[Mapping[str, str]]:
     """Starts it, with an empty bucket 'lab'; gives the environment of its clients."""
+    if "s3fs" in sys.modules:  # it keeps clients, with the address of an earlier server
+        sys.modules["s3fs"].S3FileSystem.clear_instance_cache()
     environment = {name: text for name, text in os.environ.items() if not name.startswith("AWS_")}
     with (folder / "s3.log").open("w") as log:
         server = subprocess.Popen(

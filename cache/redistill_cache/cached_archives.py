@@ -66,7 +66,11 @@ def cached_archives() -> list[CachedArchive]:
     root = cache_folder() / "archives"
     with disk_trouble("read", root):
         folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-        return sorted(map(_describe, folders), key=lambda archive: (archive.used, archive.id))
+        found: list[CachedArchive] = []
+        for folder in folders:
+            with suppress(FileNotFoundError):  # another process removed it meanwhile
+                found.append(_describe(folder))
+    return sorted(found, key=lambda archive: (archive.used, archive.id))
 
 
 def _describe(folder: Path) -> CachedArchive:
@@ -122,12 +126,13 @@ def to_remove(archives: Iterable[CachedArchive], excess: int) -> list[CachedArch
 
 
 def remove(archive: CachedArchive) -> bool:
-    """Remove an archive, unless a process uses or fetches it by now; whether it was removed."""
+    """Remove an archive, unless a process uses or fetches it by now; whether it is gone."""
     with disk_trouble("remove", archive.folder), unused(archive.folder) as is_free:
         if is_free:
             for manifest in archive.folder.glob(f"*/{layout.MANIFEST}"):  # first: what is left is no archive
                 LOCAL.remove(manifest)
-            shutil.rmtree(archive.folder)
+            if archive.folder.exists():  # another process may have removed it
+                shutil.rmtree(archive.folder)
         return is_free
 
 

@@ -64,13 +64,13 @@ def test_refused_in_one_line_within_limits(tmp_path: Path, name: str):
     attack, message = ATTACKS[name]
     attack(path)
     for read in (read_config, lambda path: parse_recipe(str(path)) if name != "spaces" else read_config(path)):
-        peak, start = start_peak(), time.process_time()
+        peak, start = start_peak(), time.thread_time()  # not that of threads which tests before left
         with pytest.raises(UsageError) as refusal:
             read(path)
         assert message in str(refusal.value)
         assert "\n" not in str(refusal.value)
         assert len(str(refusal.value)) < 500
-        assert time.process_time() - start < 1
+        assert time.thread_time() - start < 1
         assert peak() < 200
 
 

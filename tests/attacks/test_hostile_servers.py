@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redistill_cache import download, open_archive, protocols
@@ -142,15 +143,17 @@ SILENT: dict[str, Handler] = {
 
 
 @pytest.mark.parametrize("name", SILENT)
-def test_a_server_without_bytes_is_left(answer: Serve, monkeypatch: pytest.MonkeyPatch, name: str):
+def test_a_server_without_bytes_is_left(
+    answer: Serve, monkeypatch: pytest.MonkeyPatch, name: str, threads: Callable[[], set[str]]
+):
     monkeypatch.setattr(protocols, "TIMEOUT_S", 0.4)
     address, _ = answer(SILENT[name])
     with pytest.raises(download.Unreachable, match=r"/a: (no bytes for|timed out|got more than|.*timed out)"):
         download.read_address(parse_address(f"{address}/a"), 1 << 20)
-    deadline = time.monotonic() + 10
-    while any("_receive" in thread.name for thread in threading.enumerate()) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 60
+    while any("_receive" in thread for thread in threads()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not [thread for thread in threading.enumerate() if "_receive" in thread.name]
+    assert not [thread for thread in threads() if "_receive" in thread]
 
 
 def test_more_bytes_than_expected_are_not_read(answer: Serve):
@@ -302,14 +305,17 @@ def test_a_bad_tar_is_not_cached(answer: Serve, cache: Path, monkeypatch: pytest
 def interrupted(arguments: list[str], requests: list[bytes], enough: int) -> tuple[int, str]:
     """Exit code and stderr of a command that gets one SIGINT once the server has got so many requests."""
     command = [sys.executable, "-m", "redistill_cli", *arguments]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+    pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    # Tests that run in the background would ignore SIGINT.
+    default_sigint = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(command, **pipes, **default_sigint) as process:
         try:
             deadline = time.monotonic() + 120
             while len(requests) < enough and process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.05)
             time.sleep(0.5)
             process.send_signal(signal.SIGINT)
-            _, err = process.communicate(timeout=30)
+            _, err = process.communicate(timeout=120)
         finally:
             process.kill()
     return process.returncode, err

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import shutil
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -308,7 +307,7 @@ def test_the_loader_uses_two_sets_of_buffers_in_turn(archive: Archive):
     assert len(unplanned) <= 3
 
 
-def test_the_loader_raises_errors_of_its_thread(archive_copy: Path):
+def test_the_loader_raises_errors_of_its_thread(archive_copy: Path, threads: Callable[[], set[str]]):
     archive = open_archive(archive_copy)
     shard = archive_copy / "teachers/tiny/logits/values/c.1.0.0"
     good = shard.read_bytes()
@@ -320,7 +319,7 @@ def test_the_loader_raises_errors_of_its_thread(archive_copy: Path):
         shard.write_bytes(good)
         loader.take(2, then=1)
         assert np.array_equal(loader.take(1).decode(np.arange(N)), stored_logits(1))
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("load view")]
+    assert not [name for name in threads() if name.startswith("load view")]
 
 
 def test_a_view_is_loaded_into_the_callers_buffers(archive: Archive):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -89,6 +90,18 @@ def test_an_archive_that_cannot_fit_is_refused_and_nothing_is_removed(packed: li
         fetch_archive(str(packed[1]))
     assert "\n" not in str(refused.value)
     assert listed() == [("a.redistill.zarr", True)]
+
+
+def test_what_another_process_removes_meanwhile_is_no_error(packed: list[Path], monkeypatch: pytest.MonkeyPatch):
+    with in_use(packed[0]):
+        pass
+    archives = cached_archives.cached_archives()
+    assert [remove(archive) for archive in (*archives, *archives)] == [True, True]
+    with in_use(packed[0]):
+        pass
+    measure = cached_archives.size_of
+    monkeypatch.setattr(cached_archives, "size_of", lambda folder: (measure(folder), shutil.rmtree(folder))[0])
+    assert listed() == []
 
 
 def test_copies_with_some_views_and_unfinished_ones_are_listed(packed: list[Path]):

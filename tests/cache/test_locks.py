@@ -15,7 +15,7 @@ from redistill_cache.locks import locked
 with locked(pathlib.Path("a"), "prepares a", print):
     process = multiprocessing.get_context("spawn").Process(target=print)
     process.start()
-    process.join(60)
+    process.join()
     print("exit code", process.exitcode)
 """
 

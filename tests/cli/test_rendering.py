@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+from types import SimpleNamespace
 
 import pytest
 from redistill_cli import rendering
@@ -13,9 +14,9 @@ from rich.table import Table
 
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch, capsys):
-    """lines() -> what was written to stderr; every reading of the clock is 10 seconds later."""
+    """lines() -> what was written to stderr; every reading of its clock is 10 seconds later."""
     clock = itertools.count(0, 10)
-    monkeypatch.setattr(rendering.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(rendering, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     return lambda: capsys.readouterr().err.splitlines()
 
 
