@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from redistill_cache import download, open_archive, protocols
@@ -305,10 +304,10 @@ def test_a_bad_tar_is_not_cached(answer: Serve, cache: Path, monkeypatch: pytest
 def interrupted(arguments: list[str], requests: list[bytes], enough: int) -> tuple[int, str]:
     """Exit code and stderr of a command that gets one SIGINT once the server has got so many requests."""
     command = [sys.executable, "-m", "redistill_cli", *arguments]
-    pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
-    # Tests that run in the background would ignore SIGINT.
-    default_sigint = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-    with subprocess.Popen(command, **pipes, **default_sigint) as process:
+    # A process inherits that SIGINT is ignored, as by tests that a shell runs in the background, but not a handler.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        signal.signal(signal.SIGINT, before)
         try:
             deadline = time.monotonic() + 120
             while len(requests) < enough and process.poll() is None and time.monotonic() < deadline:
