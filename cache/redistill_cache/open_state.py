@@ -17,7 +17,7 @@ from typing import Literal
 from redistill_cache import layout, limits
 from redistill_cache.codecs.stats import check_stats
 from redistill_cache.commits import Commits
-from redistill_cache.copies import held_views
+from redistill_cache.copies import Held, noted
 from redistill_cache.errors import Damaged, Incomplete, Refused, UsageError
 from redistill_cache.journal import FileEntry, Record, parse_files, parse_header, sha256
 from redistill_cache.layout import Block, all_blocks, expected_files
@@ -35,7 +35,6 @@ __all__ = [
     "check_side_size",
     "check_sizes_on_disk",
     "committed_file",
-    "files_of_views",
     "read_committed",
     "read_state",
 ]
@@ -63,12 +62,14 @@ class ArchiveState:
     """The zarr.json files of a sealed archive as a writer that adds views to it has replaced them, or will."""
     sealed_views: int = 0
     """Of the manifest: more than `num_views` if this is a copy that holds some views only."""
+    lacking: Mapping[str, int] = field(default_factory=dict)
+    """Of a copy that holds some teachers only: the views that are here of those with fewer than others, 0 for none."""
     listed: Mapping[str, FileEntry] = field(repr=False, default_factory=dict)
     """The files of the manifest, those that this copy does not hold included."""
 
     @property
     def is_partial_copy(self) -> bool:
-        return self.id is not None and self.num_views < self.sealed_views
+        return self.id is not None and (self.num_views < self.sealed_views or bool(self.lacking))
 
     def views_of(self, teacher: str) -> int:
         """The number of leading views that a teacher has."""
@@ -84,8 +85,8 @@ class ArchiveState:
 def read_state(path: Path, *, allow_partial: bool, held_only: bool = True) -> ArchiveState:
     """Read specification and journal of the archive at `path`; `Incomplete` when it is not sealed and must be.
 
-    No other file is read; the state holds their expected sizes and hashes. With `held_only`, a copy of some views
-    offers these; without, the state is that of the whole archive, whatever is here.
+    No other file is read; the state holds their expected sizes and hashes. With `held_only`, a copy of a part of an
+    archive offers this part; without, the state is that of the whole archive, whatever is here.
     """
     root = read_root(path)
     if (path / layout.JOURNAL).is_symlink():
@@ -125,7 +126,7 @@ def _sealed(path: Path, root: Document[ArchiveSpec], data: bytes, *, held_only: 
     identity = sha256(data)
     declared = root
     verified_files = VerifiedFiles(path, identity)
-    if _sizes_checked(identity, header.views) not in verified_files:
+    if _sizes_checked(identity, Held(header.views)) not in verified_files:
         walk_regular(path, most=2 * data.count(b"\n") + EXTRA_FILES)  # no links anywhere, not even as folders
     documents = read_teachers(path, header.teachers, root)
     teachers = {name: document.spec for name, document in documents.items()}
@@ -153,28 +154,32 @@ def _sealed(path: Path, root: Document[ArchiveSpec], data: bytes, *, held_only: 
     _check_metadata(state, root, documents)
     _check_size_bounds(state)
     _check_stats(state)
-    held = held_views(path, identity, header.views) if held_only else None
-    if held == 0:
+    held = noted(path, identity, header.views, header.views_by_teacher) if held_only else None
+    if held is None:
+        return state
+    part = _part_of(state, held)
+    if held.views == 0 or (state.teachers and not part.teachers):
         raise Incomplete(
             f"{path} is a copy that does not hold the first view of its archive; fetch that with 'redistill archive "
             "fetch', or use the address that it is of"
         )
-    return state if held is None else _of_views(state, held)
+    return part
 
 
-def _of_views(state: ArchiveState, views: int) -> ArchiveState:
-    """What a copy of an archive offers that holds its first views."""
+def _part_of(state: ArchiveState, held: Held) -> ArchiveState:
+    """What a copy of an archive offers that holds this part of it. Signals need the teacher that they were added to."""
+    views = {name: min(state.views_of(name), held.views_of(name)) for name in state.teachers}
+    offered = {name: spec for name, spec in state.teachers.items() if views[name] and views[spec.owner]}
+    here = {name: views[name] if name in offered else 0 for name in state.teachers}
+    fewer = {name: count for name, count in here.items() if count < min(held.views, state.views_of(name))}
     return replace(
         state,
-        num_views=views,
-        teacher_views={name: count for name, count in state.teacher_views.items() if count < views},
-        files=files_of_views(state.files, views),
+        num_views=held.views,
+        teachers=offered,
+        teacher_views={name: here[name] for name in offered if here[name] < held.views},
+        files={name: state.files[name] for name in Held(held.views, fewer).files(state.files)},
+        lacking=fewer,
     )
-
-
-def files_of_views(files: Mapping[str, FileEntry], views: int) -> dict[str, FileEntry]:
-    """The files that the first views need: theirs, and those of the archive as a whole."""
-    return {name: entry for name, entry in files.items() if (layout.view_of_file(name) or 0) < views}
 
 
 def _sealed_root(declared: Document[ArchiveSpec], sealed: FileEntry | None, views: int) -> Document[ArchiveSpec]:
@@ -415,7 +420,7 @@ def check_sizes_on_disk(state: ArchiveState) -> None:
     """Every file must exist, be regular and have its size. Checked once per machine and manifest; reads check again."""
     if state.id is None:
         return
-    checked = _sizes_checked(state.id, state.num_views)
+    checked = _sizes_checked(state.id, Held(state.num_views, state.lacking))
     if checked in state.verified_files:
         return
     for name in state.files:
@@ -425,6 +430,7 @@ def check_sizes_on_disk(state: ArchiveState) -> None:
     state.verified_files.add([checked])
 
 
-def _sizes_checked(identity: str, views: int) -> HashedFile:
-    """The entry that records that all files of these views of an archive had their committed sizes on this machine."""
-    return HashedFile(WHOLE, FileEntry(views, identity))
+def _sizes_checked(identity: str, part: Held) -> HashedFile:
+    """The entry that records that all files of this part of an archive had their committed sizes on this machine."""
+    fewer = sorted(part.teacher_views.items())
+    return HashedFile(WHOLE, FileEntry(part.views, sha256(f"{identity} {fewer}".encode()) if fewer else identity))
