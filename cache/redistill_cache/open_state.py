@@ -8,7 +8,7 @@ records.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -63,13 +63,16 @@ class ArchiveState:
     sealed_views: int = 0
     """Of the manifest: more than `num_views` if this is a copy that holds some views only."""
     lacking: Mapping[str, int] = field(default_factory=dict)
-    """Of a copy that holds some teachers only: the views that are here of those with fewer than others, 0 for none."""
+    """Of a copy that holds some teachers only: the views that are here of those with fewer than others, 0 for none.
+
+    Signals that were added to a teacher are named where they have fewer than the teacher.
+    """
     listed: Mapping[str, FileEntry] = field(repr=False, default_factory=dict)
     """The files of the manifest, those that this copy does not hold included."""
 
     @property
     def is_partial_copy(self) -> bool:
-        return self.id is not None and (self.num_views < self.sealed_views or bool(self.lacking))
+        return self.id is not None and len(self.files) < len(self.listed)
 
     def views_of(self, teacher: str) -> int:
         """The number of leading views that a teacher has."""
@@ -126,7 +129,7 @@ def _sealed(path: Path, root: Document[ArchiveSpec], data: bytes, *, held_only: 
     identity = sha256(data)
     declared = root
     verified_files = VerifiedFiles(path, identity)
-    if _sizes_checked(identity, Held(header.views)) not in verified_files:
+    if _sizes_checked(identity, header.views) not in verified_files:
         walk_regular(path, most=2 * data.count(b"\n") + EXTRA_FILES)  # no links anywhere, not even as folders
     documents = read_teachers(path, header.teachers, root)
     teachers = {name: document.spec for name, document in documents.items()}
@@ -168,17 +171,22 @@ def _sealed(path: Path, root: Document[ArchiveSpec], data: bytes, *, held_only: 
 
 def _part_of(state: ArchiveState, held: Held) -> ArchiveState:
     """What a copy of an archive offers that holds this part of it. Signals need the teacher that they were added to."""
-    views = {name: min(state.views_of(name), held.views_of(name)) for name in state.teachers}
-    offered = {name: spec for name, spec in state.teachers.items() if views[name] and views[spec.owner]}
-    here = {name: views[name] if name in offered else 0 for name in state.teachers}
-    fewer = {name: count for name, count in here.items() if count < min(held.views, state.views_of(name))}
+    whole = {name: state.views_of(name) for name in state.teachers}
+    owners = {name: spec.owner for name, spec in state.teachers.items()}
+    noted_views = {name: min(count, held.views_of(name)) for name, count in whole.items()}
+    here = {name: count if noted_views[owners[name]] else 0 for name, count in noted_views.items()}
+    fewer = {name: count for name, count in here.items() if count < min(held.views, whole[name])}
     return replace(
         state,
         num_views=held.views,
-        teachers=offered,
-        teacher_views={name: here[name] for name in offered if here[name] < held.views},
+        teachers={name: spec for name, spec in state.teachers.items() if here[name]},
+        teacher_views={name: count for name, count in here.items() if 0 < count < held.views},
         files={name: state.files[name] for name in Held(held.views, fewer).files(state.files)},
-        lacking=fewer,
+        lacking={
+            name: count
+            for name, count in fewer.items()
+            if owners[name] == name or count < min(here[owners[name]], whole[name])
+        },
     )
 
 
@@ -420,7 +428,7 @@ def check_sizes_on_disk(state: ArchiveState) -> None:
     """Every file must exist, be regular and have its size. Checked once per machine and manifest; reads check again."""
     if state.id is None:
         return
-    checked = _sizes_checked(state.id, Held(state.num_views, state.lacking))
+    checked = _sizes_checked(state.id, state.num_views, state.files if state.lacking else ())
     if checked in state.verified_files:
         return
     for name in state.files:
@@ -430,7 +438,10 @@ def check_sizes_on_disk(state: ArchiveState) -> None:
     state.verified_files.add([checked])
 
 
-def _sizes_checked(identity: str, part: Held) -> HashedFile:
-    """The entry that records that all files of this part of an archive had their committed sizes on this machine."""
-    fewer = sorted(part.teacher_views.items())
-    return HashedFile(WHOLE, FileEntry(part.views, sha256(f"{identity} {fewer}".encode()) if fewer else identity))
+def _sizes_checked(identity: str, views: int, names: Iterable[str] = ()) -> HashedFile:
+    """The entry that records that all files of these views of an archive had their committed sizes on this machine.
+
+    With `names`, these files, those of some teachers.
+    """
+    part = "\n".join(names)
+    return HashedFile(WHOLE, FileEntry(views, sha256(f"{identity}\n{part}".encode()) if part else identity))

@@ -56,7 +56,7 @@ class VerifyReport:
     sealed_views: int | None = None
     """Those of the archive: more for a copy that holds some views only. None for an unfinished archive."""
     lacking: Mapping[str, int] = field(default_factory=dict)
-    """Of a copy that holds some teachers only: the views that are here of those with fewer than others, 0 for none."""
+    """Of a copy that holds some teachers only: the views of those with fewer than others, 0 where none is here."""
     has_signature: bool | None = None
     """Whether a file that says to be a signature of it lies beside its manifest; None for an unfinished archive."""
     alignment: dict[str, Any] | None = None
@@ -117,8 +117,7 @@ def _damaged_stats(state: ArchiveState) -> list[DamagedFile]:
             merged = merge_stats(document.spec, [record.stats for record in records])
         except Damaged as error:
             return [DamagedFile(layout.BLOCKS, None, f"has a record that does not agree with its block: {error}")]
-        is_part = state.num_views < state.sealed_views or name in state.lacking
-        if merged != state.stats[name] and not is_part:
+        if merged != state.stats[name] and not state.is_partial_copy:
             reason = f"does not state the statistics of teacher {name!r} that its commit records add up to"
             return [DamagedFile(layout.MANIFEST, None, reason)]
     return []

@@ -73,7 +73,7 @@ class ArchiveUse:
         now = ArchiveUse.of(archive, teachers, reads, self.views) if self.views <= views else None
         if now is None and archive.state.is_partial_copy:
             raise Refused(
-                f"{archive.path} is a copy that holds {views} views of what the run reads in its archive, {self.views}; "
+                f"{archive.path} is a copy with {views} of the {self.views} views that the run reads; "
                 "give the address that it is of as --archive, or fetch the rest"
             )
         if now is None or now.digest != self.digest:
