@@ -71,8 +71,8 @@ def list_archives(as_json: Annotated[bool, typer.Option("--json", help="Print th
     for archive in archives:
         views = "not finished"
         if archive.held is not None:
-            fewer = ", ".join(f"{name} {count}" for name, count in archive.held.teacher_views.items())
-            views = f"{archive.held.views} of {archive.views}" + (f" ({harmless(fewer)})" if fewer else "")
+            fewer = (f", {harmless(name)} {count}" for name, count in archive.held.teacher_views.items())
+            views = f"{archive.held.views} of {archive.views}{''.join(fewer)}"
         used = "in use" if archive.in_use else time_of(archive)
         table.add_row(harmless(archive.name), archive.id[:12], views, human_bytes(archive.nbytes), used)
     if archives:
