@@ -157,12 +157,12 @@ def test_a_copy_with_one_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     tiny_archive.make(tmp_path / "whole", teachers=("other", "tiny"))
     pack(tmp_path / "whole", tmp_path / "packed")
     copy = fetch_archive(str(tmp_path / "packed"), tmp_path / "copy", views=2, teachers=["tiny"])
+    logits = copy / "teachers/tiny/logits"
     for view in range(2):
-        values = read(copy / "teachers/tiny/logits/values")[view].astype(np.float32)
-        exact = read(copy / "teachers/tiny/logits/flags")[view] != 0
-        rows = np.where(exact[:, None], read(copy / "teachers/tiny/logits/exact")[view], values)
-        assert np.array_equal(rows + read(copy / "teachers/tiny/logits/shift")[view][:, None], stored_logits(view))
+        flags, exact, shift = (read(logits / name)[view] for name in ("flags", "exact", "shift"))
+        rows = np.where(flags[:, None] != 0, exact, read(logits / "values")[view] + shift[:, None])
+        assert np.array_equal(rows, stored_logits(view))
         assert np.array_equal(read(copy / "views/crop")[view], tiny_archive.view_params(view)["crop"])
-    assert not read(copy / "teachers/tiny/logits/values")[2].any()
+    assert not read(logits / "values")[2].any()
     for array in ("values", "exact", "flags"):
         assert not read(copy / "teachers/other/logits" / array).any(), "fill values: nothing of it is here"
