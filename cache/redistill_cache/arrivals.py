@@ -18,6 +18,7 @@ from queue import Empty, SimpleQueue
 
 from redistill_cache import layout
 from redistill_cache.addresses import Address
+from redistill_cache.copies import Held
 from redistill_cache.download import POLL_S, Notify, Unreachable, is_offline, say
 from redistill_cache.errors import Refused
 from redistill_cache.fetching import (
@@ -89,7 +90,7 @@ def begin(
     return target, Origin(address, found)
 
 
-def base(state: ArchiveState, held: int) -> set[str]:
+def base(state: ArchiveState, held: Held) -> set[str]:
     """The files that are not of a view."""
     del held
     return {name for name in state.files if layout.view_of_file(name) is None}

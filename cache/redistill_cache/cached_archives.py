@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from redistill_cache import layout, limits
-from redistill_cache.copies import held_views
+from redistill_cache.copies import Held, noted
 from redistill_cache.download import Notify
 from redistill_cache.errors import RedistillError, Refused, UsageError
 from redistill_cache.journal import parse_header, sha256
@@ -48,8 +48,8 @@ class CachedArchive:
     folder: Path
     """Named after the id."""
     name: str
-    held: int | None
-    """How many of its first views are here; None if the copy is not finished."""
+    held: Held | None
+    """What is here; None if the copy is not finished."""
     views: int | None
     nbytes: int
     used: float
@@ -80,9 +80,9 @@ def _describe(folder: Path) -> CachedArchive:
         try:
             manifest = read_small(copy / layout.MANIFEST, limits.MAX_MANIFEST_BYTES)
             if sha256(manifest) == folder.name:
-                views = parse_header(manifest, str(copy)).views
-                noted = held_views(copy, folder.name, views)
-                held = views if noted is None else noted
+                header = parse_header(manifest, str(copy))
+                views = header.views
+                held = noted(copy, folder.name, views, header.views_by_teacher) or Held(views)
         except (OSError, RedistillError):  # not finished, or damaged: `redistill verify` tells
             continue
     with unused(folder) as is_free:

@@ -1,11 +1,13 @@
-"""Copies that hold the first views of an archive only.
+"""Copies that hold a part of an archive only: its first views, of all teachers or of some.
 
-Such a copy has the manifest of the whole archive, and so its id. A note beside it says how many views are here. It is
-written before the manifest and removed once everything is here, so that a copy is never taken for more than it is.
+Such a copy has the manifest of the whole archive, and so its id. A note beside it says what is here. It is written
+before the manifest and removed once everything is here, so that a copy is never taken for more than it is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from redistill_cache import layout, limits
@@ -13,11 +15,34 @@ from redistill_cache.errors import Refused
 from redistill_cache.storage import LOCAL, read_small
 from redistill_cache.strict_json import Fields, canonical, parse
 
-__all__ = ["held_views", "note_views", "refuse_partial_copy", "remove_note"]
+__all__ = ["Held", "note_held", "noted", "refuse_partial_copy", "remove_note"]
 
 
-def held_views(path: Path, identity: str, views: int) -> int | None:
-    """How many of the first views of the archive with this id its copy at `path` holds; None where no note says so."""
+@dataclass(frozen=True)
+class Held:
+    """A part of an archive: what is not of a view, and leading views, of some teachers fewer than of others."""
+
+    views: int
+    teacher_views: Mapping[str, int] = field(default_factory=dict)
+    """Of the teachers with fewer than both `views` and their own in the archive; 0: no row of it."""
+
+    def views_of(self, teacher: str | None) -> int:
+        """Of a teacher, or of the view parameters: at most so many."""
+        return self.views if teacher is None else self.teacher_views.get(teacher, self.views)
+
+    def files(self, names: Iterable[str]) -> Iterator[str]:
+        """Those files of the archive that are of this part."""
+        for name in names:
+            view = layout.view_of_file(name)
+            if view is None or view < self.views_of(layout.teacher_of_file(name) if self.teacher_views else None):
+                yield name
+
+
+def noted(path: Path, identity: str, views: int, teachers: Mapping[str, int]) -> Held | None:
+    """What a copy of the archive with this id holds, as its note says; None where there is none.
+
+    `views` and `teachers` are what the archive has: its views, and those of every teacher.
+    """
     note = path / layout.COPY
     try:
         data = read_small(note, limits.MAX_RECORD_BYTES)
@@ -27,13 +52,20 @@ def held_views(path: Path, identity: str, views: int) -> int | None:
     if fields.text("id", 64) != identity:
         raise Refused(f"{path} is a copy of another archive than its manifest; fetch it to another folder")
     held = fields.integer("views", 0, views)
+    fewer = {}
+    if "teacher_views" in fields:
+        fewer = fields.mapping("teacher_views")
+        fit = (type(n) is int and 0 <= n < min(held, teachers.get(name, 0)) for name, n in fewer.items())
+        if not fewer or not all(fit):
+            fields.refuse("teacher_views", "teachers with fewer views than the copy and than in the archive")
     fields.done()
-    return held
+    return Held(held, fewer)
 
 
-def note_views(path: Path, identity: str, views: int) -> None:
+def note_held(path: Path, identity: str, held: Held) -> None:
+    fewer = {"teacher_views": dict(held.teacher_views)} if held.teacher_views else {}
     LOCAL.make_directories(path / layout.JOURNAL)
-    LOCAL.publish(path / layout.COPY, canonical({"id": identity, "views": views}))
+    LOCAL.publish(path / layout.COPY, canonical({"id": identity, "views": held.views, **fewer}))
 
 
 def remove_note(path: Path) -> None:
@@ -47,6 +79,6 @@ def remove_note(path: Path) -> None:
 def refuse_partial_copy(path: Path, action: str) -> None:
     if (path / layout.COPY).exists():
         raise Refused(
-            f"{path} is a copy that holds some views of its archive only, so {action} is not possible; "
-            "fetch the rest with 'redistill archive fetch', without --views"
+            f"{path} is a copy that holds a part of its archive only, so {action} is not possible; "
+            "fetch the rest with 'redistill archive fetch', without --views and --teachers"
         )

@@ -4,9 +4,9 @@ The manifest identifies an archive and lists every other file with its hash. The
 named after the archive's id, so that an archive that replaces another at the same address gets a new copy. Files are
 fetched in any order, and each gets its final name once its hash is verified; the manifest is written last, so an
 interrupted copy is not an archive yet, and the next call fetches only what is missing. A copy may hold the first views
-only (copies.py), and get more by another call.
+or some teachers only (copies.py), and get more by another call.
 
-    archives/ID/NAME     a copy; whole once its manifest has the hash ID and nothing notes that views are missing
+    archives/ID/NAME     a copy; whole once its manifest has the hash ID and nothing notes that a part is missing
     addresses/HASH       the id of the archive that was fetched last from the address with this hash
     locks/HASH           held by the process that fetches something; says which one it is
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -30,7 +30,7 @@ from typing import BinaryIO
 from redistill_cache import layout, limits, packed
 from redistill_cache.addresses import Address, address_of_path, checked_id, is_address, parse_address, split_pin
 from redistill_cache.cached_archives import make_room
-from redistill_cache.copies import held_views, note_views, remove_note
+from redistill_cache.copies import Held, note_held, noted, remove_note
 from redistill_cache.download import (
     FileSink,
     Notify,
@@ -54,7 +54,7 @@ from redistill_cache.locks import (
     sweep,
     sweep_unfinished,
 )
-from redistill_cache.open_state import ArchiveState, committed_file, files_of_views, read_state
+from redistill_cache.open_state import ArchiveState, committed_file, read_state
 from redistill_cache.storage import LOCAL, disk_trouble, read_if_there, read_small
 from redistill_cache.verified_files import HashedFile, VerifiedFiles, cache_folder, stamp_of
 from redistill_cache.wording import one_line
@@ -80,6 +80,7 @@ def fetch_archive(
     out: str | Path | None = None,
     *,
     views: int | None = None,
+    teachers: Collection[str] | None = None,
     id: str | None = None,  # noqa: A002  the archive's own word for it
     progress: FetchProgress | None = None,
     notify: Notify = say,
@@ -87,23 +88,26 @@ def fetch_archive(
     """The local copy of the sealed archive at `url`, an address or a path; `progress(bytes done, total bytes)`.
 
     It is in the folder `out`, or in the cache folder. With `views`, it gets at least these first views; without, all.
-    With `id`, or '#sha256=ID' after the address, the archive must be this one. `notify` is told in one line when a copy
-    is used because the server is away, of a slow server, and which process is waited for.
+    With `teachers`, it gets these views of them at least; without, of all. What it has, it keeps. With `id`, or
+    '#sha256=ID' after the address, the archive must be this one. `notify` is told in one line when a copy is used
+    because the server is away, of a slow server, and which process is waited for.
     """
     address = locate(url)
     pin = agreed(address, address.pin, id)
-    waits = Waits(progress, notify)
+    waits, wanted = Waits(progress, notify), part_to_fetch(address, views, teachers)
     if out is not None:
         remote = fetch_manifest(address, pin, notify)
-        copy = fetched(remote, Path(out).absolute(), first_views(views, address), waits)
+        copy = fetched(remote, Path(out).absolute(), wanted, waits)
         bring_signature(remote, copy, notify)
         return copy
     found = copy_or_manifest(address, pin, notify)
+    path = found if isinstance(found, Path) else whole_copy(found.id)
+    if path is not None and (views is not None or teachers is not None):
+        wanted(read_state(path, allow_partial=False), Held(0))  # refuses what the archive does not have
     if isinstance(found, Path):
         return found
-    path = whole_copy(found.id)
     if path is None:
-        path = fetched(found, place_of(found), first_views(views, address), waits)
+        path = fetched(found, place_of(found), wanted, waits)
     bring_signature(found, path, notify)
     if remembered(address) != found.id and whole_copy(found.id) is not None:
         remember(address, found.id)
@@ -297,8 +301,8 @@ def id_of_copy(path: Path) -> str | None:
         return None
 
 
-Wanted = Callable[[ArchiveState, int], AbstractSet[str]]
-"""(state of the whole archive, number of first views that the copy holds) -> the files that the copy is to have."""
+Wanted = Callable[[ArchiveState, Held], AbstractSet[str]]
+"""(state of the whole archive, what the copy holds of it) -> the files that the copy is to have."""
 
 
 @dataclass(frozen=True)
@@ -312,13 +316,23 @@ class Waits:
     stopped: Callable[[], bool] = lambda: False
 
 
-def first_views(views: int | None, where: Address) -> Wanted:
-    """The files of the first views, or of all: those that are here count, so that a copy never loses any."""
+def part_to_fetch(where: Address, views: int | None, teachers: Collection[str] | None) -> Wanted:
+    """The files of the first views, or of all, of some teachers, or of all; with what is here, so that none is lost."""
+    if teachers is not None and (not teachers or len(set(teachers)) < len(teachers)):
+        raise UsageError(f"expected the names of teachers, each once, found {','.join(teachers) or 'none'}")
 
-    def wanted(state: ArchiveState, held: int) -> AbstractSet[str]:
+    def wanted(state: ArchiveState, held: Held) -> AbstractSet[str]:
         if views is not None and not 1 <= views <= state.num_views:
             raise OutOfRange(f"{where} has {state.num_views} views, {views} are asked for")
-        return files_of_views(state.files, state.num_views if views is None else max(views, held)).keys()
+        known = sorted(name for name, spec in state.teachers.items() if spec.adds_to is None)
+        for name in teachers or ():
+            if name not in known:
+                raise OutOfRange(f"{where} has no teacher {name!r}; teachers: {', '.join(known) or 'none'}")
+        most, others = state.num_views if views is None else views, {}
+        if teachers is not None:
+            others = {name: 0 for name, spec in state.teachers.items() if spec.owner not in teachers}
+            most = min(most, max(map(state.views_of, state.teachers.keys() - others.keys())))
+        return {*Held(most, others).files(state.files), *held.files(state.files)}
 
     return wanted
 
@@ -336,7 +350,7 @@ def fetched(remote: Remote, target: Path, wanted: Wanted, waits: Waits) -> Path:
                 return target
             LOCAL.make_directories(target)
             if not cached:
-                _refuse_other_folder(target, remote.id)
+                _refuse_other_folder(target, remote)
             sweep_unfinished(folder)
             try:
                 with _whole_state(remote, target, folder, waits.notify) as state:
@@ -363,13 +377,14 @@ def _whole_state(remote: Remote, target: Path, folder: Path, notify: Notify) -> 
         yield state
 
 
-def _refuse_other_folder(target: Path, identity: str) -> None:
+def _refuse_other_folder(target: Path, remote: Remote) -> None:
     """Refuse to fetch to a folder of the user's with anything but a copy of this archive, or the beginning of one."""
-    held = id_of_copy(target)
-    begun = held_views(target, identity, limits.MAX_VIEWS) is not None or all(map(_is_of_a_fetch, target.iterdir()))
-    if held not in (None, identity) or (held is None and not begun):
+    held, header = id_of_copy(target), remote.header
+    is_noted = noted(target, remote.id, header.views, header.views_by_teacher) is not None
+    begun = is_noted or all(map(_is_of_a_fetch, target.iterdir()))
+    if held not in (None, remote.id) or (held is None and not begun):
         found = "other files" if held is None else f"the archive with id {held}"
-        raise Refused(f"{target} holds {found}, and the archive {identity} is to be fetched; choose another folder")
+        raise Refused(f"{target} holds {found}, and the archive {remote.id} is to be fetched; choose another folder")
 
 
 def _is_of_a_fetch(path: Path) -> bool:
@@ -406,9 +421,10 @@ def _documents(remote: Remote, folder: Path, notify: Notify) -> Iterator[Archive
 def _complete(remote: Remote, state: ArchiveState, target: Path, wanted: Wanted, waits: Waits) -> None:
     """Fetch what a copy lacks of these files."""
     begun = id_of_copy(target) != remote.id
-    note = held_views(target, remote.id, state.num_views)
-    held = 0 if begun else state.num_views if note is None else note
-    names = wanted(state, held)
+    whole = Held(state.num_views)
+    note = noted(target, remote.id, whole.views, {name: state.views_of(name) for name in state.teachers})
+    before = Held(0) if begun else note or whole
+    names = wanted(state, before)
     files = {name: state.files[name] for name in names}
     verified = VerifiedFiles(target, remote.id)
     here = replace(state, path=target, verified_files=verified, extended={})
@@ -417,7 +433,7 @@ def _complete(remote: Remote, state: ArchiveState, target: Path, wanted: Wanted,
     received = total - sum(files[name].size for name in missing)
     require_room(remote.address, target, total - received, waits.notify)
     if begun:
-        note_views(target, remote.id, 0)
+        note_held(target, remote.id, Held(0))
     for name in sorted(missing):  # its documents were read already
         if state.path != target and (state.path / name).is_file() and _is_here(state, name):
             LOCAL.make_directories((target / name).parent)
@@ -437,19 +453,19 @@ def _complete(remote: Remote, state: ArchiveState, target: Path, wanted: Wanted,
             waits.progress(received, total)
 
     _receive(remote, state.files, missing, target, waits, arrived=arrived, watch=watch)
-    held = max(held, leading_views(here))
-    if held < state.num_views:
-        note_views(target, remote.id, held)
+    held = part_here(here, before)
+    if held != whole:
+        note_held(target, remote.id, held)
     if begun:
         LOCAL.publish(target / layout.MANIFEST, remote.manifest)
-    if held == state.num_views:
+    if held == whole:
         remove_note(target)
 
 
 def bring_signature(remote: Remote, target: Path, notify: Notify) -> None:
     """Copy the file beside the manifest at an address, if there is one. It is checked by 'redistill verify' only.
 
-    It is of the manifest, which a copy with some of the views has as well.
+    It is of the manifest, which a copy with a part of the archive has as well.
     """
     try:
         signature = read_address(remote.signature, limits.MAX_RECORD_BYTES, notify=notify)
@@ -472,10 +488,23 @@ def require_room(address: Address, target: Path, needed: int, notify: Notify) ->
         )
 
 
-def leading_views(state: ArchiveState) -> int:
-    """How many of the first views have all their files. A file has its name only once its hash was verified."""
-    lacking = (layout.view_of_file(name) for name in state.files if not (state.path / name).is_file())
-    return min((view for view in lacking if view is not None), default=state.num_views)
+def part_here(state: ArchiveState, before: Held) -> Held:
+    """What a copy of the archive with this state holds by now. A file has its name only once its hash was verified.
+
+    View parameters count as far as there are rows of a teacher.
+    """
+    whole: dict[str | None, int] = {None: state.num_views} | {name: state.views_of(name) for name in state.teachers}
+    here = dict(whole)
+    for name in state.files:
+        view = layout.view_of_file(name)
+        if view is not None and not (state.path / name).is_file():
+            teacher = layout.teacher_of_file(name)
+            here[teacher] = min(here[teacher], view)
+    here = {name: max(count, min(whole[name], before.views_of(name))) for name, count in here.items()}
+    rows = {name: here[name] for name in state.teachers}
+    is_whole = all(count == whole[name] for name, count in rows.items())
+    views = here[None] if is_whole else min(here[None], max(rows.values()))
+    return Held(views, {name: count for name, count in rows.items() if count < min(views, whole[name])})
 
 
 def _is_here(state: ArchiveState, name: str) -> bool:

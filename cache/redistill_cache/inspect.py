@@ -37,6 +37,7 @@ def describe(archive: Archive) -> dict[str, Any]:
         "num_samples": archive.num_samples,
         "num_views": archive.num_views,
         "sealed_views": state.sealed_views or None,
+        "lacking": dict(state.lacking),
         "teacher_views": {name: state.views_of(name) for name in archive.teachers},
         "num_classes": archive.num_classes,
         "class_names": None if spec.class_names is None else list(spec.class_names),

@@ -203,6 +203,11 @@ class Header:
     terms: Mapping[str, str]
     files: slice
 
+    @property
+    def views_by_teacher(self) -> dict[str, int]:
+        """Of every teacher, its leading views."""
+        return {name: self.teacher_views.get(name, self.views) for name in self.teachers}
+
 
 def parse_header(data: bytes, where: str) -> Header:
     """The header of a manifest, after checking the manifest's hash of itself; `Damaged` or `Refused` otherwise."""

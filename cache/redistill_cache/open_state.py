@@ -8,7 +8,7 @@ records.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Literal
 from redistill_cache import layout, limits
 from redistill_cache.codecs.stats import check_stats
 from redistill_cache.commits import Commits
-from redistill_cache.copies import held_views
+from redistill_cache.copies import Held, noted
 from redistill_cache.errors import Damaged, Incomplete, Refused, UsageError
 from redistill_cache.journal import FileEntry, Record, parse_files, parse_header, sha256
 from redistill_cache.layout import Block, all_blocks, expected_files
@@ -35,7 +35,6 @@ __all__ = [
     "check_side_size",
     "check_sizes_on_disk",
     "committed_file",
-    "files_of_views",
     "read_committed",
     "read_state",
 ]
@@ -63,12 +62,17 @@ class ArchiveState:
     """The zarr.json files of a sealed archive as a writer that adds views to it has replaced them, or will."""
     sealed_views: int = 0
     """Of the manifest: more than `num_views` if this is a copy that holds some views only."""
+    lacking: Mapping[str, int] = field(default_factory=dict)
+    """Of a copy that holds some teachers only: the views that are here of those with fewer than others, 0 for none.
+
+    Signals that were added to a teacher are named where they have fewer than the teacher.
+    """
     listed: Mapping[str, FileEntry] = field(repr=False, default_factory=dict)
     """The files of the manifest, those that this copy does not hold included."""
 
     @property
     def is_partial_copy(self) -> bool:
-        return self.id is not None and self.num_views < self.sealed_views
+        return self.id is not None and len(self.files) < len(self.listed)
 
     def views_of(self, teacher: str) -> int:
         """The number of leading views that a teacher has."""
@@ -84,8 +88,8 @@ class ArchiveState:
 def read_state(path: Path, *, allow_partial: bool, held_only: bool = True) -> ArchiveState:
     """Read specification and journal of the archive at `path`; `Incomplete` when it is not sealed and must be.
 
-    No other file is read; the state holds their expected sizes and hashes. With `held_only`, a copy of some views
-    offers these; without, the state is that of the whole archive, whatever is here.
+    No other file is read; the state holds their expected sizes and hashes. With `held_only`, a copy of a part of an
+    archive offers this part; without, the state is that of the whole archive, whatever is here.
     """
     root = read_root(path)
     if (path / layout.JOURNAL).is_symlink():
@@ -153,28 +157,37 @@ def _sealed(path: Path, root: Document[ArchiveSpec], data: bytes, *, held_only: 
     _check_metadata(state, root, documents)
     _check_size_bounds(state)
     _check_stats(state)
-    held = held_views(path, identity, header.views) if held_only else None
-    if held == 0:
+    held = noted(path, identity, header.views, header.views_by_teacher) if held_only else None
+    if held is None:
+        return state
+    part = _part_of(state, held)
+    if held.views == 0 or (state.teachers and not part.teachers):
         raise Incomplete(
             f"{path} is a copy that does not hold the first view of its archive; fetch that with 'redistill archive "
             "fetch', or use the address that it is of"
         )
-    return state if held is None else _of_views(state, held)
+    return part
 
 
-def _of_views(state: ArchiveState, views: int) -> ArchiveState:
-    """What a copy of an archive offers that holds its first views."""
+def _part_of(state: ArchiveState, held: Held) -> ArchiveState:
+    """What a copy of an archive offers that holds this part of it. Signals need the teacher that they were added to."""
+    whole = {name: state.views_of(name) for name in state.teachers}
+    owners = {name: spec.owner for name, spec in state.teachers.items()}
+    noted_views = {name: min(count, held.views_of(name)) for name, count in whole.items()}
+    here = {name: count if noted_views[owners[name]] else 0 for name, count in noted_views.items()}
+    fewer = {name: count for name, count in here.items() if count < min(held.views, whole[name])}
     return replace(
         state,
-        num_views=views,
-        teacher_views={name: count for name, count in state.teacher_views.items() if count < views},
-        files=files_of_views(state.files, views),
+        num_views=held.views,
+        teachers={name: spec for name, spec in state.teachers.items() if here[name]},
+        teacher_views={name: count for name, count in here.items() if 0 < count < held.views},
+        files={name: state.files[name] for name in Held(held.views, fewer).files(state.files)},
+        lacking={
+            name: count
+            for name, count in fewer.items()
+            if owners[name] == name or count < min(here[owners[name]], whole[name])
+        },
     )
-
-
-def files_of_views(files: Mapping[str, FileEntry], views: int) -> dict[str, FileEntry]:
-    """The files that the first views need: theirs, and those of the archive as a whole."""
-    return {name: entry for name, entry in files.items() if (layout.view_of_file(name) or 0) < views}
 
 
 def _sealed_root(declared: Document[ArchiveSpec], sealed: FileEntry | None, views: int) -> Document[ArchiveSpec]:
@@ -415,7 +428,7 @@ def check_sizes_on_disk(state: ArchiveState) -> None:
     """Every file must exist, be regular and have its size. Checked once per machine and manifest; reads check again."""
     if state.id is None:
         return
-    checked = _sizes_checked(state.id, state.num_views)
+    checked = _sizes_checked(state.id, state.num_views, state.files if state.lacking else ())
     if checked in state.verified_files:
         return
     for name in state.files:
@@ -425,6 +438,10 @@ def check_sizes_on_disk(state: ArchiveState) -> None:
     state.verified_files.add([checked])
 
 
-def _sizes_checked(identity: str, views: int) -> HashedFile:
-    """The entry that records that all files of these views of an archive had their committed sizes on this machine."""
-    return HashedFile(WHOLE, FileEntry(views, identity))
+def _sizes_checked(identity: str, views: int, names: Iterable[str] = ()) -> HashedFile:
+    """The entry that records that all files of these views of an archive had their committed sizes on this machine.
+
+    With `names`, these files, those of some teachers.
+    """
+    part = "\n".join(names)
+    return HashedFile(WHOLE, FileEntry(views, sha256(f"{identity}\n{part}".encode()) if part else identity))

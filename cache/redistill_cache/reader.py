@@ -8,6 +8,7 @@ Every value that is returned was committed and checked; a missing or damaged one
 
 from __future__ import annotations
 
+import shlex
 import threading
 from collections.abc import Mapping
 from functools import cached_property
@@ -70,7 +71,7 @@ def open_archive(
     Every file is hashed when it is first read on this machine; `verify="full"` hashes all of them now.
     An archive at an address (http(s)://, s3://, gs://, hf://), or in packed form, is fetched once, and its local copy
     is opened. With `id`, or '#sha256=ID' after the path or address, the archive must be this one. A copy that holds
-    some of the views offers exactly these.
+    some views or teachers offers exactly these.
     """
     if verify not in ("once", "full"):
         raise UsageError(f"verify must be 'once' or 'full', found {verify!r}")
@@ -162,7 +163,7 @@ class Archive:
 
     @property
     def complete(self) -> bool:
-        """Whether the archive is sealed and all of its views are here."""
+        """Whether the archive is sealed and all of it is here."""
         here = self.arrivals is None or self.arrivals.whole()
         return self.state.id is not None and not self.state.is_partial_copy and here
 
@@ -317,6 +318,12 @@ class Archive:
             if len(self.teachers) != 1:
                 raise OutOfRange(f"{self.path} has {len(self.teachers)} teachers; name one of: {known}")
             return next(iter(self.teachers.values()))
+        if self.state.lacking.get(name) == 0:
+            command = f"redistill archive fetch ADDRESS {shlex.quote(str(self.path))} --teachers {name}"
+            raise OutOfRange(
+                f"{self.path} is a copy without teacher {name!r} of its archive; fetch it from where the archive is: "
+                f"{command}"
+            )
         if name not in self.teachers:
             raise OutOfRange(f"{self.path} has no teacher {name!r}; teachers: {known}")
         return self.teachers[name]

@@ -19,11 +19,12 @@ from typing import Any
 
 from redistill_cache import layout, limits, packed
 from redistill_cache.addresses import SCHEMES, Address, address_of_path, is_address, parse_address, redact
+from redistill_cache.copies import Held
 from redistill_cache.download import Notify, is_offline, say
 from redistill_cache.errors import Damaged, OutOfRange, RedistillError, Refused, UsageError
 from redistill_cache.fetching import check_id, fetch_archive, fetched_description, locate
 from redistill_cache.journal import sha256
-from redistill_cache.open_state import ArchiveState, files_of_views
+from redistill_cache.open_state import ArchiveState
 from redistill_cache.packing import file_bytes, sealed_archive, tar_bytes
 from redistill_cache.packing import pack as write_packed
 from redistill_cache.storage import read_if_there, read_small
@@ -114,8 +115,8 @@ def planned(source: str, destination: str, *, views: int | None = None, pack: bo
             return contents
         if views > state.num_views:
             raise OutOfRange(f"{source} has {state.num_views} views, {views} are asked for")
-        held = files_of_views(state.files, views)
-        return Contents(contents.form, {name: entry.size for name, entry in held.items()}, contents.manifest, {})
+        sizes = {name: state.files[name].size for name in Held(views).files(state.files)}
+        return Contents(contents.form, sizes, contents.manifest, {})
 
 
 def copy_archive(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,8 @@ class VerifyReport:
     """Those that are here; None if the archive could not be opened."""
     sealed_views: int | None = None
     """Those of the archive: more for a copy that holds some views only. None for an unfinished archive."""
+    lacking: Mapping[str, int] = field(default_factory=dict)
+    """Of a copy that holds some teachers only: the views of those with fewer than others, 0 where none is here."""
     has_signature: bool | None = None
     """Whether a file that says to be a signature of it lies beside its manifest; None for an unfinished archive."""
     alignment: dict[str, Any] | None = None
@@ -94,6 +96,7 @@ def verify(path: str | Path, *, full: bool = False, progress: VerifyProgress | N
         canaries_per_view=state.spec.canaries_per_view,
         views=state.num_views,
         sealed_views=state.sealed_views or None,
+        lacking=state.lacking,
         has_signature=None if state.id is None else (path / layout.SIGNATURE).is_file(),
     )
 
@@ -189,7 +192,7 @@ def _extra_files(state: ArchiveState) -> list[DamagedFile]:
     known = state.listed.keys() | {layout.MANIFEST, layout.SIGNATURE}
     if state.is_partial_copy:
         known = known | {layout.COPY}
-    sealed = tuple(f"teachers/{name}/" for name in state.teachers)
+    sealed = tuple(f"teachers/{name}/" for name in state.stats)
     extra = []
     for name in sorted(walk_regular(state.path, most=MOST_FILES) - known):
         folder = name.rpartition("/")[0]

@@ -54,7 +54,8 @@ def list_archives(as_json: Annotated[bool, typer.Option("--json", help="Print th
             {
                 "archive": archive.name,
                 "id": archive.id,
-                "views_held": archive.held,
+                "views_held": None if archive.held is None else archive.held.views,
+                "lacking": {} if archive.held is None else dict(archive.held.teacher_views),
                 "views": archive.views,
                 "bytes": archive.nbytes,
                 "last_used": time_of(archive),
@@ -68,7 +69,10 @@ def list_archives(as_json: Annotated[bool, typer.Option("--json", help="Print th
     for column in ("archive", "id", "views", "size", "last used"):
         table.add_column(column, justify="right" if column == "size" else "left")
     for archive in archives:
-        views = "not finished" if archive.held is None else f"{archive.held} of {archive.views}"
+        views = "not finished"
+        if archive.held is not None:
+            fewer = (f", {harmless(name)} {count}" for name, count in archive.held.teacher_views.items())
+            views = f"{archive.held.views} of {archive.views}{''.join(fewer)}"
         used = "in use" if archive.in_use else time_of(archive)
         table.add_row(harmless(archive.name), archive.id[:12], views, human_bytes(archive.nbytes), used)
     if archives:

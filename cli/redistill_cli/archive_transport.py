@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 from redistill_cache.wording import harmless, human_bytes
 
-from redistill_cli.options import ArchivePath
-from redistill_cli.rendering import PATH_OR_URL, Offline, ProgressBar, held_views, set_offline
+from redistill_cli.options import ArchivePath, split
+from redistill_cli.rendering import PATH_OR_URL, Offline, ProgressBar, held_part, set_offline
 
 __all__ = ["fetch", "pack"]
 
@@ -50,18 +50,24 @@ def fetch(
     views: Annotated[
         int | None, typer.Option("--views", min=1, help="Fetch the first views only. [default: all]")
     ] = None,
+    teachers: Annotated[
+        str | None,
+        typer.Option("--teachers", metavar="A,B", help="Fetch the rows of these teachers only. [default: all]"),
+    ] = None,
     offline: Offline = False,
 ) -> None:
-    """Fetch an archive, or its first views, and print where it is.
+    """Fetch an archive, or some views or teachers of it, and print where it is.
 
-    Every file is checked. A copy with some of the views has the id of the
-    archive and offers exactly what it holds; the same command with more views,
-    or without --views, fetches what it lacks. An interrupted command continues.
+    Every file is checked. A copy with a part of the archive has its id and
+    offers exactly what it holds; the same command with other views or
+    teachers, or without these options, adds what it lacks. An interrupted
+    command continues.
 
     Examples:
 
     \b
       redistill archive fetch https://example.org/r50.redistill r50 --views 4
+      redistill archive fetch hf://datasets/lab/three three --teachers vit,r50
       redistill archive fetch https://example.org/r50.redistill r50
     """
     from redistill_cache.fetching import fetch_archive, locate
@@ -69,6 +75,7 @@ def fetch(
 
     set_offline(offline)
     with ProgressBar(f"fetch {locate(source)}", "B") as bar:
-        path = fetch_archive(source, out, views=views, progress=bar.update, notify=bar.write)
+        names = None if teachers is None else split(teachers)
+        path = fetch_archive(source, out, views=views, teachers=names, progress=bar.update, notify=bar.write)
     state = open_archive(path).state
-    typer.echo(f"{harmless(path)}: id {state.id}, {held_views(state.num_views, state.sealed_views)}")
+    typer.echo(f"{harmless(path)}: id {state.id}, {held_part(state.num_views, state.sealed_views, state.lacking)}")

@@ -15,7 +15,7 @@ from redistill_cli.rendering import (
     PATH_OR_URL,
     Offline,
     console,
-    held_views,
+    held_part,
     key_values,
     note,
     print_json,
@@ -83,7 +83,8 @@ def state(description: dict[str, Any]) -> str:
         return "complete"
     if description["id"] is None:
         return f"unfinished, {description['committed_blocks']} blocks committed"
-    return f"a copy that {held_views(description['num_views'], description['sealed_views'])}"
+    d = description
+    return f"a copy that {held_part(d['num_views'], d['sealed_views'], d['lacking'])}"
 
 
 def subset_of(parent: dict[str, Any] | None) -> list[tuple[str, object]]:

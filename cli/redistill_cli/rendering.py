@@ -27,7 +27,7 @@ __all__ = [
     "ProgressBar",
     "TerminalProgress",
     "console",
-    "held_views",
+    "held_part",
     "human_seconds",
     "key_values",
     "local_archive",
@@ -226,9 +226,14 @@ def set_offline(offline: bool) -> None:
         os.environ[OFFLINE] = "1"
 
 
-def held_views(here: int, sealed: int) -> str:
-    """What a copy holds of its archive."""
-    return f"holds {'view 0' if here == 1 else f'views 0-{here - 1}'} of {sealed}"
+def held_part(here: int, sealed: int, lacking: Mapping[str, int]) -> str:
+    """What a copy holds of its archive, `lacking` being the teachers with fewer views than others."""
+    fewer = (f", of teacher {name} {first_views(count)}" for name, count in lacking.items())
+    return harmless(f"holds {first_views(here)} of {sealed}{''.join(fewer)}")
+
+
+def first_views(count: int) -> str:
+    return "none" if count == 0 else "view 0" if count == 1 else f"views 0-{count - 1}"
 
 
 def note(text: str) -> None:

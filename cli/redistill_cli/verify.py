@@ -15,7 +15,7 @@ from redistill_cli.rendering import (
     PATH_OR_URL,
     Offline,
     ProgressBar,
-    held_views,
+    held_part,
     local_archive,
     print_json,
     set_offline,
@@ -106,8 +106,8 @@ def _signed_id(location: str, archive: Path, key: Path) -> str:
 
 
 def _signed_by(key: Path | None, report: VerifyReport) -> str:
-    here, sealed = report.views or 0, report.sealed_views or 0
-    others = "; so are the hashes of the views that are not here" if here < sealed else ""
+    is_part = (report.views or 0) < (report.sealed_views or 0) or report.lacking
+    others = "; so are the hashes of the files that are not here" if is_part else ""
     return f"signed with the private key of {harmless(key)}{others}"
 
 
@@ -140,7 +140,8 @@ def _show(archive: Path, report: VerifyReport, moved: list[str]) -> None:
         )
         return
     here, sealed = report.views or 0, report.sealed_views or 0
-    partial = f"; a copy that {held_views(here, sealed)}" if here < sealed else ""
+    is_part = here < sealed or report.lacking
+    partial = f"; a copy that {held_part(here, sealed, report.lacking)}" if is_part else ""
     typer.echo(
         f"{harmless(archive)}: {report.checked_files:,} files ok, {report.hashed_files:,} of them hashed now "
         f"({human_bytes(report.hashed_bytes)})"

@@ -65,13 +65,16 @@ class ArchiveUse:
                 f"{','.join(teachers)}; use the original names to resume, or another --out"
             )
         reads = [(teacher, signal) for teacher, _, signal in (name.partition("/") for name in self.signals)]
+        if archive.state.is_partial_copy:
+            for teacher, _ in reads:
+                archive.teacher(teacher)  # or an error with the command that fetches it
         has = all(teacher in archive.teachers and signal in archive.signals_of(teacher) for teacher, signal in reads)
-        has = has and self.views <= min([archive.num_views, *(archive.views_of(*read) for read in reads)])
-        now = ArchiveUse.of(archive, teachers, reads, self.views) if has else None
-        if not has and archive.state.is_partial_copy:
+        views = min([archive.num_views, *(archive.views_of(*read) for read in reads)]) if has else 0
+        now = ArchiveUse.of(archive, teachers, reads, self.views) if self.views <= views else None
+        if now is None and archive.state.is_partial_copy:
             raise Refused(
-                f"{archive.path} is a copy that holds {archive.num_views} views of its archive, and the run reads "
-                f"{self.views}; give the address that it is of as --archive, or fetch the rest"
+                f"{archive.path} is a copy with {views} of the {self.views} views that the run reads; "
+                "give the address that it is of as --archive, or fetch the rest"
             )
         if now is None or now.digest != self.digest:
             raise Refused(

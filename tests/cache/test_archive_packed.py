@@ -224,7 +224,7 @@ def test_a_partial_copy_is_never_taken_for_the_whole(sealed: Path, tmp_path: Pat
         lambda: pack(out, tmp_path / "p"),
         lambda: quarantine(out, ()),
     ):
-        with pytest.raises(Refused, match="is a copy that holds some views of its archive only"):
+        with pytest.raises(Refused, match="is a copy that holds a part of its archive only"):
             change()
     assert contents(out) == before
     (out / "_redistill/copy.json").unlink()
@@ -243,7 +243,7 @@ def test_a_copy_that_was_interrupted_is_not_an_archive(packed_copy: Path, tmp_pa
     for partial in (False, True):
         with pytest.raises(Refused, match="was not fetched completely; run 'redistill archive fetch' to it again"):
             open_archive(out, allow_partial=partial)
-    with pytest.raises(Refused, match="some views of its archive only"):
+    with pytest.raises(Refused, match="a part of its archive only"):
         ArchiveWriter.resume(out)
     assert fetch_archive(str(packed_copy), out, views=1) == out
     assert open_archive(out).num_views == 2, "what was here is not lost"

@@ -52,6 +52,7 @@ def test_an_undamaged_archive_is_ok(archive_copy: Path):
         "canaries_per_view": SPEC.canaries_per_view,
         "views": SPEC.num_views,
         "sealed_views": SPEC.num_views,
+        "lacking": {},
         "has_signature": False,
         "alignment": None,
     }

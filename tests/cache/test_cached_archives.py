@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from redistill_cache import cached_archives, fetch_archive, locks, open_archive
 from redistill_cache.cached_archives import CachedArchive, parse_bytes, remove, to_remove
+from redistill_cache.copies import Held
 from redistill_cache.errors import Refused, UsageError
 from redistill_cache.packing import pack
 
@@ -107,7 +108,7 @@ def test_what_another_process_removes_meanwhile_is_no_error(packed: list[Path], 
 def test_copies_with_some_views_and_unfinished_ones_are_listed(packed: list[Path]):
     copy = fetch_archive(str(packed[0]), views=2)
     (archive,) = cached_archives.cached_archives()
-    assert (archive.held, archive.views, archive.in_use, archive.id) == (2, 3, True, open_archive(copy).id)
+    assert (archive.held, archive.views, archive.in_use, archive.id) == (Held(2), 3, True, open_archive(copy).id)
     (copy / "_redistill/manifest.json").write_bytes(b"{}")
     (archive,) = cached_archives.cached_archives()
     assert (archive.held, archive.views) == (None, None)

@@ -286,7 +286,7 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_written(sealed: Pat
     copy = fetch_archive(str(tmp_path / "packed"), tmp_path / "copy", views=1)
     make(tmp_path / "other", replace(SPEC, seed=8))
     cases: list[tuple[list[Path], Path, type[RedistillError], str]] = [
-        ([sealed, copy], tmp_path / "c", Refused, "holds some views of its archive only"),
+        ([sealed, copy], tmp_path / "c", Refused, "holds a part of its archive only"),
         ([sealed], tmp_path / "c", UsageError, "at least two archives"),
         ([sealed, sealed], sealed, UsageError, "is one of the archives"),
         ([sealed, sealed], tmp_path / "other", SpecMismatch, "seed is 7 in"),

@@ -111,7 +111,7 @@ def test_pack_and_fetch_by_and_by(run, tmp_path: Path, serve):
     assert ", 2 views" in dry.stdout + dry.stderr
     edit = run("archive", "edit", tmp_path / "out", "--licence", "CC0-1.0")
     assert (edit.returncode, edit.stderr.count("\n")) == (3, 1)
-    assert "holds some views of its archive only" in edit.stderr
+    assert "holds a part of its archive only" in edit.stderr
     more = run("archive", "fetch", packed, tmp_path / "out", "--views", "4")
     assert (more.returncode, more.stderr.count("\n")) == (3, 1)
     assert "has 3 views, 4 are asked for" in more.stderr

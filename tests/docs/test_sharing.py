@@ -21,6 +21,7 @@ SMALLER = {
     "folder:imagenet/train": f"'{DATA}'",
     "torchvision:resnet50?weights=DEFAULT": TEACHER,
     "torchvision:resnet18": "demo:tiny --epochs 1 --workers 0 --device cpu",
+    "--teachers resnet50": "--teachers small",
 }
 
 

@@ -8,12 +8,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from redistill_cache import open_archive
+from redistill_cache import layout, open_archive
 from redistill_cache.errors import RedistillError
 from redistill_cache.packing import pack
 from redistill_cache.verify import verify
@@ -23,17 +23,18 @@ from tests.flaky_server import Flaky, Request, serving
 from tests.tiny_archive import contents
 
 SEED = int(os.environ.get("REDISTILL_SEED", "20261126"))
+TEACHERS = ("other", "tiny")
 # Says that it begins, so that importing does not count as running.
 PACK = "import sys; from pathlib import Path; from redistill_cache.packing import pack; print('now', flush=True); "
 PACK += "pack(Path(sys.argv[1]), Path(sys.argv[2]))"
 FETCH = "import sys; from redistill_cache import fetch_archive; print('now', flush=True); "
-FETCH += "fetch_archive(sys.argv[1], sys.argv[2], views=int(sys.argv[3]) or None)"
+FETCH += "fetch_archive(sys.argv[1], sys.argv[2], views=int(sys.argv[3]) or None, teachers=sys.argv[4:] or None)"
 
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    tiny_archive.make(tmp_path / "a", replace(tiny_archive.SPEC, num_views=5))
+    tiny_archive.make(tmp_path / "a", replace(tiny_archive.SPEC, num_views=5), TEACHERS)
     return tmp_path / "a"
 
 
@@ -112,7 +113,9 @@ def kill_pack(source: Path, tmp_path: Path, rounds: int) -> None:
     kill_often(command, check, out, rounds)
 
 
-def kill_fetch(source: Path, tmp_path: Path, form: str, views: int, rounds: int) -> None:
+def kill_fetch(
+    source: Path, tmp_path: Path, form: str, views: int, rounds: int, teachers: Sequence[str] = TEACHERS
+) -> None:
     """From a server that is slow enough for a kill in the middle; what is there is offered, or nothing."""
     out = tmp_path / "out"
     sent = source
@@ -120,6 +123,9 @@ def kill_fetch(source: Path, tmp_path: Path, form: str, views: int, rounds: int)
         sent = tmp_path / "a.redistill"
         pack(source, sent)
     expected = contents(source)
+
+    def is_asked_for(name: str) -> bool:
+        return (layout.view_of_file(name) or 0) < (views or 5) and layout.teacher_of_file(name) in (None, *teachers)
 
     def fault(number: int, request: Request) -> str | None:
         return random.Random(f"{number} {request.path}").choice(["slow", "short", None, None, None, None])
@@ -131,16 +137,19 @@ def kill_fetch(source: Path, tmp_path: Path, form: str, views: int, rounds: int)
             print(error)
             return
         assert archive.num_views == (views or 5)
+        assert tuple(archive.teachers) == tuple(teachers)
         for view in range(archive.num_views):
-            archive.logits(view)
+            for teacher in teachers:
+                archive.logits(view, teacher=teacher)
 
     def command(seconds: float | None) -> float | None:
-        took = run(FETCH, f"{flaky.address}/x", out, views, seconds=seconds)
+        chosen = () if teachers == TEACHERS else teachers
+        took = run(FETCH, f"{flaky.address}/x", out, views, *chosen, seconds=seconds)
         out.mkdir(exist_ok=True)
         if took is not None:
             assert verify(out, full=True).ok
             here = {name: data for name, data in contents(out).items() if name != "_redistill/copy.json"}
-            assert here == expected if not views else here.items() < expected.items()
+            assert here == {name: data for name, data in expected.items() if is_asked_for(name)}
         return took
 
     served = {f"x/{path.relative_to(sent)}": path.read_bytes() for path in sent.rglob("*") if path.is_file()}
@@ -166,6 +175,15 @@ def test_forty_killed_packs(source: Path, tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(("form", "views"), [("tree", 0), ("packed", 0), ("packed", 2)])
-def test_thirty_killed_fetches(source: Path, tmp_path: Path, form: str, views: int):
-    kill_fetch(source, tmp_path, form, views, 30)
+@pytest.mark.parametrize(
+    ("form", "views", "teachers"),
+    [
+        ("tree", 0, TEACHERS),
+        ("packed", 0, TEACHERS),
+        ("packed", 2, TEACHERS),
+        ("tree", 2, ("tiny",)),
+        ("packed", 0, ("tiny",)),
+    ],
+)
+def test_thirty_killed_fetches(source: Path, tmp_path: Path, form: str, views: int, teachers: Sequence[str]):
+    kill_fetch(source, tmp_path, form, views, 30, teachers)

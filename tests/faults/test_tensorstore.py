@@ -19,7 +19,9 @@ from redistill_cache.packing import pack
 from redistill_cache.spec import ArchiveSpec, SignalSpec, TeacherSpec
 from redistill_cache.writer import ArchiveWriter
 
+from tests import tiny_archive
 from tests.faults import scenario
+from tests.tiny_archive import stored_logits
 
 
 def read(path: Path) -> np.ndarray:
@@ -148,3 +150,19 @@ def test_a_copy_with_some_views(archive: Path, tmp_path: Path, monkeypatch: pyte
         store = read(copy / "views" / name)
         assert np.array_equal(store[0], values)
         assert not store[1:].any()
+
+
+def test_a_copy_with_one_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    tiny_archive.make(tmp_path / "whole", teachers=("other", "tiny"))
+    pack(tmp_path / "whole", tmp_path / "packed")
+    copy = fetch_archive(str(tmp_path / "packed"), tmp_path / "copy", views=2, teachers=["tiny"])
+    logits = copy / "teachers/tiny/logits"
+    for view in range(2):
+        flags, exact, shift = (read(logits / name)[view] for name in ("flags", "exact", "shift"))
+        rows = np.where(flags[:, None] != 0, exact, read(logits / "values")[view] + shift[:, None])
+        assert np.array_equal(rows, stored_logits(view))
+        assert np.array_equal(read(copy / "views/crop")[view], tiny_archive.view_params(view)["crop"])
+    assert not read(logits / "values")[2].any()
+    for array in ("values", "exact", "flags"):
+        assert not read(copy / "teachers/other/logits" / array).any(), "fill values: nothing of it is here"

@@ -248,7 +248,7 @@ def test_the_commands(signed: Path, keys: tuple[Path, Path], tmp_path: Path, mon
     assert run("archive", "fetch", signed / "a.redistill", tmp_path / "part", "--views", "1")[0] == 0
     code, out, err = run("verify", tmp_path / "part", "--signature", "--key", keys[1])
     assert (code, err) == (0, "")
-    assert f"signed with the private key of {keys[1]}; so are the hashes of the views that are not here" in out
+    assert f"signed with the private key of {keys[1]}; so are the hashes of the files that are not here" in out
     assert run("archive", "edit", tmp_path / "a", "--licence", "MIT")[0] == 0
     code, out, err = run(*check)
     assert (code, out) == (1, "")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from redistill_cache import download, fetch_archive, layout, stream_archive
-from redistill_cache.errors import Refused
+from redistill_cache.errors import OutOfRange, Refused
 from redistill_cache.packing import pack
 
 from redistill.interrupts import Interrupted
@@ -122,6 +122,20 @@ def test_rows_of_teachers_that_the_run_does_not_use_are_not_fetched(options, arc
         train(options(teachers=("small",), workers=2), archive=stream_archive(address))
         asked = {layout.teacher_of_file(request.path.removeprefix("/x/")) for request in flaky.requests}
     assert asked == {None, "small"}
+    assert weights(tmp_path / "run") == weights(expected)
+
+
+@pytest.mark.slow
+def test_a_copy_with_one_teacher_trains_as_its_archive_does(options, archive: Path, tmp_path: Path, local):
+    two, copy = shutil.copytree(archive, tmp_path / "two"), tmp_path / "copy"
+    cache(two, views=3, teacher="demo:tiny?num_classes=8&weights=random", teacher_name="other")
+    expected = local()
+    fetch_archive(str(two), copy, teachers=["other"])
+    with pytest.raises(OutOfRange, match=r"copy without teacher 'small' .*/copy --teachers small$"):
+        train(options(out=expected, archive=copy))  # it was trained with small
+    shutil.rmtree(copy)
+    fetch_archive(str(two), copy, teachers=["small"])
+    train(options(archive=copy))
     assert weights(tmp_path / "run") == weights(expected)
 
 
