@@ -188,10 +188,9 @@ def wanted(tasks: Sequence[str]) -> Iterator[Wanted]:
         yield "loss", Setting(task), ("ce?smoothing=0.1",), SEEDS
         for per_class in IMAGES_PER_CLASS[task]:
             yield "images", Setting(task, per_class=per_class), (LABELS, *THREE), SEEDS
-    if "fonts" in tasks:
-        yield "length", Setting("fonts", length=4.0), (LABELS,), SEEDS
-    if "glyphs100" in tasks:
-        yield "length", Setting("glyphs100", length=4.0), (LABELS, *ENDS[:2]), SEEDS
+    for task in ("fonts", "glyphs100"):
+        if task in tasks:
+            yield "length", Setting(task, length=4.0), (LABELS,), SEEDS
 
 
 def crossed(task: str) -> Iterator[Wanted]:
