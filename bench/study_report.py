@@ -266,7 +266,8 @@ def panels(rows: Sequence[Row], points: Any, xlabel: str, path: Path, ticks: lis
     figure, axes = plt.subplots(1, len(tasks), figsize=(2.6 * len(tasks), 2.8), squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
         for loss, (label, colour, line) in SHOWN.items():
-            errors(axis, points(task, loss), label, colour, line)
+            if len(found := points(task, loss)) > 1:
+                errors(axis, found, label, colour, line)
         labels_line(axis, rows, task)
         axis.set(title=task, xlabel=xlabel, **({"xscale": "log"} if log else {}))
         names = ["online" if log and tick == 32 else str(tick) for tick in ticks]
