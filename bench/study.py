@@ -12,7 +12,7 @@ repeated and an interrupted one continues. Cells that decide come first, so a st
     python bench/study.py --work DIR --done --json bench/results/study.json --plots docs/plots
 
 Rows are compared with KL at T = 4 of the same cell's setting by a paired t-test over the seeds, with Holm's correction
-for the rows of that setting (study_report.py). By the number of steps, three hours on two cores; --quick has two tasks.
+for the rows of that setting (study_report.py). Three hours on two cores, two jobs; --quick has two tasks.
 """
 
 from __future__ import annotations
@@ -289,7 +289,9 @@ def validation(lab: Lab, task: Task) -> Validation:
 
 def report(done: Sequence[dict[str, Any]], args: Any) -> None:  # noqa: ANN401  argparse's namespace
     rows, audited = compared(done), gradients(done)
-    harness.save("study", [*best_of_two(rows), *at_same_temperature(rows), *summary(rows), *rows, *audited], args)
+    time_taken = {"table": "time", "cells": len(done), "seconds": round(sum(result["seconds"] for result in done))}
+    tables = [time_taken, *best_of_two(rows), *at_same_temperature(rows), *summary(rows)]
+    harness.save("study", [*tables, *rows, *audited], args)
     if args.plots is not None:
         draw(rows, audited, args.plots)
 
