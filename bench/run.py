@@ -22,6 +22,7 @@ NAMES = (
     "archive",
     "job_array",
     "codecs",
+    "wide_heads",
     "features",
     "peers",
     "losses",

@@ -172,7 +172,7 @@ def _fit(name: str, rows: np.ndarray, options: CodecOptions, head: tuple[Array, 
 
 
 def _checked_head(head: tuple[Array, Array], width: int) -> tuple[np.ndarray, np.ndarray]:
-    weight, bias = (to_numpy(part).astype(np.float64) for part in head)
+    weight, bias = map(to_numpy, head)
     if weight.ndim != 2 or len(weight) != width or bias.shape != (width,):
         shapes = f"{list(weight.shape)} and {list(bias.shape)}"
         raise Refused(f"expected a head of weight [{width}, d] and bias [{width}], found {shapes}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -29,6 +30,8 @@ BASIS_NOISE = 0.01
 STEP_ROWS, PACKING_ROWS = 384, 1536
 STEP_ROUNDS = 7
 PACKING_ROUNDS = 2
+# Rows are taken in pieces of so many values where float64 copies of all would take gigabytes.
+PIECE_VALUES = 1 << 24
 # The target of the mean error on the pilot, in units of the bound: below 1, so that other rows meet the bound too.
 MEAN_TARGET, CERTIFIED_TARGET = 0.93, 0.8
 # The largest error that a row adds to the mean, in units of the bound. With more, the few rows of a saturated teacher
@@ -43,8 +46,9 @@ LEAST_WEIGHT, MOST_WEIGHT, CERTIFIED_WEIGHT = 0.15, 4.0, 0.4
 
 def fit_linear(rows: np.ndarray, settings: LinearSettings, head: tuple[np.ndarray, np.ndarray] | None) -> LinearCodec:
     """A codec for rows like these (float32 [n, width], finite); with a head (weight, bias), its axes are the basis."""
-    # Rows with larger values are stored exactly with any basis.
-    rows = rows[np.abs(rows).max(1) <= LARGEST_VALUE / 4]
+    # Rows with larger values are stored exactly with any basis. Copies of a pilot of many classes would be large.
+    fits = np.maximum(rows.max(1), -rows.min(1)) <= LARGEST_VALUE / 4
+    rows = rows if fits.all() else rows[fits]
     if not len(rows):
         rows = np.zeros((1, rows.shape[1]), np.float32)
     weight = CERTIFIED_WEIGHT if settings.certified else LEAST_WEIGHT
@@ -67,10 +71,13 @@ def fit_linear(rows: np.ndarray, settings: LinearSettings, head: tuple[np.ndarra
     packing_rows = _spaced(other_rows, PACKING_ROWS)
     unpacked = _unpacked(basis, step, settings, packing_rows)
     decoder = replace(unpacked.decoder, packing=fit_packing(search_coefficients(unpacked, packing_rows)))
+    quantizer = Quantizer(decoder, settings, Backend(), unpacked.factors)
+    del unpacked  # its constants are large where there are many classes
     for _ in range(PACKING_ROUNDS):
         # Digits are narrow, and rounding to values within them adds a little error.
-        means = _mean_errors(Quantizer(decoder, settings, Backend()), step_rows)
+        means = _mean_errors(quantizer, step_rows)
         decoder = _rescaled(decoder, _step_change(means, settings))
+        quantizer = Quantizer(decoder, settings, Backend())
     return LinearCodec(decoder, settings, "svd" if head is None else "head")
 
 
@@ -92,17 +99,23 @@ def _usual_square(rows: np.ndarray, settings: LinearSettings, offset: np.ndarray
 
 def _basis(rows: np.ndarray, settings: LinearSettings, head: tuple[np.ndarray, np.ndarray] | None) -> Basis:
     shift_free = settings.metric == "kl"
-    centred = rows.astype(np.float64)
-    if shift_free:
-        centred -= centred.mean(1, keepdims=True)
+    if rows.shape[1] > MAX_GRAM:
+        rows = _spaced(rows, MAX_GRAM)
     if head is not None:
-        basis = head_basis(*head, centred, shift_free=shift_free)
+        basis = head_basis(*head, rows, shift_free=shift_free)
     else:
-        basis = principal_basis(centred, shift_free=shift_free, max_rank=MAX_FITTED_RANK)
+        basis = principal_basis(_centred(rows, shift_free), shift_free=shift_free, max_rank=MAX_FITTED_RANK)
     if len(basis.rows):
         return basis
     # One class, or a teacher with constant outputs: a direction that is never used.
     return Basis(np.full((1, rows.shape[1]), rows.shape[1] ** -0.5), basis.offset, np.zeros(1))
+
+
+def _centred(rows: np.ndarray, shift_free: bool) -> np.ndarray:
+    centred = rows.astype(np.float64)
+    if shift_free:
+        centred -= centred.mean(1, keepdims=True)
+    return centred
 
 
 def _first_step(rows: np.ndarray, basis: Basis, settings: LinearSettings) -> float:
@@ -122,8 +135,8 @@ def _unpacked(basis: Basis, step: float, settings: LinearSettings, rows: np.ndar
     offset = basis.offset.astype(np.float32)
     bare = LinearDecoder(integers, scale, steps, offset, np.ones(rank, np.float32), Packing.empty(rank))
     quantizer = Quantizer(bare, settings, Backend())
-    x, _ = quantizer.project(rows)
-    decoder = replace(bare, spread=np.abs(x).mean(0).astype(np.float32))
+    spread = sum(np.abs(quantizer.project(piece)[0]).sum(0) for piece in _pieces(rows)) / len(rows)
+    decoder = replace(bare, spread=spread.astype(np.float32))
     return Quantizer(decoder, settings, Backend(), quantizer.factors, fitting=True)
 
 
@@ -158,6 +171,11 @@ def _rescaled(decoder: LinearDecoder, factor: float) -> LinearDecoder:
     return replace(decoder, step=step, spread=(decoder.spread / factor).astype(np.float32))
 
 
+def _pieces(rows: np.ndarray) -> Iterator[np.ndarray]:
+    count = max(1, PIECE_VALUES // rows.shape[1])
+    yield from (rows[start : start + count] for start in range(0, len(rows), count))
+
+
 def _spaced(rows: np.ndarray, count: int) -> np.ndarray:
     return rows[np.linspace(0, len(rows) - 1, min(len(rows), count)).astype(np.int64)]
 
@@ -171,6 +189,7 @@ def _spaced(rows: np.ndarray, count: int) -> np.ndarray:
 # storing the basis adds a hundredth of the noise that rounding adds, in fewer bytes than float16.
 
 MAX_COMPLETED_WIDTH = 1024
+# With more classes, so many rows of the pilot are enough: they bound the size of a product, and memory.
 MAX_GRAM = 4096
 INTEGER_LIMIT = 32767
 
@@ -211,9 +230,6 @@ def spans(rows: np.ndarray) -> bool:
 
 def _principal(centred: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     count, width = centred.shape
-    if width > MAX_GRAM and count > MAX_GRAM:
-        centred = centred[np.linspace(0, count - 1, MAX_GRAM).astype(np.int64)]
-        count = MAX_GRAM
     if width <= count:
         values, vectors = np.linalg.eigh(centred.T @ centred / count)
         directions = vectors.T
@@ -242,7 +258,7 @@ def complete(directions: np.ndarray, *, shift_free: bool) -> np.ndarray:
 
 
 def head_basis(weight: np.ndarray, bias: np.ndarray, rows: np.ndarray, *, shift_free: bool) -> Basis:
-    """The columns of a linear head [width, d] as unit rows; `rows` are logits it output, not centred."""
+    """The columns of a linear head [width, d] as unit rows; `rows` are logits it output."""
     axes = np.asarray(weight, np.float64).T
     offset = np.asarray(bias, np.float64)
     if shift_free:
@@ -250,8 +266,9 @@ def head_basis(weight: np.ndarray, bias: np.ndarray, rows: np.ndarray, *, shift_
         offset = offset - offset.mean()
     norms = np.linalg.norm(axes, axis=1, keepdims=True)
     axes = axes[norms[:, 0] > 0] / norms[norms[:, 0] > 0]
-    coefficients = (rows - offset) @ Factors.of(axes).inverse
-    spread = np.sqrt((coefficients**2).mean(0))
+    inverse = Factors.of(axes).inverse
+    squares = sum((((_centred(piece, shift_free) - offset) @ inverse) ** 2).sum(0) for piece in _pieces(rows))
+    spread = np.sqrt(squares / len(rows))
     order = np.argsort(-spread, kind="stable")
     return Basis(axes[order], offset, spread[order])
 
