@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from numcodecs import Zstd
-from redistill_cache.codecs import BlockStats, NotFinite, fit_codec, kl_rows, open_codec
+from redistill_cache.codecs import BlockStats, NotFinite, fit_codec, kl_rows, linear_fit, open_codec
 from redistill_cache.codecs.backend import Backend
+from redistill_cache.codecs.catalogue import compressed_size
 from redistill_cache.codecs.linear_decode import Packing, packing_flaw
 from redistill_cache.codecs.linear_fit import fit_packing
 
@@ -35,6 +36,24 @@ def test_every_row_is_within_the_bound_after_a_round_trip_through_the_archive(na
         assert divergence.max() <= 1e-3
         # Errors are computed exactly and rounded up; decoding in float32 changes the last digits of small errors.
         np.testing.assert_allclose(divergence, encoded.errors[f"kl_t{temperature}"], rtol=2e-3, atol=5e-7)
+
+
+@pytest.mark.parametrize("known_head", [True, False])
+def test_a_pilot_of_many_classes_is_taken_in_pieces_and_in_part(known_head: bool, monkeypatch: pytest.MonkeyPatch):
+    rng = np.random.default_rng(4)
+    weight, bias = rng.normal(size=(60, 8)).astype(np.float32), rng.normal(size=60).astype(np.float32)
+    rows = (rng.normal(size=(600, 8)) @ weight.T + bias).astype(np.float32)
+    head = (weight, bias) if known_head else None
+    whole = fit_codec("linear", rows, head=head)
+    monkeypatch.setattr(linear_fit, "PIECE_VALUES", 7 * 60)
+    in_pieces = fit_codec("linear", rows, head=head)
+    np.testing.assert_array_equal(in_pieces.decoder.integers, whole.decoder.integers)
+    np.testing.assert_allclose(in_pieces.decoder.spread, whole.decoder.spread, rtol=1e-6)
+    monkeypatch.setattr(linear_fit, "MAX_GRAM", 50)
+    of_few = fit_codec("linear", rows, head=head)
+    encoded = of_few.encode(rows)
+    assert max(float(errors.max()) for errors in encoded.errors.values()) <= 1e-3
+    assert compressed_size(of_few, encoded) < 1.1 * compressed_size(whole, whole.encode(rows))
 
 
 def test_numpy_and_torch_agree():
