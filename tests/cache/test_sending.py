@@ -210,7 +210,8 @@ def test_large_files_appear_with_their_last_byte(tmp_path: Path, s3: Mapping[str
         process.send_signal(signal.SIGKILL)
         process.wait(60)
         for upload in client.list_multipart_uploads(Bucket="lab").get("Uploads", []):
-            client.abort_multipart_upload(Bucket="lab", Key=upload["Key"], UploadId=upload["UploadId"])
+            with contextlib.suppress(client.exceptions.NoSuchUpload):  # the server may still be completing it
+                client.abort_multipart_upload(Bucket="lab", Key=upload["Key"], UploadId=upload["UploadId"])
         for name, data in objects(s3, folder).items():
             assert name == NOTE or data == expected[name]
     assert subprocess.run(command, timeout=240, check=False).returncode == 0
