@@ -31,8 +31,8 @@ def measured(features: int, rows: int) -> dict[str, object]:
     for start in range(0, rows, PIECE):
         of = weight[rng.integers(CLASSES, size=min(PIECE, rows - start))]
         h = 12 * of + 1.5 * rng.normal(0, 1, of.shape).astype(np.float32)
-        pilot[start : start + len(of)] = h.astype(np.float32) @ weight.T + bias
-    scored = np.ascontiguousarray(pilot[:PIECE])
+        pilot[start : start + len(of)] = h @ weight.T + bias
+    scored = pilot[:PIECE]
     start_cpu, start_wall = time.process_time(), time.monotonic()
     choice = explain_codec("auto", pilot, CodecOptions(head=(weight, bias)))
     fit = {"fit_cpu_seconds": time.process_time() - start_cpu, "fit_seconds": time.monotonic() - start_wall}

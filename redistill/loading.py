@@ -36,7 +36,8 @@ __all__ = ["BatchLoader", "default_workers", "refuse_few_open_files", "worker_co
 # By default. Those of training and of validation together stay within 1,024 open files, the usual limit.
 MAX_WORKERS = 48
 PREFETCH = 4
-ENDING_S = 60.0  # longer than a worker takes to end where there is a lot to do
+# Longer than a worker takes to end where there is a lot to do; and after an error that other causes have as well.
+ENDING_S, MAYBE_ENDING_S = 60.0, 5.0
 # Where Linux keeps the semaphores of processes, a page for each: three of a worker, and eight of all together.
 SHM, LOCKS_OF_WORKER, LOCKS_OF_WORKERS = Path("/dev/shm"), 3, 8
 # Open files of the main process: of a worker (pipes, and one for each batch that it may be ahead), and of all together.
@@ -119,7 +120,7 @@ class BatchLoader:
         except (RuntimeError, EOFError, OSError) as error:  # the latter two if a worker dies while sending a batch
             if "Too many open files" in str(error):
                 raise too_few_open_files(self._workers) from error
-            if not worker_exited(self._iterator, 5.0 if isinstance(error, RuntimeError) else ENDING_S):
+            if not worker_exited(self._iterator, MAYBE_ENDING_S if isinstance(error, RuntimeError) else ENDING_S):
                 raise
             raise Refused(
                 f"a rendering worker died ({first_line(error)}); if memory ran out, use fewer --workers"

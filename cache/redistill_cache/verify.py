@@ -61,6 +61,10 @@ class VerifyReport:
     """Whether a file that says to be a signature of it lies beside its manifest; None for an unfinished archive."""
     alignment: dict[str, Any] | None = None
 
+    @property
+    def is_partial_copy(self) -> bool:
+        return bool((self.views or 0) < (self.sealed_views or 0) or self.lacking)
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"damaged": [asdict(item) for item in self.damaged]}
 

@@ -55,7 +55,7 @@ def show(summary: Summary, out: Path) -> None:
     console.print(table)
     typer.echo(
         "\nThis is one task and little training. In a larger study, the power divergence was better than KL on"
-        "\ntwo tasks of four where the teacher was confidently wrong, and on none with a sound one: docs/LOSSES.md."
+        "\ntwo tasks of four where the teacher was confidently wrong, else mostly equal: docs/LOSSES.md."
     )
     storage, speed = summary.storage, summary.speed
     typer.echo(

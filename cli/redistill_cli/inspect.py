@@ -83,8 +83,8 @@ def state(description: dict[str, Any]) -> str:
         return "complete"
     if description["id"] is None:
         return f"unfinished, {description['committed_blocks']} blocks committed"
-    d = description
-    return f"a copy that {held_part(d['num_views'], d['sealed_views'], d['lacking'])}"
+    held = held_part(description["num_views"], description["sealed_views"], description["lacking"])
+    return f"a copy that {held}"
 
 
 def subset_of(parent: dict[str, Any] | None) -> list[tuple[str, object]]:

@@ -106,8 +106,7 @@ def _signed_id(location: str, archive: Path, key: Path) -> str:
 
 
 def _signed_by(key: Path | None, report: VerifyReport) -> str:
-    is_part = (report.views or 0) < (report.sealed_views or 0) or report.lacking
-    others = "; so are the hashes of the files that are not here" if is_part else ""
+    others = "; so are the hashes of the files that are not here" if report.is_partial_copy else ""
     return f"signed with the private key of {harmless(key)}{others}"
 
 
@@ -139,9 +138,8 @@ def _show(archive: Path, report: VerifyReport, moved: list[str]) -> None:
             f"{report.checked_files} files it has are ok; run the command that writes it again"
         )
         return
-    here, sealed = report.views or 0, report.sealed_views or 0
-    is_part = here < sealed or report.lacking
-    partial = f"; a copy that {held_part(here, sealed, report.lacking)}" if is_part else ""
+    held = held_part(report.views or 0, report.sealed_views or 0, report.lacking)
+    partial = f"; a copy that {held}" if report.is_partial_copy else ""
     typer.echo(
         f"{harmless(archive)}: {report.checked_files:,} files ok, {report.hashed_files:,} of them hashed now "
         f"({human_bytes(report.hashed_bytes)})"
